@@ -1,0 +1,72 @@
+"""Every code a connection is closed with, and whether a client should come back."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+MAX_REASON_BYTES = 123
+"""The longest close reason, in UTF-8 bytes: a control frame holds 125, two of them for the code (RFC 6455, 5.5)."""
+
+ABNORMAL = 1006
+"""What an endpoint sees when the peer vanished without a close frame. Never sent (RFC 6455, 7.4.1)."""
+
+
+class CloseCode(IntEnum):
+    """The codes this library closes with, after the IANA registry of RFC 6455, 7.4."""
+
+    NORMAL = 1000
+    """The endpoint is done."""
+    GOING_AWAY = 1001
+    """The manager is closed for good."""
+    UNSUPPORTED_DATA = 1003
+    """The client sent text where bytes were expected, or the other way round."""
+    INVALID_DATA = 1007
+    """The client sent text that is not what was asked for, such as broken JSON."""
+    POLICY_VIOLATION = 1008
+    """A hook or an access check refused the connection."""
+    MESSAGE_TOO_BIG = 1009
+    """The client sent a message past a limit."""
+    INTERNAL_ERROR = 1011
+    """The endpoint failed."""
+    SERVICE_RESTART = 1012
+    """The server restarts."""
+    TRY_AGAIN_LATER = 1013
+    """The connection was a slow consumer, or the server is full."""
+
+
+_RECONNECT = {
+    CloseCode.GOING_AWAY,
+    ABNORMAL,
+    CloseCode.INTERNAL_ERROR,
+    CloseCode.SERVICE_RESTART,
+    CloseCode.TRY_AGAIN_LATER,
+}
+
+
+def should_reconnect(code: int) -> bool:
+    """Tell whether a client that was closed with this code should come back.
+
+    Codes of ours that a server refused arrive moved up by 3,000 (see `fallback_codes`) and mean the same.
+    """
+    return (code - 3000 if 4000 < code < 4016 else code) in _RECONNECT
+
+
+def is_sendable(code: int) -> bool:
+    """Tell whether a close frame may carry this code (RFC 6455, 7.4)."""
+    return code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def fallback_codes(code: int) -> tuple[int, ...]:
+    """Return the codes to try in order, because some servers refuse the registered ones.
+
+    Daphne takes 1000 and 3000 to 4999 only: there 1013 goes out as 4013.
+    """
+    if code == CloseCode.NORMAL or code >= 3000:
+        return (code,)
+    return (code, code + 3000, CloseCode.NORMAL)
+
+
+def cut_reason(reason: str) -> str:
+    """Cut a close reason to 123 bytes of UTF-8, at a character border; a lone surrogate becomes `?`."""
+    data = reason.encode("utf-8", "replace")
+    return data[:MAX_REASON_BYTES].decode("utf-8", "ignore")

@@ -1,0 +1,347 @@
+"""One accepted WebSocket: who it is, where it is subscribed, what it receives and what it is sent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, MutableMapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol, Self
+from uuid import uuid4
+
+from pydantic_core import from_json
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason
+from wsbroadcast.delivery.sink import Event, Sink
+from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
+from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.exceptions import ConnectionClosed
+
+if TYPE_CHECKING:
+    from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
+
+
+class ConnectionState(Enum):
+    """Where a connection stands in its life."""
+
+    OPEN = "open"
+    """Registered: it receives what its audiences are sent."""
+    CLOSING = "closing"
+    """Out of the registry; what was handed over before still goes out."""
+    CLOSED = "closed"
+    """At its end: the peer is gone or a close frame was sent."""
+
+
+_TRANSITIONS = {
+    ConnectionState.OPEN: {ConnectionState.CLOSING, ConnectionState.CLOSED},
+    ConnectionState.CLOSING: {ConnectionState.CLOSED},
+    ConnectionState.CLOSED: set[ConnectionState](),
+}
+
+
+class Keeper(Protocol):
+    """What a connection needs of the membership that keeps it."""
+
+    def lost(self, connection: Connection, code: int, reason: str) -> None: ...  # noqa: D102
+    def evict(self, connection: Connection, cause: str) -> None: ...  # noqa: D102
+    def leave(self, connection: Connection, code: int, reason: str, state: ConnectionState) -> bool: ...  # noqa: D102
+    def before_app_send(self) -> None: ...  # noqa: D102
+    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None: ...  # noqa: D102
+
+
+class Connection:
+    """One accepted WebSocket, as `ConnectionManager.connect` returns it.
+
+    It takes over `websocket.send` and `websocket.receive`: what the app sends itself keeps its place among the
+    broadcasts, and whoever reads, the connection learns of the peer's end.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_app_receive",
+        "_closed",
+        "_is_interrupted",
+        "_keeper",
+        "_reader",
+        "_state",
+        "app_send",
+        "channels",
+        "close_code",
+        "close_reason",
+        "closing",
+        "fast_path_refused",
+        "id",
+        "info",
+        "is_announced",
+        "manager",
+        "sink",
+        "user",
+        "user_key",
+        "websocket",
+    )
+
+    def __init__(
+        self,
+        websocket: WebSocket,
+        manager: ConnectionManager,
+        keeper: Keeper,
+        watch: Watch,
+        *,
+        user: object,
+        user_key: str | None,
+        channels: tuple[str, ...],
+        info: object,
+    ) -> None:
+        self.id = uuid4().hex
+        """Unique among all nodes."""
+        self.websocket = websocket
+        """The Starlette WebSocket."""
+        self.manager = manager
+        """The manager that keeps this connection."""
+        self.user = user
+        """Who is behind the connection, as it was given to `connect`."""
+        self.user_key = user_key
+        """The text a broadcast to this user is addressed to."""
+        self.info: Any = info
+        """Whatever the application wants to remember about the connection."""
+        self.channels = set(channels)
+        """The channels it is subscribed to; after its end, those it was in. Change it through `subscribe`."""
+        self.close_code: int | None = None
+        """The code it ended with, `None` while it is open."""
+        self.close_reason = ""
+        """The reason that came with the code."""
+        self.is_announced = False
+        """Whether `on_connect` hooks have seen it, so that `on_disconnect` hooks must."""
+        self._keeper = keeper
+        self._state = ConnectionState.OPEN
+        # Made when somebody waits for the end.
+        self._closed: asyncio.Event | None = None
+        # The task that is inside `receive`, to be interrupted when the connection ends by our side.
+        self._reader: asyncio.Task[Any] | None = None
+        self._is_interrupted = False
+        self.closing: asyncio.Task[None] | None = None
+        """The task that sends the close frame, once there is one."""
+        self.app_send = websocket.send
+        """What `websocket.send` was before this connection took it over."""
+        self._app_receive = websocket.receive
+        self.sink, self.fast_path_refused = _make_sink(self, websocket, watch)
+        websocket.send = self._send_for_app  # type: ignore[method-assign]  # one owner of what a socket is sent
+        websocket.receive = self._receive_for_app  # type: ignore[method-assign]  # every end is noticed
+
+    # What the application uses.
+
+    @property
+    def state(self) -> ConnectionState:
+        """Where the connection stands."""
+        return self._state
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is registered and receives what its audiences are sent."""
+        return self._state is ConnectionState.OPEN
+
+    async def send(self, message: object) -> None:
+        """Send a message to this connection only, after everything handed over before.
+
+        Raises:
+            ConnectionClosed: If the connection has ended.
+            EncodeError: If the message can't be sent as text, bytes or JSON.
+        """
+        await self.manager.send(self, message)
+
+    async def subscribe(self, *channels: str) -> None:
+        """Subscribe to channels; every later broadcast to them, from any node, arrives.
+
+        Raises:
+            ConnectionClosed: If the connection has ended.
+            InvalidChannel: If a name breaks a rule; then none of them is subscribed.
+        """
+        await self.manager.subscribe(self, *channels)
+
+    async def unsubscribe(self, *channels: str) -> None:
+        """Unsubscribe from channels; those it isn't in are passed over."""
+        await self.manager.unsubscribe(self, *channels)
+
+    async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
+        """Send what was handed over before, then close. Idempotent; never hangs on a peer that takes nothing."""
+        await self.manager.close(self, code, reason)
+
+    async def receive(self) -> str | bytes:
+        """Wait for the next message of the peer: `str` for a text frame, `bytes` for a binary one.
+
+        Raises:
+            ConnectionClosed: If the peer is gone, or the connection was closed from here.
+        """
+        event = await self._receive_for_app()
+        if event["type"] == "websocket.disconnect":
+            raise self._closed_error()
+        text: str | None = event.get("text")  # hypercorn sends both keys, one of them None
+        return event["bytes"] if text is None else text
+
+    async def receive_text(self) -> str:
+        """Wait for a text message; a binary one closes this connection with 1003.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, that way or another.
+        """
+        message = await self.receive()
+        if isinstance(message, str):
+            return message
+        raise await self._refuse(CloseCode.UNSUPPORTED_DATA, "expected a text message")
+
+    async def receive_bytes(self) -> bytes:
+        """Wait for a binary message; a text one closes this connection with 1003.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, that way or another.
+        """
+        message = await self.receive()
+        if isinstance(message, bytes):
+            return message
+        raise await self._refuse(CloseCode.UNSUPPORTED_DATA, "expected a binary message")
+
+    async def receive_json(self) -> Any:
+        """Wait for a message that holds JSON, text or binary; anything else closes this connection with 1007.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, that way or another.
+        """
+        message = await self.receive()
+        try:
+            return from_json(message, allow_inf_nan=False)
+        except ValueError:  # broken, too deep, or too large a number
+            raise await self._refuse(CloseCode.INVALID_DATA, "expected JSON") from None
+
+    def __aiter__(self) -> Self:
+        """Iterate over the peer's messages until the connection ends; there is no exception to catch."""
+        return self
+
+    async def __anext__(self) -> str | bytes:
+        try:
+            return await self.receive()
+        except ConnectionClosed:
+            raise StopAsyncIteration from None
+
+    async def wait_closed(self) -> None:
+        """Wait for the connection's end, for an endpoint that only sends.
+
+        Messages of the peer are read and thrown away, unless another task is reading them.
+        """
+        while self._state is not ConnectionState.CLOSED:
+            if self._reader is None and self._state is ConnectionState.OPEN:
+                await self._receive_for_app()
+            else:
+                if self._closed is None:
+                    self._closed = asyncio.Event()
+                await self._closed.wait()
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.id} {self._state.value}>"
+
+    # What the membership and the sink use.
+
+    def enter(self, state: ConnectionState, code: int, reason: str = "") -> None:
+        """Go on to another state, with the code and reason of the end; interrupt who is reading.
+
+        Raises:
+            RuntimeError: If the state can't follow the present one.
+        """
+        if state not in _TRANSITIONS[self._state]:
+            raise RuntimeError(f"a connection doesn't go from {self._state.value} to {state.value}")
+        self._state = state
+        if self.close_code is None:
+            self.close_code = code
+            self.close_reason = reason
+        if self._reader is not None and not self._is_interrupted and self._reader is not asyncio.current_task():
+            self._is_interrupted = True
+            self._reader.cancel()
+        if state is ConnectionState.CLOSED and self._closed is not None:
+            self._closed.set()
+
+    def lost(self, code: int, reason: str) -> None:
+        """The sink or the reader found the peer gone."""
+        self._keeper.lost(self, code, reason)
+
+    def evict(self, cause: str) -> None:
+        """The sink found that the peer doesn't take what it is sent."""
+        self._keeper.evict(self, cause)
+
+    # What `websocket.send` and `websocket.receive` are while the connection lives.
+
+    async def _send_for_app(self, message: MutableMapping[str, Any]) -> None:
+        self._keeper.before_app_send()
+        event: Event = message
+        if event["type"] == "websocket.close":
+            if self.sink.is_ended:
+                return  # closed already: nothing to complain about
+            event = {**event, "reason": cut_reason(event.get("reason") or "")}
+            self._keeper.leave(self, event.get("code", CloseCode.NORMAL), event["reason"], ConnectionState.CLOSING)
+        elif self.sink.is_ended:
+            raise self._closed_error()
+        try:
+            await self.sink.send_event(event)
+        except WebSocketDisconnect as error:
+            # Starlette now counts the app's side as closed, and a later `receive_text` would raise RuntimeError, which
+            # no endpoint catches. Its `receive` goes on to the disconnect instead.
+            self.websocket.application_state = WebSocketState.CONNECTED
+            self.lost(error.code, error.reason)
+            raise
+        finally:
+            if self._state is ConnectionState.CLOSING and event["type"] == "websocket.close":
+                self.enter(ConnectionState.CLOSED, CloseCode.NORMAL)
+
+    async def _receive_for_app(self) -> MutableMapping[str, Any]:
+        if self._state is ConnectionState.CLOSED and self.sink.is_ended:
+            return self._disconnect_event()
+        event = await self._receive_event()
+        if event["type"] == "websocket.disconnect":
+            self.lost(event.get("code") or ABNORMAL, event.get("reason") or "")
+        else:
+            text = event.get("text")
+            observed = self._keeper.observe_message(self, event["bytes"] if text is None else text)
+            if observed is not None:
+                await observed
+        return event
+
+    async def _receive_event(self) -> MutableMapping[str, Any]:
+        # As asyncio.timeout does it: our own cancellation is taken back and means "the connection has ended", anybody
+        # else's passes through.
+        task = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
+        self._reader = task
+        try:
+            return await self._app_receive()
+        except asyncio.CancelledError:
+            if not self._is_interrupted or task is None or task.uncancel() > cancelling:
+                raise
+            return self._disconnect_event()
+        except (OSError, RuntimeError):
+            # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
+            return self._disconnect_event()
+        finally:
+            self._reader = None
+            self._is_interrupted = False
+
+    def _disconnect_event(self) -> MutableMapping[str, Any]:
+        code = ABNORMAL if self.close_code is None else self.close_code
+        return {"type": "websocket.disconnect", "code": code, "reason": self.close_reason}
+
+    def _closed_error(self) -> ConnectionClosed:
+        return ConnectionClosed(ABNORMAL if self.close_code is None else self.close_code, self.close_reason)
+
+    async def _refuse(self, code: CloseCode, reason: str) -> ConnectionClosed:
+        await self.close(code, reason)
+        return ConnectionClosed(code, reason)
+
+
+def _make_sink(connection: Connection, websocket: WebSocket, watch: Watch) -> tuple[Sink, str]:
+    if "send" in vars(websocket):
+        # Another manager owns this socket's writes already: go through its connection, in its order.
+        return Sink(connection, watch, websocket.send, websocket.send), "connected to another manager"
+    # Ours go to the server directly: Starlette's state then says only what the app itself did.
+    send = getattr(websocket, "_send", websocket.send)
+    receive = getattr(websocket, "_receive", None)
+    protocol, refused = find_protocol(receive)
+    if protocol is not None:
+        return UvicornSink(connection, watch, send, websocket.send, protocol), ""
+    return Sink(connection, watch, send, websocket.send, find_transport(receive)), refused

@@ -1,0 +1,1 @@
+"""From this process to one socket."""

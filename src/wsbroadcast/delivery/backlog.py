@@ -1,0 +1,123 @@
+"""What one connection has not taken yet: bounded in bytes and in messages. No I/O."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from wsbroadcast.message import Message
+from wsbroadcast.options import SlowConsumer
+
+# The crowd is asked to wait when this part of a backlog is full; what is left carries the tail of the crowd.
+_HIGH_WATER_PART = 8
+
+
+class BacklogFull(Exception):
+    """Raised when a message doesn't fit and the policy is to let the connection go."""
+
+
+class Turn:
+    """A place in the order of writes: something other than a message whose time comes when it is popped."""
+
+    __slots__ = ()
+
+
+class Backlog:
+    """Messages in the order in which they go out, and turns between them, which count for nothing."""
+
+    __slots__ = ("_items", "_options", "_serial", "bytes", "messages")
+
+    def __init__(self, options: SlowConsumer) -> None:
+        self._options = options
+        # Ordered by arrival. Under `conflate` a message's key is its own, so that a newer one finds it.
+        self._items: OrderedDict[str | int, Message | Turn] = OrderedDict()
+        self._serial = 0
+        self.bytes = 0
+        """Payload bytes of the waiting messages."""
+        self.messages = 0
+        """How many messages wait."""
+
+    def __iter__(self) -> Iterator[Message | Turn]:
+        return iter(self._items.values())
+
+    @property
+    def is_past_high_water(self) -> bool:
+        """Whether the connection is a slow consumer: an eighth of what may wait is waiting."""
+        options = self._options
+        return (
+            self.bytes * _HIGH_WATER_PART > options.max_backlog_bytes
+            or self.messages * _HIGH_WATER_PART > options.max_backlog_messages
+        )
+
+    def push(self, message: Message) -> int:
+        """Append a message; return how many messages, this one included, were dropped to stay within the bounds.
+
+        A message larger than the bound is taken when no other waits.
+
+        Raises:
+            BacklogFull: If it doesn't fit and the policy doesn't drop.
+        """
+        options = self._options
+        conflated = 0
+        if options.policy == "conflate" and message.key is not None and message.key in self._items:
+            self._forget(message.key)
+            conflated = 1  # the newer one goes to the end: the order of what is sent stays the order of broadcasts
+        if self._is_full_for(message):
+            if options.policy == "drop_newest":
+                return 1
+            if options.policy == "drop_oldest":
+                return self._make_room_for(message)
+            raise BacklogFull
+        self._append(message)
+        return conflated
+
+    def push_turn(self, turn: Turn) -> None:
+        """Append a turn; it is never dropped and never refused."""
+        self._serial += 1
+        self._items[self._serial] = turn
+
+    def pop(self) -> Message | Turn | None:
+        """Take out what goes next, or return `None` if nothing waits."""
+        if not self._items:
+            return None
+        _, item = self._items.popitem(last=False)
+        self._uncount(item)
+        return item
+
+    def remove_turn(self, turn: Turn) -> bool:
+        """Take out a turn wherever it stands; return whether it was still there."""
+        for key, item in self._items.items():
+            if item is turn:
+                del self._items[key]
+                return True
+        return False
+
+    def _is_full_for(self, message: Message) -> bool:
+        options = self._options
+        return self.messages > 0 and (
+            self.messages >= options.max_backlog_messages or self.bytes + message.size > options.max_backlog_bytes
+        )
+
+    def _make_room_for(self, message: Message) -> int:
+        dropped = 0
+        while self._is_full_for(message):
+            oldest = next(key for key, item in self._items.items() if isinstance(item, Message))
+            self._forget(oldest)
+            dropped += 1
+        self._append(message)
+        return dropped
+
+    def _append(self, message: Message) -> None:
+        self._serial += 1
+        key = message.key if self._options.policy == "conflate" else None
+        self._items[self._serial if key is None else key] = message
+        self.messages += 1
+        self.bytes += message.size
+
+    def _forget(self, key: str | int) -> None:
+        self._uncount(self._items.pop(key))
+
+    def _uncount(self, item: Message | Turn) -> None:
+        if isinstance(item, Message):
+            self.messages -= 1
+            self.bytes -= item.size

@@ -1,0 +1,275 @@
+"""The one owner of what a socket is sent, and the sink that works on every ASGI server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
+from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
+from wsbroadcast.delivery.batch import Batch
+from wsbroadcast.delivery.watch import Owner, Watch
+from wsbroadcast.exceptions import ConnectionClosed
+from wsbroadcast.message import Message
+
+Event = Mapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+class AppSend(Turn):
+    """Something the app sends itself, in its place among the broadcasts."""
+
+    __slots__ = ("done", "event")
+
+    def __init__(self, event: Event, done: asyncio.Future[None]) -> None:
+        self.event = event
+        self.done = done
+
+
+class Close(Turn):
+    """The close frame, after everything that was handed over before it."""
+
+    __slots__ = ("code", "reason")
+
+    def __init__(self, code: int, reason: str) -> None:
+        self.code = code
+        self.reason = reason
+
+
+class Sink:
+    """Where one connection's messages go, in the order in which they are handed over.
+
+    While the peer keeps up there is nothing but this object. When something has to wait, a `Backlog` and one writer
+    task are made, and go away when the last of it is written. Only that task writes then: concurrent senders reorder on
+    granian, break on uvicorn's legacy protocol and corrupt deflate on hypercorn. A write that was cancelled or failed
+    ends the sink: nothing is ever written after it, because nobody knows how much of it went out.
+    """
+
+    kind = "asgi"
+    """The name under which `stats()` counts it."""
+
+    __slots__ = (
+        "_app_send",
+        "_is_behind",
+        "_send",
+        "_watch",
+        "_writer",
+        "backlog",
+        "is_ended",
+        "owner",
+        "steps",
+        "transport",
+    )
+
+    def __init__(
+        self,
+        owner: Owner,
+        watch: Watch,
+        send: Send,
+        app_send: Send,
+        transport: asyncio.Transport | None = None,
+    ) -> None:
+        self.owner = owner
+        self.backlog: Backlog | None = None
+        """What waits, or `None` while nothing does."""
+        self.is_ended = False
+        """Whether nothing more is taken: a close was handed over, or the socket is lost."""
+        self.steps = 0
+        """Writes finished by the writer task; it stands still when the peer takes nothing."""
+        self.transport = transport
+        """The transport below the server's protocol, where it could be found: it can be aborted."""
+        self._watch = watch
+        # The server's own `send` for what we send, Starlette's for what the app sends: its state follows the app.
+        self._send = send
+        self._app_send = app_send
+        # Exists exactly as long as the backlog.
+        self._writer: asyncio.Task[None] | None = None
+        self._is_behind = False
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that wait."""
+        return 0 if self.backlog is None else self.backlog.bytes
+
+    @property
+    def held_messages(self) -> int:
+        """Messages that wait."""
+        return 0 if self.backlog is None else self.backlog.messages
+
+    def deliver(self, batch: Batch[Any]) -> None:
+        """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
+        self.enqueue(batch.messages)
+
+    def enqueue(self, messages: Iterable[Message]) -> None:
+        """Put messages into the backlog for the writer task."""
+        if self.is_ended:
+            return
+        backlog = self.backlog or self._open_backlog()
+        policy = self._watch.options.policy
+        for message in messages:
+            try:
+                dropped = backlog.push(message)
+            except BacklogFull:
+                self._watch.counters.dropped["closed"] += 1
+                self.owner.evict("backlog_full")
+                return
+            if dropped:
+                self._watch.counters.dropped[policy] += dropped
+        if not self._is_behind and backlog.is_past_high_water:
+            self._is_behind = True
+            self._watch.fell_behind(self)
+
+    async def send_event(self, event: Event) -> None:
+        """Send what the app itself sends: after everything handed over before, and before everything after.
+
+        Cancelled while it waits, it is withdrawn; once it is being written it is finished, whoever is cancelled.
+
+        Raises:
+            ConnectionClosed: If the connection ended before its turn came.
+        """
+        if self.is_ended:
+            raise ConnectionClosed(ABNORMAL)
+        is_close = event["type"] == "websocket.close"
+        backlog = self.backlog or self._open_backlog()
+        turn = AppSend(event, asyncio.get_running_loop().create_future())
+        backlog.push_turn(turn)
+        if is_close:
+            self.is_ended = True
+        try:
+            await turn.done
+        except asyncio.CancelledError:
+            if not is_close:
+                backlog.remove_turn(turn)
+            raise
+        except ConnectionClosed:
+            if not is_close:  # a close of what is closed has nothing to complain about
+                raise
+
+    async def close(self, code: int, reason: str) -> None:
+        """Send what waits and then a close frame. Ends within `close_timeout` when the peer takes nothing.
+
+        A peer that goes on taking gets up to `send_timeout`. What could not be sent by then is dropped and counted.
+        """
+        options = self._watch.options
+        self.is_ended = True
+        backlog = self.backlog or self._open_backlog()
+        backlog.push_turn(Close(code, reason))
+        writer = self._writer
+        assert writer is not None  # it lives as long as the backlog
+        deadline = asyncio.get_running_loop().time() + options.send_timeout
+        progress = None
+        while not writer.done() and progress != (progress := self.progress()):
+            if asyncio.get_running_loop().time() >= deadline:
+                break
+            await asyncio.wait({writer}, timeout=options.close_timeout)
+        if not writer.done():
+            self.abort()
+            await asyncio.wait({writer}, timeout=options.close_timeout)
+
+    def discard(self) -> None:
+        """Throw away what waits; the messages are counted, the app's own sends learn of it."""
+        backlog = self.backlog
+        if backlog is None:
+            return
+        while (item := backlog.pop()) is not None:
+            if isinstance(item, Message):
+                self._watch.counters.dropped["closed"] += 1
+            elif isinstance(item, AppSend) and not item.done.done():
+                item.done.set_exception(ConnectionClosed(ABNORMAL))
+
+    def end(self) -> None:
+        """Write nothing any more: the peer is gone."""
+        self.is_ended = True
+        if self._writer is None:
+            return
+        if self._writer is not asyncio.current_task():
+            self._writer.cancel()
+        self._close_backlog()  # here, because a task that never ran a step is cancelled without its `finally`
+
+    def abort(self) -> None:
+        """End at once and cut the socket off, where the server lets us; for a peer that takes nothing."""
+        self.end()
+        if self.transport is not None:
+            self.transport.abort()
+
+    def release(self) -> None:
+        """See to it that the server can free the socket: abort it if the peer takes nothing for `close_timeout`.
+
+        Servers wait without limit for a closing transport to drain, and can't shut down meanwhile.
+        """
+        transport = self.transport
+        if transport is not None and transport.get_write_buffer_size() > 0:
+            self._watch.abort_unless_drained(transport)
+
+    def progress(self) -> tuple[int, int]:
+        """Return something that changes whenever the peer takes something."""
+        return self.steps, 0 if self.transport is None else self.transport.get_write_buffer_size()
+
+    async def write(self, message: Message) -> None:
+        """Write one message from the backlog; wait as long as the peer can't take it."""
+        await self._send(message.event)
+
+    def _open_backlog(self) -> Backlog:
+        self.backlog = Backlog(self._watch.options)
+        self._writer = self._watch.start_writer(self, self._drain(self.backlog))
+        return self.backlog
+
+    async def _drain(self, backlog: Backlog) -> None:
+        try:
+            while (item := backlog.pop()) is not None:
+                if isinstance(item, Message):
+                    await self.write(item)
+                elif isinstance(item, AppSend):
+                    await self._run(item)
+                elif isinstance(item, Close):
+                    await self._write_close(item)
+                self.steps += 1
+                if self._is_behind and not backlog.is_past_high_water:
+                    self._catch_up()
+        except Exception:
+            # Servers raise OSError, RuntimeError or their own: whatever it is, this socket takes no more.
+            self.owner.lost(ABNORMAL, "")
+        finally:
+            if self.backlog is backlog:
+                self._close_backlog()
+
+    def _close_backlog(self) -> None:
+        self.discard()
+        self.backlog = None
+        self._writer = None
+        if self._is_behind:
+            self._catch_up()
+        self._watch.writer_ended(self)
+
+    def _catch_up(self) -> None:
+        self._is_behind = False
+        self._watch.caught_up(self)
+
+    async def _run(self, turn: AppSend) -> None:
+        if turn.done.done():
+            return
+        try:
+            await self._app_send(dict(turn.event))
+        except asyncio.CancelledError:
+            if not turn.done.done():
+                turn.done.set_exception(ConnectionClosed(ABNORMAL))
+            raise
+        except Exception as error:  # the app's own mistake or the peer's end: the app is told, the next write shows
+            if not turn.done.done():
+                turn.done.set_exception(error)
+        else:
+            if not turn.done.done():
+                turn.done.set_result(None)
+
+    async def _write_close(self, turn: Close) -> None:
+        reason = cut_reason(turn.reason)
+        for code in fallback_codes(turn.code):
+            try:
+                await self._send({"type": "websocket.close", "code": code, "reason": reason})
+                return
+            except OSError:
+                return  # the peer is gone: closed all the same
+            except Exception:
+                if code == CloseCode.NORMAL:
+                    return  # refused in every form

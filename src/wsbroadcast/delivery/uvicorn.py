@@ -1,0 +1,96 @@
+"""The fast path: writing shared frames to the transport of uvicorn's default WebSocket protocol.
+
+Nothing of the server is patched. Whatever looks different from what this module knows means `Sink`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from wsbroadcast.close_codes import ABNORMAL
+from wsbroadcast.delivery.batch import Batch
+from wsbroadcast.delivery.frames import PLAIN
+from wsbroadcast.delivery.sink import Event, Send, Sink
+from wsbroadcast.delivery.watch import Owner, Watch
+from wsbroadcast.message import Message
+
+
+class UvicornSink(Sink):
+    """Writes to the transport while it takes more, and waits for `writable` only when it doesn't."""
+
+    kind = "uvicorn"
+
+    __slots__ = ("_form", "_protocol", "_transport_write", "_writable")
+
+    def __init__(self, owner: Owner, watch: Watch, send: Send, app_send: Send, protocol: Any) -> None:
+        super().__init__(owner, watch, send, app_send, protocol.transport)
+        self._protocol = protocol
+        self._transport_write = protocol.transport.write
+        self._writable: asyncio.Event = protocol.writable
+        self._form = PLAIN
+
+    def deliver(self, batch: Batch[Any]) -> None:
+        """Write the batch at once, as the same bytes that every other connection gets."""
+        if self.backlog is not None or not self._writable.is_set():
+            self.enqueue(batch.messages)
+        elif self._is_open():
+            self._transport_write(batch.wire(self._form))
+        elif not self.is_ended:
+            self.owner.lost(ABNORMAL, "")
+
+    async def send_event(self, event: Event) -> None:
+        """Send what the app itself sends; straight through while nothing waits."""
+        if self.backlog is not None or not self._writable.is_set():
+            await super().send_event(event)
+            return
+        if event["type"] == "websocket.close":
+            self.is_ended = True
+        await self._app_send(dict(event))  # doesn't suspend while the transport takes more
+
+    async def write(self, message: Message) -> None:
+        """Write one message from the backlog as soon as the transport takes more."""
+        await self._writable.wait()
+        if not self._is_open():
+            raise ConnectionResetError
+        self._transport_write(self._form.frame(message))
+
+    def _is_open(self) -> bool:
+        protocol = self._protocol
+        return protocol.handshake_complete and not protocol.close_sent and not self.transport.is_closing()  # type: ignore[union-attr]
+
+
+def find_protocol(receive: object) -> tuple[Any, str]:
+    """Find uvicorn's protocol object behind an ASGI `receive`.
+
+    Returns:
+        The protocol and an empty text, or `None` and the reason why the fast path is refused.
+    """
+    protocol = getattr(receive, "__self__", None)
+    if protocol is None:
+        return None, "receive is wrapped"
+    kind = type(protocol)
+    if kind.__name__ != "WebSocketsSansIOProtocol" or not kind.__module__.startswith("uvicorn."):
+        return None, f"server protocol {kind.__name__}"
+    unknown = [name for name, kind in _ATTRIBUTES.items() if not isinstance(getattr(protocol, name, None), kind)]
+    if find_transport(receive) is None:
+        unknown.append("transport")
+    if unknown:
+        return None, f"unknown uvicorn: {', '.join(unknown)}"
+    return protocol, ""
+
+
+def find_transport(receive: object) -> asyncio.Transport | None:
+    """Find the transport behind any of uvicorn's protocols, so that a stalled peer can be aborted."""
+    protocol = getattr(receive, "__self__", None)
+    if not type(protocol).__module__.startswith("uvicorn."):
+        return None
+    transport = getattr(protocol, "transport", None)
+    # uvloop's transports are no subclass of asyncio's: what they can do is what counts.
+    if all(callable(getattr(transport, name, None)) for name in _TRANSPORT_METHODS):
+        return transport
+    return None
+
+
+_ATTRIBUTES: dict[str, type] = {"writable": asyncio.Event, "handshake_complete": bool, "close_sent": bool}
+_TRANSPORT_METHODS = ("write", "abort", "is_closing", "get_write_buffer_size")

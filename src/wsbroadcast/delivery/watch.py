@@ -1,0 +1,142 @@
+"""Looks after the sinks that have something waiting: who is behind, and who stands still for too long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from wsbroadcast.counters import Counters
+from wsbroadcast.options import SlowConsumer
+
+# How often within `send_timeout` a waiting sink is looked at. Ticks of the loop are counted rather than seconds: while
+# the loop itself is blocked there are none, so nobody is evicted for the app's own stall.
+_TICKS = 8
+
+
+class Owner(Protocol):
+    """Whom a sink tells what became of its socket."""
+
+    def lost(self, code: int, reason: str) -> None:
+        """A write failed: the peer is gone."""
+
+    def evict(self, cause: str) -> None:
+        """The peer doesn't take what it is sent."""
+
+
+class Waiting(Protocol):
+    """What the watch has to know of a sink."""
+
+    @property
+    def owner(self) -> Owner: ...  # noqa: D102
+    @property
+    def held_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def held_messages(self) -> int: ...  # noqa: D102
+    def progress(self) -> object: ...  # noqa: D102
+    def abort(self) -> None: ...  # noqa: D102
+
+
+class Watch:
+    """The waiting sinks of one node. It does nothing, and holds nothing, while every peer keeps up."""
+
+    def __init__(self, options: SlowConsumer, counters: Counters) -> None:
+        self.options = options
+        self.counters = counters
+        self.waiting: dict[Waiting, _Standstill] = {}
+        """The sinks with a backlog."""
+        self.behind: set[Waiting] = set()
+        """Those among them that are slow consumers: past their high-water mark."""
+        # Broadcasters that wait for the crowd.
+        self._waiters: list[asyncio.Future[None]] = []
+        self._tick: asyncio.TimerHandle | None = None
+
+    def start_writer(self, sink: Waiting, drain: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a sink's writer; it ends by itself when nothing waits any more, and `writer_ended` follows."""
+        loop = asyncio.get_running_loop()
+        writer = loop.create_task(drain, name="wsbroadcast writer")
+        self.waiting[sink] = _Standstill(sink, writer)
+        if self._tick is None:
+            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look)
+        return writer
+
+    def writer_ended(self, sink: Waiting) -> None:
+        """A sink has nothing waiting any more."""
+        self.waiting.pop(sink, None)
+
+    def fell_behind(self, sink: Waiting) -> None:
+        """A sink went past its high-water mark."""
+        self.behind.add(sink)
+
+    def caught_up(self, sink: Waiting) -> None:
+        """A sink is below its high-water mark again."""
+        self.behind.discard(sink)
+        self.wake()
+
+    async def wait_for_change(self, deadline: float) -> None:
+        """Return after the next `wake`, or at the deadline."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await waiter
+        except TimeoutError:
+            pass
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def wake(self) -> None:
+        """Let waiting broadcasters look again whether they may go on."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def abort_unless_drained(self, transport: asyncio.Transport) -> None:
+        """Abort a transport that still holds bytes after `close_timeout`."""
+
+        def check() -> None:
+            if transport.get_write_buffer_size() > 0:
+                transport.abort()
+
+        asyncio.get_running_loop().call_later(self.options.close_timeout, check)
+
+    async def aclose(self) -> None:
+        """End every writer and wait for them."""
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        writers = [standstill.writer for standstill in self.waiting.values()]
+        for sink in list(self.waiting):
+            sink.abort()
+        if writers:
+            await asyncio.wait(writers)
+
+    def _look(self) -> None:
+        self._tick = None
+        for sink, standstill in list(self.waiting.items()):
+            if standstill.ticks() >= _TICKS:
+                sink.owner.evict("send_timeout")
+        if self.waiting:
+            loop = asyncio.get_running_loop()
+            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look)
+
+
+class _Standstill:
+    """How long a waiting sink has made no progress."""
+
+    __slots__ = ("_progress", "_sink", "_ticks", "writer")
+
+    def __init__(self, sink: Waiting, writer: asyncio.Task[None]) -> None:
+        self.writer = writer
+        self._sink = sink
+        self._progress = sink.progress()
+        self._ticks = 0
+
+    def ticks(self) -> int:
+        """Count one more tick, or begin again if the peer took something."""
+        progress = self._sink.progress()
+        self._ticks = 0 if progress != self._progress else self._ticks + 1
+        self._progress = progress
+        return self._ticks

@@ -1,0 +1,49 @@
+"""The engine of a single process: what is published is received at once."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from wsbroadcast.engines.base import Engine, Health, Publication, Receiver
+from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+
+
+class MemoryEngine(Engine):
+    """Reaches the connections of this process only. No I/O, nothing to configure."""
+
+    name = "memory"
+
+    def __init__(self) -> None:
+        self._receiver: Receiver | None = None
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make an engine from `memory://`."""
+        if url.removeprefix("memory:").strip("/"):
+            raise ConfigurationError("the memory engine takes no host and no path: write memory://")
+        return cls()
+
+    async def start(self, receiver: Receiver) -> None:
+        """Begin to hand publications to the receiver."""
+        self._receiver = receiver
+
+    async def aclose(self) -> None:
+        """Stop."""
+        self._receiver = None
+
+    async def publish(self, publication: Publication) -> None:
+        """Deliver to this node's connections; returns when they have it."""
+        await self._started().receive(publication)
+
+    def publish_nowait(self, publication: Publication) -> None:
+        """Deliver to this node's connections."""
+        self._started().receive_nowait(publication)
+
+    async def health(self) -> Health:
+        """Tell whether the engine was started."""
+        return Health(self.name, self._receiver is not None, "" if self._receiver else "not started")
+
+    def _started(self) -> Receiver:
+        if self._receiver is None:
+            raise EngineUnavailable("the memory engine is not started")
+        return self._receiver

@@ -1,0 +1,341 @@
+"""User code around events: the hooks, and the chain that runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, get_args
+
+from wsbroadcast.audience import Audience
+from wsbroadcast.connection import Connection
+from wsbroadcast.counters import Counters
+from wsbroadcast.engines.base import Gap
+from wsbroadcast.exceptions import ConfigurationError, PermissionDenied
+from wsbroadcast.message import Message
+
+logger = logging.getLogger("wsbroadcast")
+
+HookEvent = Literal[
+    "on_connect",
+    "on_disconnect",
+    "on_message",
+    "on_subscribe",
+    "on_unsubscribe",
+    "on_broadcast",
+    "on_deliver",
+    "on_gap",
+    "on_error",
+]
+
+# What an observer may refuse by raising PermissionDenied.
+_REFUSABLE = {"on_connect", "on_subscribe", "on_message"}
+
+# A step of a hook that keeps the event loop this many seconds is reported by name.
+_BLOCKED_SECONDS = 1.0
+
+# Broadcasts from within broadcast hooks may nest this deep: a hook that answers its own broadcasts is a mistake.
+_MAX_DEPTH = 8
+_depth: ContextVar[int] = ContextVar("wsbroadcast_hook_depth", default=0)
+_is_delivering: ContextVar[bool] = ContextVar("wsbroadcast_is_delivering", default=False)
+
+
+class Delivery:
+    """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
+
+    __slots__ = ("_instead", "audience", "message", "recipients")
+
+    def __init__(self, message: Message, audience: Audience, recipients: list[Connection]) -> None:
+        self.message = message
+        """What was broadcast."""
+        self.audience = audience
+        """Whom it was broadcast to."""
+        self.recipients = recipients
+        """The connections that will get it; a hook may remove some, or assign a shorter list."""
+        self._instead: dict[str, Message] = {}
+
+    def replace(self, connection: Connection, message: object) -> None:
+        """Give one recipient another message instead.
+
+        Raises:
+            EncodeError: If that message can't be sent.
+        """
+        self._instead[connection.id] = Message.of(message)
+
+    def parts(self) -> list[tuple[Message, list[Connection]]]:
+        """Return each message with those who get it."""
+        if not self._instead:
+            return [(self.message, self.recipients)]
+        same = [recipient for recipient in self.recipients if recipient.id not in self._instead]
+        others = [recipient for recipient in self.recipients if recipient.id in self._instead]
+        return [(self.message, same), *((self._instead[other.id], [other]) for other in others)]
+
+
+class Hook:
+    """Code of yours around the events of a manager. Override what you need; the rest costs nothing.
+
+    Hooks run in the order in which they were given. `on_broadcast` and `on_deliver` fail closed: if one raises or is
+    cut off by the timeout, nobody gets the message and the caller sees the error. The others observe and fail open: the
+    error is counted, logged and passed to `on_error`, and everything goes on. The exception is `PermissionDenied`, with
+    which `on_connect`, `on_subscribe` and `on_message` refuse what they see. A hook may broadcast, and disconnect the
+    connection it is about.
+    """
+
+    async def on_connect(self, connection: Connection) -> None:
+        """A connection was accepted and registered."""
+
+    async def on_disconnect(self, connection: Connection) -> None:
+        """A connection ended, whichever way; runs once for each that `on_connect` saw. `close_code` says how."""
+
+    async def on_message(self, connection: Connection, message: str | bytes) -> None:
+        """A peer sent a message; runs before the endpoint gets it, however it reads."""
+
+    async def on_subscribe(self, connection: Connection, channel: str) -> None:
+        """A connection was subscribed to a channel, by `connect` too."""
+
+    async def on_unsubscribe(self, connection: Connection, channel: str) -> None:
+        """A connection left a channel, by its end too."""
+
+    async def on_broadcast(self, message: Message, audience: Audience) -> object:
+        """A broadcast is about to go out; runs once, on the node where it was called.
+
+        Returns:
+            The message, or what to send instead of it, or `None` to hold it back.
+        """
+        return message
+
+    async def on_deliver(self, delivery: Delivery) -> None:
+        """A broadcast is about to reach this node's recipients; runs once per node."""
+
+    async def on_gap(self, gap: Gap) -> None:
+        """The engine was cut off from its broker; messages from other nodes may be missing."""
+
+    async def on_error(self, error: Exception, where: str) -> None:
+        """A hook failed; `where` names the event and the hook."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class HookChain:
+    """The hooks of one manager by event, and the rules under which they run."""
+
+    def __init__(self, timeout: float, counters: Counters) -> None:
+        self._timeout = timeout
+        self._counters = counters
+        self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
+
+    def add(self, hook: Hook) -> None:
+        """Append a hook; of its methods only the overridden ones are ever called."""
+        if not isinstance(hook, Hook):
+            raise ConfigurationError(f"a hook is an instance of Hook, not {hook!r}")
+        for event in get_args(HookEvent):
+            if getattr(type(hook), event) is not getattr(Hook, event):
+                self.add_function(event, getattr(hook, event))
+
+    def add_function(self, event: HookEvent, function: F) -> F:
+        """Append a function, `async def` or `def`, for one event."""
+        self._functions[event] = (*self._functions[event], function)
+        return function
+
+    def has(self, event: HookEvent) -> bool:
+        """Tell whether any hook is there for an event."""
+        return bool(self._functions[event])
+
+    async def observe(self, event: HookEvent, *args: object) -> None:
+        """Run the observers of an event, each whatever the others did.
+
+        Raises:
+            PermissionDenied: If one of them refuses on purpose; those after it don't run.
+        """
+        for function in self._functions[event]:
+            try:
+                await self._call(event, function, args)
+            except PermissionDenied as error:
+                if event in _REFUSABLE:
+                    raise
+                await self._report(error, f"{event} hook {_name(function)}")
+            except Exception as error:
+                await self._report(error, f"{event} hook {_name(function)}")
+
+    async def transform(self, message: Message, audience: Audience) -> Message | None:
+        """Run the `on_broadcast` hooks, each on what the one before returned.
+
+        Raises:
+            Exception: Whatever a hook raises.
+        """
+        for function in self._functions["on_broadcast"]:
+            with _nested("on_broadcast"), self._counted():
+                result = await self._call("on_broadcast", function, (message, audience))
+                if result is None:
+                    self._counters.vetoed += 1
+                    return None
+                message = Message.of(result, message.key)
+        return message
+
+    async def deliver(self, delivery: Delivery) -> None:
+        """Run the `on_deliver` hooks.
+
+        Raises:
+            Exception: Whatever a hook raises.
+        """
+        token = _is_delivering.set(True)
+        try:
+            for function in self._functions["on_deliver"]:
+                with _nested("on_deliver"), self._counted():
+                    await self._call("on_deliver", function, (delivery,))
+        finally:
+            _is_delivering.reset(token)
+
+    async def _call(self, event: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        name = f"{event} hook {_name(function)}"
+        task = asyncio.current_task()
+        cancelling = 0 if task is None else task.cancelling()
+        watch = _BlockingWatch(name)
+        with watch.step():
+            result = function(*args)
+        if not isinstance(result, Awaitable):
+            return result
+        try:
+            async with asyncio.timeout(self._timeout) as limit:
+                return await _Stepped(result, watch)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # the hook's own
+            raise TimeoutError(f"{name} was cut off after {self._timeout:g} s") from error
+        except asyncio.CancelledError as error:
+            if task is None or task.cancelling() > cancelling:
+                raise
+            raise RuntimeError(f"{name} was cancelled from within") from error
+
+    @contextmanager
+    def _counted(self) -> Generator[None]:
+        try:
+            yield
+        except Exception:
+            self._counters.hook_errors += 1
+            raise
+
+    async def _report(self, error: Exception, where: str) -> None:
+        self._counters.hook_errors += 1
+        logger.error("%s failed", where, exc_info=error)
+        for function in self._functions["on_error"]:
+            try:
+                await self._call("on_error", function, (error, where))
+            except Exception:
+                self._counters.hook_errors += 1
+                logger.exception("on_error hook %s failed", _name(function))
+
+
+class HookDecorators:
+    """The decorators of a manager, such as `@manager.on_connect`, for functions with a `Hook` method's arguments."""
+
+    hooks: HookChain
+
+    def on_connect(self, function: F) -> F:
+        """Run `function(connection)` after a connection was accepted and registered."""
+        return self.hooks.add_function("on_connect", function)
+
+    def on_disconnect(self, function: F) -> F:
+        """Run `function(connection)` once after a connection ended."""
+        return self.hooks.add_function("on_disconnect", function)
+
+    def on_message(self, function: F) -> F:
+        """Run `function(connection, message)` before the endpoint gets a message of a peer."""
+        return self.hooks.add_function("on_message", function)
+
+    def on_subscribe(self, function: F) -> F:
+        """Run `function(connection, channel)` after a connection was subscribed to a channel."""
+        return self.hooks.add_function("on_subscribe", function)
+
+    def on_unsubscribe(self, function: F) -> F:
+        """Run `function(connection, channel)` after a connection left a channel."""
+        return self.hooks.add_function("on_unsubscribe", function)
+
+    def on_broadcast(self, function: F) -> F:
+        """Run `function(message, audience)` before each broadcast; it returns the message, another one, or `None`."""
+        return self.hooks.add_function("on_broadcast", function)
+
+    def on_deliver(self, function: F) -> F:
+        """Run `function(delivery)` before each broadcast reaches this node's recipients."""
+        return self.hooks.add_function("on_deliver", function)
+
+    def on_gap(self, function: F) -> F:
+        """Run `function(gap)` when messages from other nodes may be missing."""
+        return self.hooks.add_function("on_gap", function)
+
+    def on_error(self, function: F) -> F:
+        """Run `function(error, where)` when a hook failed."""
+        return self.hooks.add_function("on_error", function)
+
+
+class _BlockingWatch:
+    """Times each step of a hook between two awaits and names the hook that keeps the event loop."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - started
+            if seconds >= _BLOCKED_SECONDS:
+                logger.warning(
+                    "%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread",
+                    self._name,
+                    seconds,
+                )
+
+
+class _Stepped:
+    """An awaitable that runs another one step by step under a watch (the expansion of `yield from`, PEP 380)."""
+
+    def __init__(self, awaitable: Awaitable[Any], watch: _BlockingWatch) -> None:
+        self._awaitable = awaitable
+        self._watch = watch
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps = self._awaitable.__await__()
+        try:
+            with self._watch.step():
+                wanted = next(steps)
+            while True:
+                try:
+                    sent = yield wanted
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    with self._watch.step():
+                        wanted = steps.throw(error)
+                else:
+                    with self._watch.step():
+                        wanted = steps.send(sent)
+        except StopIteration as end:
+            return end.value
+
+
+@contextmanager
+def _nested(event: str) -> Generator[None]:
+    depth = _depth.get()
+    if depth >= _MAX_DEPTH:
+        raise RuntimeError(f"an {event} hook broadcasts from within itself, {depth} deep; let it pass its own messages")
+    token = _depth.set(depth + 1)
+    try:
+        yield
+    finally:
+        _depth.reset(token)
+
+
+def is_delivering() -> bool:
+    """Tell whether the caller runs inside an `on_deliver` hook."""
+    return _is_delivering.get()
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__qualname__", None) or repr(function)

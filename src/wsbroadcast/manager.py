@@ -1,0 +1,442 @@
+"""ConnectionManager: the class every FastAPI tutorial makes its readers write, as a library."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from starlette.websockets import WebSocket
+
+from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
+from wsbroadcast.close_codes import ABNORMAL, CloseCode
+from wsbroadcast.connection import Connection
+from wsbroadcast.counters import Counters, Stats
+from wsbroadcast.engines import create_engine
+from wsbroadcast.engines.base import Engine, Health, Publication
+from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, MessageTooLarge
+from wsbroadcast.hooks import Hook, HookChain, HookDecorators
+from wsbroadcast.loops import running_loop, wait_in_thread, without_waiting
+from wsbroadcast.membership import Headers, find_connection
+from wsbroadcast.message import Message
+from wsbroadcast.node import Node
+from wsbroadcast.options import Limits, SlowConsumer
+
+Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
+"""Who does not get a broadcast."""
+
+_NOBODY: frozenset[str] = frozenset()
+
+
+class ConnectionManager(HookDecorators):
+    """Keeps the connections of an app and broadcasts to them.
+
+    Made without any I/O, at import time if you like. It runs in the event loop where it is used first, or where
+    `start`, `async with` or `lifespan` begins it.
+
+    Args:
+        engine: A URL that names the engine, or an engine. `memory://` reaches the connections of this process.
+        hooks: Code of yours around its events, in the order in which it runs.
+        limits: How much is too much.
+        slow_consumer: What happens to a connection that doesn't keep up.
+        hook_timeout: Seconds after which a hook is cut off.
+
+    Raises:
+        ConfigurationError: If an option or the URL makes no sense.
+    """
+
+    def __init__(
+        self,
+        engine: str | Engine = "memory://",
+        *,
+        hooks: Iterable[Hook] = (),
+        limits: Limits = Limits(),  # noqa: B008  # frozen
+        slow_consumer: SlowConsumer = SlowConsumer(),  # noqa: B008  # frozen
+        hook_timeout: float = 5.0,
+    ) -> None:
+        self._engine = create_engine(engine)
+        self._limits = limits
+        self._slow_consumer = slow_consumer
+        self._counters = Counters()
+        self.hooks = HookChain(hook_timeout, self._counters)
+        """The hooks by event; the decorators add to it."""
+        for hook in hooks:
+            self.hooks.add(hook)
+        # The loop it runs in, `None` before the start and after the end.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._starts = 0
+        self._is_closed = False
+        self._node = self._new_node()
+
+    # Connections.
+
+    def connect(
+        self,
+        websocket: WebSocket,
+        *,
+        user: UserId | None = None,
+        channels: Iterable[str] = (),
+        info: object = None,
+        subprotocol: str | None = None,
+        headers: Headers | None = None,
+    ) -> Connecting:
+        """Accept a WebSocket, unless it is accepted already, and register it.
+
+        Await it for the `Connection`, or use it with `async with`, which removes the connection on the way out. A
+        socket that is registered already stays what it is and is subscribed to the channels. If the call fails or is
+        cancelled, nothing is registered.
+
+        Args:
+            websocket: The endpoint's WebSocket. Its `send` and `receive` are taken over.
+            user: Who is behind it; one user may have many connections.
+            channels: The channels it is subscribed to from the start.
+            info: Whatever you want to find again as `connection.info`.
+            subprotocol: The subprotocol to accept with.
+            headers: Headers to accept with.
+
+        Raises:
+            ConnectionClosed: If the socket is closed, or its peer went away meanwhile.
+            InvalidChannel: If a channel name breaks a rule.
+            ValueError: If the user is no id.
+            PermissionDenied: If a hook refuses it; the socket is closed with 1008.
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
+        return Connecting(
+            self,
+            websocket,
+            self._connect(websocket, user=user, channels=channels, info=info, subprotocol=subprotocol, headers=headers),
+        )
+
+    async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
+        await self._run_here()
+        return await self._node.membership.join(websocket, self, **options)
+
+    def disconnect(self, websocket: WebSocket | Connection) -> None:
+        """Remove a connection whose peer is gone. Synchronous and idempotent; the socket isn't closed."""
+        connection = find_connection(websocket, self)
+        if connection is not None:
+            self._node.membership.leave(connection, ABNORMAL, "")
+
+    async def close(self, websocket: WebSocket | Connection, code: int = CloseCode.NORMAL, reason: str = "") -> None:
+        """Send what was handed over before, then close and remove. Idempotent.
+
+        Never hangs: a peer that takes nothing for `close_timeout` is cut off.
+
+        Args:
+            websocket: What to close; one that was never connected is left alone.
+            code: A code that a close frame may carry; where the server refuses it, the same plus 3000, or 1000.
+            reason: Cut to 123 bytes of UTF-8.
+
+        Raises:
+            ValueError: If the code can't be sent.
+        """
+        connection = find_connection(websocket, self)
+        if connection is not None:
+            await self._node.membership.close(connection, code, reason)
+
+    async def subscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
+        """Subscribe a connection to channels; every later broadcast to them, from any node, arrives.
+
+        Raises:
+            ConnectionClosed: If the connection has ended.
+            InvalidChannel: If a name breaks a rule; then none of them is subscribed.
+            PermissionDenied: If a hook refuses a channel; that one and those after it are not subscribed.
+        """
+        names = as_channels(channels)
+        await self._node.membership.subscribe(self._find_open(connection), names)
+
+    async def unsubscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
+        """Unsubscribe a connection from channels; those it isn't in are passed over.
+
+        Raises:
+            InvalidChannel: If a name breaks a rule.
+        """
+        names = as_channels(channels)
+        found = find_connection(connection, self)
+        if found is not None:
+            await self._node.membership.unsubscribe(found, names)
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The registered connections of this node, in the order in which they came."""
+        return self._node.registry.recipients(EVERYONE)
+
+    @property
+    def active_connections(self) -> list[WebSocket]:
+        """Their WebSockets, as in FastAPI's tutorial."""
+        return [connection.websocket for connection in self._node.registry.recipients(EVERYONE)]
+
+    # Messages.
+
+    async def broadcast(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        exclude: Exclude = (),
+        key: str | None = None,
+    ) -> None:
+        """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
+
+        Returns once the engine has taken it. Connections receive it at most once, in the order in which the engine took
+        the messages of the audience. Nothing sent to a connection afterwards overtakes it. A connection that is closed
+        or slow never makes the call fail or wait; if more than half of the recipients here are behind, it waits until
+        that is no longer so, at most `send_timeout`.
+
+        Args:
+            message: `str` for a text frame, `bytes` for a binary one, anything else is sent as JSON.
+            channel: The channel whose subscribers get it.
+            user: The user whose connections get it.
+            exclude: Connections or WebSockets that don't.
+            key: What the message is the newest of, for slow consumers under the policy `conflate`.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
+            ValueError: If the channel (`InvalidChannel`) or user is none; `None` is never "everybody".
+            EngineUnavailable: If the broker can't be reached; nothing was sent.
+            LifecycleError: If the manager is closed, or runs in another event loop.
+            Exception: What an `on_broadcast` or `on_deliver` hook raises; nobody gets the message.
+        """
+        publication = self._publication(message, channel, user, exclude, key)
+        await self._run_here()
+        prepared = await self._prepare(publication)
+        if prepared is not None:
+            await self._engine.publish(prepared)
+
+    async def broadcast_local(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        exclude: Exclude = (),
+        key: str | None = None,
+    ) -> None:
+        """Send a message like `broadcast`, to the connections of this node only; no broker is needed."""
+        publication = self._publication(message, channel, user, exclude, key)
+        await self._run_here()
+        prepared = await self._prepare(publication)
+        if prepared is not None:
+            await self._node.receive(prepared)
+
+    def broadcast_nowait(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        exclude: Exclude = (),
+        key: str | None = None,
+    ) -> None:
+        """Send a message like `broadcast`, without awaiting anything: for hot loops and plain callbacks.
+
+        It sets no pace: what a connection can't take, and its backlog can't hold, is the slow-consumer policy's affair.
+
+        Raises:
+            LifecycleError: If called outside the event loop, before the start of an engine that needs one, or with a
+                broadcast hook that has to wait.
+        """
+        publication = self._publication(message, channel, user, exclude, key)
+        without_waiting(self._run_here(), "the engine has to start")
+        if self.hooks.has("on_broadcast"):
+            prepared = without_waiting(self._transform(publication), "an on_broadcast hook has to wait")
+            if prepared is None:
+                return
+            publication = prepared
+        self._engine.publish_nowait(publication)
+
+    def broadcast_threadsafe(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        exclude: Exclude = (),
+        key: str | None = None,
+    ) -> None:
+        """Send a message like `broadcast`, from a thread: a sync endpoint, a worker. Blocks until it is handed over.
+
+        Raises:
+            LifecycleError: If the manager isn't running, or the call comes from its own event loop.
+        """
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            raise LifecycleError(
+                "the manager isn't running, so a thread can't reach it: start the app with manager.lifespan, "
+                "a router made by create_router, or `async with manager`"
+            )
+        if running_loop() is loop:
+            raise LifecycleError("broadcast_threadsafe would block its own event loop: await `broadcast`")
+        broadcast = self.broadcast(message, channel=channel, user=user, exclude=exclude, key=key)
+        wait_in_thread(asyncio.run_coroutine_threadsafe(broadcast, loop), loop)
+
+    async def send(self, connection: WebSocket | Connection, message: object) -> None:
+        """Send a message to one connection of this node, after everything handed over before.
+
+        If the connection is behind, the call waits until that is no longer so, at most `send_timeout`.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, or was never here.
+            EncodeError: If the message can't be sent as text, bytes or JSON.
+        """
+        encoded = self._encode(message, None)
+        await self._run_here()
+        audience = Audience("connection", self._find_open(connection).id)
+        if not self._node.dispatcher.is_clear:
+            await self._node.dispatcher.ease(audience)
+            self._find_open(connection)
+        self._counters.sends += 1
+        self._node.dispatcher.dispatch(encoded, audience)
+
+    async def send_personal_message(self, message: object, websocket: WebSocket | Connection) -> None:
+        """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
+        await self.send(websocket, message)
+
+    # Life.
+
+    async def start(self) -> None:
+        """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
+
+        Raises:
+            LifecycleError: If it runs in another event loop.
+        """
+        self._is_closed = False
+        await self._run_here()
+        self._starts += 1
+
+    async def aclose(self) -> None:
+        """End: send what was handed over, close the connections with 1001, wait for hooks, stop the engine.
+
+        Does nothing if `start` was called more often than `aclose`. Idempotent. Afterwards the manager refuses to work
+        until it is started again.
+        """
+        self._starts = max(0, self._starts - 1)
+        if self._starts or self._is_closed:
+            return
+        self._is_closed = True
+        if self._loop is asyncio.get_running_loop():
+            await self._node.aclose()
+            await self._engine.aclose()
+        self._loop = None
+        self._node = self._new_node()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
+        self.bind(app)
+        async with self:
+            yield
+
+    def bind(self, app: Any) -> None:
+        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too."""
+        app.state.wsbroadcast_manager = self
+
+    def stats(self) -> Stats:
+        """Return what this node holds now and has counted so far."""
+        return self._node.stats()
+
+    async def health(self) -> Health:
+        """Tell whether messages travel between the nodes now."""
+        await self._run_here()
+        return await self._engine.health()
+
+    def __repr__(self) -> str:
+        return f"<ConnectionManager {self._engine.name}, {len(self._node.registry)} connections>"
+
+    # Inside.
+
+    def _publication(
+        self, message: object, channel: object, user: object, exclude: Exclude, key: str | None
+    ) -> Publication:
+        audience = Audience.of(channel, user)
+        return Publication(self._encode(message, key), audience, self._ids(exclude) if exclude != () else _NOBODY)
+
+    def _encode(self, message: object, key: str | None) -> Message:
+        encoded = Message.of(message, key)
+        if encoded.size > self._limits.max_message_bytes:
+            raise MessageTooLarge(encoded.size, self._limits.max_message_bytes)
+        return encoded
+
+    def _ids(self, exclude: Exclude) -> frozenset[str]:
+        several = (exclude,) if isinstance(exclude, (Connection, WebSocket)) else exclude
+        found = (find_connection(one, self) for one in several)
+        return frozenset(connection.id for connection in found if connection is not None)
+
+    def _find_open(self, websocket: WebSocket | Connection) -> Connection:
+        connection = find_connection(websocket, self)
+        if connection is None:
+            raise ConnectionClosed(ABNORMAL, "it is not connected to this manager")
+        if not connection.is_open:
+            raise ConnectionClosed(connection.close_code or ABNORMAL, connection.close_reason)
+        return connection
+
+    async def _prepare(self, publication: Publication) -> Publication | None:
+        if self.hooks.has("on_broadcast"):
+            transformed = await self._transform(publication)
+            if transformed is None:
+                return None
+            publication = transformed
+        if not self._node.dispatcher.is_clear:
+            await self._node.dispatcher.ease(publication.audience, publication.exclude)
+        return publication
+
+    async def _transform(self, publication: Publication) -> Publication | None:
+        message = await self.hooks.transform(publication.message, publication.audience)
+        return None if message is None else publication._replace(message=self._encode(message, None))
+
+    def _new_node(self) -> Node:
+        return Node(self.hooks, self._slow_consumer, self._counters)
+
+    async def _run_here(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        if self._is_closed:
+            raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
+        if self._loop is not None:
+            if self._loop.is_running():
+                raise LifecycleError(
+                    "the manager runs in another event loop, where its connections live: "
+                    "from here use `manager.broadcast_threadsafe(…)`"
+                )
+            self._node = self._new_node()  # that loop has ended, and its connections with it
+            self._starts = 0
+        await self._engine.start(self._node)
+        self._loop = loop
+
+
+class Connecting:
+    """What `ConnectionManager.connect` returns: awaitable, and an async context manager."""
+
+    __slots__ = ("_connect", "_connection", "_manager", "_websocket")
+
+    def __init__(
+        self, manager: ConnectionManager, websocket: WebSocket, connect: Coroutine[Any, Any, Connection]
+    ) -> None:
+        self._manager = manager
+        self._websocket = websocket
+        self._connect = connect
+
+    def __await__(self) -> Generator[Any, None, Connection]:
+        return self._connect.__await__()
+
+    async def __aenter__(self) -> Connection:
+        self._connection = await self._connect
+        return self._connection
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._manager.disconnect(self._connection)

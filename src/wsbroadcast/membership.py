@@ -1,0 +1,244 @@
+"""Every way in and every way out: who is registered, and what follows when somebody comes or goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Iterable
+from typing import TYPE_CHECKING
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from wsbroadcast.audience import EVERYONE, as_channels, user_key
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
+from wsbroadcast.connection import Connection, ConnectionState
+from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.exceptions import ConnectionClosed, PermissionDenied
+from wsbroadcast.hooks import HookChain
+from wsbroadcast.registry import Registry
+from wsbroadcast.tasks import Tasks
+
+if TYPE_CHECKING:
+    from wsbroadcast.manager import ConnectionManager  # only to hand it on to connections
+
+logger = logging.getLogger("wsbroadcast")
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class Membership:
+    """Keeps connections from their registration to their end.
+
+    Leaving is synchronous and happens once, whoever notices first; what takes time follows in tasks of its own. Before
+    the registry changes, what was handed over for its present state is delivered.
+    """
+
+    def __init__(
+        self,
+        registry: Registry[Connection],
+        dispatcher: Dispatcher[Connection],
+        watch: Watch,
+        hooks: HookChain,
+        tasks: Tasks,
+    ) -> None:
+        self._registry = registry
+        self._dispatcher = dispatcher
+        self._watch = watch
+        self._hooks = hooks
+        self._counters = watch.counters
+        self._tasks = tasks
+
+    # In.
+
+    async def join(
+        self,
+        websocket: WebSocket,
+        manager: ConnectionManager,
+        *,
+        user: object,
+        channels: Iterable[str],
+        info: object,
+        subprotocol: str | None,
+        headers: Headers | None,
+    ) -> Connection:
+        """Accept and register; what `ConnectionManager.connect` promises."""
+        key = None if user is None else user_key(user)
+        names = as_channels(channels)
+        known = find_connection(websocket, manager)
+        if known is not None and known.is_open:
+            await self.subscribe(known, names)
+            return known
+        if known is not None and known.sink.is_ended:
+            raise ConnectionClosed(known.close_code or ABNORMAL, known.close_reason)
+        await _accept(websocket, subprotocol, headers)
+        connection = Connection(
+            websocket, manager, self, self._watch, user=user, user_key=key, channels=names, info=info
+        )
+        self._dispatcher.flush()
+        self._registry.add(connection)
+        self._counters.connects += 1
+        try:
+            await self._announce(connection, names)
+        except PermissionDenied as denied:
+            await self.close(connection, CloseCode.POLICY_VIOLATION, str(denied))
+            raise
+        except BaseException:
+            self.leave(connection, CloseCode.INTERNAL_ERROR, "")
+            raise
+        return connection
+
+    async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
+        try:
+            if self._hooks.has("on_connect"):
+                await self._hooks.observe("on_connect", connection)
+            if self._hooks.has("on_subscribe"):
+                for channel in channels:
+                    await self._hooks.observe("on_subscribe", connection, channel)
+        finally:
+            connection.is_announced = True
+            if not connection.is_open:
+                self._say_goodbye(connection)  # it left while the hooks ran
+
+    async def subscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
+        """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not."""
+        for channel in channels:
+            if not connection.is_open:
+                raise ConnectionClosed(connection.close_code or ABNORMAL, connection.close_reason)
+            if channel in connection.channels:
+                continue
+            self._dispatcher.flush()
+            self._registry.subscribe(connection, channel)
+            if not self._hooks.has("on_subscribe"):
+                continue
+            try:
+                await self._hooks.observe("on_subscribe", connection, channel)
+            except BaseException:
+                self._leave_channel(connection, channel)
+                raise
+
+    async def unsubscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
+        """Unsubscribe from those of the channels it is in."""
+        for channel in channels:
+            if self._leave_channel(connection, channel) and self._hooks.has("on_unsubscribe"):
+                await self._hooks.observe("on_unsubscribe", connection, channel)
+
+    def _leave_channel(self, connection: Connection, channel: str) -> bool:
+        if channel not in connection.channels or not connection.is_open:
+            return False
+        self._dispatcher.flush()
+        self._registry.unsubscribe(connection, channel)
+        return True
+
+    # Out.
+
+    def leave(
+        self, connection: Connection, code: int, reason: str, state: ConnectionState = ConnectionState.CLOSED
+    ) -> bool:
+        """Take a connection out of the registry; return whether it was there."""
+        self._dispatcher.flush()
+        if self._registry.remove(connection) is None:
+            return False
+        self._counters.disconnects += 1
+        connection.enter(state, code, reason)
+        if connection.is_announced:
+            self._say_goodbye(connection)
+        return True
+
+    def lost(self, connection: Connection, code: int, reason: str) -> None:
+        """The peer is gone."""
+        connection.sink.end()
+        if not self.leave(connection, code, reason) and connection.state is ConnectionState.CLOSING:
+            connection.enter(ConnectionState.CLOSED, code, reason)
+        connection.sink.release()
+
+    def evict(self, connection: Connection, cause: str) -> None:
+        """The peer doesn't take what it is sent: out at once, closed if that goes quickly, else aborted."""
+        held = connection.sink.held_bytes
+        code, reason = CloseCode.TRY_AGAIN_LATER, "slow consumer"
+        if not self.leave(connection, code, reason, ConnectionState.CLOSING):
+            connection.sink.abort()  # it had left already, and now what it was still owed doesn't go out either
+            return
+        self._counters.evicted[cause] += 1
+        logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
+        connection.sink.discard()
+        self._finish(connection, code, reason)
+
+    async def close(self, connection: Connection, code: int, reason: str) -> None:
+        """Close and remove; returns when the close frame is out or the peer was given up.
+
+        Raises:
+            ValueError: If the code can't be sent in a close frame.
+        """
+        if not is_sendable(code):
+            raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
+        self.leave(connection, code, reason, ConnectionState.CLOSING)
+        if not connection.sink.is_ended:
+            self._finish(connection, code, reason)
+        if connection.closing is not None:
+            await asyncio.shield(connection.closing)
+
+    def _finish(self, connection: Connection, code: int, reason: str) -> None:
+        async def finish() -> None:
+            try:
+                await connection.sink.close(code, reason)
+            finally:
+                if connection.state is ConnectionState.CLOSING:
+                    connection.enter(ConnectionState.CLOSED, code, reason)
+                connection.sink.release()
+
+        connection.closing = self._tasks.spawn(finish(), "close")
+
+    async def close_all(self, code: int, reason: str) -> None:
+        """Close every connection at the same time."""
+        for connection in self._registry.recipients(EVERYONE):
+            self.leave(connection, code, reason, ConnectionState.CLOSING)
+            self._finish(connection, code, reason)
+
+    def _say_goodbye(self, connection: Connection) -> None:
+        if self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe"):
+            self._tasks.spawn(self._run_goodbye_hooks(connection), "on_disconnect hooks")
+
+    async def _run_goodbye_hooks(self, connection: Connection) -> None:
+        for channel in sorted(connection.channels):
+            await self._hooks.observe("on_unsubscribe", connection, channel)
+        await self._hooks.observe("on_disconnect", connection)
+
+    # What a connection asks.
+
+    def before_app_send(self) -> None:
+        """The app is about to send something itself: what was handed over before goes first."""
+        self._dispatcher.flush()
+
+    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None:
+        """Return what to await before the endpoint gets a message, or `None` if there is nothing."""
+        if not self._hooks.has("on_message"):
+            return None
+        return self._hooks.observe("on_message", connection, message)
+
+
+def find_connection(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | None:
+    """Find a manager's connection behind a WebSocket; `None` if it never had one."""
+    if isinstance(websocket, Connection):
+        return websocket if websocket.manager is manager else None
+    # Each connection has put itself in front of the `send` it found.
+    connection = getattr(vars(websocket).get("send"), "__self__", None)
+    while isinstance(connection, Connection):
+        if connection.manager is manager:
+            return connection
+        connection = getattr(connection.app_send, "__self__", None)
+    return None
+
+
+async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Headers | None) -> None:
+    if WebSocketState.DISCONNECTED in (websocket.client_state, websocket.application_state):
+        raise ConnectionClosed(ABNORMAL, "closed before it was connected")
+    if websocket.application_state is WebSocketState.CONNECTED:
+        return
+    try:
+        await websocket.accept(subprotocol, headers)
+    except WebSocketDisconnect as error:
+        raise ConnectionClosed(error.code, error.reason) from error
+    except (OSError, RuntimeError) as error:
+        # uvicorn's ClientDisconnected, or a server or Starlette that says it in words.
+        raise ConnectionClosed(ABNORMAL, "closed while it was accepted") from error

@@ -1,0 +1,91 @@
+"""What was broadcast, validated and encoded once."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from pydantic_core import PydanticSerializationError, to_json
+
+from wsbroadcast.exceptions import EncodeError
+
+
+class Message:
+    """One message in the only form it will ever be encoded to. Treat it as immutable.
+
+    A `str` is a text frame, `bytes` a binary one, anything else JSON in a text frame.
+    """
+
+    __slots__ = ("_event", "_text", "frames", "is_text", "key", "payload", "size")
+
+    def __init__(self, payload: bytes, *, is_text: bool, key: str | None = None, text: str | None = None) -> None:
+        self.payload = payload
+        """The bytes of the message, UTF-8 for text."""
+        self.size = len(payload)
+        """The payload's size in bytes."""
+        self.is_text = is_text
+        """Whether it goes out as a text frame."""
+        self.key = key
+        """Under the policy `conflate` a newer message with the same key replaces this one in a backlog."""
+        # The text as it was given, so that ASGI servers which want a str don't decode it again.
+        self._text = text
+        # The ASGI event, made when the first connection needs it and shared by all.
+        self._event: dict[str, Any] | None = None
+        # Finished frames by wire form, filled by `delivery.frames`.
+        self.frames: dict[Any, bytes] = {}
+
+    @classmethod
+    def of(cls, value: object, key: str | None = None) -> Message:
+        """Encode a value. A `Message` is returned as it is, unless it gets another key.
+
+        Raises:
+            EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
+        """
+        if isinstance(value, str):
+            try:
+                return cls(value.encode(), is_text=True, key=key, text=value)
+            except UnicodeEncodeError as error:
+                raise EncodeError(f"text holds a lone surrogate at position {error.start}: not UTF-8") from error
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            return cls(bytes(value), is_text=False, key=key)
+        if isinstance(value, Message):
+            if key is None or key == value.key:
+                return value
+            return cls(value.payload, is_text=value.is_text, key=key, text=value._text)
+        return cls(_to_json(value), is_text=True, key=key)
+
+    @property
+    def data(self) -> str | bytes:
+        """The message as a client receives it: `str` for a text frame, `bytes` for a binary one."""
+        if not self.is_text:
+            return self.payload
+        if self._text is None:
+            self._text = self.payload.decode()
+        return self._text
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """The ASGI `websocket.send` event, one object for all connections."""
+        if self._event is None:
+            self._event = {"type": "websocket.send", "text" if self.is_text else "bytes": self.data}
+        return self._event
+
+    def __repr__(self) -> str:
+        kind = "text" if self.is_text else "binary"
+        return f"<Message {kind} {self.size} bytes>"  # never the payload: a repr ends up in logs
+
+
+def _to_json(value: object) -> bytes:
+    try:
+        # "constants" writes NaN literally, where the default would turn a NaN into null behind the caller's back.
+        payload = to_json(value, inf_nan_mode="constants")
+    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
+        raise EncodeError(f"{type(value).__name__} can't be written as JSON: {error}") from error
+    if b"NaN" in payload or b"Infinity" in payload:
+        # Rare, and maybe only text inside a string: a parser tells.
+        json.loads(payload, parse_constant=_refuse_constant)
+    return payload
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise EncodeError(f"the message holds {constant}, which JSON can't carry; send None instead")

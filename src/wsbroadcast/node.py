@@ -1,0 +1,105 @@
+"""What a manager is in one event loop: its connections, and the way from the engine to them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from wsbroadcast.audience import EVERYONE
+from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.connection import Connection
+from wsbroadcast.counters import Counters, Stats
+from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.engines.base import Gap, Publication
+from wsbroadcast.hooks import Delivery, HookChain, is_delivering
+from wsbroadcast.loops import without_waiting
+from wsbroadcast.membership import Membership
+from wsbroadcast.options import SlowConsumer
+from wsbroadcast.registry import Registry
+from wsbroadcast.tasks import Tasks
+
+
+class Node:
+    """Receives publications from the engine and hands them to the connections that are here."""
+
+    def __init__(self, hooks: HookChain, slow_consumer: SlowConsumer, counters: Counters) -> None:
+        self.registry = Registry[Connection]()
+        self._watch = Watch(slow_consumer, counters)
+        self.dispatcher = Dispatcher(self.registry, self._watch)
+        self._tasks = Tasks()
+        self.membership = Membership(self.registry, self.dispatcher, self._watch, hooks, self._tasks)
+        self._hooks = hooks
+        self._counters = counters
+        # Keeps publications in order while on_deliver hooks take their time.
+        self._order = asyncio.Lock()
+
+    async def receive(self, publication: Publication) -> None:
+        """Deliver a publication, through the on_deliver hooks if there are any."""
+        if not self._hooks.has("on_deliver"):
+            self._deliver(publication)
+        elif is_delivering():
+            # A hook broadcasts while its own delivery holds the order: this one goes first.
+            await self._deliver_through_hooks(publication)
+        else:
+            async with self._order:
+                await self._deliver_through_hooks(publication)
+
+    def receive_nowait(self, publication: Publication) -> None:
+        """Deliver a publication without awaiting anything.
+
+        Raises:
+            LifecycleError: If an on_deliver hook has to wait.
+        """
+        if self._hooks.has("on_deliver"):
+            without_waiting(self.receive(publication), "an on_deliver hook has to wait")
+        else:
+            self._deliver(publication)
+
+    async def gap(self, gap: Gap) -> None:
+        """Tell the hooks that messages of other nodes are missing."""
+        await self._hooks.observe("on_gap", gap)
+
+    def stats(self) -> Stats:
+        """Return what the node holds now and has counted so far."""
+        connections = self.registry.recipients(EVERYONE)
+        counters = self._counters
+        return Stats(
+            connections=len(connections),
+            users=len(self.registry.users),
+            channels=len(self.registry.channels),
+            sinks=dict(Counter(connection.sink.kind for connection in connections)),
+            fast_path_refused=dict(Counter(c.fast_path_refused for c in connections if c.fast_path_refused)),
+            connects=counters.connects,
+            disconnects=counters.disconnects,
+            broadcasts=counters.broadcasts,
+            sends=counters.sends,
+            deliveries=counters.deliveries,
+            dropped=dict(counters.dropped),
+            evicted=dict(counters.evicted),
+            vetoed=counters.vetoed,
+            hook_errors=counters.hook_errors,
+            backlog_bytes=sum(sink.held_bytes for sink in self._watch.waiting),
+            backlog_messages=sum(sink.held_messages for sink in self._watch.waiting),
+            behind=len(self._watch.behind),
+        )
+
+    async def aclose(self) -> None:
+        """Send what was handed over, close every connection, wait for hooks and writers."""
+        await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
+        await self._tasks.join()
+        await self._watch.aclose()
+
+    def _deliver(self, publication: Publication) -> None:
+        self._counters.broadcasts += 1
+        self.dispatcher.dispatch(*publication)
+
+    async def _deliver_through_hooks(self, publication: Publication) -> None:
+        recipients = self.registry.recipients(publication.audience, publication.exclude)
+        delivery = Delivery(publication.message, publication.audience, recipients)
+        await self._hooks.deliver(delivery)
+        self._counters.broadcasts += 1
+        for message, some in delivery.parts():
+            still_here = [recipient for recipient in some if recipient.is_open]
+            if still_here:
+                self.dispatcher.dispatch(message, still_here)

@@ -1,0 +1,113 @@
+"""Who is in which audience. No I/O, no await: every change is complete when the call returns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Generic, Protocol, TypeVar
+
+from wsbroadcast.audience import EVERYONE, Audience
+
+
+class Member(Protocol):
+    """What the registry has to know of a connection."""
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+    @property
+    def user_key(self) -> str | None: ...  # noqa: D102
+    @property
+    def channels(self) -> set[str]: ...  # noqa: D102
+
+
+M = TypeVar("M", bound=Member)
+
+_NOBODY: frozenset[str] = frozenset()
+
+
+class Registry(Generic[M]):
+    """The members of one node, by id, channel and user. An audience without members takes no memory."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[str, M] = {}
+        """Every member, in the order in which they came."""
+        self.channels: dict[str, set[M]] = {}
+        """The members of each channel that has any."""
+        self.users: dict[str, set[M]] = {}
+        """The connections of each user that has any, by `user_key`."""
+
+    def __contains__(self, member: M) -> bool:
+        return self.by_id.get(member.id) is member
+
+    def __len__(self) -> int:
+        return len(self.by_id)
+
+    def add(self, member: M) -> list[Audience]:
+        """Add a member with the channels it names; return the audiences it is the first of."""
+        first = [] if self.by_id else [EVERYONE]
+        self.by_id[member.id] = member
+        if member.user_key is not None and _join(self.users, member.user_key, member):
+            first.append(Audience("user", member.user_key))
+        first += [Audience("channel", name) for name in member.channels if _join(self.channels, name, member)]
+        return first
+
+    def remove(self, member: M) -> list[Audience] | None:
+        """Remove a member everywhere; return the audiences it was the last of, or `None` if it wasn't there.
+
+        What `member.channels` says stays as it is: it tells hooks where the member was.
+        """
+        if member not in self:
+            return None
+        del self.by_id[member.id]
+        last = [] if self.by_id else [EVERYONE]
+        if member.user_key is not None and _leave(self.users, member.user_key, member):
+            last.append(Audience("user", member.user_key))
+        last += [Audience("channel", name) for name in member.channels if _leave(self.channels, name, member)]
+        return last
+
+    def subscribe(self, member: M, channel: str) -> bool:
+        """Put a member into a channel; return whether it is the first there."""
+        member.channels.add(channel)
+        return _join(self.channels, channel, member)
+
+    def unsubscribe(self, member: M, channel: str) -> bool:
+        """Take a member out of a channel; return whether it was the last there."""
+        member.channels.discard(channel)
+        return _leave(self.channels, channel, member)
+
+    def members(self, audience: Audience) -> Collection[M]:
+        """Return the live collection of an audience's members; don't keep it."""
+        if audience.kind == "everyone":
+            return self.by_id.values()
+        if audience.kind == "channel":
+            return self.channels.get(audience.name, ())
+        if audience.kind == "user":
+            return self.users.get(audience.name, ())
+        member = self.by_id.get(audience.name)
+        return () if member is None else (member,)
+
+    def recipients(self, audience: Audience, exclude: Iterable[str] = _NOBODY) -> list[M]:
+        """Return an audience's members without the excluded ids, as a list of the caller's own."""
+        members = self.members(audience)
+        if not exclude:
+            return list(members)
+        return [member for member in members if member.id not in exclude]
+
+
+def _join(index: dict[str, set[M]], name: str, member: M) -> bool:
+    members = index.get(name)
+    if members is None:
+        index[name] = {member}
+        return True
+    members.add(member)
+    return False
+
+
+def _leave(index: dict[str, set[M]], name: str, member: M) -> bool:
+    members = index.get(name)
+    if members is None:
+        return False
+    members.discard(member)
+    if members:
+        return False
+    del index[name]
+    return True

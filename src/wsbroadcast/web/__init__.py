@@ -1,0 +1,1 @@
+"""How a FastAPI app plugs the manager in."""
