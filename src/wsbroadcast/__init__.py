@@ -25,6 +25,7 @@ from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.web.dependencies import ConnectionDep, ManagerDep, get_connection, get_manager
+from wsbroadcast.web.fast_path import FastPath
 from wsbroadcast.web.routing import create_router, create_routes
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "EngineUnavailable",
+    "FastPath",
     "Gap",
     "Health",
     "Hook",

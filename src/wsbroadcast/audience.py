@@ -39,13 +39,13 @@ class Audience(NamedTuple):
             InvalidChannel: If the channel's name breaks a rule.
             ValueError: If the user is no id, or both are given. `None` is never "everybody".
         """
+        if channel is UNSET and user is UNSET:
+            return EVERYONE
         if channel is not UNSET:
             if user is not UNSET:
                 raise ValueError("a broadcast goes to a channel or to a user, not to both")
             return cls("channel", check_channel(channel))
-        if user is not UNSET:
-            return cls("user", user_key(user))
-        return EVERYONE
+        return cls("user", user_key(user))
 
 
 EVERYONE = Audience("everyone")

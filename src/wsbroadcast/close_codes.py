@@ -66,7 +66,7 @@ def fallback_codes(code: int) -> tuple[int, ...]:
     return (code, code + 3000, CloseCode.NORMAL)
 
 
-def cut_reason(reason: str) -> str:
+def cut_reason(reason: str | None) -> str:
     """Cut a close reason to 123 bytes of UTF-8, at a character border; a lone surrogate becomes `?`."""
-    data = reason.encode("utf-8", "replace")
+    data = (reason or "").encode("utf-8", "replace")
     return data[:MAX_REASON_BYTES].decode("utf-8", "ignore")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, MutableMapping
 from enum import Enum
+from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any, Protocol, Self
-from uuid import uuid4
 
 from pydantic_core import from_json
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason
 from wsbroadcast.delivery.sink import Event, Sink
-from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
+from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_protocol, find_transport
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed
+from wsbroadcast.message import Message
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -49,6 +50,9 @@ class Keeper(Protocol):
     def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None: ...  # noqa: D102
 
 
+_NO_CHANNELS: frozenset[str] = frozenset()
+
+
 class Connection:
     """One accepted WebSocket, as `ConnectionManager.connect` returns it.
 
@@ -58,13 +62,11 @@ class Connection:
 
     __slots__ = (
         "__weakref__",
-        "_app_receive",
         "_closed",
-        "_is_interrupted",
+        "_found",
         "_keeper",
-        "_reader",
+        "_reading",
         "_state",
-        "app_send",
         "channels",
         "close_code",
         "close_reason",
@@ -92,7 +94,7 @@ class Connection:
         channels: tuple[str, ...],
         info: object,
     ) -> None:
-        self.id = uuid4().hex
+        self.id = token_urlsafe(12)
         """Unique among all nodes."""
         self.websocket = websocket
         """The Starlette WebSocket."""
@@ -104,7 +106,7 @@ class Connection:
         """The text a broadcast to this user is addressed to."""
         self.info: Any = info
         """Whatever the application wants to remember about the connection."""
-        self.channels = set(channels)
+        self.channels = frozenset(channels) if channels else _NO_CHANNELS
         """The channels it is subscribed to; after its end, those it was in. Change it through `subscribe`."""
         self.close_code: int | None = None
         """The code it ended with, `None` while it is open."""
@@ -116,14 +118,12 @@ class Connection:
         self._state = ConnectionState.OPEN
         # Made when somebody waits for the end.
         self._closed: asyncio.Event | None = None
-        # The task that is inside `receive`, to be interrupted when the connection ends by our side.
-        self._reader: asyncio.Task[Any] | None = None
-        self._is_interrupted = False
+        # Who is inside `receive`, to be interrupted when the connection ends by our side.
+        self._reading: _Reading | None = None
         self.closing: asyncio.Task[None] | None = None
         """The task that sends the close frame, once there is one."""
-        self.app_send = websocket.send
-        """What `websocket.send` was before this connection took it over."""
-        self._app_receive = websocket.receive
+        # The `send` and `receive` that were there, if they were not simply the WebSocket's own methods.
+        self._found = None if _is_untouched(websocket) else (websocket.send, websocket.receive)
         self.sink, self.fast_path_refused = _make_sink(self, websocket, watch)
         websocket.send = self._send_for_app  # type: ignore[method-assign]  # one owner of what a socket is sent
         websocket.receive = self._receive_for_app  # type: ignore[method-assign]  # every end is noticed
@@ -208,7 +208,9 @@ class Connection:
         """
         message = await self.receive()
         try:
-            return from_json(message, allow_inf_nan=False)
+            value = from_json(message, allow_inf_nan=False)
+            Message.json(value)  # which 1e999 can't: it is read as infinity
+            return value
         except ValueError:  # broken, too deep, or too large a number
             raise await self._refuse(CloseCode.INVALID_DATA, "expected JSON") from None
 
@@ -225,15 +227,14 @@ class Connection:
     async def wait_closed(self) -> None:
         """Wait for the connection's end, for an endpoint that only sends.
 
-        Messages of the peer are read and thrown away, unless another task is reading them.
+        Messages of the peer are read and thrown away, unless another task is reading them or begins to.
         """
+        event: MutableMapping[str, Any] | None = None
         while self._state is not ConnectionState.CLOSED:
-            if self._reader is None and self._state is ConnectionState.OPEN:
-                await self._receive_for_app()
+            if self._reading is None and self._state is ConnectionState.OPEN and event is not _STEPPED_ASIDE:
+                event = await self._receive_for_app(throws_away=True)
             else:
-                if self._closed is None:
-                    self._closed = asyncio.Event()
-                await self._closed.wait()
+                await self._wait_closed()
 
     def __repr__(self) -> str:
         return f"<Connection {self.id} {self._state.value}>"
@@ -252,9 +253,8 @@ class Connection:
         if self.close_code is None:
             self.close_code = code
             self.close_reason = reason
-        if self._reader is not None and not self._is_interrupted and self._reader is not asyncio.current_task():
-            self._is_interrupted = True
-            self._reader.cancel()
+        if self._reading is not None:
+            self._reading.interrupt()  # now: granian sends no close frame while the app is inside `receive`
         if state is ConnectionState.CLOSED and self._closed is not None:
             self._closed.set()
 
@@ -265,6 +265,25 @@ class Connection:
     def evict(self, cause: str) -> None:
         """The sink found that the peer doesn't take what it is sent."""
         self._keeper.evict(self, cause)
+
+    async def app_send(self, event: MutableMapping[str, Any]) -> None:
+        """Send an event of the app the way it would have gone without this connection."""
+        try:
+            if self._found is not None:
+                await self._found[0](event)
+            else:
+                await type(self.websocket).send(self.websocket, event)
+        except WebSocketDisconnect:
+            # Starlette now counts the app's side as closed, and a later `receive_text` would raise RuntimeError, which
+            # no endpoint catches. Its `receive` goes on to the disconnect instead.
+            self.websocket.application_state = WebSocketState.CONNECTED
+            raise
+
+    @property
+    def found_connection(self) -> Connection | None:
+        """The connection of another manager that had taken over the WebSocket before."""
+        found = getattr(self._found[0], "__self__", None) if self._found is not None else None
+        return found if isinstance(found, Connection) else None
 
     # What `websocket.send` and `websocket.receive` are while the connection lives.
 
@@ -281,46 +300,52 @@ class Connection:
         try:
             await self.sink.send_event(event)
         except WebSocketDisconnect as error:
-            # Starlette now counts the app's side as closed, and a later `receive_text` would raise RuntimeError, which
-            # no endpoint catches. Its `receive` goes on to the disconnect instead.
-            self.websocket.application_state = WebSocketState.CONNECTED
             self.lost(error.code, error.reason)
             raise
         finally:
             if self._state is ConnectionState.CLOSING and event["type"] == "websocket.close":
                 self.enter(ConnectionState.CLOSED, CloseCode.NORMAL)
+                self.sink.release()
 
-    async def _receive_for_app(self) -> MutableMapping[str, Any]:
+    async def _receive_for_app(self, *, throws_away: bool = False) -> MutableMapping[str, Any]:
         if self._state is ConnectionState.CLOSED and self.sink.is_ended:
             return self._disconnect_event()
-        event = await self._receive_event()
+        if self._reading is not None and self._reading.throws_away:
+            self._reading.interrupt()
+        reading = self._reading = _Reading(throws_away)
+        try:
+            event = await self._app_receive()
+        except asyncio.CancelledError:
+            if not reading.take_back():
+                raise
+            if not self.is_open:
+                await self._wait_closed()  # an endpoint that ends earlier makes the server cut off the close frame
+            return _STEPPED_ASIDE if self.is_open else self._disconnect_event()
+        except (OSError, RuntimeError):
+            # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
+            event = self._disconnect_event()
+        finally:
+            if self._reading is reading:
+                self._reading = None
         if event["type"] == "websocket.disconnect":
             self.lost(event.get("code") or ABNORMAL, event.get("reason") or "")
-        else:
+        elif self.is_open:  # else it is another connection's to observe, or nobody's
             text = event.get("text")
             observed = self._keeper.observe_message(self, event["bytes"] if text is None else text)
             if observed is not None:
                 await observed
         return event
 
-    async def _receive_event(self) -> MutableMapping[str, Any]:
-        # As asyncio.timeout does it: our own cancellation is taken back and means "the connection has ended", anybody
-        # else's passes through.
-        task = asyncio.current_task()
-        cancelling = 0 if task is None else task.cancelling()
-        self._reader = task
-        try:
-            return await self._app_receive()
-        except asyncio.CancelledError:
-            if not self._is_interrupted or task is None or task.uncancel() > cancelling:
-                raise
-            return self._disconnect_event()
-        except (OSError, RuntimeError):
-            # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
-            return self._disconnect_event()
-        finally:
-            self._reader = None
-            self._is_interrupted = False
+    def _app_receive(self) -> Awaitable[MutableMapping[str, Any]]:
+        # Not a coroutine of its own: one frame less for each connection that waits here.
+        return type(self.websocket).receive(self.websocket) if self._found is None else self._found[1]()
+
+    async def _wait_closed(self) -> None:
+        if self._state is ConnectionState.CLOSED:
+            return
+        if self._closed is None:
+            self._closed = asyncio.Event()
+        await self._closed.wait()
 
     def _disconnect_event(self) -> MutableMapping[str, Any]:
         code = ABNORMAL if self.close_code is None else self.close_code
@@ -334,14 +359,48 @@ class Connection:
         return ConnectionClosed(code, reason)
 
 
+# What `wait_closed` gets when another task begins to read.
+_STEPPED_ASIDE: MutableMapping[str, Any] = {"type": "wsbroadcast.stepped_aside"}
+
+
+class _Reading:
+    """A task inside `receive` that may have to be interrupted.
+
+    As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
+    """
+
+    __slots__ = ("_cancelling", "_is_interrupted", "_task", "throws_away")
+
+    def __init__(self, throws_away: bool) -> None:
+        self.throws_away = throws_away
+        """Whether it only waits for the end, and steps aside for whoever wants the messages."""
+        self._task = asyncio.current_task()
+        self._cancelling = 0 if self._task is None else self._task.cancelling()
+        self._is_interrupted = False
+
+    def interrupt(self) -> None:
+        """Make the task come out of `receive`."""
+        if self._task is not None and self._task is not asyncio.current_task() and not self._is_interrupted:
+            self._is_interrupted = True
+            self._task.cancel()
+
+    def take_back(self) -> bool:
+        """Undo the cancellation if it was ours alone; return whether it was."""
+        return self._is_interrupted and self._task is not None and self._task.uncancel() <= self._cancelling
+
+
+def _is_untouched(websocket: WebSocket) -> bool:
+    return getattr(websocket.send, "__self__", None) is websocket
+
+
 def _make_sink(connection: Connection, websocket: WebSocket, watch: Watch) -> tuple[Sink, str]:
-    if "send" in vars(websocket):
-        # Another manager owns this socket's writes already: go through its connection, in its order.
-        return Sink(connection, watch, websocket.send, websocket.send), "connected to another manager"
+    if not _is_untouched(websocket):
+        # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
+        return Sink(connection, watch, websocket.send), "send is taken over"
     # Ours go to the server directly: Starlette's state then says only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
-    receive = getattr(websocket, "_receive", None)
+    receive = websocket.scope.get(SERVER_RECEIVE) or getattr(websocket, "_receive", None)
     protocol, refused = find_protocol(receive)
     if protocol is not None:
-        return UvicornSink(connection, watch, send, websocket.send, protocol), ""
-    return Sink(connection, watch, send, websocket.send, find_transport(receive)), refused
+        return UvicornSink(connection, watch, send, protocol), ""
+    return Sink(connection, watch, send, find_transport(receive)), refused

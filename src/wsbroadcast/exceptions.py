@@ -97,5 +97,8 @@ class EngineUnavailable(EngineError, OSError):
 
 def _shorten(value: object, limit: int = 80) -> str:
     # A name a client chose ends up in logs: escaped by repr and cut.
-    text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, str) else value)
+    except Exception:  # a repr of the app's, or an int or a nesting that is too long for one
+        text = object.__repr__(value)
     return text if len(text) <= limit else text[:limit] + "…"

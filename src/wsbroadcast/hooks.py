@@ -40,13 +40,13 @@ _BLOCKED_SECONDS = 1.0
 # Broadcasts from within broadcast hooks may nest this deep: a hook that answers its own broadcasts is a mistake.
 _MAX_DEPTH = 8
 _depth: ContextVar[int] = ContextVar("wsbroadcast_hook_depth", default=0)
-_is_delivering: ContextVar[bool] = ContextVar("wsbroadcast_is_delivering", default=False)
+_delivery: ContextVar[Delivery | None] = ContextVar("wsbroadcast_delivery", default=None)
 
 
 class Delivery:
     """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
 
-    __slots__ = ("_instead", "audience", "message", "recipients")
+    __slots__ = ("_instead", "audience", "is_running", "message", "recipients")
 
     def __init__(self, message: Message, audience: Audience, recipients: list[Connection]) -> None:
         self.message = message
@@ -55,6 +55,8 @@ class Delivery:
         """Whom it was broadcast to."""
         self.recipients = recipients
         """The connections that will get it; a hook may remove some, or assign a shorter list."""
+        self.is_running = False
+        """Whether its hooks run now."""
         self._instead: dict[str, Message] = {}
 
     def replace(self, connection: Connection, message: object) -> None:
@@ -63,7 +65,7 @@ class Delivery:
         Raises:
             EncodeError: If that message can't be sent.
         """
-        self._instead[connection.id] = Message.of(message)
+        self._instead[connection.id] = Message.of(message, self.message.key)
 
     def parts(self) -> list[tuple[Message, list[Connection]]]:
         """Return each message with those who get it."""
@@ -182,32 +184,37 @@ class HookChain:
         Raises:
             Exception: Whatever a hook raises.
         """
-        token = _is_delivering.set(True)
+        token = _delivery.set(delivery)
+        delivery.is_running = True
         try:
             for function in self._functions["on_deliver"]:
                 with _nested("on_deliver"), self._counted():
                     await self._call("on_deliver", function, (delivery,))
         finally:
-            _is_delivering.reset(token)
+            delivery.is_running = False
+            _delivery.reset(token)
 
     async def _call(self, event: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
         name = f"{event} hook {_name(function)}"
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
         watch = _BlockingWatch(name)
-        with watch.step():
-            result = function(*args)
-        if not isinstance(result, Awaitable):
-            return result
+        limit: asyncio.Timeout | None = None
         try:
+            with watch.step():
+                result = function(*args)
+            if not isinstance(result, Awaitable):
+                return result
+            if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
+                return await _Stepped(result, watch)
             async with asyncio.timeout(self._timeout) as limit:
                 return await _Stepped(result, watch)
         except TimeoutError as error:
-            if not limit.expired():
+            if limit is None or not limit.expired():
                 raise  # the hook's own
             raise TimeoutError(f"{name} was cut off after {self._timeout:g} s") from error
         except asyncio.CancelledError as error:
-            if task is None or task.cancelling() > cancelling:
+            if task is not None and task.cancelling() > cancelling:
                 raise
             raise RuntimeError(f"{name} was cancelled from within") from error
 
@@ -334,7 +341,8 @@ def _nested(event: str) -> Generator[None]:
 
 def is_delivering() -> bool:
     """Tell whether the caller runs inside an `on_deliver` hook."""
-    return _is_delivering.get()
+    delivery = _delivery.get()
+    return delivery is not None and delivery.is_running  # a task that a hook started outlives it
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -64,8 +64,9 @@ class ConnectionManager(HookDecorators):
         """The hooks by event; the decorators add to it."""
         for hook in hooks:
             self.hooks.add(hook)
-        # The loop it runs in, `None` before the start and after the end.
+        # The loop it runs in, or begins to; `None` before that and after the end.
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_started = False
         self._starts = 0
         self._is_closed = False
         self._node = self._new_node()
@@ -201,7 +202,6 @@ class ConnectionManager(HookDecorators):
             Exception: What an `on_broadcast` or `on_deliver` hook raises; nobody gets the message.
         """
         publication = self._publication(message, channel, user, exclude, key)
-        await self._run_here()
         prepared = await self._prepare(publication)
         if prepared is not None:
             await self._engine.publish(prepared)
@@ -217,7 +217,6 @@ class ConnectionManager(HookDecorators):
     ) -> None:
         """Send a message like `broadcast`, to the connections of this node only; no broker is needed."""
         publication = self._publication(message, channel, user, exclude, key)
-        await self._run_here()
         prepared = await self._prepare(publication)
         if prepared is not None:
             await self._node.receive(prepared)
@@ -263,7 +262,7 @@ class ConnectionManager(HookDecorators):
             LifecycleError: If the manager isn't running, or the call comes from its own event loop.
         """
         loop = self._loop
-        if loop is None or loop.is_closed():
+        if loop is None or not loop.is_running():
             raise LifecycleError(
                 "the manager isn't running, so a thread can't reach it: start the app with manager.lifespan, "
                 "a router made by create_router, or `async with manager`"
@@ -286,7 +285,7 @@ class ConnectionManager(HookDecorators):
         await self._run_here()
         audience = Audience("connection", self._find_open(connection).id)
         if not self._node.dispatcher.is_clear:
-            await self._node.dispatcher.ease(audience)
+            await self._node.dispatcher.ease(encoded.size, audience)
             self._find_open(connection)
         self._counters.sends += 1
         self._node.dispatcher.dispatch(encoded, audience)
@@ -317,11 +316,13 @@ class ConnectionManager(HookDecorators):
         if self._starts or self._is_closed:
             return
         self._is_closed = True
-        if self._loop is asyncio.get_running_loop():
-            await self._node.aclose()
-            await self._engine.aclose()
-        self._loop = None
-        self._node = self._new_node()
+        try:
+            if self._loop is asyncio.get_running_loop():
+                await self._close_here()
+        finally:
+            self._loop = None
+            self._is_started = False
+            self._node = self._new_node()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -383,13 +384,16 @@ class ConnectionManager(HookDecorators):
         return connection
 
     async def _prepare(self, publication: Publication) -> Publication | None:
+        if self._loop is not asyncio.get_running_loop():
+            await self._run_here()
         if self.hooks.has("on_broadcast"):
             transformed = await self._transform(publication)
             if transformed is None:
                 return None
             publication = transformed
         if not self._node.dispatcher.is_clear:
-            await self._node.dispatcher.ease(publication.audience, publication.exclude)
+            message, audience, exclude = publication
+            await self._node.dispatcher.ease(message.size, audience, exclude)
         return publication
 
     async def _transform(self, publication: Publication) -> Publication | None:
@@ -400,12 +404,14 @@ class ConnectionManager(HookDecorators):
         return Node(self.hooks, self._slow_consumer, self._counters)
 
     async def _run_here(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._loop is loop:
+        loop = running_loop()
+        if self._is_started and self._loop is loop:
             return
+        if loop is None:
+            raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
         if self._is_closed:
             raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
-        if self._loop is not None:
+        if self._loop is not None and self._loop is not loop:
             if self._loop.is_running():
                 raise LifecycleError(
                     "the manager runs in another event loop, where its connections live: "
@@ -413,8 +419,18 @@ class ConnectionManager(HookDecorators):
                 )
             self._node = self._new_node()  # that loop has ended, and its connections with it
             self._starts = 0
-        await self._engine.start(self._node)
+            self._is_started = False
         self._loop = loop
+        async with self._node.starting:  # several first uses at the same time start the engine once
+            if not self._is_started:
+                await self._engine.start(self._node)
+                self._is_started = True
+
+    async def _close_here(self) -> None:
+        try:
+            await self._node.aclose()
+        finally:
+            await self._engine.aclose()
 
 
 class Connecting:

@@ -14,7 +14,7 @@ from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
 from wsbroadcast.connection import Connection, ConnectionState
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
-from wsbroadcast.exceptions import ConnectionClosed, PermissionDenied
+from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.registry import Registry
 from wsbroadcast.tasks import Tasks
@@ -48,6 +48,8 @@ class Membership:
         self._hooks = hooks
         self._counters = watch.counters
         self._tasks = tasks
+        # Set when everybody was sent away: nobody comes in any more.
+        self._is_ended = False
 
     # In.
 
@@ -71,7 +73,13 @@ class Membership:
             return known
         if known is not None and known.sink.is_ended:
             raise ConnectionClosed(known.close_code or ABNORMAL, known.close_reason)
+        self._check_running()
         await _accept(websocket, subprotocol, headers)
+        self._check_running()
+        known = find_connection(websocket, manager)
+        if known is not None and known.is_open:  # another task was connecting it meanwhile
+            await self.subscribe(known, names)
+            return known
         connection = Connection(
             websocket, manager, self, self._watch, user=user, user_key=key, channels=names, info=info
         )
@@ -87,6 +95,10 @@ class Membership:
             self.leave(connection, CloseCode.INTERNAL_ERROR, "")
             raise
         return connection
+
+    def _check_running(self) -> None:
+        if self._is_ended:
+            raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
 
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
         try:
@@ -128,6 +140,7 @@ class Membership:
             return False
         self._dispatcher.flush()
         self._registry.unsubscribe(connection, channel)
+        self._watch.wake()  # as when one leaves
         return True
 
     # Out.
@@ -139,6 +152,7 @@ class Membership:
         self._dispatcher.flush()
         if self._registry.remove(connection) is None:
             return False
+        self._watch.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection.enter(state, code, reason)
         if connection.is_announced:
@@ -156,6 +170,8 @@ class Membership:
         """The peer doesn't take what it is sent: out at once, closed if that goes quickly, else aborted."""
         held = connection.sink.held_bytes
         code, reason = CloseCode.TRY_AGAIN_LATER, "slow consumer"
+        if connection.closing is not None:
+            return  # which has a timeout of its own
         if not self.leave(connection, code, reason, ConnectionState.CLOSING):
             connection.sink.abort()  # it had left already, and now what it was still owed doesn't go out either
             return
@@ -179,6 +195,8 @@ class Membership:
             await asyncio.shield(connection.closing)
 
     def _finish(self, connection: Connection, code: int, reason: str) -> None:
+        connection.sink.is_ended = True  # now, not when the task begins: whoever closes next finds it closed
+
         async def finish() -> None:
             try:
                 await connection.sink.close(code, reason)
@@ -190,7 +208,8 @@ class Membership:
         connection.closing = self._tasks.spawn(finish(), "close")
 
     async def close_all(self, code: int, reason: str) -> None:
-        """Close every connection at the same time."""
+        """Close every connection at the same time, and let nobody in any more."""
+        self._is_ended = True
         for connection in self._registry.recipients(EVERYONE):
             self.leave(connection, code, reason, ConnectionState.CLOSING)
             self._finish(connection, code, reason)
@@ -222,12 +241,10 @@ def find_connection(websocket: WebSocket | Connection, manager: ConnectionManage
     if isinstance(websocket, Connection):
         return websocket if websocket.manager is manager else None
     # Each connection has put itself in front of the `send` it found.
-    connection = getattr(vars(websocket).get("send"), "__self__", None)
-    while isinstance(connection, Connection):
-        if connection.manager is manager:
-            return connection
-        connection = getattr(connection.app_send, "__self__", None)
-    return None
+    connection = getattr(websocket.send, "__self__", None)
+    while isinstance(connection, Connection) and connection.manager is not manager:
+        connection = connection.found_connection
+    return connection if isinstance(connection, Connection) else None
 
 
 async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Headers | None) -> None:

@@ -39,8 +39,11 @@ class Message:
         """Encode a value. A `Message` is returned as it is, unless it gets another key.
 
         Raises:
-            EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
+            EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON; or if the
+                key is no str.
         """
+        if key is not None and not isinstance(key, str):
+            raise EncodeError(f"a key is a str, not {type(key).__name__}")
         if isinstance(value, str):
             try:
                 return cls(value.encode(), is_text=True, key=key, text=value)
@@ -52,6 +55,15 @@ class Message:
             if key is None or key == value.key:
                 return value
             return cls(value.payload, is_text=value.is_text, key=key, text=value._text)
+        return cls.json(value, key)
+
+    @classmethod
+    def json(cls, value: object, key: str | None = None) -> Message:
+        """Encode a value as JSON, a `str` too.
+
+        Raises:
+            EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
+        """
         return cls(_to_json(value), is_text=True, key=key)
 
     @property
@@ -79,11 +91,13 @@ def _to_json(value: object) -> bytes:
     try:
         # "constants" writes NaN literally, where the default would turn a NaN into null behind the caller's back.
         payload = to_json(value, inf_nan_mode="constants")
+        if b"NaN" in payload or b"Infinity" in payload:
+            # Rare, and maybe only text inside a string: a parser tells. Long integers it must not convert.
+            json.loads(payload, parse_constant=_refuse_constant, parse_int=str)
+    except EncodeError:
+        raise
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
         raise EncodeError(f"{type(value).__name__} can't be written as JSON: {error}") from error
-    if b"NaN" in payload or b"Infinity" in payload:
-        # Rare, and maybe only text inside a string: a parser tells.
-        json.loads(payload, parse_constant=_refuse_constant)
     return payload
 
 

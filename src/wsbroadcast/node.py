@@ -31,6 +31,8 @@ class Node:
         self.membership = Membership(self.registry, self.dispatcher, self._watch, hooks, self._tasks)
         self._hooks = hooks
         self._counters = counters
+        self.starting = asyncio.Lock()
+        """Held while the engine starts."""
         # Keeps publications in order while on_deliver hooks take their time.
         self._order = asyncio.Lock()
 

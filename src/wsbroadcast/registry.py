@@ -15,8 +15,8 @@ class Member(Protocol):
     def id(self) -> str: ...  # noqa: D102
     @property
     def user_key(self) -> str | None: ...  # noqa: D102
-    @property
-    def channels(self) -> set[str]: ...  # noqa: D102
+
+    channels: frozenset[str]
 
 
 M = TypeVar("M", bound=Member)
@@ -66,12 +66,12 @@ class Registry(Generic[M]):
 
     def subscribe(self, member: M, channel: str) -> bool:
         """Put a member into a channel; return whether it is the first there."""
-        member.channels.add(channel)
+        member.channels |= {channel}
         return _join(self.channels, channel, member)
 
     def unsubscribe(self, member: M, channel: str) -> bool:
         """Take a member out of a channel; return whether it was the last there."""
-        member.channels.discard(channel)
+        member.channels -= {channel}
         return _leave(self.channels, channel, member)
 
     def members(self, audience: Audience) -> Collection[M]:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from wsbroadcast.message import Message
 from wsbroadcast.options import SlowConsumer
 
-# The crowd is asked to wait when this part of a backlog is full; what is left carries the tail of the crowd.
-_HIGH_WATER_PART = 8
+HIGH_WATER_PART = 8
+"""The crowd is asked to wait when this part of a backlog is full; what is left carries the tail of the crowd."""
 
 
 class BacklogFull(Exception):
@@ -45,8 +45,8 @@ class Backlog:
         """Whether the connection is a slow consumer: an eighth of what may wait is waiting."""
         options = self._options
         return (
-            self.bytes * _HIGH_WATER_PART > options.max_backlog_bytes
-            or self.messages * _HIGH_WATER_PART > options.max_backlog_messages
+            self.bytes * HIGH_WATER_PART > options.max_backlog_bytes
+            or self.messages * HIGH_WATER_PART > options.max_backlog_messages
         )
 
     def push(self, message: Message) -> int:
@@ -57,19 +57,18 @@ class Backlog:
         Raises:
             BacklogFull: If it doesn't fit and the policy doesn't drop.
         """
-        options = self._options
-        conflated = 0
-        if options.policy == "conflate" and message.key is not None and message.key in self._items:
-            self._forget(message.key)
-            conflated = 1  # the newer one goes to the end: the order of what is sent stays the order of broadcasts
-        if self._is_full_for(message):
-            if options.policy == "drop_newest":
+        policy = self._options.policy
+        older = self._items.get(message.key) if policy == "conflate" and message.key is not None else None
+        if self._is_full_for(message, older):
+            if policy == "drop_newest":
                 return 1
-            if options.policy == "drop_oldest":
+            if policy == "drop_oldest":
                 return self._make_room_for(message)
             raise BacklogFull
+        if older is not None and message.key is not None:
+            self._forget(message.key)  # the newer one goes to the end: what is sent keeps the order of broadcasts
         self._append(message)
-        return conflated
+        return 0 if older is None else 1
 
     def push_turn(self, turn: Turn) -> None:
         """Append a turn; it is never dropped and never refused."""
@@ -92,11 +91,12 @@ class Backlog:
                 return True
         return False
 
-    def _is_full_for(self, message: Message) -> bool:
+    def _is_full_for(self, message: Message, instead_of: Message | Turn | None = None) -> bool:
         options = self._options
-        return self.messages > 0 and (
-            self.messages >= options.max_backlog_messages or self.bytes + message.size > options.max_backlog_bytes
-        )
+        messages, size = self.messages, self.bytes + message.size
+        if isinstance(instead_of, Message):
+            messages, size = messages - 1, size - instead_of.size
+        return messages > 0 and (messages >= options.max_backlog_messages or size > options.max_backlog_bytes)
 
     def _make_room_for(self, message: Message) -> int:
         dropped = 0

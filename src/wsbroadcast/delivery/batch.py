@@ -15,7 +15,7 @@ R = TypeVar("R")
 class Batch(Generic[R]):
     """Consecutive messages for the same recipients."""
 
-    __slots__ = ("_wires", "exclude", "messages", "target")
+    __slots__ = ("exclude", "messages", "target", "wires")
 
     def __init__(self, target: Audience | Sequence[R], exclude: frozenset[str], message: Message) -> None:
         self.target = target
@@ -24,13 +24,13 @@ class Batch(Generic[R]):
         """Ids of the connections in the audience that don't get it."""
         self.messages = [message]
         """In the order in which they go out."""
-        # The joined frames by wire form, made when the first connection needs them.
-        self._wires: dict[WireForm, bytes] = {}
+        self.wires: dict[WireForm, bytes] = {}
+        """The joined frames by wire form, as far as connections have needed them."""
 
     def wire(self, form: WireForm) -> bytes:
         """Return the frames of all messages as one piece of bytes, the same object for every connection."""
-        wire = self._wires.get(form)
+        wire = self.wires.get(form)
         if wire is None:
             frames = [form.frame(message) for message in self.messages]
-            wire = self._wires[form] = frames[0] if len(frames) == 1 else b"".join(frames)
+            wire = self.wires[form] = frames[0] if len(frames) == 1 else b"".join(frames)
         return wire

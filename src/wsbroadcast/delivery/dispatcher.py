@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from wsbroadcast.audience import Audience
+from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.watch import Watch
@@ -40,12 +42,17 @@ class Dispatcher(Generic[R]):
     def __init__(self, registry: Registry[R], watch: Watch) -> None:
         self._registry = registry
         self._watch = watch
+        # A turn alone fills no backlog, however small.
+        self._turn_bytes = min(_TURN_BYTES, watch.options.max_backlog_bytes // HIGH_WATER_PART)
+        self._turn_messages = min(_TURN_MESSAGES, watch.options.max_backlog_messages // HIGH_WATER_PART)
         self._batches: list[Batch[R]] = []
         self._bytes = 0
         self._messages = 0
         self._is_scheduled = False
         # Set when a turn was full, until the loop has run the writers it woke.
         self._is_turn_full = False
+        # Broadcasters that wait for a turn, first come, first served: one in a tight loop would always be first again.
+        self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
 
     def dispatch(self, message: Message, target: Audience | Sequence[R], exclude: frozenset[str] = _NOBODY) -> None:
         """Hand over a message for an audience, or for given recipients. Synchronous; written within this turn."""
@@ -56,7 +63,7 @@ class Dispatcher(Generic[R]):
             batches.append(Batch(target, exclude, message))
         self._bytes += message.size
         self._messages += 1
-        if self._bytes >= _TURN_BYTES or self._messages >= _TURN_MESSAGES:
+        if self._bytes >= self._turn_bytes or self._messages >= self._turn_messages:
             self.flush()
             if not self._is_turn_full:
                 self._is_turn_full = True
@@ -84,19 +91,38 @@ class Dispatcher(Generic[R]):
     @property
     def is_clear(self) -> bool:
         """Whether a broadcaster may go on without looking further: the turn isn't full and nobody is behind."""
-        return not self._is_turn_full and not self._watch.behind
+        return not self._is_turn_full and not self._queue and not self._watch.behind
 
-    async def ease(self, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
-        """Wait until the turn isn't full and no more than half of an audience is behind, at most `send_timeout`.
+    async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
+        """Wait for a place in a turn, and until no more than half of an audience is behind; at most `send_timeout`.
 
         The crowd sets the pace, a laggard never does.
+
+        Args:
+            size: How many bytes the caller is about to hand over.
+            audience: Whom it is for.
+            exclude: Ids of those in the audience that don't get it.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._watch.options.send_timeout
-        while self._is_turn_full:
+        while loop.time() < deadline:
+            if self._is_turn_full or self._queue:
+                await self._queue_up(size, deadline)
+            if not self._is_crowd_behind(audience, exclude):
+                return
             await self._watch.wait_for_change(deadline)
-        while self._is_crowd_behind(audience, exclude) and loop.time() < deadline:
-            await self._watch.wait_for_change(deadline)
+
+    async def _queue_up(self, size: int, deadline: float) -> None:
+        place = (asyncio.get_running_loop().create_future(), size)
+        self._queue.append(place)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await place[0]
+        except TimeoutError:
+            pass
+        finally:
+            if place in self._queue:
+                self._queue.remove(place)
 
     def _is_crowd_behind(self, audience: Audience, exclude: frozenset[str]) -> bool:
         behind = self._watch.behind
@@ -111,5 +137,15 @@ class Dispatcher(Generic[R]):
         self.flush()
 
     def _begin_turn(self) -> None:
+        # As many of those that queue up as fit into one turn; the rest goes on waiting for the next.
         self._is_turn_full = False
-        self._watch.wake()
+        messages, size = 0, 0
+        while self._queue and messages < max(1, self._turn_messages) and size < max(1, self._turn_bytes):
+            place, place_size = self._queue.popleft()
+            if not place.done():  # else it was cancelled, and hasn't left yet
+                place.set_result(None)
+                messages += 1
+                size += place_size
+        if self._queue:
+            self._is_turn_full = True
+            asyncio.get_running_loop().call_soon(self._begin_turn)

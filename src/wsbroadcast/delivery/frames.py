@@ -1,24 +1,41 @@
-"""RFC 6455 frames from a server to a client. No I/O.
+"""RFC 6455 frames from a server to a client, and RFC 7692 compression that all connections share. No I/O.
 
-A server's frames are not masked (RFC 6455, 5.1), so one frame serves every connection.
+A server's frames are not masked (RFC 6455, 5.1), so one frame serves every connection. A compressed message serves
+every connection with the same window size, because it is compressed with a context of its own: a sender may always do
+so (RFC 7692, 7.2.1), whatever was negotiated and whatever the receiver still remembers.
 """
 
 from __future__ import annotations
 
+import zlib
+from functools import cache
+
 from wsbroadcast.message import Message
 
 _FIN = 0x80
+_COMPRESSED = 0x40  # RSV1 (RFC 7692, 6)
 _TEXT = 0x01
 _BINARY = 0x02
 
+# What a compressed block ends with after a sync flush, and what is left out on the wire (RFC 7692, 7.2.1).
+_EMPTY_BLOCK = b"\x00\x00\xff\xff"
 
-def frame_header(opcode: int, size: int) -> bytes:
-    """Return the header of an unfragmented, unmasked frame (RFC 6455, 5.2)."""
+# Below this a message gains nothing worth its inflation on the other side.
+_MIN_COMPRESSED_BYTES = 64
+
+
+def frame_header(first: int, size: int) -> bytes:
+    """Return the header of an unfragmented, unmasked frame (RFC 6455, 5.2).
+
+    Args:
+        first: The first byte: flags and opcode.
+        size: The payload's size in bytes.
+    """
     if size < 126:
-        return bytes((_FIN | opcode, size))
+        return bytes((first, size))
     if size < 65536:
-        return bytes((_FIN | opcode, 126)) + size.to_bytes(2)
-    return bytes((_FIN | opcode, 127)) + size.to_bytes(8)
+        return bytes((first, 126)) + size.to_bytes(2)
+    return bytes((first, 127)) + size.to_bytes(8)
 
 
 class WireForm:
@@ -32,8 +49,32 @@ class WireForm:
         return frame
 
     def _encode(self, message: Message) -> bytes:
-        return frame_header(_TEXT if message.is_text else _BINARY, message.size) + message.payload
+        return frame_header(_FIN | (_TEXT if message.is_text else _BINARY), message.size) + message.payload
 
 
 PLAIN = WireForm()
 """The payload is the frame."""
+
+
+class Deflated(WireForm):
+    """The payload compressed for one window size; small and incompressible messages stay plain, as each may."""
+
+    def __init__(self, window_bits: int) -> None:
+        self.window_bits = window_bits
+        """The binary logarithm of the window the receiver keeps, 9 to 15."""
+
+    def _encode(self, message: Message) -> bytes:
+        if message.size < _MIN_COMPRESSED_BYTES:
+            return PLAIN.frame(message)
+        compressor = zlib.compressobj(wbits=-self.window_bits, memLevel=5)
+        payload = compressor.compress(message.payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
+        payload = payload.removesuffix(_EMPTY_BLOCK)
+        if len(payload) >= message.size:
+            return PLAIN.frame(message)
+        return frame_header(_FIN | _COMPRESSED | (_TEXT if message.is_text else _BINARY), len(payload)) + payload
+
+
+@cache
+def deflated(window_bits: int) -> Deflated:
+    """Return the one wire form for a window size."""
+    return Deflated(window_bits)

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
+from starlette.websockets import WebSocketDisconnect
+
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
 from wsbroadcast.delivery.batch import Batch
@@ -50,7 +52,6 @@ class Sink:
     """The name under which `stats()` counts it."""
 
     __slots__ = (
-        "_app_send",
         "_is_behind",
         "_send",
         "_watch",
@@ -67,7 +68,6 @@ class Sink:
         owner: Owner,
         watch: Watch,
         send: Send,
-        app_send: Send,
         transport: asyncio.Transport | None = None,
     ) -> None:
         self.owner = owner
@@ -80,9 +80,8 @@ class Sink:
         self.transport = transport
         """The transport below the server's protocol, where it could be found: it can be aborted."""
         self._watch = watch
-        # The server's own `send` for what we send, Starlette's for what the app sends: its state follows the app.
+        # The server's own `send`, for what we send.
         self._send = send
-        self._app_send = app_send
         # Exists exactly as long as the backlog.
         self._writer: asyncio.Task[None] | None = None
         self._is_behind = False
@@ -107,11 +106,12 @@ class Sink:
             return
         backlog = self.backlog or self._open_backlog()
         policy = self._watch.options.policy
-        for message in messages:
+        rest = iter(messages)
+        for message in rest:
             try:
                 dropped = backlog.push(message)
             except BacklogFull:
-                self._watch.counters.dropped["closed"] += 1
+                self._watch.counters.dropped["closed"] += 1 + sum(1 for _ in rest)
                 self.owner.evict("backlog_full")
                 return
             if dropped:
@@ -247,10 +247,10 @@ class Sink:
         self._watch.caught_up(self)
 
     async def _run(self, turn: AppSend) -> None:
-        if turn.done.done():
-            return
+        if turn.done.done() and turn.event["type"] != "websocket.close":
+            return  # withdrawn; a close stands, because nothing is taken after it
         try:
-            await self._app_send(dict(turn.event))
+            await self.owner.app_send(dict(turn.event))
         except asyncio.CancelledError:
             if not turn.done.done():
                 turn.done.set_exception(ConnectionClosed(ABNORMAL))
@@ -258,6 +258,8 @@ class Sink:
         except Exception as error:  # the app's own mistake or the peer's end: the app is told, the next write shows
             if not turn.done.done():
                 turn.done.set_exception(error)
+            if isinstance(error, WebSocketDisconnect):
+                raise  # the peer is gone, whoever still listens: what follows must not find Starlette's state for it
         else:
             if not turn.done.done():
                 turn.done.set_result(None)

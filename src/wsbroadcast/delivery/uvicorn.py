@@ -10,10 +10,13 @@ from typing import Any
 
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import PLAIN
+from wsbroadcast.delivery.frames import PLAIN, WireForm, deflated
 from wsbroadcast.delivery.sink import Event, Send, Sink
 from wsbroadcast.delivery.watch import Owner, Watch
 from wsbroadcast.message import Message
+
+SERVER_RECEIVE = "wsbroadcast.receive"
+"""The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""
 
 
 class UvicornSink(Sink):
@@ -21,21 +24,22 @@ class UvicornSink(Sink):
 
     kind = "uvicorn"
 
-    __slots__ = ("_form", "_protocol", "_transport_write", "_writable")
+    __slots__ = ("_form", "_protocol", "_transport", "_writable")
 
-    def __init__(self, owner: Owner, watch: Watch, send: Send, app_send: Send, protocol: Any) -> None:
-        super().__init__(owner, watch, send, app_send, protocol.transport)
+    def __init__(self, owner: Owner, watch: Watch, send: Send, protocol: Any) -> None:
+        super().__init__(owner, watch, send, protocol.transport)
         self._protocol = protocol
-        self._transport_write = protocol.transport.write
+        self._transport: asyncio.Transport = protocol.transport  # the same, and never None here
         self._writable: asyncio.Event = protocol.writable
-        self._form = PLAIN
+        self._form = _take_over_compression(protocol)
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Write the batch at once, as the same bytes that every other connection gets."""
+        # Where the microseconds of a broadcast go: once per connection, so calls are saved rather than lines.
         if self.backlog is not None or not self._writable.is_set():
             self.enqueue(batch.messages)
-        elif self._is_open():
-            self._transport_write(batch.wire(self._form))
+        elif not self._protocol.close_sent and not self._transport.is_closing():
+            self._transport.write(batch.wires.get(self._form) or batch.wire(self._form))
         elif not self.is_ended:
             self.owner.lost(ABNORMAL, "")
 
@@ -46,18 +50,14 @@ class UvicornSink(Sink):
             return
         if event["type"] == "websocket.close":
             self.is_ended = True
-        await self._app_send(dict(event))  # doesn't suspend while the transport takes more
+        await self.owner.app_send(dict(event))  # doesn't suspend while the transport takes more
 
     async def write(self, message: Message) -> None:
         """Write one message from the backlog as soon as the transport takes more."""
         await self._writable.wait()
-        if not self._is_open():
+        if self._protocol.close_sent or self._transport.is_closing():
             raise ConnectionResetError
-        self._transport_write(self._form.frame(message))
-
-    def _is_open(self) -> bool:
-        protocol = self._protocol
-        return protocol.handshake_complete and not protocol.close_sent and not self.transport.is_closing()  # type: ignore[union-attr]
+        self._transport.write(self._form.frame(message))
 
 
 def find_protocol(receive: object) -> tuple[Any, str]:
@@ -77,7 +77,27 @@ def find_protocol(receive: object) -> tuple[Any, str]:
         unknown.append("transport")
     if unknown:
         return None, f"unknown uvicorn: {', '.join(unknown)}"
+    if not protocol.handshake_complete:  # once it is, it stays so
+        return None, "the handshake is not complete"
     return protocol, ""
+
+
+def _take_over_compression(protocol: Any) -> WireForm:
+    # Where permessage-deflate was negotiated, ours are compressed once for all connections. The server's compressor for
+    # this connection must then stop relying on what it sent before, because it doesn't see what we send in between. It
+    # may do so at any message (RFC 7692, 7.2.1), and it saves the memory of its context.
+    for extension in getattr(protocol.conn, "extensions", ()):
+        window_bits = getattr(extension, "local_max_window_bits", None)
+        if (
+            extension.name == "permessage-deflate"
+            and isinstance(window_bits, int)
+            and isinstance(getattr(extension, "local_no_context_takeover", None), bool)
+        ):
+            if not extension.local_no_context_takeover:
+                extension.local_no_context_takeover = True
+                del extension.encoder
+            return deflated(window_bits)
+    return PLAIN  # which every receiver takes, compression negotiated or not
 
 
 def find_transport(receive: object) -> asyncio.Transport | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, MutableMapping
 from typing import Any, Protocol
 
 from wsbroadcast.counters import Counters
@@ -22,6 +22,9 @@ class Owner(Protocol):
 
     def evict(self, cause: str) -> None:
         """The peer doesn't take what it is sent."""
+
+    async def app_send(self, event: MutableMapping[str, Any]) -> None:
+        """Send an event of the app through Starlette, whose state follows what the app does."""
 
 
 class Waiting(Protocol):
@@ -49,6 +52,7 @@ class Watch:
         """Those among them that are slow consumers: past their high-water mark."""
         # Broadcasters that wait for the crowd.
         self._waiters: list[asyncio.Future[None]] = []
+        self._is_wake_scheduled = False
         self._tick: asyncio.TimerHandle | None = None
 
     def start_writer(self, sink: Waiting, drain: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -71,7 +75,9 @@ class Watch:
     def caught_up(self, sink: Waiting) -> None:
         """A sink is below its high-water mark again."""
         self.behind.discard(sink)
-        self.wake()
+        if self._waiters and not self._is_wake_scheduled:
+            self._is_wake_scheduled = True
+            asyncio.get_running_loop().call_soon(self.wake)  # once for all that catch up in one turn
 
     async def wait_for_change(self, deadline: float) -> None:
         """Return after the next `wake`, or at the deadline."""
@@ -88,6 +94,7 @@ class Watch:
 
     def wake(self) -> None:
         """Let waiting broadcasters look again whether they may go on."""
+        self._is_wake_scheduled = False
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             if not waiter.done():

@@ -21,7 +21,10 @@ def create_engine(engine: str | Engine) -> Engine:
         return engine
     if not isinstance(engine, str):
         raise ConfigurationError(f"engine must be a URL or an Engine, not {type(engine).__name__}")
-    scheme = urlsplit(engine).scheme
+    try:
+        scheme = urlsplit(engine).scheme
+    except ValueError:
+        raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
         raise ConfigurationError(f"no engine for a URL with the scheme {scheme!r}; known are {known}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.message import Message
@@ -44,13 +45,13 @@ class Health:
 class Receiver(Protocol):
     """What an engine hands to a node."""
 
-    async def receive(self, publication: Publication) -> None:
+    def receive(self, publication: Publication) -> Coroutine[Any, Any, None]:
         """Deliver a publication to this node's connections; in the order of calls."""
 
     def receive_nowait(self, publication: Publication) -> None:
         """Deliver it without awaiting; only hooks that are plain functions can run."""
 
-    async def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap) -> Coroutine[Any, Any, None]:
         """Messages of other nodes are missing."""
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Coroutine
+from typing import Any, Self
 
 from wsbroadcast.engines.base import Engine, Health, Publication, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
@@ -31,9 +32,9 @@ class MemoryEngine(Engine):
         """Stop."""
         self._receiver = None
 
-    async def publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication) -> Coroutine[Any, Any, None]:
         """Deliver to this node's connections; returns when they have it."""
-        await self._started().receive(publication)
+        return self._started().receive(publication)  # its coroutine, without one of our own around it
 
     def publish_nowait(self, publication: Publication) -> None:
         """Deliver to this node's connections."""

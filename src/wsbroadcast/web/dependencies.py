@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import Depends, HTTPException, WebSocket, WebSocketException
+from fastapi import Depends, WebSocket, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
@@ -37,27 +37,27 @@ ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 async def get_connection(websocket: WebSocket, manager: ManagerDep) -> AsyncIterator[Connection]:
     """Accept and register the WebSocket of an endpoint, and remove it on the way out, whatever way that is.
 
-    An endpoint that returns closes the connection with 1000, one that fails with 1011. That the peer is gone is not an
-    error here: `WebSocketDisconnect` ends the endpoint quietly.
+    An endpoint that returns closes the connection with 1000, one that raises `PermissionDenied` with 1008, one that
+    fails with 1011. That the peer is gone is not an error here: `WebSocketDisconnect` ends the endpoint quietly.
     """
     try:
         connection = await manager.connect(websocket)
     except PermissionDenied as denied:  # closed already
         raise WebSocketException(CloseCode.POLICY_VIOLATION, str(denied)) from denied
-    code = CloseCode.INTERNAL_ERROR
+    code, reason = CloseCode.INTERNAL_ERROR, ""
     try:
         yield connection
         code = CloseCode.NORMAL
     except WebSocketDisconnect:
         code = CloseCode.NORMAL
     except PermissionDenied as denied:
-        raise WebSocketException(CloseCode.POLICY_VIOLATION, str(denied)) from denied
-    except (HTTPException, WebSocketException):
+        code, reason = CloseCode.POLICY_VIOLATION, str(denied)
+    except WebSocketException:
         manager.disconnect(connection)  # FastAPI closes it with the code the endpoint chose
         raise
     finally:
         if connection.is_open:
-            await manager.close(connection, code)
+            await manager.close(connection, code, reason)
 
 
 ConnectionDep = Annotated[Connection, Depends(get_connection)]

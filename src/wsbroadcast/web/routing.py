@@ -9,8 +9,15 @@ from starlette.routing import WebSocketRoute, compile_path
 
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.connection import Connection
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, InvalidChannel, PermissionDenied
+from wsbroadcast.exceptions import (
+    ConfigurationError,
+    ConnectionClosed,
+    InvalidChannel,
+    MessageTooLarge,
+    PermissionDenied,
+)
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.message import Message
 
 Inbound = Literal["broadcast", "handle", "ignore"]
 Accepts = Literal["any", "text", "bytes", "json"]
@@ -101,6 +108,8 @@ def _make_endpoint(
             pass
         except PermissionDenied as denied:
             code, reason = CloseCode.POLICY_VIOLATION, str(denied)
+        except MessageTooLarge as error:
+            code, reason = CloseCode.MESSAGE_TOO_BIG, str(error)
         finally:
             if connection.is_open:
                 await connection.close(code, reason)
@@ -114,6 +123,8 @@ def _make_endpoint(
             message = await read(connection)
             if inbound == "handle":
                 continue
+            if accepts == "json":
+                message = Message.json(message)  # a JSON string goes out as one, not as bare text
             if connection.channels:
                 for name in sorted(connection.channels):
                     await manager.broadcast(message, channel=name, exclude=exclude)

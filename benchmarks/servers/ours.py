@@ -1,0 +1,48 @@
+"""The tutorial's own handlers, with the class replaced by the import."""
+
+import json
+
+from _serve import serve
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+
+from wsbroadcast import ConnectionManager
+
+app = FastAPI()
+manager = ConnectionManager()
+
+
+@app.websocket("/ws")
+async def everyone(websocket: WebSocket) -> None:
+    await manager.connect(websocket)
+    try:
+        while True:
+            data = await websocket.receive_text()
+            await manager.broadcast(data)
+    except WebSocketDisconnect:
+        manager.disconnect(websocket)
+
+
+@app.websocket("/loop")
+async def loop(websocket: WebSocket) -> None:
+    await manager.connect(websocket)
+    try:
+        while True:
+            for message in json.loads(await websocket.receive_text()):
+                await manager.broadcast(message)
+    except WebSocketDisconnect:
+        manager.disconnect(websocket)
+
+
+@app.websocket("/ws/{channel}")
+async def of_a_channel(websocket: WebSocket, channel: str) -> None:
+    await manager.connect(websocket, channels=[channel])
+    try:
+        while True:
+            data = await websocket.receive_text()
+            await manager.broadcast(data, channel=channel)
+    except WebSocketDisconnect:
+        manager.disconnect(websocket)
+
+
+if __name__ == "__main__":
+    serve(app)

@@ -1,0 +1,38 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["wsbroadcast[demo]"]
+# ///
+"""Plain Starlette: the same endpoint as routes, and the manager's lifespan.
+
+Run it with `uvicorn 06_starlette:app` in this directory and connect with
+`python -m websockets ws://127.0.0.1:8000/ws/news`.
+"""
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from wsbroadcast import ConnectionManager, create_routes
+
+manager = ConnectionManager()
+
+
+async def announce(request: Request) -> Response:
+    await manager.broadcast(await request.body(), channel=request.path_params["channel"])
+    return Response(status_code=204)
+
+
+app = Starlette(
+    routes=[
+        *create_routes(manager, "/ws/{channel}", include_sender=False),
+        Route("/announce/{channel}", announce, methods=["POST"]),
+    ],
+    lifespan=manager.lifespan,
+)
+
+
+if __name__ == "__main__":
+    import uvicorn
+
+    uvicorn.run(app)

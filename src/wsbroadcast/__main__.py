@@ -1,0 +1,8 @@
+"""`python -m wsbroadcast`."""
+
+import sys
+
+from wsbroadcast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

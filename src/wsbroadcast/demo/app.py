@@ -1,0 +1,197 @@
+"""The demo's app: a small chat on the library's public API, meant to be read as an example."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketException
+from pydantic import ValidationError
+
+from wsbroadcast import (
+    CloseCode,
+    Connection,
+    ConnectionDep,
+    ConnectionManager,
+    Hook,
+    InvalidChannel,
+    ManagerDep,
+    SlowConsumer,
+)
+from wsbroadcast.demo.headers import SecurityHeaders
+from wsbroadcast.demo.messages import (
+    INBOUND,
+    Chat,
+    ChatLine,
+    Ended,
+    Flood,
+    FloodLine,
+    Guest,
+    Hello,
+    Notice,
+    Refused,
+    Stall,
+    State,
+    Welcome,
+)
+
+# A shorter `send_timeout` than the default of 10 s, so that nobody has to wait for the eviction, and four times the
+# default backlog, so that there is time to see it grow.
+SLOW_CONSUMER = SlowConsumer(max_backlog_bytes=4 * 1024 * 1024, send_timeout=3.0)
+
+_ASSETS = {
+    "index.html": "text/html; charset=utf-8",
+    "demo.css": "text/css; charset=utf-8",
+    "demo.js": "text/javascript; charset=utf-8",
+    "worker.js": "text/javascript; charset=utf-8",
+    "favicon.svg": "image/svg+xml",
+}
+
+router = APIRouter()
+
+
+@dataclass
+class Visitor:
+    """What the demo remembers about a connection, as its `info`."""
+
+    name: str
+    is_stalled: bool = False
+
+
+class ComingsAndGoings(Hook):
+    """Tells a channel who comes and goes, and remembers how connections ended."""
+
+    def __init__(self) -> None:
+        self.ended: deque[Ended] = deque(maxlen=6)
+        """The latest first."""
+
+    async def on_subscribe(self, connection: Connection, channel: str) -> None:
+        """Tell the others in the channel."""
+        notice = Notice(event="joined", name=connection.info.name, channel=channel)
+        await connection.manager.broadcast(notice, channel=channel, exclude=connection)
+
+    async def on_unsubscribe(self, connection: Connection, channel: str) -> None:
+        """Tell the channel; runs at the end of a connection too, and then the code says how it ended."""
+        notice = Notice(
+            event="left",
+            name=connection.info.name,
+            channel=channel,
+            code=connection.close_code,
+            reason=connection.close_reason,
+        )
+        await connection.manager.broadcast(notice, channel=channel, exclude=connection)
+
+    async def on_disconnect(self, connection: Connection) -> None:
+        """Remember the end."""
+        if connection.info is not None:
+            self.ended.appendleft(
+                Ended(
+                    id=connection.id,
+                    name=connection.info.name,
+                    code=connection.close_code,
+                    reason=connection.close_reason,
+                    at=time.time(),
+                )
+            )
+
+
+async def same_origin(websocket: WebSocket) -> None:
+    """Refuse pages of other sites: CORS doesn't cover WebSockets (RFC 6455, 10.2). Non-browsers send no origin."""
+    origin = websocket.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != websocket.headers.get("host", "").lower():
+        raise WebSocketException(CloseCode.POLICY_VIOLATION, "this origin isn't allowed")
+
+
+@router.websocket("/ws", dependencies=[Depends(same_origin)])
+async def chat(connection: ConnectionDep) -> None:
+    """One tab, from its first message to its end."""
+    async for frame in connection:
+        try:
+            message = INBOUND.validate_json(frame)
+        except ValidationError:
+            await connection.close(CloseCode.INVALID_DATA, "not a message of this demo")
+            return
+        if isinstance(message, Hello):
+            await enter(connection, message)
+        elif connection.info is None:
+            await connection.close(CloseCode.POLICY_VIOLATION, "say hello first")
+        else:
+            await pass_on(connection, connection.info, message)
+
+
+async def enter(connection: Connection, hello: Hello) -> None:
+    """Give a connection its name and its channel, the only one it stays in."""
+    connection.info = Visitor(hello.name)
+    try:
+        await connection.subscribe(hello.channel)
+    except InvalidChannel as error:
+        await connection.send(Refused(text=str(error)))
+        return
+    await connection.unsubscribe(*(connection.channels - {hello.channel}))
+    await connection.send(Welcome(id=connection.id, name=hello.name, channel=hello.channel))
+
+
+async def pass_on(connection: Connection, visitor: Visitor, message: Chat | Stall | Flood) -> None:
+    """Broadcast what a tab says: a line to its channel, a flood to everyone."""
+    if isinstance(message, Stall):
+        visitor.is_stalled = True
+    elif isinstance(message, Flood):
+        await connection.manager.broadcast(FloodLine(**message.model_dump(), name=visitor.name))
+    else:
+        for channel in connection.channels:
+            line = ChatLine(sender=connection.id, name=visitor.name, channel=channel, text=message.text)
+            await connection.manager.broadcast(line, channel=channel)
+
+
+async def get_comings_and_goings(request: Request) -> ComingsAndGoings:
+    """Return the app's hook; it knows how connections ended."""
+    hook: ComingsAndGoings = request.app.state.comings_and_goings
+    return hook
+
+
+@router.get("/state")
+async def state(
+    manager: ManagerDep, comings_and_goings: Annotated[ComingsAndGoings, Depends(get_comings_and_goings)]
+) -> State:
+    """Return the counters, who is connected, and how the last ones ended."""
+    return State(
+        stats=manager.stats(),
+        roster=[
+            Guest(
+                id=connection.id,
+                name=connection.info.name,
+                channel=", ".join(sorted(connection.channels)),
+                is_stalled=connection.info.is_stalled,
+            )
+            for connection in manager.connections
+            if connection.info is not None
+        ],
+        ended=list(comings_and_goings.ended),
+        max_backlog_bytes=SLOW_CONSUMER.max_backlog_bytes,
+        send_timeout=SLOW_CONSUMER.send_timeout,
+    )
+
+
+@router.get("/")
+@router.get("/{name}")
+async def asset(name: str = "index.html") -> Response:
+    """Serve the page and what belongs to it."""
+    media_type = _ASSETS.get(name)
+    if media_type is None:
+        raise HTTPException(404)
+    content = (files("wsbroadcast.demo") / "static" / name).read_bytes()
+    return Response(content, headers={"content-type": media_type})
+
+
+def create_app() -> FastAPI:
+    """Make the demo's app, with a manager of its own."""
+    hook = ComingsAndGoings()
+    manager = ConnectionManager(hooks=[hook], slow_consumer=SLOW_CONSUMER)
+    # No pages for the API: they load scripts from elsewhere, which the Content-Security-Policy forbids.
+    app = FastAPI(title="wsbroadcast demo", lifespan=manager.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.comings_and_goings = hook
+    app.include_router(router)
+    app.add_middleware(SecurityHeaders)
+    return app

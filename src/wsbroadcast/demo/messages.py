@@ -1,0 +1,131 @@
+"""What the demo's page and its server say to each other."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+
+from wsbroadcast import Stats
+
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=24)]
+
+
+class Inbound(BaseModel):
+    """What a page may send: these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Hello(Inbound):
+    """Who a tab is and which channel it is in; comes first, and again when either changes."""
+
+    type: Literal["hello"]
+    name: Name
+    channel: str
+
+
+class Chat(Inbound):
+    """A line for the tab's channel."""
+
+    type: Literal["chat"]
+    text: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+
+
+class Stall(Inbound):
+    """The tab is about to stop reading, so that the others can see who it is."""
+
+    type: Literal["stall"]
+
+
+class Flood(Inbound):
+    """One message of a flood, for everyone; numbered, so that every tab can tell whether it misses one."""
+
+    type: Literal["flood"]
+    flood: Annotated[str, StringConstraints(max_length=32)]
+    number: Annotated[int, Field(ge=1)]
+    total: Annotated[int, Field(ge=1, le=10_000)]
+    padding: Annotated[str, StringConstraints(max_length=4096)]
+
+
+INBOUND: TypeAdapter[Hello | Chat | Stall | Flood] = TypeAdapter(
+    Annotated[Hello | Chat | Stall | Flood, Field(discriminator="type")]
+)
+"""Checks and reads a frame of the page."""
+
+
+class Welcome(BaseModel):
+    """The answer to `Hello`."""
+
+    type: Literal["welcome"] = "welcome"
+    id: str
+    name: str
+    channel: str
+
+
+class Refused(BaseModel):
+    """Why something the tab asked for didn't happen."""
+
+    type: Literal["refused"] = "refused"
+    text: str
+
+
+class ChatLine(BaseModel):
+    """What somebody wrote in a channel."""
+
+    type: Literal["chat"] = "chat"
+    sender: str
+    name: str
+    channel: str
+    text: str
+
+
+class FloodLine(BaseModel):
+    """One message of somebody's flood."""
+
+    type: Literal["flood"] = "flood"
+    flood: str
+    name: str
+    number: int
+    total: int
+    padding: str
+
+
+class Notice(BaseModel):
+    """Somebody came to a channel, or left it; with the close code if the connection has ended."""
+
+    type: Literal["notice"] = "notice"
+    event: Literal["joined", "left"]
+    name: str
+    channel: str
+    code: int | None = None
+    reason: str = ""
+
+
+class Guest(BaseModel):
+    """Somebody who is connected."""
+
+    id: str
+    name: str
+    channel: str
+    is_stalled: bool
+
+
+class Ended(BaseModel):
+    """A connection that has ended, and how."""
+
+    id: str
+    name: str
+    code: int | None
+    reason: str
+    at: float
+    """Seconds since 1970."""
+
+
+class State(BaseModel):
+    """What the page shows beside the chat; asked for over HTTP, so that a stalled tab can go on watching."""
+
+    stats: Stats
+    roster: list[Guest]
+    ended: list[Ended]
+    """The latest first."""
+    max_backlog_bytes: int
+    send_timeout: float

@@ -1,0 +1,44 @@
+"""What holds for every test: the event loop it runs in, and that it leaves no task of ours behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
+
+import pytest
+from hypothesis import settings
+
+# A busy machine is no failure.
+settings.register_profile("wsbroadcast", deadline=None)
+settings.load_profile("wsbroadcast")
+
+LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-asyncio sets a loop's debug mode itself and would overrule the environment.
+    if os.environ.get("PYTHONASYNCIODEBUG"):
+        config.option.asyncio_debug = True
+
+
+def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, LoopFactory]:
+    """Run the suite in asyncio's own loop, or in uvloop's with WSBROADCAST_TEST_LOOP=uvloop."""
+    name = os.environ.get("WSBROADCAST_TEST_LOOP", "asyncio")
+    if name == "uvloop":
+        import uvloop
+
+        return {name: uvloop.new_event_loop}
+    if name != "asyncio":
+        raise pytest.UsageError(f"WSBROADCAST_TEST_LOOP must be asyncio or uvloop, not {name!r}")
+    return {name: asyncio.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+async def no_task_is_left() -> AsyncIterator[None]:
+    """Fail a test after which one of our tasks still runs; those that are about to end get a second for it."""
+    yield
+    tasks = {task for task in asyncio.all_tasks() if task.get_name().startswith("wsbroadcast ")}
+    if tasks:
+        _, left = await asyncio.wait(tasks, timeout=1)
+        assert not left, f"left behind: {sorted(task.get_name() for task in left)}"

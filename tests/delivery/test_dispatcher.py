@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Coroutine, Iterable
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsbroadcast import Audience, Message, SlowConsumer
+from wsbroadcast.audience import EVERYONE
+from wsbroadcast.counters import Counters
+from wsbroadcast.delivery.batch import Batch
+from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.sink import Sink
+from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.registry import Registry
+
+
+class Recorder:
+    """A sink that keeps what it is handed, batch by batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Any]] = []
+
+    def deliver(self, batch: Batch[Any]) -> None:
+        self.batches.append([message.data for message in batch.messages])
+
+    @property
+    def texts(self) -> list[Any]:
+        return [text for batch in self.batches for text in batch]
+
+
+class Member:
+    def __init__(self, id: str, user_key: str | None = None, channels: Collection[str] = ()) -> None:  # noqa: A002
+        self.id = id
+        self.user_key = user_key
+        self.channels = frozenset(channels)
+        self.recorder = Recorder()
+
+    @property
+    def sink(self) -> Sink:
+        return cast(Sink, self.recorder)
+
+
+class Node:
+    """A registry with members in it, and the dispatcher above."""
+
+    def __init__(self, members: Iterable[Member] = (), **options: Any) -> None:
+        self.registry = Registry[Member]()
+        self.counters = Counters()
+        self.watch = Watch(SlowConsumer(**options), self.counters)
+        self.dispatcher = Dispatcher(self.registry, self.watch)
+        for member in members:
+            self.registry.add(member)
+
+    def dispatch(self, text: str, target: Any = EVERYONE, exclude: Collection[str] = ()) -> None:
+        self.dispatcher.dispatch(Message.of(text), target, frozenset(exclude))
+
+    def fall_behind(self, *members: Member) -> None:
+        for member in members:
+            self.watch.fell_behind(member.sink)
+
+    def catch_up(self, member: Member) -> None:
+        self.watch.caught_up(member.sink)
+
+
+def members(count: int) -> list[Member]:
+    return [Member(str(number)) for number in range(count)]
+
+
+async def turns(count: int = 3) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    return asyncio.get_running_loop().create_task(coroutine)
+
+
+# What is joined, and when it is delivered.
+
+
+async def test_messages_of_one_turn_arrive_as_one_batch_within_the_turn() -> None:
+    [member] = everybody = members(1)
+    node = Node(everybody)
+    node.dispatch("one")
+    node.dispatch("two")
+    assert member.recorder.batches == []
+    await turns(1)
+    assert member.recorder.batches == [["one", "two"]]
+    node.dispatch("three")
+    await turns(1)
+    assert member.recorder.batches == [["one", "two"], ["three"]]
+
+
+async def test_other_audience_or_exclusion_begins_a_batch_and_keeps_the_order() -> None:
+    ann, bob = Member("ann", channels=["a"]), Member("bob", channels=["a"])
+    node = Node([ann, bob])
+    node.dispatch("1")
+    node.dispatch("2", Audience("channel", "a"))
+    node.dispatch("3", Audience("channel", "a"))
+    node.dispatch("4", Audience("channel", "a"), exclude=["bob"])
+    node.dispatch("5", Audience("connection", "ann"))
+    node.dispatch("6")
+    await turns()
+    assert ann.recorder.batches == [["1"], ["2", "3"], ["4"], ["5"], ["6"]]
+    assert bob.recorder.batches == [["1"], ["2", "3"], ["6"]]
+
+
+async def test_recipients_may_be_named_themselves() -> None:
+    everybody = members(3)
+    node = Node(everybody)
+    node.dispatch("1", everybody[:2])
+    node.dispatch("2", everybody[:2])
+    node.dispatch("3", everybody[1:])
+    await turns()
+    assert [member.recorder.batches for member in everybody] == [[["1", "2"]], [["1", "2"], ["3"]], [["3"]]]
+
+
+async def test_flush_delivers_at_once_and_once() -> None:
+    [member] = everybody = members(1)
+    node = Node(everybody)
+    node.dispatch("one")
+    node.dispatcher.flush()
+    assert member.recorder.batches == [["one"]]
+    node.dispatcher.flush()
+    await turns()
+    assert member.recorder.batches == [["one"]]
+
+
+async def test_who_is_a_member_when_it_is_delivered_gets_it() -> None:
+    first, late = members(2)
+    node = Node([first])
+    node.dispatch("before")
+    node.dispatcher.flush()
+    node.registry.add(late)
+    node.dispatch("after")
+    await turns()
+    assert (first.recorder.texts, late.recorder.texts) == (["before", "after"], ["after"])
+
+
+async def test_member_that_leaves_in_the_middle_of_a_flush_disturbs_nobody() -> None:
+    leaving, staying = members(2)
+    node = Node([leaving, staying])
+    keep = leaving.recorder.deliver
+
+    def deliver_and_leave(batch: Batch[Any]) -> None:
+        keep(batch)
+        node.dispatcher.flush()
+        node.registry.remove(leaving)
+
+    leaving.recorder.deliver = deliver_and_leave  # type: ignore[method-assign]
+    node.dispatch("1")
+    node.dispatch("2", Audience("connection", staying.id))
+    node.dispatch("3")
+    await turns()
+    assert leaving.recorder.texts == ["1"]
+    assert staying.recorder.texts == ["1", "2", "3"]
+
+
+async def test_deliveries_are_counted_by_message_and_connection() -> None:
+    node = Node(members(3))
+    for text in "ab":
+        node.dispatch(text)
+    node.dispatch("c", exclude=["0"])
+    node.dispatch("d", Audience("channel", "nobody's"))
+    await turns()
+    assert node.counters.deliveries == 3 + 3 + 2
+
+
+# A full turn.
+
+
+@pytest.mark.parametrize(("size", "count"), [(16 * 1024, 1), (1024, 16), (0, 128)])
+async def test_full_turn_is_delivered_at_once_and_the_loop_gets_its_chance(size: int, count: int) -> None:
+    [member] = everybody = members(1)
+    node = Node(everybody)
+    for _ in range(count - 1):
+        node.dispatch("x" * size)
+    assert member.recorder.batches == []
+    assert node.dispatcher.is_clear
+    node.dispatch("x" * size)
+    assert len(member.recorder.texts) == count
+    assert not node.dispatcher.is_clear
+    easing = start(node.dispatcher.ease(0, EVERYONE))
+    await turns(1)
+    async with asyncio.timeout(5):
+        await easing
+    assert node.dispatcher.is_clear
+    member.recorder.batches.clear()
+    node.dispatch("small")  # and the next turn begins from nothing
+    node.dispatch("again")
+    assert member.recorder.batches == []
+    await turns(1)
+    assert member.recorder.batches == [["small", "again"]]
+
+
+async def broadcast_many(node: Node, name: str, sent: list[str], size: int, count: int) -> None:
+    """What `ConnectionManager.broadcast` does, in a tight loop."""
+    for _ in range(count):
+        if not node.dispatcher.is_clear:
+            await node.dispatcher.ease(size, EVERYONE)
+        node.dispatch("x" * size)
+        sent.append(name)
+
+
+@pytest.mark.parametrize("size", [20_000, 5_000])
+async def test_broadcasters_in_tight_loops_take_turns(size: int) -> None:
+    node = Node(members(1))
+    sent: list[str] = []
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(broadcast_many(node, name, sent, size, 40) for name in "abc"))
+    assert len(sent) == 120
+    assert set(sent[:12]) == set("abc")  # nobody waits until another is done
+    assert node.dispatcher.is_clear
+
+
+async def test_broadcasters_together_fill_no_more_than_a_turn_before_the_loop_gets_its_chance() -> None:
+    [member] = everybody = members(1)
+    node = Node(everybody)
+    sent: list[str] = []
+    tasks = [start(broadcast_many(node, str(name), sent, 10_000, 4)) for name in range(50)]
+    seen = 0
+    async with asyncio.timeout(5):
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0)
+            assert len(member.recorder.texts) - seen <= 4  # two fill a turn; another may begin within one of the loop's
+            seen = len(member.recorder.texts)
+    await turns()
+    assert len(member.recorder.texts) == 200
+
+
+async def test_broadcaster_that_is_cancelled_in_the_queue_holds_nobody_up() -> None:
+    node = Node(members(1))
+    queue = [start(node.dispatcher.ease(0, EVERYONE)) for _ in range(3)]
+    node.dispatch("x" * 20_000)  # a full turn before they begin
+    await asyncio.sleep(0)
+    queue[0].cancel()
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*queue, return_exceptions=True)
+    assert [type(result) for result in results] == [asyncio.CancelledError, type(None), type(None)]
+    assert node.dispatcher.is_clear
+
+
+# The crowd.
+
+
+@pytest.mark.parametrize(("behind", "waits"), [(0, False), (1, False), (2, False), (3, True), (4, True)])
+async def test_broadcaster_waits_for_more_than_half_of_the_audience(behind: int, waits: bool) -> None:
+    everybody = members(4)
+    node = Node(everybody)
+    node.fall_behind(*everybody[:behind])
+    assert node.dispatcher.is_clear is (behind == 0)
+    easing = start(node.dispatcher.ease(0, EVERYONE))
+    await turns()
+    assert easing.done() is not waits
+    for member in everybody[2:behind]:
+        assert not easing.done()
+        node.catch_up(member)
+        await turns()
+    assert easing.done()
+
+
+async def test_only_the_audience_matters() -> None:
+    inside, outside = [Member(f"in{number}", channels=["a"]) for number in range(3)], members(3)
+    node = Node(inside + outside)
+    node.fall_behind(*outside)
+    async with asyncio.timeout(5):
+        await node.dispatcher.ease(0, Audience("channel", "a"))
+        await node.dispatcher.ease(0, Audience("channel", "nobody's"))
+        await node.dispatcher.ease(0, EVERYONE)
+    node.fall_behind(*inside[:2])
+    easing = start(node.dispatcher.ease(0, Audience("channel", "a")))
+    await turns()
+    assert not easing.done()
+    node.catch_up(inside[0])
+    await easing
+
+
+async def test_who_is_excluded_is_not_counted() -> None:
+    everybody = members(5)
+    node = Node(everybody)
+    node.fall_behind(*everybody[:2])
+    async with asyncio.timeout(5):
+        await node.dispatcher.ease(0, EVERYONE, frozenset({"0", "1"}))
+    easing = start(node.dispatcher.ease(0, EVERYONE, frozenset({"2", "3"})))
+    await turns()
+    assert not easing.done()
+    node.catch_up(everybody[0])
+    await easing
+
+
+async def test_crowd_that_stays_behind_is_waited_for_no_longer_than_send_timeout() -> None:
+    everybody = members(2)
+    node = Node(everybody, send_timeout=0.05)
+    node.fall_behind(*everybody)
+    began = time.monotonic()
+    async with asyncio.timeout(5):
+        await node.dispatcher.ease(0, EVERYONE)
+    assert time.monotonic() - began >= 0.04
+
+
+# Any interleaving.
+
+names = st.sampled_from(["a", "b"])
+audiences = st.one_of(
+    st.just(EVERYONE),
+    names.map(lambda name: Audience("channel", name)),
+    names.map(lambda name: Audience("user", name)),
+    st.integers(0, 5).map(lambda number: Audience("connection", str(number))),
+    st.sets(st.integers(0, 5), max_size=3).map(sorted),
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("dispatch"), audiences, st.frozensets(st.integers(0, 5).map(str), max_size=2), st.integers(0, 3)
+        ),
+        st.tuples(st.just("add"), st.sampled_from([None, "a", "b"]), st.frozensets(names)),
+        st.tuples(st.just("remove"), st.integers(0, 5)),
+        st.tuples(st.just("subscribe"), st.integers(0, 5), names),
+        st.tuples(st.just("unsubscribe"), st.integers(0, 5), names),
+        st.tuples(st.just("turn")),
+    ),
+    max_size=40,
+)
+
+SIZES = [1, 100, 6_000, 20_000]
+
+
+def is_in(member: Member, audience: Audience) -> bool:
+    match audience.kind:
+        case "everyone":
+            return True
+        case "channel":
+            return audience.name in member.channels
+        case "user":
+            return audience.name == member.user_key
+        case _:
+            return audience.name == member.id
+
+
+@given(operations)
+@settings(max_examples=200)
+async def test_any_interleaving_gives_each_member_exactly_its_messages_in_order(operations: list[Any]) -> None:
+    node = Node()
+    everybody: list[Member] = []
+    here: list[Member] = []
+    expected: dict[Member, list[str]] = {}
+
+    def find(number: int) -> Member | None:
+        return next((member for member in here if member.id == str(number)), None)
+
+    for position, (operation, *arguments) in enumerate(operations):
+        if operation == "dispatch":
+            target, exclude, size = arguments
+            text = f"{position}:" + "x" * SIZES[size]
+            if isinstance(target, Audience):
+                node.dispatch(text, target, exclude)
+                recipients = [member for member in here if is_in(member, target) and member.id not in exclude]
+            else:
+                recipients = [member for member in map(find, target) if member is not None]
+                node.dispatch(text, recipients)
+            for member in recipients:
+                expected[member].append(text)
+        elif operation == "turn":
+            await turns(1)
+        else:
+            node.dispatcher.flush()  # whoever changes the registry does
+            if operation == "add":
+                member = Member(str(len(everybody)), *arguments)
+                everybody.append(member)
+                here.append(member)
+                expected[member] = []
+                node.registry.add(member)
+            elif (found := find(arguments[0])) is not None:
+                if operation == "remove":
+                    here.remove(found)
+                    node.registry.remove(found)
+                elif operation == "subscribe":
+                    node.registry.subscribe(found, arguments[1])
+                else:
+                    node.registry.unsubscribe(found, arguments[1])
+    await turns(2)
+    for member in everybody:
+        assert member.recorder.texts == expected[member]
+    assert node.counters.deliveries == sum(map(len, expected.values()))
+    assert node.dispatcher.is_clear

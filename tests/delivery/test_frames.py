@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from websockets.extensions.permessage_deflate import PerMessageDeflate
+from websockets.frames import Frame, Opcode
+from websockets.streams import StreamReader
+
+from wsbroadcast import Message
+from wsbroadcast.delivery.frames import PLAIN, deflated
+
+LENGTHS = [0, 1, 124, 125, 126, 127, 65534, 65535, 65536, 65537, 200_000]
+
+
+def serialized(message: Message) -> bytes:
+    """What websockets' own serializer makes of it."""
+    return Frame(Opcode.TEXT if message.is_text else Opcode.BINARY, message.payload).serialize(mask=False)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("letter", ["x", b"\xff"])
+def test_plain_frame_is_what_websockets_writes(length: int, letter: str | bytes) -> None:
+    message = Message.of(letter * length)
+    assert PLAIN.frame(message) == serialized(message)
+
+
+@given(st.text() | st.binary() | st.lists(st.integers()))
+@example("\U0001f600" * 40)
+def test_plain_frame_of_anything_is_what_websockets_writes(value: object) -> None:
+    message = Message.of(value)
+    assert PLAIN.frame(message) == serialized(message)
+
+
+def test_frame_is_made_once_for_everybody() -> None:
+    message = Message.of("text")
+    assert PLAIN.frame(message) is PLAIN.frame(message)
+
+
+# permessage-deflate
+
+windows = pytest.mark.parametrize("bits", range(9, 16))
+text = st.text("ab \u00e9", max_size=3000) | st.text(min_size=200).map(lambda some: some * 5)
+
+
+class Client:
+    """What websockets' client makes of the frames: one inflater, which remembers what it saw before."""
+
+    def __init__(self, bits: int) -> None:
+        self._extension = PerMessageDeflate(
+            remote_no_context_takeover=False,
+            local_no_context_takeover=False,
+            remote_max_window_bits=bits,
+            local_max_window_bits=15,
+        )
+
+    def read(self, frame: bytes) -> tuple[Opcode, bytes]:
+        reader = StreamReader()
+        reader.feed_data(frame)
+        reader.feed_eof()
+        parsing = Frame.parse(reader.read_exact, mask=False, max_size=None, extensions=[self._extension])
+        try:
+            next(parsing)
+        except StopIteration as end:
+            parsed: Frame = end.value
+            return parsed.opcode, bytes(parsed.data)
+        raise AssertionError("the frame is not complete")
+
+
+@windows
+@given(st.lists(text | st.binary(max_size=300), max_size=6))
+def test_deflated_frames_reach_a_client_as_they_were(bits: int, values: list[str | bytes]) -> None:
+    client = Client(bits)
+    for value in values:
+        message = Message.of(value)
+        opcode = Opcode.TEXT if message.is_text else Opcode.BINARY
+        assert client.read(deflated(bits).frame(message)) == (opcode, message.payload)
+
+
+@windows
+def test_deflated_frame_is_smaller_where_that_is_possible(bits: int) -> None:
+    message = Message.of({"values": list(range(1000))})
+    frame = deflated(bits).frame(message)
+    assert len(frame) < message.size * 0.6
+    assert deflated(bits).frame(message) is frame
+    assert deflated(bits) is deflated(bits)
+
+
+@windows
+@pytest.mark.parametrize("value", ["", "short", bytes(range(256))])
+def test_what_does_not_shrink_goes_plain(bits: int, value: str | bytes) -> None:
+    message = Message.of(value)
+    assert deflated(bits).frame(message) is PLAIN.frame(message)

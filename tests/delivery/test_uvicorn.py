@@ -1,0 +1,218 @@
+"""The fast path over a fake of uvicorn's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from wsbroadcast.counters import Counters
+from wsbroadcast.delivery.batch import Batch
+from wsbroadcast.delivery.frames import PLAIN
+from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
+from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.message import Message
+from wsbroadcast.options import SlowConsumer
+
+
+class Transport:
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.closing = False
+        self.aborted = False
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None:
+        self.aborted = self.closing = True
+
+
+class Conn:
+    extensions: tuple[object, ...] = ()
+
+
+class WebSocketsSansIOProtocol:
+    __module__ = "uvicorn.fake"
+
+    def __init__(self) -> None:
+        self.transport = Transport()
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self.handshake_complete = True
+        self.close_sent = False
+        self.conn = Conn()
+
+    async def receive(self) -> None: ...
+
+
+class Owner:
+    def __init__(self, protocol: WebSocketsSansIOProtocol) -> None:
+        self.protocol = protocol
+        self.app_sent: list[dict[str, Any]] = []
+        self.lost_with: list[int] = []
+        self.evicted: list[str] = []
+
+    def lost(self, code: int, reason: str) -> None:
+        self.lost_with.append(code)
+
+    def evict(self, cause: str) -> None:
+        self.evicted.append(cause)
+
+    async def app_send(self, event: Any) -> None:
+        await self.protocol.writable.wait()
+        self.app_sent.append(event)
+        self.protocol.transport.written.append(event.get("text", event["type"]).encode())
+
+
+class Bench:
+    def __init__(self, options: SlowConsumer | None = None) -> None:
+        self.protocol = WebSocketsSansIOProtocol()
+        self.owner = Owner(self.protocol)
+        self.watch = Watch(options or SlowConsumer(), Counters())
+        self.sink = UvicornSink(self.owner, self.watch, self.owner.app_send, self.protocol)
+
+    def deliver(self, *texts: str) -> None:
+        messages = [Message.of(text) for text in texts]
+        batch: Batch[Any] = Batch((), frozenset(), messages[0])
+        batch.messages.extend(messages[1:])
+        self.sink.deliver(batch)
+
+    async def drained(self) -> None:
+        for _ in range(100):
+            if self.sink.backlog is None:
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("the backlog is still there")
+
+    @property
+    def written(self) -> bytes:
+        return b"".join(self.protocol.transport.written)
+
+
+def frames(*texts: str) -> bytes:
+    return b"".join(PLAIN.frame(Message.of(text)) for text in texts)
+
+
+async def test_batch_is_one_write_while_the_transport_takes_more() -> None:
+    bench = Bench()
+    bench.deliver("a", "b", "c")
+    assert bench.protocol.transport.written == [frames("a", "b", "c")]
+    assert bench.sink.backlog is None
+
+
+async def test_batch_is_the_same_bytes_for_every_connection() -> None:
+    one, other = Bench(), Bench()
+    batch: Batch[Any] = Batch((), frozenset(), Message.of("a"))
+    one.sink.deliver(batch)
+    other.sink.deliver(batch)
+    assert one.protocol.transport.written[0] is other.protocol.transport.written[0]
+
+
+async def test_messages_wait_in_order_while_the_transport_is_full() -> None:
+    bench = Bench()
+    bench.protocol.writable.clear()
+    bench.deliver("a")
+    bench.deliver("b", "c")
+    await asyncio.sleep(0)
+    assert bench.written == b""
+    assert bench.sink.held_messages >= 2
+    bench.protocol.writable.set()
+    bench.deliver("d")  # not ahead of what waits
+    await bench.drained()
+    assert bench.written == frames("a", "b", "c", "d")
+
+
+async def test_app_send_keeps_its_place_behind_a_backlog() -> None:
+    bench = Bench()
+    bench.protocol.writable.clear()
+    bench.deliver("a")
+    own = asyncio.create_task(bench.sink.send_event({"type": "websocket.send", "text": "own"}))
+    await asyncio.sleep(0)
+    bench.deliver("b")
+    bench.protocol.writable.set()
+    await own
+    await bench.drained()
+    assert bench.written == frames("a") + b"own" + frames("b")
+
+
+@pytest.mark.parametrize("end", ["close_sent", "closing"])
+async def test_nothing_is_written_after_the_end(end: str) -> None:
+    bench = Bench()
+    if end == "close_sent":
+        bench.protocol.close_sent = True
+    else:
+        bench.protocol.transport.closing = True
+    bench.deliver("a")
+    assert bench.written == b""
+    assert bench.owner.lost_with == [1006]
+
+
+async def test_backlog_is_dropped_when_the_transport_closes_meanwhile() -> None:
+    bench = Bench()
+    bench.protocol.writable.clear()
+    bench.deliver("a", "b")
+    bench.protocol.transport.closing = True
+    bench.protocol.writable.set()  # as uvicorn does when the connection is lost
+    await bench.drained()
+    assert bench.written == b""
+    assert bench.owner.lost_with == [1006]
+    assert bench.watch.counters.dropped["closed"] >= 1
+
+
+async def test_close_waits_for_the_backlog() -> None:
+    bench = Bench()
+    bench.protocol.writable.clear()
+    bench.deliver("a")
+    closing = asyncio.create_task(bench.sink.close(1000, "bye"))
+    await asyncio.sleep(0)
+    bench.protocol.writable.set()
+    await closing
+    assert bench.written == frames("a") + b"websocket.close"
+    assert bench.owner.app_sent[-1] == {"type": "websocket.close", "code": 1000, "reason": "bye"}
+
+
+async def test_close_aborts_a_peer_that_takes_nothing() -> None:
+    bench = Bench(SlowConsumer(close_timeout=0.02))
+    bench.protocol.writable.clear()
+    bench.deliver("a")
+    await bench.sink.close(1000, "")
+    assert bench.protocol.transport.aborted
+    assert bench.written == b""
+
+
+def test_protocol_is_found_behind_its_own_receive() -> None:
+    protocol = WebSocketsSansIOProtocol()
+    assert find_protocol(protocol.receive) == (protocol, "")
+
+
+async def _wrapped() -> None: ...
+
+
+@pytest.mark.parametrize("attribute", ["transport", "writable", "handshake_complete", "close_sent"])
+def test_protocol_without_what_is_needed_is_refused(attribute: str) -> None:
+    protocol = WebSocketsSansIOProtocol()
+    delattr(protocol, attribute)
+    found, reason = find_protocol(protocol.receive)
+    assert found is None
+    assert attribute in reason
+
+
+def test_other_receives_are_refused_with_the_reason() -> None:
+    assert find_protocol(_wrapped) == (None, "receive is wrapped")
+    assert find_protocol(asyncio.Queue().get) == (None, "server protocol Queue")
+    assert find_protocol(None) == (None, "receive is wrapped")
+
+
+def test_transport_is_found_on_uvicorn_only() -> None:
+    protocol = WebSocketsSansIOProtocol()
+    assert find_transport(protocol.receive) is protocol.transport  # type: ignore[comparison-overlap]  # a fake
+    assert find_transport(asyncio.Queue().get) is None
+    assert find_transport(_wrapped) is None

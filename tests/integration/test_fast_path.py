@@ -1,0 +1,96 @@
+"""Where the fast path is found on a real uvicorn, and where it falls back by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, WebSocket
+from starlette.types import ASGIApp, Receive, Scope, Send
+from websockets.asyncio.client import connect, unix_connect
+
+from tests.support.servers import eventually, serve_here
+from wsbroadcast import ConnectionManager, FastPath
+
+
+class WrapsReceive:
+    """What OpenTelemetry's middleware does to `receive`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def wrapped() -> Any:
+            return await receive()
+
+        await self.app(scope, wrapped, send)
+
+
+def make_app(manager: ConnectionManager) -> FastAPI:
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        async with manager.connect(websocket) as connection:
+            async for message in connection:
+                await manager.broadcast(message)
+
+    return app
+
+
+async def echo(manager: ConnectionManager, client: Any) -> dict[str, int]:
+    await client.send("hello")
+    assert await asyncio.wait_for(client.recv(), 5) == "hello"
+    return manager.stats().sinks
+
+
+async def test_wrapped_receive_falls_back() -> None:
+    manager = ConnectionManager()
+    app = make_app(manager)
+    app.add_middleware(WrapsReceive)
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        assert await echo(manager, client) == {"asgi": 1}
+        assert manager.stats().fast_path_refused == {"receive is wrapped": 1}
+
+
+async def test_fast_path_layer_keeps_it_around_a_wrapped_receive() -> None:
+    manager = ConnectionManager()
+    app = make_app(manager)
+    app.add_middleware(WrapsReceive)
+    async with serve_here(FastPath(app)) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        assert await echo(manager, client) == {"uvicorn": 1}
+
+
+async def test_fast_path_over_a_unix_socket(tmp_path: Path) -> None:
+    manager = ConnectionManager()
+    path = tmp_path / "app.sock"
+    server = uvicorn.Server(uvicorn.Config(make_app(manager), uds=str(path), log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    try:
+        await eventually(lambda: asyncio.sleep(0, server.started))
+        async with unix_connect(str(path), "ws://localhost/ws") as client:
+            assert await echo(manager, client) == {"uvicorn": 1}
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def test_fast_path_over_tls(tmp_path: Path) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
+    await asyncio.to_thread(subprocess.run, command.split(), check=True, capture_output=True)
+    manager = ConnectionManager()
+    trust = ssl.create_default_context(cafile=str(certificate))
+    trust.check_hostname = False
+    async with (
+        serve_here(make_app(manager), ssl_keyfile=str(key), ssl_certfile=str(certificate)) as port,
+        connect(f"wss://127.0.0.1:{port}/ws", ssl=trust, max_size=None) as client,
+    ):
+        assert await echo(manager, client) == {"uvicorn": 1}
+        big = "x" * 3_000_000
+        await manager.broadcast(big)
+        assert await asyncio.wait_for(client.recv(), 10) == big

@@ -1,0 +1,317 @@
+"""The other end of an ASGI WebSocket, in the same event loop: a peer and the server between, in one object."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Iterable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol
+
+from starlette.websockets import WebSocket
+
+from wsbroadcast import Connection, ConnectionManager
+
+TIMEOUT = 5.0
+"""Seconds after which something that should have happened is missing."""
+
+Event = MutableMapping[str, Any]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class HasLifespan(Protocol):
+    """Starlette or FastAPI."""
+
+    router: Any
+
+
+class Refused(Exception):
+    """Raised when the app refuses the handshake; with the close code, if it gave one."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Peer:
+    """A client together with its server: keeps what the app sends, says what the app receives.
+
+    Args:
+        suspends: Whether every `receive` and `send` gives way to other tasks first, as real servers may.
+        refuses: Close codes that `send` raises on, as daphne does.
+        is_silent: Whether a send after the end succeeds without effect, as on hypercorn, granian and daphne. Otherwise
+            it raises `OSError` after the peer's end and `RuntimeError` after a close, as on uvicorn.
+        has_both_keys: Whether a received event has both `text` and `bytes`, as on hypercorn.
+    """
+
+    def __init__(
+        self,
+        path: str = "/ws",
+        *,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        subprotocols: Collection[str] = (),
+        suspends: bool = False,
+        refuses: Collection[int] = (),
+        is_silent: bool = False,
+        has_both_keys: bool = False,
+    ) -> None:
+        self.scope: dict[str, Any] = {
+            "type": "websocket",
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+            "http_version": "1.1",
+            "scheme": "ws",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"host", b"testserver"), *headers],
+            "client": ("testclient", 50000),
+            "server": ("testserver", 80),
+            "subprotocols": list(subprotocols),
+            "extensions": {},
+            "state": {},
+        }
+        self.websocket = WebSocket(self.scope, self.receive, self.send)
+        """What an endpoint is given, for tests that need no app."""
+        self.sent: list[Event] = []
+        """Every event that the app sent and the peer took."""
+        self.error: BaseException | None = None
+        """What the next sends raise."""
+        self.error_on_receive: BaseException | None = None
+        """What the next receives raise."""
+        self.overlaps = 0
+        """Sends that began while another one was going on."""
+        self.is_gone = False
+        """Whether the peer has left."""
+        self._suspends = suspends
+        self._refuses = refuses
+        self._is_silent = is_silent
+        self._has_both_keys = has_both_keys
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._inbox.put_nowait({"type": "websocket.connect"})
+        self._takes = asyncio.Event()
+        self._takes.set()
+        self._sending = 0
+        self._news = asyncio.Event()
+        self._read = 0
+
+    # What the server calls.
+
+    async def receive(self) -> Event:
+        """Give the app the next event, as a server does."""
+        if self.error_on_receive is not None:
+            raise self.error_on_receive
+        if self._suspends:
+            await asyncio.sleep(0)
+        return await self._inbox.get()
+
+    async def send(self, event: Event) -> None:
+        """Take an event from the app, as a server does."""
+        self.overlaps += self._sending > 0
+        self._sending += 1
+        try:
+            await self._take(event)
+        finally:
+            self._sending -= 1
+
+    async def _take(self, event: Event) -> None:
+        if self._suspends:
+            await asyncio.sleep(0)
+        await self._takes.wait()
+        if self.error is not None:
+            raise self.error
+        if self.is_gone or self.close is not None:
+            if self._is_silent:
+                return
+            if self.is_gone:
+                raise OSError("the client disconnected")
+            raise RuntimeError(f"unexpected {event['type']} after websocket.close")
+        if event["type"] == "websocket.close" and event["code"] in self._refuses:
+            raise ValueError("invalid close code")
+        self.sent.append(dict(event))
+        self._news.set()
+
+    # What the peer does.
+
+    def say(self, data: str | bytes) -> None:
+        """Send the app a message."""
+        event: Event = {"type": "websocket.receive", "text" if isinstance(data, str) else "bytes": data}
+        if self._has_both_keys:
+            event = {"text": None, "bytes": None, **event}
+        self._inbox.put_nowait(event)
+
+    def leave(self, code: int = 1005, reason: str = "") -> None:
+        """Close from the peer's side."""
+        self.is_gone = True
+        self._inbox.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
+
+    def vanish(self) -> None:
+        """Go without a word: only a send finds out."""
+        self.is_gone = True
+
+    def stall(self) -> None:
+        """Take nothing any more."""
+        self._takes.clear()
+
+    def resume(self) -> None:
+        """Take what comes again."""
+        self._takes.set()
+
+    # What the peer has seen.
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a send waits for the peer to take it."""
+        return self._sending > 0 and not self._takes.is_set()
+
+    @property
+    def accepted(self) -> Event | None:
+        """The accept event, if there was one."""
+        return next((event for event in self.sent if event["type"] == "websocket.accept"), None)
+
+    @property
+    def messages(self) -> list[str | bytes]:
+        """The messages so far."""
+        return [_data(event) for event in self.sent if event["type"] == "websocket.send"]
+
+    @property
+    def close(self) -> Event | None:
+        """The close event, if there was one."""
+        return next((event for event in self.sent if event["type"] == "websocket.close"), None)
+
+    @property
+    def close_code(self) -> int | None:
+        """The code of the close event, if there was one."""
+        return None if self.close is None else int(self.close["code"])
+
+    async def next(self) -> str | bytes:
+        """Wait for the next message that was not asked for yet."""
+        await self.wait_for(lambda: len(self.messages) > self._read)
+        self._read += 1
+        return self.messages[self._read - 1]
+
+    async def wait_messages(self, count: int) -> list[str | bytes]:
+        """Wait until so many messages have come; return all."""
+        await self.wait_for(lambda: len(self.messages) >= count)
+        return self.messages
+
+    async def wait_close(self) -> int:
+        """Wait for the close event; return its code."""
+        await self.wait_for(lambda: self.close is not None)
+        assert self.close_code is not None
+        return self.close_code
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is so, looking again after each event of the app."""
+        async with asyncio.timeout(TIMEOUT):
+            while not condition():
+                self._news.clear()
+                await self._news.wait()
+
+
+def _data(event: Event) -> str | bytes:
+    data: str | bytes = event["text"] if event.get("text") is not None else event["bytes"]
+    return data
+
+
+# Helpers.
+
+
+async def connected(manager: ConnectionManager, count: int, **options: Any) -> list[tuple[Peer, Connection]]:
+    """Connect so many new peers."""
+    pairs = []
+    for _ in range(count):
+        peer = Peer()
+        pairs.append((peer, await manager.connect(peer.websocket, **options)))
+    return pairs
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(TIMEOUT):
+        while not condition():  # noqa: ASYNC110  # whatever changes it sets no event
+            await asyncio.sleep(0.001)
+
+
+async def turns(count: int = 5) -> None:
+    """Let everything run that is ready: for what must NOT happen."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def lifespan(app: HasLifespan) -> AsyncIterator[None]:
+    """Run an app's start and end around a block."""
+    async with app.router.lifespan_context(app):
+        yield
+
+
+@asynccontextmanager
+async def visit(app: App, path: str, peer: Peer | None = None, **options: Any) -> AsyncIterator[Peer]:
+    """Open a WebSocket to an app; afterwards the peer leaves and the app's call has ended.
+
+    Raises:
+        Refused: If the app refuses the handshake.
+        Exception: What escapes the app.
+    """
+    peer = peer or Peer(path, **options)
+    call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
+    call.add_done_callback(lambda _: peer._news.set())
+    try:
+        await peer.wait_for(lambda: bool(peer.sent) or call.done())
+        if peer.accepted is None:
+            async with asyncio.timeout(TIMEOUT):
+                await call
+            raise Refused(peer.close_code)
+        yield peer
+    finally:
+        if not peer.is_gone:
+            peer.leave()
+        peer.resume()
+        async with asyncio.timeout(TIMEOUT):
+            await call
+
+
+class _Steps:
+    """An awaitable that runs another one and cancels its task at the n-th time it waits."""
+
+    def __init__(self, awaitable: Awaitable[Any], step: int) -> None:
+        self._awaitable = awaitable
+        self._step = step
+        self.count = 0
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        steps = self._awaitable.__await__()
+        try:
+            wanted = next(steps)
+            while True:
+                self.count += 1
+                if self.count == self._step:
+                    # Scheduled before the task's own next step, so it hits exactly this await.
+                    asyncio.get_running_loop().call_soon(task.cancel)
+                try:
+                    sent = yield wanted
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    wanted = steps.throw(error)
+                else:
+                    wanted = steps.send(sent)
+        except StopIteration as end:
+            return end.value
+
+
+async def cancel_at(step: int, awaitable: Awaitable[Any]) -> bool:
+    """Run something in a task and cancel it when it waits for the n-th time; return whether it waited that often."""
+    steps = _Steps(awaitable, step)
+
+    async def run() -> None:
+        await steps
+
+    task = asyncio.ensure_future(run())
+    async with asyncio.timeout(TIMEOUT):
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
+    return steps.count >= step

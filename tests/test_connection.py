@@ -1,0 +1,489 @@
+"""One connection: what it receives, and how everybody learns of its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from starlette.websockets import WebSocketDisconnect
+
+from tests.support.asgi import Peer, connected, eventually, turns
+from wsbroadcast import (
+    Connection,
+    ConnectionClosed,
+    ConnectionManager,
+    ConnectionState,
+    PermissionDenied,
+    SlowConsumer,
+)
+
+Reader = Callable[[Connection], Awaitable[Any]]
+
+
+@pytest.fixture
+async def manager() -> AsyncIterator[ConnectionManager]:
+    async with ConnectionManager() as manager:
+        yield manager
+
+
+async def _iterate(connection: Connection) -> list[str | bytes]:
+    return [message async for message in connection]
+
+
+async def _iterate_text(connection: Connection) -> list[str]:
+    return [message async for message in connection.websocket.iter_text()]
+
+
+async def _raw(connection: Connection) -> Any:
+    event = await connection.websocket.receive()
+    if event["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(event["code"], event["reason"])
+    return event
+
+
+READERS: dict[str, Reader] = {
+    "websocket.receive": _raw,
+    "websocket.receive_text": lambda connection: connection.websocket.receive_text(),
+    "websocket.receive_bytes": lambda connection: connection.websocket.receive_bytes(),
+    "websocket.receive_json": lambda connection: connection.websocket.receive_json(),
+    "receive": lambda connection: connection.receive(),
+    "receive_text": lambda connection: connection.receive_text(),
+    "receive_bytes": lambda connection: connection.receive_bytes(),
+    "receive_json": lambda connection: connection.receive_json(),
+}
+"""Every way to read that tells of the end by `WebSocketDisconnect`."""
+
+ENDERS: dict[str, Reader] = {
+    "iter_text": _iterate_text,
+    "async for": _iterate,
+    "wait_closed": lambda connection: connection.wait_closed(),
+}
+"""Every way to read that just ends."""
+
+
+def _expect_end(result: Any) -> None:
+    assert isinstance(result, WebSocketDisconnect), result
+
+
+async def _outcome(reader: Reader, connection: Connection) -> Any:
+    """Return what the reader returns, or the exception that an endpoint's `except WebSocketDisconnect` catches."""
+    try:
+        return await asyncio.wait_for(reader(connection), 5)
+    except WebSocketDisconnect as error:
+        return error
+
+
+# Receiving.
+
+
+@pytest.mark.parametrize("has_both_keys", [False, True])
+async def test_receive_returns_text_and_bytes(manager: ConnectionManager, has_both_keys: bool) -> None:
+    peer = Peer(has_both_keys=has_both_keys)
+    connection = await manager.connect(peer.websocket)
+    for data in ("text", "", b"bytes", b""):
+        peer.say(data)
+        assert await connection.receive() == data
+    peer.say("t")
+    peer.say(b"b")
+    assert await connection.receive_text() == "t"
+    assert await connection.receive_bytes() == b"b"
+
+
+@pytest.mark.parametrize("data", ['{"a":[1,null]}', b'{"a":[1,null]}'])
+async def test_receive_json_reads_text_and_bytes(manager: ConnectionManager, data: str | bytes) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say(data)
+    assert await connection.receive_json() == {"a": [1, None]}
+
+
+async def test_async_for_ends_without_an_exception(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("one")
+    peer.say(b"two")
+    peer.leave()
+    assert await _iterate(connection) == ["one", b"two"]
+    assert await _iterate(connection) == []
+
+
+@pytest.mark.parametrize("has_both_keys", [False, True])
+@pytest.mark.parametrize(
+    ("method", "data", "code"),
+    [
+        ("receive_text", b"bytes", 1003),
+        ("receive_text", b"", 1003),
+        ("receive_bytes", "text", 1003),
+        ("receive_bytes", "", 1003),
+        ("receive_json", "{", 1007),
+        ("receive_json", "", 1007),
+        ("receive_json", "[" * 100_000, 1007),
+        ("receive_json", "NaN", 1007),
+        ("receive_json", "[Infinity]", 1007),
+        ("receive_json", '"\\ud800"', 1007),
+        ("receive_json", b"\xff", 1007),
+        ("receive_json", "'a'", 1007),
+    ],
+)
+async def test_a_message_of_the_wrong_kind_closes_that_connection_alone(
+    manager: ConnectionManager, method: str, data: str | bytes, code: int, has_both_keys: bool
+) -> None:
+    [(healthy, _)] = await connected(manager, 1)
+    peer = Peer(has_both_keys=has_both_keys)
+    connection = await manager.connect(peer.websocket)
+    peer.say(data)
+    with pytest.raises(ConnectionClosed) as caught:
+        await getattr(connection, method)()
+    assert caught.value.code == code
+    assert caught.value.reason
+    assert peer.close_code == code
+    assert connection.close_code == code
+    await manager.broadcast("still here")
+    assert await healthy.next() == "still here"
+
+
+# The end.
+
+
+@pytest.mark.parametrize("name", READERS)
+async def test_every_reader_learns_of_the_peers_end(manager: ConnectionManager, name: str) -> None:
+    ended: list[Connection] = []
+    manager.on_disconnect(ended.append)
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(_outcome(READERS[name], connection))
+    await turns()
+    peer.leave(4321, "bye")
+    error = await reading
+    _expect_end(error)
+    assert (error.code, error.reason) == (4321, "bye")
+    assert (connection.close_code, connection.close_reason) == (4321, "bye")
+    assert connection.state is ConnectionState.CLOSED
+    assert manager.connections == []
+    # Asked again, it says the same again, where Starlette and the servers raise RuntimeError.
+    again = await _outcome(READERS[name], connection)
+    _expect_end(again)
+    assert again.code == 4321
+    manager.disconnect(connection)
+    await eventually(lambda: bool(ended))
+    await turns()
+    assert ended == [connection]
+
+
+@pytest.mark.parametrize("name", ENDERS)
+async def test_every_loop_ends_with_the_peer(manager: ConnectionManager, name: str) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(ENDERS[name](connection))
+    await turns()
+    assert not reading.done()
+    peer.leave(4321)
+    await asyncio.wait_for(reading, 5)
+    assert connection.close_code == 4321
+    assert manager.connections == []
+    assert not await asyncio.wait_for(ENDERS[name](connection), 5)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("already received"), ConnectionResetError()])
+async def test_every_reader_takes_a_servers_error_for_the_end(
+    manager: ConnectionManager, name: str, error: Exception
+) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.error_on_receive = error
+    result = await _outcome(READERS[name], connection)
+    _expect_end(result)
+    assert result.code == 1006
+    assert manager.connections == []
+
+
+@pytest.mark.parametrize("name", READERS)
+async def test_every_reader_is_interrupted_when_the_connection_is_closed_from_elsewhere(
+    manager: ConnectionManager, name: str
+) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(_outcome(READERS[name], connection))
+    await turns()
+    await manager.close(connection, 4000, "enough")
+    error = await reading
+    _expect_end(error)
+    assert (error.code, error.reason) == (4000, "enough")
+    assert reading.cancelling() == 0
+    assert peer.close_code == 4000
+
+
+@pytest.mark.parametrize("name", READERS)
+async def test_every_reader_learns_of_a_close_that_came_before_it_began(manager: ConnectionManager, name: str) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    await manager.close(connection, 4000)
+    error = await _outcome(READERS[name], connection)
+    _expect_end(error)
+    assert error.code == 4000
+
+
+@pytest.mark.parametrize("name", ENDERS)
+async def test_every_loop_ends_when_the_connection_is_closed_from_elsewhere(
+    manager: ConnectionManager, name: str
+) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(ENDERS[name](connection))
+    await turns()
+    await manager.close(connection)
+    await asyncio.wait_for(reading, 5)
+
+
+@pytest.mark.parametrize("name", [*READERS, *ENDERS])
+async def test_every_reader_learns_that_a_send_found_the_peer_gone(manager: ConnectionManager, name: str) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(_outcome((READERS | ENDERS)[name], connection))
+    await turns()
+    peer.vanish()
+    await manager.broadcast("finds out")
+    result = await reading
+    if name in READERS:
+        _expect_end(result)
+        assert result.code == 1006
+    assert manager.connections == []
+
+
+async def test_a_reader_is_interrupted_by_an_eviction() -> None:
+    async with ConnectionManager(slow_consumer=SlowConsumer(send_timeout=0.05, close_timeout=0.05)) as strict:
+        [(peer, connection)] = await connected(strict, 1)
+        reading = asyncio.ensure_future(_outcome(READERS["websocket.receive_text"], connection))
+        peer.stall()
+        await strict.broadcast("held")
+        error = await reading
+        _expect_end(error)
+        assert error.code == 1013
+        peer.resume()
+
+
+@pytest.mark.parametrize("name", [*READERS, *ENDERS])
+async def test_cancellation_from_outside_passes_through(manager: ConnectionManager, name: str) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future((READERS | ENDERS)[name](connection))
+    await turns()
+    reading.cancel()
+    await asyncio.wait({reading}, timeout=5)
+    assert reading.cancelled()
+    assert connection.is_open
+    peer.say("later")
+    assert await connection.receive() == "later"
+
+
+@pytest.mark.parametrize("close_first", [True, False])
+async def test_cancellation_from_outside_passes_through_a_close_of_the_same_turn(
+    manager: ConnectionManager, close_first: bool
+) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(connection.websocket.receive_text())
+    await turns()
+    if close_first:
+        closing = asyncio.ensure_future(connection.close())
+        await asyncio.sleep(0)
+        reading.cancel()
+    else:
+        reading.cancel()
+        closing = asyncio.ensure_future(connection.close())
+    await asyncio.wait({reading, closing}, timeout=5)
+    # Either the cancellation got through, or the reader had ended of the close before it came.
+    assert reading.cancelled() or (close_first and isinstance(reading.exception(), WebSocketDisconnect))
+    assert not closing.cancelled()
+
+
+async def test_a_timeout_around_a_reader_leaves_it_usable(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await peer.websocket.receive_text()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(connection.receive(), 0.01)
+    peer.say("hello")
+    assert await connection.receive() == "hello"
+    await connection.close(4000)
+    with pytest.raises(WebSocketDisconnect):
+        async with asyncio.timeout(5):
+            await peer.websocket.receive_text()
+
+
+async def test_a_task_may_close_the_connection_it_reads(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("close me")
+
+    async def endpoint() -> int:
+        async for _ in connection:
+            await connection.close(4000)
+        return 1
+
+    assert await asyncio.wait_for(endpoint(), 5) == 1
+    assert peer.close_code == 4000
+
+
+async def test_the_end_is_told_once_whichever_ways_it_is_noticed(manager: ConnectionManager) -> None:
+    ended: list[Connection] = []
+    manager.on_disconnect(ended.append)
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(_outcome(READERS["websocket.receive_text"], connection))
+    waiting = asyncio.ensure_future(connection.wait_closed())
+    await turns()
+    await manager.broadcast("one")
+    peer.leave()
+    await manager.broadcast("two")
+    manager.disconnect(connection)
+    closing = asyncio.ensure_future(connection.close())
+    await asyncio.wait({reading, waiting, closing}, timeout=5)
+    with pytest.raises(ConnectionClosed):
+        await connection.send("late")
+    await eventually(lambda: bool(ended))
+    await turns(20)
+    assert ended == [connection]
+    assert manager.stats().disconnects == 1
+
+
+# wait_closed.
+
+
+async def test_wait_closed_throws_the_peers_messages_away(manager: ConnectionManager) -> None:
+    seen: list[str | bytes] = []
+    manager.on_message(lambda connection, message: seen.append(message))
+    [(peer, connection)] = await connected(manager, 1)
+    for number in range(100):
+        peer.say(str(number))
+    peer.leave()
+    await asyncio.wait_for(connection.wait_closed(), 5)
+    assert seen == [str(number) for number in range(100)]
+
+
+async def test_wait_closed_leaves_the_messages_to_a_reader_that_began_before(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(_iterate(connection))
+    await turns()
+    waiting = asyncio.ensure_future(connection.wait_closed())
+    await turns()
+    for number in range(10):
+        peer.say(str(number))
+        await turns()
+    assert not waiting.done()
+    peer.leave()
+    await asyncio.wait_for(waiting, 5)
+    assert await reading == [str(number) for number in range(10)]
+
+
+async def test_wait_closed_leaves_the_messages_to_a_reader_that_begins_later(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    waiting = asyncio.ensure_future(connection.wait_closed())
+    await turns()
+    reading = asyncio.ensure_future(_iterate(connection))
+    await turns()
+    for number in range(10):
+        peer.say(str(number))
+        await turns()
+    assert not waiting.done()
+    assert connection.is_open
+    peer.leave(4321)
+    await asyncio.wait_for(waiting, 5)
+    assert await reading == [str(number) for number in range(10)]
+    assert connection.close_code == 4321
+
+
+@pytest.mark.parametrize("reader_first", [True, False])
+async def test_wait_closed_and_a_reader_both_learn_of_a_close_from_elsewhere(
+    manager: ConnectionManager, reader_first: bool
+) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    readers = [ENDERS["wait_closed"], READERS["websocket.receive_text"]]
+    tasks = []
+    for reader in reversed(readers) if reader_first else readers:
+        tasks.append(asyncio.ensure_future(_outcome(reader, connection)))
+        await turns()
+    await connection.close()
+    _, pending = await asyncio.wait(tasks, timeout=2)
+    assert pending == set()
+
+
+async def test_wait_closed_returns_at_once_after_the_end(manager: ConnectionManager) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    manager.disconnect(connection)
+    await asyncio.wait_for(connection.wait_closed(), 5)
+
+
+async def test_wait_closed_returns_only_when_the_close_is_done(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.stall()
+    await manager.broadcast("held")
+    waiting = asyncio.ensure_future(connection.wait_closed())
+    closing = asyncio.ensure_future(connection.close())
+    await turns(20)
+    assert not waiting.done()
+    peer.resume()
+    await asyncio.wait({waiting, closing}, timeout=5)
+    assert waiting.done()
+    assert peer.close_code == 1000
+
+
+async def test_wait_closed_by_several_tasks(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    waiting = [asyncio.ensure_future(connection.wait_closed()) for _ in range(3)]
+    await turns()
+    peer.say("thrown away")
+    await turns()
+    assert not any(task.done() for task in waiting)
+    peer.leave()
+    _, pending = await asyncio.wait(waiting, timeout=5)
+    assert pending == set()
+
+
+# on_message.
+
+
+@pytest.mark.parametrize("name", ["websocket.receive", "websocket.receive_text", "receive", "receive_text"])
+async def test_on_message_runs_before_the_endpoint_gets_it_however_it_reads(
+    manager: ConnectionManager, name: str
+) -> None:
+    seen: list[tuple[Connection, str | bytes]] = []
+
+    @manager.on_message
+    async def on_message(connection: Connection, message: str | bytes) -> None:
+        await asyncio.sleep(0)
+        seen.append((connection, message))
+
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("hello")
+    await READERS[name](connection)
+    assert seen == [(connection, "hello")]
+
+
+@pytest.mark.parametrize("name", ENDERS)
+async def test_on_message_runs_in_every_loop(manager: ConnectionManager, name: str) -> None:
+    seen: list[str | bytes] = []
+    manager.on_message(lambda connection, message: seen.append(message))
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("a")
+    peer.say("b")
+    peer.leave()
+    await asyncio.wait_for(ENDERS[name](connection), 5)
+    assert seen == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["websocket.receive_text", "receive", "async for", "wait_closed"])
+async def test_on_message_that_refuses_is_raised_where_the_endpoint_reads(
+    manager: ConnectionManager, name: str
+) -> None:
+    def refuse(connection: Connection, message: str | bytes) -> None:
+        raise PermissionDenied("no")
+
+    manager.on_message(refuse)
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("hello")
+    with pytest.raises(PermissionDenied):
+        await (READERS | ENDERS)[name](connection)
+
+
+async def test_repr_tells_id_and_state_only(manager: ConnectionManager) -> None:
+    connection = await manager.connect(Peer().websocket, user="secret", info={"token": "secret"})
+    assert repr(connection) == f"<Connection {connection.id} open>"
+
+
+async def test_a_state_that_cannot_follow_is_refused(manager: ConnectionManager) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    manager.disconnect(connection)
+    with pytest.raises(RuntimeError, match="from closed to open"):
+        connection.enter(ConnectionState.OPEN, 1000)

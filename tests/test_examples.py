@@ -1,0 +1,198 @@
+"""The examples: each runs as it stands, and does what its docstring says."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.metadata
+import importlib.util
+import tomllib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient, WebSocketTestSession
+from websockets.asyncio.client import ClientConnection, connect
+
+from tests.support.servers import serve_here
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PATHS = sorted(EXAMPLES.glob("*.py"))
+
+# Seconds after which something that should have happened is missing.
+TIMEOUT = 5.0
+
+
+def load(path: Path) -> ModuleType:
+    """Import an example afresh, so that every test has its own manager."""
+    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def close_code(socket: WebSocketTestSession) -> int:
+    """Read until the server closes."""
+    while (message := socket.receive())["type"] != "websocket.close":
+        pass
+    code: int = message["code"]
+    return code
+
+
+# One function for each example; it gets a started client.
+
+
+def chat(client: TestClient) -> None:
+    assert "<h1>WebSocket Chat</h1>" in client.get("/").text
+    with client.websocket_connect("/ws/1") as ada:
+        with client.websocket_connect("/ws/2") as bob:
+            ada.send_text("hello")
+            assert [ada.receive_text(), ada.receive_text()] == ["You wrote: hello", "Client #1 says: hello"]
+            assert bob.receive_text() == "Client #1 says: hello"
+        assert ada.receive_text() == "Client #2 left the chat"
+
+
+def router(client: TestClient) -> None:
+    with (
+        client.websocket_connect("/realtime/ws/news") as ada,
+        client.websocket_connect("/realtime/ws/news") as bob,
+        client.websocket_connect("/realtime/ws/sport") as eva,
+    ):
+        ada.send_text("hello")
+        assert ada.receive_text() == bob.receive_text() == "hello"
+        assert client.post("/announce/news", params={"text": "breaking"}).status_code == 204
+        assert ada.receive_text() == bob.receive_text() == "breaking"
+        client.post("/announce/sport", params={"text": "goal"})
+        assert eva.receive_text() == "goal"
+        stats = client.get("/stats").json()
+        assert (stats["connections"], stats["channels"], stats["broadcasts"]) == (3, 2, 3)
+
+
+def channels_and_users(client: TestClient) -> None:
+    with (
+        client.websocket_connect("/ws/ada") as ada,
+        client.websocket_connect("/ws/eva") as eva,
+        client.websocket_connect("/ws/eva") as other_tab,
+    ):
+        eva.send_json({"do": "join", "channel": "news"})
+        assert eva.receive_json() == {"channels": ["lobby", "news"]}
+        ada.send_json({"do": "say", "channel": "news", "text": "hello"})
+        assert eva.receive_json() == {"from": "ada", "channel": "news", "text": "hello"}
+        ada.send_json({"do": "tell", "user": "eva", "text": "psst"})
+        assert eva.receive_json() == other_tab.receive_json() == {"from": "ada", "text": "psst"}
+        eva.send_json({"do": "leave", "channel": "news"})
+        assert eva.receive_json() == {"channels": ["lobby"]}
+        for nonsense in ({"do": "dance"}, ["join"], {"do": "join", "channel": ""}):
+            ada.send_json(nonsense)
+            assert "error" in ada.receive_json()
+        ada.send_text("no JSON")
+        assert "error" in ada.receive_json()
+        ada.send_bytes(b"{}")
+        assert close_code(ada) == 1003
+
+
+def hooks(client: TestClient) -> None:
+    with client.websocket_connect("/ws/eva?mutes=bob&mutes=joe") as eva, client.websocket_connect("/ws/ada") as ada:
+        assert eva.receive_json() == {"joined": "ada"}
+        with client.websocket_connect("/ws/bob") as bob:
+            assert eva.receive_json() == ada.receive_json() == {"joined": "bob"}
+            bob.send_text("hello")
+            assert bob.receive_json() == ada.receive_json() == {"from": "bob", "text": "hello"}
+            ada.send_text("buy now")
+            ada.send_text("hello bob")
+            assert eva.receive_json() == {"from": "ada", "text": "hello bob"}  # neither bob's words nor the spam
+            assert bob.receive_json() == ada.receive_json() == {"from": "ada", "text": "hello bob"}
+            bob.send_text("x" * 1001)
+            assert close_code(bob) == 1008
+        assert eva.receive_json() == ada.receive_json()
+    with client.websocket_connect("/ws/root") as root:
+        assert close_code(root) == 1008
+
+
+def http_and_threads(client: TestClient) -> None:
+    def next_but_time(socket: WebSocketTestSession) -> Any:
+        while "time" in (message := socket.receive_json()):
+            pass
+        return message
+
+    with client.websocket_connect("/ws") as socket:
+        client.post("/announce", params={"text": "hello"})
+        assert next_but_time(socket) == {"announcement": "hello"}
+        client.post("/report", params={"text": "done"})
+        assert next_but_time(socket) == {"report": "done"}
+        assert "time" in socket.receive_json()
+
+
+def starlette(client: TestClient) -> None:
+    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+        ada.send_text("hello")
+        assert bob.receive_text() == "hello"
+        client.post("/announce/news", content=b"\x00\x01")
+        assert ada.receive_bytes() == bob.receive_bytes() == b"\x00\x01"  # ada's own message didn't come back
+
+
+def prices(client: TestClient) -> None:
+    with client.websocket_connect("/prices/oil") as oil:
+        oil.send_text("cheaper, please")  # ignored
+        assert [list(oil.receive_json()) for _ in range(3)] == [["oil"]] * 3
+        assert client.get("/stats").json()["broadcasts"] >= 3
+
+
+EXERCISES: dict[str, Callable[[TestClient], None]] = {
+    "01_chat": chat,
+    "02_router": router,
+    "03_channels_and_users": channels_and_users,
+    "04_hooks": hooks,
+    "05_http_and_threads": http_and_threads,
+    "06_starlette": starlette,
+    "07_prices": prices,
+}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_example_does_what_it_says(path: Path) -> None:
+    with TestClient(load(path).app) as client:
+        EXERCISES[path.stem](client)
+
+
+def test_examples_are_numbered_without_a_break() -> None:
+    assert [path.stem[:3] for path in PATHS] == [f"{number:02}_" for number in range(1, len(PATHS) + 1)]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_example_has_a_script_header_and_says_how_to_run_it(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    start, end = lines.index("# /// script"), lines.index("# ///")
+    header = tomllib.loads("\n".join(line.removeprefix("#").strip() for line in lines[start + 1 : end]))
+    project = importlib.metadata.metadata("wsbroadcast")
+    assert header == {"requires-python": project["Requires-Python"], "dependencies": ["wsbroadcast[demo]"]}
+    assert f"uvicorn {path.stem}:app" in (ast.get_docstring(ast.parse(source)) or "")
+    assert source.endswith('if __name__ == "__main__":\n    import uvicorn\n\n    uvicorn.run(app)\n')
+
+
+# The chat of the tutorial, on a real server.
+
+
+@asynccontextmanager
+async def chatting(port: int, number: int) -> AsyncIterator[ClientConnection]:
+    async with asyncio.timeout(TIMEOUT), connect(f"ws://127.0.0.1:{port}/ws/{number}", proxy=None) as client:
+        yield client
+
+
+async def test_chat_runs_on_a_real_server() -> None:
+    example = load(EXAMPLES / "01_chat.py")
+    async with serve_here(example.app) as port, chatting(port, 1) as ada, chatting(port, 2) as bob:
+        await ada.send("hello")
+        assert [await ada.recv(), await ada.recv()] == ["You wrote: hello", "Client #1 says: hello"]
+        assert await bob.recv() == "Client #1 says: hello"
+        async with chatting(port, 3) as eva:
+            await eva.send("hi")
+            await eva.recv()
+        assert [await bob.recv(), await bob.recv()] == ["Client #3 says: hi", "Client #3 left the chat"]
+    assert example.manager.connections == []

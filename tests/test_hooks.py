@@ -1,0 +1,719 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping
+from types import SimpleNamespace
+from typing import Any, cast, get_args
+
+import pytest
+from starlette.websockets import WebSocket
+
+from wsbroadcast import (
+    Audience,
+    ConfigurationError,
+    Connection,
+    ConnectionManager,
+    Delivery,
+    EncodeError,
+    Hook,
+    LifecycleError,
+    Message,
+    PermissionDenied,
+)
+from wsbroadcast.audience import EVERYONE
+from wsbroadcast.counters import Counters
+from wsbroadcast.hooks import HookChain, HookEvent, is_delivering
+
+EVENTS = get_args(HookEvent)
+OBSERVED = [event for event in EVENTS if event not in ("on_broadcast", "on_deliver", "on_error")]
+REFUSABLE = ["on_connect", "on_subscribe", "on_message"]
+MESSAGE = Message.of("text")
+
+
+def chain_of(timeout: float = 5.0) -> tuple[HookChain, Counters]:
+    counters = Counters()
+    return HookChain(timeout, counters), counters
+
+
+def connection_named(name: str) -> Connection:
+    return cast(Connection, SimpleNamespace(id=name))
+
+
+def delivery_to(*names: str) -> Delivery:
+    return Delivery(MESSAGE, EVERYONE, [connection_named(name) for name in names])
+
+
+def hook_that(behave: Callable[[], Any], is_async: bool) -> Callable[..., Any]:
+    """A hook for any event, `async def` or `def`."""
+
+    def hook(*args: object) -> Any:
+        return behave()
+
+    async def async_hook(*args: object) -> Any:
+        await asyncio.sleep(0)
+        return behave()
+
+    return async_hook if is_async else hook
+
+
+def fail() -> None:
+    raise KeyError("mine")
+
+
+both = pytest.mark.parametrize("is_async", [False, True], ids=["def", "async def"])
+
+
+# Which hooks run.
+
+
+async def test_only_overridden_methods_are_ever_called() -> None:
+    class Greeter(Hook):
+        async def on_connect(self, connection: Connection) -> None: ...
+
+    chain, _ = chain_of()
+    chain.add(Greeter())
+    assert [event for event in EVENTS if chain.has(event)] == ["on_connect"]
+    chain.add(Hook())
+    assert [event for event in EVENTS if chain.has(event)] == ["on_connect"]
+
+
+@pytest.mark.parametrize("hook", [None, "hook", Hook, object()])
+def test_what_is_no_hook_is_refused(hook: Any) -> None:
+    chain, _ = chain_of()
+    with pytest.raises(ConfigurationError, match="an instance of Hook"):
+        chain.add(hook)
+
+
+async def test_hooks_that_override_nothing_change_nothing() -> None:
+    hook = Hook()
+    connection = connection_named("1")
+    assert await hook.on_broadcast(MESSAGE, EVERYONE) is MESSAGE
+    delivery = delivery_to("1", "2")
+    await hook.on_deliver(delivery)
+    assert [recipient.id for recipient in delivery.recipients] == ["1", "2"]
+    for result in (
+        hook.on_connect(connection),
+        hook.on_disconnect(connection),
+        hook.on_message(connection, "text"),
+        hook.on_subscribe(connection, "a"),
+        hook.on_unsubscribe(connection, "a"),
+        hook.on_gap(cast(Any, None)),
+        hook.on_error(KeyError(), "where"),
+    ):
+        await result
+
+
+@pytest.mark.parametrize("event", OBSERVED)
+async def test_observers_run_in_the_order_in_which_they_were_given(event: HookEvent) -> None:
+    chain, _ = chain_of()
+    seen: list[tuple[str, tuple[object, ...]]] = []
+
+    async def first(*args: object) -> None:
+        await asyncio.sleep(0)
+        seen.append(("first", args))
+
+    def second(*args: object) -> None:
+        seen.append(("second", args))
+
+    chain.add_function(event, first)
+    chain.add_function(event, second)
+    await chain.observe(event, 1, "two")
+    assert seen == [("first", (1, "two")), ("second", (1, "two"))]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@both
+def test_decorator_adds_a_function_and_returns_it(event: HookEvent, is_async: bool) -> None:
+    manager = ConnectionManager()
+    function = hook_that(lambda: None, is_async)
+    assert not manager.hooks.has(event)
+    assert getattr(manager, event)(function) is function
+    assert [each for each in EVENTS if manager.hooks.has(each)] == [event]
+
+
+# Observers fail open.
+
+
+@pytest.mark.parametrize("event", OBSERVED)
+@both
+async def test_observer_that_raises_stops_nobody(
+    event: HookEvent, is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain, counters = chain_of()
+    seen: list[object] = []
+    errors: list[tuple[Exception, str]] = []
+    chain.add_function(event, hook_that(fail, is_async))
+    chain.add_function(event, lambda *args: seen.append(args))
+    chain.add_function("on_error", lambda error, where: errors.append((error, where)))
+    await chain.observe(event, "argument")
+    assert seen == [("argument",)]
+    assert counters.hook_errors == 1
+    [(error, where)] = errors
+    assert isinstance(error, KeyError)
+    assert where.startswith(f"{event} hook hook_that")
+    assert where in caplog.text
+    assert "KeyError: 'mine'" in caplog.text
+
+
+@both
+async def test_failing_error_hook_stops_nobody(is_async: bool, caplog: pytest.LogCaptureFixture) -> None:
+    chain, counters = chain_of()
+    seen: list[str] = []
+    chain.add_function("on_connect", hook_that(fail, is_async))
+    chain.add_function("on_error", hook_that(fail, is_async))
+    chain.add_function("on_error", lambda error, where: seen.append(where))
+    await chain.observe("on_connect", connection_named("1"))
+    assert len(seen) == 1
+    assert counters.hook_errors == 2
+    assert "on_error hook hook_that" in caplog.text
+
+
+@pytest.mark.parametrize("event", REFUSABLE)
+@both
+async def test_observer_may_refuse_on_purpose(event: HookEvent, is_async: bool) -> None:
+    def refuse() -> None:
+        raise PermissionDenied("no")
+
+    chain, counters = chain_of()
+    after: list[object] = []
+    errors: list[object] = []
+    chain.add_function(event, hook_that(refuse, is_async))
+    chain.add_function(event, lambda *args: after.append(args))
+    chain.add_function("on_error", lambda *args: errors.append(args))
+    with pytest.raises(PermissionDenied, match="no"):
+        await chain.observe(event, "argument")
+    assert (after, errors, counters.hook_errors) == ([], [], 0)  # on purpose is no failure
+
+
+@pytest.mark.parametrize("event", [event for event in OBSERVED if event not in REFUSABLE])
+async def test_what_can_not_be_refused_is_an_error_like_others(event: HookEvent) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionDenied("no")
+
+    chain, counters = chain_of()
+    after: list[object] = []
+    chain.add_function(event, refuse)
+    chain.add_function(event, lambda *args: after.append(args))
+    await chain.observe(event, "argument")
+    assert after == [("argument",)]
+    assert counters.hook_errors == 1
+
+
+# A hook that hangs, or is cancelled.
+
+
+async def test_observer_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    chain, counters = chain_of(timeout=0.05)
+    cleaned_up: list[bool] = []
+    after: list[object] = []
+
+    async def hang(connection: Connection) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cleaned_up.append(True)
+
+    chain.add_function("on_connect", hang)
+    chain.add_function("on_connect", after.append)
+    async with asyncio.timeout(5):
+        await chain.observe("on_connect", "argument")
+    assert (cleaned_up, after) == ([True], ["argument"])
+    assert counters.hook_errors == 1
+    assert "was cut off after 0.05 s" in caplog.text
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_broadcast_hook_that_hangs_is_cut_off_and_the_caller_told(event: HookEvent) -> None:
+    chain, counters = chain_of(timeout=0.05)
+
+    async def hang(*args: object) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    chain.add_function(event, hang)
+    async with asyncio.timeout(5):
+        with pytest.raises(TimeoutError, match=rf"{event} hook .*hang was cut off after 0\.05 s"):
+            await run(chain, event)
+    assert counters.hook_errors == 1
+
+
+async def test_hook_that_swallows_its_end_is_not_cancelled_twice() -> None:
+    chain, _ = chain_of(timeout=0.02)
+    seen: list[str] = []
+
+    async def stubborn(connection: Connection) -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            seen.append("swallowed")
+        await asyncio.sleep(0.05)
+        seen.append("finished")
+
+    chain.add_function("on_connect", stubborn)
+    async with asyncio.timeout(5):
+        await chain.observe("on_connect", "argument")
+    assert seen == ["swallowed", "finished"]
+    assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
+
+
+async def test_timeout_error_of_the_hook_itself_is_not_taken_for_ours() -> None:
+    chain, _ = chain_of()
+    errors: list[Exception] = []
+
+    async def wait_for_a_database(connection: Connection) -> None:
+        raise TimeoutError("the database")
+
+    chain.add_function("on_connect", wait_for_a_database)
+    chain.add_function("on_error", lambda error, where: errors.append(error))
+    await chain.observe("on_connect", "argument")
+    assert [str(error) for error in errors] == ["the database"]
+
+
+@both
+async def test_hook_that_raises_cancelled_error_itself_is_an_error(is_async: bool) -> None:
+    def cancel_oneself() -> None:
+        raise asyncio.CancelledError
+
+    chain, counters = chain_of()
+    after: list[object] = []
+    chain.add_function("on_connect", hook_that(cancel_oneself, is_async))
+    chain.add_function("on_connect", after.append)
+    await chain.observe("on_connect", "argument")
+    assert after == ["argument"]
+    assert counters.hook_errors == 1
+    chain.add_function("on_broadcast", hook_that(cancel_oneself, is_async))
+    with pytest.raises(RuntimeError, match="was cancelled from within"):
+        await chain.transform(MESSAGE, EVERYONE)
+
+
+async def test_hook_that_awaits_what_was_cancelled_is_an_error() -> None:
+    chain, counters = chain_of()
+
+    async def wait_for_cancelled_work(connection: Connection) -> None:
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await task
+
+    chain.add_function("on_connect", wait_for_cancelled_work)
+    await chain.observe("on_connect", "argument")
+    assert counters.hook_errors == 1
+
+
+@pytest.mark.parametrize("event", ["on_connect", "on_broadcast", "on_deliver"])
+async def test_cancelled_caller_is_cancelled_and_nothing_else_runs(event: HookEvent) -> None:
+    chain, counters = chain_of()
+    started = asyncio.Event()
+    after: list[object] = []
+
+    async def wait(*args: object) -> None:
+        started.set()
+        await asyncio.get_running_loop().create_future()
+
+    chain.add_function(event, wait)
+    chain.add_function(event, lambda *args: after.append(args))
+    caller = asyncio.ensure_future(run(chain, event))
+    await started.wait()
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert (after, counters.hook_errors) == ([], 0)
+
+
+async def run(chain: HookChain, event: HookEvent) -> None:
+    if event == "on_broadcast":
+        await chain.transform(MESSAGE, EVERYONE)
+    elif event == "on_deliver":
+        await chain.deliver(delivery_to("1"))
+    else:
+        await chain.observe(event, "argument")
+
+
+async def test_hook_may_return_any_awaitable() -> None:
+    class Later:
+        def __await__(self) -> Generator[Any, None, str]:
+            yield from asyncio.sleep(0).__await__()
+            return "later"
+
+    chain, _ = chain_of()
+    hooks: list[Callable[..., Awaitable[object]]] = [
+        lambda message, audience: Later(),
+        lambda message, audience: asyncio.ensure_future(asyncio.sleep(0, "task")),
+    ]
+    for hook, expected in zip(hooks, ["later", "task"], strict=True):
+        chain, _ = chain_of()
+        chain.add_function("on_broadcast", hook)
+        message = await chain.transform(MESSAGE, EVERYONE)
+        assert message is not None
+        assert message.data == expected
+
+
+async def test_errors_thrown_into_a_hook_reach_it() -> None:
+    chain, _ = chain_of()
+    caught: list[str] = []
+
+    async def careful(connection: Connection) -> None:
+        future = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(future.set_exception, KeyError("from the future"))
+        try:
+            await future
+        except KeyError as error:
+            caught.append(error.args[0])
+
+    chain.add_function("on_connect", careful)
+    await chain.observe("on_connect", "argument")
+    assert caught == ["from the future"]
+
+
+# on_broadcast.
+
+
+@both
+async def test_broadcast_hooks_change_what_the_one_before_returned(is_async: bool) -> None:
+    chain, counters = chain_of()
+
+    def add(letter: str) -> Callable[..., Any]:
+        def change(message: Message, audience: Audience) -> object:
+            assert audience == EVERYONE
+            return f"{message.data!s}{letter}"
+
+        async def change_later(message: Message, audience: Audience) -> object:
+            await asyncio.sleep(0)
+            return change(message, audience)
+
+        return change_later if is_async else change
+
+    chain.add_function("on_broadcast", add("1"))
+    chain.add_function("on_broadcast", add("2"))
+    message = await chain.transform(Message.of("text", "key"), EVERYONE)
+    assert message is not None
+    assert (message.data, message.key) == ("text12", "key")
+    assert counters.vetoed == counters.hook_errors == 0
+
+
+async def test_broadcast_hook_may_return_the_message_itself() -> None:
+    chain, _ = chain_of()
+    chain.add_function("on_broadcast", lambda message, audience: message)
+    assert await chain.transform(MESSAGE, EVERYONE) is MESSAGE
+
+
+@both
+async def test_broadcast_hook_that_returns_none_holds_the_message_back(is_async: bool) -> None:
+    chain, counters = chain_of()
+    after: list[object] = []
+    chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
+    chain.add_function("on_broadcast", lambda *args: after.append(args))
+    assert await chain.transform(MESSAGE, EVERYONE) is None
+    assert (after, counters.vetoed, counters.hook_errors) == ([], 1, 0)
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+@both
+async def test_broadcast_hook_that_raises_tells_the_caller(event: HookEvent, is_async: bool) -> None:
+    chain, counters = chain_of()
+    after: list[object] = []
+    errors: list[object] = []
+    chain.add_function(event, hook_that(fail, is_async))
+    chain.add_function(event, lambda *args: after.append(args))
+    chain.add_function("on_error", lambda *args: errors.append(args))
+    with pytest.raises(KeyError, match="mine"):
+        await run(chain, event)
+    assert (after, counters.hook_errors) == ([], 1)
+    assert errors == []  # the caller has it
+
+
+async def test_broadcast_hook_that_returns_what_can_not_be_sent_is_an_error() -> None:
+    chain, counters = chain_of()
+    chain.add_function("on_broadcast", lambda message, audience: object())
+    with pytest.raises(EncodeError):
+        await chain.transform(MESSAGE, EVERYONE)
+    assert counters.hook_errors == 1
+
+
+# on_deliver.
+
+
+def parts_of(delivery: Delivery) -> list[tuple[object, list[str]]]:
+    return [(message.data, [recipient.id for recipient in some]) for message, some in delivery.parts()]
+
+
+def test_delivery_untouched_is_one_part() -> None:
+    assert parts_of(delivery_to("1", "2")) == [("text", ["1", "2"])]
+
+
+async def test_deliver_hook_may_remove_recipients_and_give_some_another_message() -> None:
+    chain, _ = chain_of()
+
+    async def personal(delivery: Delivery) -> None:
+        await asyncio.sleep(0)
+        one, two, _three = delivery.recipients
+        delivery.recipients = delivery.recipients[:2]
+        delivery.replace(two, {"for": "you"})
+        assert one.id == "1"
+
+    chain.add_function("on_deliver", personal)
+    delivery = delivery_to("1", "2", "3")
+    await chain.deliver(delivery)
+    assert parts_of(delivery) == [("text", ["1"]), ('{"for":"you"}', ["2"])]
+
+
+async def test_delivering_is_known_inside_the_hook_only() -> None:
+    chain, _ = chain_of()
+    seen: list[bool] = []
+    chain.add_function("on_deliver", lambda delivery: seen.append(is_delivering()))
+    chain.add_function("on_deliver", hook_that(fail, is_async=True))
+    with pytest.raises(KeyError):
+        await chain.deliver(delivery_to("1"))
+    assert seen == [True]
+    assert not is_delivering()
+
+
+def test_recipient_that_was_removed_gets_no_message_of_its_own() -> None:
+    delivery = delivery_to("1", "2")
+    delivery.replace(delivery.recipients[1], "personal")
+    del delivery.recipients[1]
+    assert parts_of(delivery) == [("text", ["1"])]
+
+
+def test_last_replacement_counts() -> None:
+    delivery = delivery_to("1")
+    delivery.replace(delivery.recipients[0], "first")
+    delivery.replace(delivery.recipients[0], "second")
+    assert parts_of(delivery) == [("text", []), ("second", ["1"])]
+
+
+def test_replacement_must_be_sendable() -> None:
+    delivery = delivery_to("1")
+    with pytest.raises(EncodeError):
+        delivery.replace(delivery.recipients[0], "\ud800")
+    assert parts_of(delivery) == [("text", ["1"])]
+
+
+# A hook that blocks.
+
+
+@both
+async def test_hook_that_blocks_the_loop_is_named(is_async: bool, caplog: pytest.LogCaptureFixture) -> None:
+    chain, counters = chain_of(timeout=0.5)
+    chain.add_function("on_connect", hook_that(lambda: time.sleep(1.05), is_async))
+    with caplog.at_level(logging.WARNING, "wsbroadcast"):
+        await chain.observe("on_connect", "argument")
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "wsbroadcast"][:1]
+    assert warning.startswith("on_connect hook hook_that")
+    assert "blocked the event loop for 1." in warning
+    assert "asyncio.to_thread" in warning
+    assert counters.hook_errors == 0  # it ended by itself, so there is nothing to cut off
+
+
+async def test_hook_that_waits_is_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    chain, _ = chain_of()
+
+    async def wait(connection: Connection) -> None:
+        await asyncio.sleep(1.1)
+
+    chain.add_function("on_connect", wait)
+    await chain.observe("on_connect", "argument")
+    assert not [record for record in caplog.records if record.name == "wsbroadcast"]
+
+
+# Hooks that broadcast, or end their own connection: through a manager, towards a peer that takes everything.
+
+
+class Peer:
+    """A WebSocket whose other end is a list."""
+
+    def __init__(self) -> None:
+        self.sent: list[MutableMapping[str, Any]] = []
+        self.gone = asyncio.Event()
+        self.websocket = WebSocket({"type": "websocket", "path": "/", "headers": []}, self.receive, self.send)
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        if self.websocket.client_state.name == "CONNECTING":
+            return {"type": "websocket.connect"}
+        await self.gone.wait()
+        return {"type": "websocket.disconnect", "code": 1001}
+
+    async def send(self, event: MutableMapping[str, Any]) -> None:
+        self.sent.append(event)
+
+    @property
+    def texts(self) -> list[str]:
+        return [event["text"] for event in self.sent if event["type"] == "websocket.send"]
+
+
+@pytest.fixture
+async def manager() -> AsyncIterator[ConnectionManager]:
+    async with asyncio.timeout(10), ConnectionManager(hook_timeout=1) as manager:
+        yield manager
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # any condition, not only an event
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("event", ["on_connect", "on_subscribe"])
+async def test_hook_may_broadcast_about_the_connection_it_sees(event: str, manager: ConnectionManager) -> None:
+    async def announce(connection: Connection, *args: object) -> None:
+        await manager.broadcast(f"welcome {connection.user}")
+
+    getattr(manager, event)(announce)
+    peer = Peer()
+    await manager.connect(peer.websocket, user="ann", channels=["a"])
+    await until(lambda: peer.texts)
+    assert peer.texts == ["welcome ann"]
+
+
+async def test_disconnect_hook_may_broadcast(manager: ConnectionManager) -> None:
+    @manager.on_disconnect
+    async def say_goodbye(connection: Connection) -> None:
+        await manager.broadcast(f"{connection.user} left")
+
+    ann, bob = Peer(), Peer()
+    await manager.connect(ann.websocket, user="ann")
+    await manager.connect(bob.websocket, user="bob")
+    manager.disconnect(ann.websocket)
+    await until(lambda: bob.texts)
+    assert (ann.texts, bob.texts) == ([], ["ann left"])
+
+
+@pytest.mark.parametrize("way", ["disconnect", "close"])
+async def test_hook_may_end_the_connection_it_is_about(way: str, manager: ConnectionManager) -> None:
+    seen: list[str] = []
+
+    @manager.on_connect
+    async def refuse(connection: Connection) -> None:
+        seen.append("on_connect")
+        if way == "disconnect":
+            manager.disconnect(connection)
+        else:
+            await manager.close(connection)
+
+    @manager.on_disconnect
+    def ended(connection: Connection) -> None:
+        seen.append("on_disconnect")
+
+    peer = Peer()
+    connection = await manager.connect(peer.websocket)
+    assert not connection.is_open
+    assert manager.connections == []
+    await until(lambda: seen == ["on_connect", "on_disconnect"])
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_broadcast_hook_may_broadcast(event: str, manager: ConnectionManager) -> None:
+    async def log(*args: object) -> object:
+        message = args[0].message if isinstance(args[0], Delivery) else cast(Message, args[0])
+        if message.data != "log":
+            await manager.broadcast("log")
+        return message
+
+    getattr(manager, event)(log)
+    peer = Peer()
+    await manager.connect(peer.websocket)
+    await manager.broadcast("one")
+    await manager.broadcast("two")
+    await until(lambda: len(peer.texts) == 4)
+    assert peer.texts == ["log", "one", "log", "two"]
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_hook_that_answers_its_own_broadcasts_is_stopped(event: str, manager: ConnectionManager) -> None:
+    calls: list[int] = []
+
+    async def echo(*args: object) -> object:
+        calls.append(1)
+        await manager.broadcast("echo")
+        return args[0]
+
+    getattr(manager, event)(echo)
+    peer = Peer()
+    await manager.connect(peer.websocket)
+    with pytest.raises(RuntimeError, match=f"an {event} hook broadcasts from within itself"):
+        await manager.broadcast("one")
+    depth = len(calls)
+    assert 2 <= depth <= 16
+    assert peer.texts == []
+    with pytest.raises(RuntimeError, match="from within itself"):
+        await manager.broadcast("two")
+    assert len(calls) == 2 * depth  # what the first one used was given back
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_nobody_gets_what_a_broadcast_hook_failed_on(event: str, manager: ConnectionManager) -> None:
+    def check(*args: object) -> object:
+        message = args[0].message if isinstance(args[0], Delivery) else cast(Message, args[0])
+        if message.data == "bad":
+            raise ValueError("bad word")
+        return message
+
+    getattr(manager, event)(check)
+    peer = Peer()
+    await manager.connect(peer.websocket)
+    with pytest.raises(ValueError, match="bad word"):
+        await manager.broadcast("bad")
+    await manager.broadcast("good")
+    await until(lambda: peer.texts)
+    assert peer.texts == ["good"]
+    assert manager.stats().hook_errors == 1
+
+
+async def test_refused_connection_is_closed_with_a_policy_violation(manager: ConnectionManager) -> None:
+    @manager.on_connect
+    async def refuse(connection: Connection) -> None:
+        raise PermissionDenied("not you")
+
+    peer = Peer()
+    with pytest.raises(PermissionDenied, match="not you"):
+        await manager.connect(peer.websocket)
+    assert peer.sent[-1] == {"type": "websocket.close", "code": 1008, "reason": "not you"}
+    assert manager.connections == []
+
+
+@both
+async def test_broadcast_nowait_runs_hooks_that_need_not_wait(is_async: bool, manager: ConnectionManager) -> None:
+    def change(message: Message, audience: Audience) -> object:
+        return "changed"
+
+    async def change_async(message: Message, audience: Audience) -> object:
+        return "changed"
+
+    manager.on_broadcast(change_async if is_async else change)
+    peer = Peer()
+    await manager.connect(peer.websocket)
+    manager.broadcast_nowait("from a task")
+    failures: list[BaseException] = []
+
+    def callback() -> None:
+        try:
+            manager.broadcast_nowait("from a plain callback")
+        except BaseException as error:
+            failures.append(error)
+
+    asyncio.get_running_loop().call_soon(callback)
+    await until(lambda: len(peer.texts) == 2 or failures)
+    assert failures == []
+    assert peer.texts == ["changed", "changed"]
+
+
+async def test_broadcast_nowait_refuses_a_hook_that_has_to_wait(manager: ConnectionManager) -> None:
+    @manager.on_broadcast
+    async def ask(message: Message, audience: Audience) -> object:
+        await asyncio.sleep(0)
+        return message
+
+    with pytest.raises(LifecycleError, match="an on_broadcast hook has to wait"):
+        manager.broadcast_nowait("text")
+    failures: list[BaseException] = []
+
+    def callback() -> None:
+        try:
+            manager.broadcast_nowait("text")
+        except BaseException as error:
+            failures.append(error)
+
+    asyncio.get_running_loop().call_soon(callback)
+    await until(lambda: failures)
+    assert isinstance(failures[0], LifecycleError)

@@ -1,0 +1,526 @@
+"""The manager's life: start and end, event loops, threads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self
+
+import pytest
+from fastapi import FastAPI
+from starlette.websockets import WebSocketDisconnect
+
+from tests.support.asgi import Peer, cancel_at, connected, eventually, lifespan, turns
+from wsbroadcast import (
+    Connection,
+    ConnectionManager,
+    EncodeError,
+    Engine,
+    Health,
+    InvalidChannel,
+    LifecycleError,
+    Publication,
+    Receiver,
+    SlowConsumer,
+)
+
+# Start and end.
+
+
+async def test_the_first_use_starts_the_manager() -> None:
+    manager = ConnectionManager()
+    await manager.broadcast("to nobody yet")
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    assert (await manager.health()).is_ok
+    await manager.aclose()
+
+
+async def test_broadcast_nowait_starts_the_manager() -> None:
+    manager = ConnectionManager()
+    manager.broadcast_nowait("to nobody yet")
+    assert manager.stats().broadcasts == 1
+    await manager.aclose()
+
+
+async def test_aclose_sends_what_was_handed_over_and_closes_with_1001() -> None:
+    ended: list[Connection] = []
+    manager = ConnectionManager()
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        await asyncio.sleep(0)
+        ended.append(connection)
+
+    pairs = await connected(manager, 5)
+    await manager.broadcast("last words")
+    await manager.aclose()
+    for peer, connection in pairs:
+        assert peer.messages == ["last words"]
+        assert peer.close_code == 1001
+        assert not connection.is_open
+    assert len(ended) == 5  # awaited
+    assert manager.connections == []
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_aclose_is_idempotent() -> None:
+    manager = ConnectionManager()
+    await manager.aclose()  # never started
+    await manager.start()
+    await manager.aclose()
+    await manager.aclose()
+
+
+async def test_aclose_gives_up_peers_that_take_nothing() -> None:
+    manager = ConnectionManager(slow_consumer=SlowConsumer(close_timeout=0.05))
+    pairs = await connected(manager, 3)
+    for peer, _ in pairs:
+        peer.stall()
+    await manager.broadcast("held")
+    await asyncio.wait_for(manager.aclose(), 2)
+    for peer, _ in pairs:
+        peer.resume()
+    await turns()
+    assert all(peer.messages == [] for peer, _ in pairs)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_aclose_gives_up_peers_that_left_with_a_backlog() -> None:
+    manager = ConnectionManager()
+    [(peer, _)] = await connected(manager, 1)
+    peer.stall()
+    await manager.broadcast("held")
+    await eventually(lambda: peer.is_stalled)
+    manager.disconnect(peer.websocket)
+    await asyncio.wait_for(manager.aclose(), 5)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_closed_manager_refuses_and_says_so() -> None:
+    manager = ConnectionManager()
+    [(peer, connection)] = await connected(manager, 1)
+    await manager.aclose()
+    fresh = Peer()
+    calls: list[Callable[[], Any]] = [
+        lambda: manager.broadcast("x"),
+        lambda: manager.broadcast_local("x"),
+        lambda: manager.broadcast_nowait("x"),
+        lambda: manager.connect(fresh.websocket),
+        lambda: manager.health(),
+    ]
+    for call in calls:
+        with pytest.raises(LifecycleError, match="closed"):
+            await call()
+    assert fresh.sent == []
+    # What ends things goes on working.
+    manager.disconnect(peer.websocket)
+    await manager.close(connection)
+    await manager.unsubscribe(connection, "a")
+    assert manager.stats().connections == 0
+
+
+async def test_a_closed_manager_can_be_started_again() -> None:
+    manager = ConnectionManager()
+    for _ in range(3):
+        async with manager:
+            [(peer, _)] = await connected(manager, 1, channels=["a"])
+            await manager.broadcast("hello", channel="a")
+            assert await peer.next() == "hello"
+        assert manager.stats().connections == 0
+    assert manager.stats().connects == 3
+
+
+async def test_starts_are_counted() -> None:
+    manager = ConnectionManager()
+    await manager.start()
+    async with manager, manager:
+        await connected(manager, 1)
+    assert len(manager.connections) == 1
+    await manager.aclose()
+    assert manager.connections == []
+    with pytest.raises(LifecycleError):
+        await manager.broadcast("x")
+
+
+async def test_lifespan_binds_and_runs_as_long_as_the_app() -> None:
+    manager = ConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    async with lifespan(app):
+        assert app.state.wsbroadcast_manager is manager
+        [(peer, _)] = await connected(manager, 1)
+    assert peer.close_code == 1001
+
+
+async def test_two_apps_may_share_a_manager() -> None:
+    manager = ConnectionManager()
+    async with lifespan(FastAPI(lifespan=manager.lifespan)):
+        async with lifespan(FastAPI(lifespan=manager.lifespan)):
+            pass
+        [(peer, _)] = await connected(manager, 1)
+        await manager.broadcast("still here")
+        assert await peer.next() == "still here"
+
+
+@pytest.mark.parametrize("act", ["broadcast", "close", "disconnect", "aclose"])
+async def test_an_on_disconnect_hook_may_act_while_the_manager_closes(act: str) -> None:
+    manager = ConnectionManager()
+
+    @manager.on_disconnect
+    async def act_on(connection: Connection) -> None:
+        if act == "broadcast":
+            await manager.broadcast("somebody left")
+        elif act == "close":
+            await connection.close()
+        elif act == "disconnect":
+            manager.disconnect(connection)
+        else:
+            await manager.aclose()
+
+    await connected(manager, 3)
+    await asyncio.wait_for(manager.aclose(), 5)
+    assert manager.stats().hook_errors == 0
+
+
+async def test_readers_learn_of_the_end_of_the_manager() -> None:
+    manager = ConnectionManager()
+    [(peer, connection)] = await connected(manager, 1)
+    reading = asyncio.ensure_future(peer.websocket.receive_text())
+    waiting = asyncio.ensure_future(connection.wait_closed())
+    await turns()
+    await manager.aclose()
+    with pytest.raises(WebSocketDisconnect) as caught:
+        await asyncio.wait_for(reading, 5)
+    assert caught.value.code == 1001
+    await asyncio.wait_for(waiting, 5)
+
+
+class SlowEngine(Engine):
+    """The memory engine with a start and an end that take a while, as those of a broker do."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.receivers: list[Receiver] = []
+        self.starts = 0
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        raise NotImplementedError
+
+    async def start(self, receiver: Receiver) -> None:
+        self.starts += 1
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self.receivers.append(receiver)
+
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
+        self.receivers.clear()
+
+    async def publish(self, publication: Publication) -> None:
+        await asyncio.sleep(0)
+        for receiver in self.receivers:
+            await receiver.receive(publication)
+
+    def publish_nowait(self, publication: Publication) -> None:
+        for receiver in self.receivers:
+            receiver.receive_nowait(publication)
+
+    async def health(self) -> Health:
+        return Health(self.name, bool(self.receivers))
+
+
+async def test_first_uses_at_the_same_time_start_the_engine_once() -> None:
+    engine = SlowEngine()
+    manager = ConnectionManager(engine)
+    peers = [Peer() for _ in range(3)]
+    await asyncio.gather(manager.broadcast("x"), *(manager.connect(peer.websocket) for peer in peers))
+    assert engine.starts == 1
+    await manager.broadcast("once")
+    for peer in peers:
+        await peer.wait_for(lambda peer=peer: "once" in peer.messages)  # type: ignore[misc]
+        assert peer.messages.count("once") == 1
+    await manager.aclose()
+
+
+async def test_a_first_use_that_is_cancelled_while_the_engine_starts_spoils_nothing() -> None:
+    for step in range(1, 10):
+        manager = ConnectionManager(SlowEngine())
+        waited = await cancel_at(step, manager.broadcast("x"))
+        [(peer, _)] = await connected(manager, 1)
+        await manager.broadcast("hello")
+        await turns()
+        assert peer.messages == ["hello"]
+        await manager.aclose()
+        if not waited:
+            return
+    raise AssertionError("it never ends")
+
+
+async def test_broadcast_nowait_before_the_start_of_an_engine_that_takes_a_while_says_what_to_do() -> None:
+    manager = ConnectionManager(SlowEngine())
+    with pytest.raises(LifecycleError, match="has to start"):
+        manager.broadcast_nowait("x")
+    await manager.start()
+    manager.broadcast_nowait("x")
+    await manager.aclose()
+
+
+async def test_aclose_that_is_cancelled_leaves_a_manager_that_can_be_started() -> None:
+    manager = ConnectionManager(SlowEngine())
+    for step in range(1, 20):
+        await manager.start()
+        [(peer, _)] = await connected(manager, 1)
+        waited = await cancel_at(step, manager.aclose())
+        await eventually(lambda: manager.stats().connections == 0)
+        async with manager:
+            [(peer, _)] = await connected(manager, 1)
+            await manager.broadcast("hello")
+            await peer.wait_messages(1)
+            await turns()
+            assert peer.messages == ["hello"]
+        if not waited:
+            return
+    raise AssertionError("it never ends")
+
+
+# Event loops. These run their own.
+
+
+def _quietly() -> None:
+    gc.collect()  # a coroutine that was never awaited warns now, which fails the test
+
+
+def test_without_an_event_loop_it_says_what_to_do() -> None:
+    manager = ConnectionManager()
+    with pytest.raises(LifecycleError, match="broadcast_threadsafe"):
+        manager.broadcast_nowait("x")
+    with pytest.raises(LifecycleError, match="lifespan"):
+        manager.broadcast_threadsafe("x")
+    manager.disconnect(Peer().websocket)
+    _quietly()
+
+
+def test_a_module_level_manager_survives_asyncio_run_twice() -> None:
+    manager = ConnectionManager()
+
+    async def main() -> None:
+        assert manager.stats().connections in (0, 1)
+        [(peer, _)] = await connected(manager, 1, channels=["a"])
+        await manager.broadcast("hello", channel="a")
+        assert await peer.next() == "hello"
+        assert len(manager.connections) == 1
+
+    asyncio.run(main())
+    asyncio.run(main())
+    asyncio.run(manager.aclose())
+    asyncio.run(main_again(manager))
+    _quietly()
+
+
+async def main_again(manager: ConnectionManager) -> None:
+    """Start a closed manager in yet another loop."""
+    async with manager:
+        await connected(manager, 1)
+
+
+def test_asyncio_run_that_leaves_a_stalled_peer_behind_spoils_nothing() -> None:
+    manager = ConnectionManager()
+
+    async def main() -> None:
+        [(peer, _)] = await connected(manager, 1)
+        peer.stall()
+        await manager.broadcast("held")
+        await turns()
+
+    asyncio.run(main())
+    asyncio.run(main())
+    assert manager.stats().evicted == {}
+    _quietly()
+
+
+class LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def run(self, coroutine: Any) -> Any:
+        """Run a coroutine there; return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(10)
+
+    def stop(self, *, close: bool = True) -> None:
+        """End the loop."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(10)
+        if close and not self.loop.is_closed():
+            self.loop.close()
+
+
+@pytest.fixture
+def other_loop() -> Generator[LoopThread]:
+    thread = LoopThread()
+    yield thread
+    thread.stop()
+
+
+def test_a_second_running_event_loop_is_told_what_to_do(other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    other_loop.run(manager.start())
+
+    async def main() -> None:
+        fresh = Peer()
+        calls: list[Callable[[], Any]] = [
+            lambda: manager.broadcast("x"),
+            lambda: manager.broadcast_nowait("x"),
+            lambda: manager.connect(fresh.websocket),
+            lambda: manager.start(),
+        ]
+        for call in calls:
+            with pytest.raises(LifecycleError, match="another event loop"):
+                await call()
+        assert fresh.sent == []
+
+    asyncio.run(main())
+    other_loop.run(manager.aclose())
+    _quietly()
+
+
+# Threads.
+
+
+async def test_broadcast_threadsafe_reaches_everyone_and_returns_when_it_is_handed_over() -> None:
+    async with ConnectionManager() as manager:
+        pairs = await connected(manager, 3, channels=["a"])
+
+        def work() -> int:
+            for number in range(100):
+                manager.broadcast_threadsafe(number, channel="a", exclude=pairs[0][1])
+            return manager.stats().broadcasts
+
+        assert await asyncio.to_thread(work) == 100
+        for peer, _ in pairs[1:]:
+            assert await peer.wait_messages(100) == [str(number) for number in range(100)]
+        assert pairs[0][0].messages == []
+
+
+async def test_broadcast_threadsafe_from_many_threads_loses_nothing() -> None:
+    async with ConnectionManager() as manager:
+        [(peer, _)] = await connected(manager, 1)
+
+        def work(name: int) -> None:
+            for number in range(50):
+                manager.broadcast_threadsafe(f"{name} {number}")
+
+        with ThreadPoolExecutor(8) as pool:
+            loop = asyncio.get_running_loop()
+            await asyncio.gather(*(loop.run_in_executor(pool, work, name) for name in range(8)))
+        messages = [str(message) for message in await peer.wait_messages(400)]
+        for name in range(8):
+            assert [m for m in messages if m.startswith(f"{name} ")] == [f"{name} {number}" for number in range(50)]
+
+
+async def test_broadcast_threadsafe_raises_in_the_thread() -> None:
+    async with ConnectionManager() as manager:
+
+        @manager.on_broadcast
+        async def fail(message: Any, audience: Any) -> Any:
+            if message.data == "timeout":
+                raise TimeoutError("the hook's own")
+            return message
+
+        for message, options, error in (
+            ("\ud800", {}, EncodeError),
+            ("x", {"channel": ""}, InvalidChannel),
+            ("x", {"user": None}, ValueError),
+            ("timeout", {}, TimeoutError),
+        ):
+            with pytest.raises(error):
+                await asyncio.to_thread(manager.broadcast_threadsafe, message, **options)
+
+
+async def test_broadcast_threadsafe_from_the_loop_itself_says_what_to_do() -> None:
+    async with ConnectionManager() as manager:
+        with pytest.raises(LifecycleError, match="await"):
+            manager.broadcast_threadsafe("x")
+
+
+async def test_broadcast_threadsafe_before_the_start_and_after_the_end_says_what_to_do() -> None:
+    manager = ConnectionManager()
+    with pytest.raises(LifecycleError, match="isn't running"):
+        await asyncio.to_thread(manager.broadcast_threadsafe, "x")
+    await manager.start()
+    await asyncio.to_thread(manager.broadcast_threadsafe, "x")
+    await manager.aclose()
+    with pytest.raises(LifecycleError, match="isn't running"):
+        await asyncio.to_thread(manager.broadcast_threadsafe, "x")
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_broadcast_threadsafe_after_the_loop_has_ended_never_hangs(other_loop: LoopThread, close: bool) -> None:
+    manager = ConnectionManager()
+    other_loop.run(manager.start())
+    other_loop.stop(close=close)
+    with pytest.raises(LifecycleError):
+        manager.broadcast_threadsafe("x")
+    other_loop.stop()
+    _quietly()
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_broadcast_threadsafe_never_hangs_when_the_loop_ends_meanwhile(other_loop: LoopThread, close: bool) -> None:
+    manager = ConnectionManager(hook_timeout=60)
+    is_inside = threading.Event()
+
+    @manager.on_broadcast
+    async def hang(message: Any, audience: Any) -> Any:
+        is_inside.set()
+        await asyncio.sleep(60)
+
+    other_loop.run(manager.start())
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(manager.broadcast_threadsafe, "x")
+        assert is_inside.wait(5)
+        other_loop.stop(close=False)
+        with pytest.raises(LifecycleError, match="ended"):
+            call.result(10)
+    # The loop's owner clears up as asyncio.run does.
+    for task in asyncio.all_tasks(other_loop.loop):
+        task.cancel()
+        other_loop.loop.run_until_complete(asyncio.wait({task}))
+    other_loop.stop()
+    _quietly()
+
+
+async def test_broadcast_threadsafe_waits_for_the_crowd_as_broadcast_does() -> None:
+    async with ConnectionManager(slow_consumer=SlowConsumer(max_backlog_messages=8, send_timeout=60)) as manager:
+        [(peer, _)] = await connected(manager, 1)
+        peer.stall()
+        while manager.stats().behind == 0:
+            manager.broadcast_nowait("held")
+            await turns()
+        call = asyncio.ensure_future(asyncio.to_thread(manager.broadcast_threadsafe, "waits"))
+        await asyncio.sleep(0.05)
+        assert not call.done()
+        peer.resume()
+        await asyncio.wait_for(call, 5)
+
+
+def test_other_calls_from_a_thread_say_what_to_do(other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    other_loop.run(manager.start())
+    with pytest.raises(LifecycleError, match="broadcast_threadsafe"):
+        manager.broadcast_nowait("x")
+    other_loop.run(manager.aclose())

@@ -1,0 +1,939 @@
+"""Broadcasting and sending, as the application sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import enum
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from starlette.websockets import WebSocketDisconnect
+
+from tests.support.asgi import Peer, connected, eventually, turns
+from wsbroadcast import (
+    Audience,
+    ConfigurationError,
+    Connection,
+    ConnectionClosed,
+    ConnectionManager,
+    Delivery,
+    EncodeError,
+    Hook,
+    InvalidChannel,
+    LifecycleError,
+    Limits,
+    Message,
+    MessageTooLarge,
+    SlowConsumer,
+)
+
+
+@pytest.fixture
+async def manager() -> AsyncIterator[ConnectionManager]:
+    async with ConnectionManager() as manager:
+        yield manager
+
+
+async def _received(pairs: list[tuple[Peer, Connection]]) -> list[list[str | bytes]]:
+    await turns()
+    return [peer.messages for peer, _ in pairs]
+
+
+async def _call(manager: ConnectionManager, name: str, message: object, **options: Any) -> None:
+    result = getattr(manager, name)(message, **options)
+    if result is not None:  # all but broadcast_nowait
+        await result
+
+
+# Construction.
+
+
+@pytest.mark.parametrize("engine", ["nosuch://host", "localhost", "memory://host", "", 5, None, "redis"])
+def test_manager_refuses_an_engine_that_makes_no_sense(engine: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        ConnectionManager(engine)
+
+
+def test_manager_refuses_a_hook_class_instead_of_an_object() -> None:
+    with pytest.raises(ConfigurationError, match="instance of Hook"):
+        ConnectionManager(hooks=[Hook])  # type: ignore[list-item]
+
+
+def test_manager_is_made_outside_any_event_loop() -> None:
+    manager = ConnectionManager()
+    assert manager.connections == []
+    assert manager.active_connections == []
+    assert manager.stats().connections == 0
+    assert repr(manager) == "<ConnectionManager memory, 0 connections>"
+
+
+# Audiences.
+
+
+async def test_broadcast_reaches_everyone(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 5)
+    await manager.broadcast("hello")
+    assert await _received(pairs) == [["hello"]] * 5
+
+
+async def test_broadcast_without_connections_is_no_error(manager: ConnectionManager) -> None:
+    await manager.broadcast("hello")
+    await manager.broadcast("hello", channel="nobody")
+    await manager.broadcast("hello", user="nobody")
+    assert manager.stats().deliveries == 0
+
+
+async def test_broadcast_reaches_a_channel_only(manager: ConnectionManager) -> None:
+    inside = await connected(manager, 2, channels=["news"])
+    outside = await connected(manager, 2, channels=["sport"]) + await connected(manager, 1)
+    await manager.broadcast("hello", channel="news")
+    assert await _received(inside) == [["hello"]] * 2
+    assert await _received(outside) == [[]] * 3
+
+
+async def test_broadcast_reaches_all_tabs_of_a_user_only(manager: ConnectionManager) -> None:
+    tabs = await connected(manager, 3, user="ada")
+    others = await connected(manager, 1, user="bob") + await connected(manager, 1)
+    await manager.broadcast("hello", user="ada")
+    assert await _received(tabs) == [["hello"]] * 3
+    assert await _received(others) == [[]] * 2
+
+
+async def test_broadcast_takes_a_user_as_text(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 1, user=1)
+    await manager.broadcast("a", user="1")
+    await manager.broadcast("b", user=1)
+    await manager.broadcast("c", user=11)
+    assert await _received(pairs) == [["a", "b"]]
+
+
+async def test_broadcast_keeps_a_channel_and_a_user_of_one_name_apart(manager: ConnectionManager) -> None:
+    in_channel = await connected(manager, 1, channels=["x"])
+    of_user = await connected(manager, 1, user="x")
+    await manager.broadcast("channel", channel="x")
+    await manager.broadcast("user", user="x")
+    assert await _received(in_channel) == [["channel"]]
+    assert await _received(of_user) == [["user"]]
+
+
+async def test_broadcast_excludes(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 4, channels=["c"])
+    (peer_a, a), (_, b), (_, c), _ = pairs
+    async with ConnectionManager() as other:
+        [(foreign_peer, foreign)] = await connected(other, 1)
+        excludes: list[tuple[Any, set[int]]] = [
+            (a, {0}),
+            (peer_a.websocket, {0}),
+            ([a, b], {0, 1}),
+            ((peer_a.websocket, c), {0, 2}),
+            ({a, b, c}, {0, 1, 2}),
+            ((one for one in [a]), {0}),
+            (Peer().websocket, set()),
+            ([foreign, foreign_peer.websocket], set()),
+            ([], set()),
+            ((), set()),
+        ]
+        expected: list[list[str]] = [[], [], [], []]
+        for number, (exclude, missing) in enumerate(excludes):
+            await manager.broadcast(f"everyone {number}", exclude=exclude)
+            for index in set(range(4)) - missing:
+                expected[index].append(f"everyone {number}")
+        assert await _received(pairs) == expected
+    await manager.broadcast("channel", channel="c", exclude=manager.connections)
+    assert await _received(pairs) == expected
+
+
+async def test_broadcast_excludes_one_that_has_left(manager: ConnectionManager) -> None:
+    [(peer, connection), (other, _)] = await connected(manager, 2)
+    manager.disconnect(connection)
+    await manager.broadcast("hello", exclude=peer.websocket)
+    assert await other.next() == "hello"
+
+
+async def test_subscribe_and_unsubscribe_change_who_gets_what(manager: ConnectionManager) -> None:
+    [(peer, connection)] = pairs = await connected(manager, 1)
+    await manager.broadcast("1", channel="a")
+    await manager.subscribe(peer.websocket, "a", "b")
+    await manager.broadcast("2", channel="a")
+    await connection.unsubscribe("a", "never")
+    await manager.broadcast("3", channel="a")
+    await manager.broadcast("4", channel="b")
+    await connection.subscribe("a")
+    await manager.broadcast("5", channel="a")
+    assert await _received(pairs) == [["2", "4", "5"]]
+    await manager.unsubscribe(peer.websocket, "a", "b")
+    assert manager.stats().channels == 0
+
+
+async def test_a_message_goes_to_those_who_were_there_when_it_was_broadcast(manager: ConnectionManager) -> None:
+    early = await connected(manager, 1)
+    await manager.broadcast("before")
+    late = await connected(manager, 1)
+    await manager.broadcast("after")
+    assert await _received(early) == [["before", "after"]]
+    assert await _received(late) == [["after"]]
+
+
+@pytest.mark.parametrize("call", ["broadcast", "broadcast_local", "broadcast_nowait"])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"channel": None}, InvalidChannel),
+        ({"channel": ""}, InvalidChannel),
+        ({"channel": "x" * 5000}, InvalidChannel),
+        ({"channel": "a\nb"}, InvalidChannel),
+        ({"channel": "\ud800"}, InvalidChannel),
+        ({"channel": 5}, InvalidChannel),
+        ({"channel": ["a"]}, InvalidChannel),
+        ({"user": None}, ValueError),
+        ({"user": ""}, ValueError),
+        ({"user": "x" * 5000}, ValueError),
+        ({"user": object()}, ValueError),
+        ({"channel": "a", "user": "b"}, ValueError),
+    ],
+)
+async def test_broadcast_to_no_audience_raises_and_reaches_nobody(
+    manager: ConnectionManager, call: str, options: dict[str, Any], error: type[Exception]
+) -> None:
+    pairs = await connected(manager, 2, channels=["a"], user="b")
+    with pytest.raises(error):
+        await _call(manager, call, "hello", **options)
+    assert await _received(pairs) == [[], []]
+    assert manager.stats().broadcasts == 0
+
+
+@pytest.mark.parametrize("name", [None, "", "x" * 5000, "\x7f", 5])
+async def test_subscribe_with_one_invalid_channel_subscribes_none(manager: ConnectionManager, name: Any) -> None:
+    [(_, connection)] = await connected(manager, 1)
+    with pytest.raises(InvalidChannel) as caught:
+        await connection.subscribe("good", name)
+    assert caught.value.channel == name
+    assert len(str(caught.value)) < 300
+    with pytest.raises(InvalidChannel):
+        await connection.unsubscribe(name)
+    assert connection.channels == set()
+
+
+# Messages.
+
+
+class _Color(enum.StrEnum):
+    RED = "red"
+
+
+class _Model(BaseModel):
+    name: str
+    at: datetime.datetime
+
+
+@dataclasses.dataclass
+class _Point:
+    x: int
+    y: float
+
+
+@pytest.mark.parametrize(
+    ("message", "received"),
+    [
+        ("text", "text"),
+        ("", ""),
+        ("é 😀 \x00", "é 😀 \x00"),
+        (b"\x00\xff", b"\x00\xff"),
+        (b"", b""),
+        (bytearray(b"ab"), b"ab"),
+        (memoryview(b"abcdef")[::2], b"ace"),
+        (_Color.RED, "red"),
+        (Message.of("ready"), "ready"),
+    ],
+)
+async def test_broadcast_sends_text_and_bytes_as_they_are(
+    manager: ConnectionManager, message: object, received: object
+) -> None:
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast(message)
+    assert await peer.next() == received
+
+
+@pytest.mark.parametrize(
+    ("message", "received"),
+    [
+        (None, None),
+        (True, True),
+        (5, 5),
+        (1.5, 1.5),
+        ([1, "a", None], [1, "a", None]),
+        ((1, 2), [1, 2]),
+        ({"a": {"b": []}}, {"a": {"b": []}}),
+        (_Point(1, 2.5), {"x": 1, "y": 2.5}),
+        (
+            _Model(name="é", at=datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC)),
+            {"name": "é", "at": "2024-01-02T00:00:00Z"},
+        ),
+        ({"when": datetime.date(2024, 1, 2)}, {"when": "2024-01-02"}),
+        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        ({"NaN": "Infinity"}, {"NaN": "Infinity"}),
+    ],
+)
+async def test_broadcast_sends_anything_else_as_json_text(
+    manager: ConnectionManager, message: object, received: object
+) -> None:
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast(message)
+    text = await peer.next()
+    assert isinstance(text, str)
+    assert json.loads(text) == received
+
+
+def _circular() -> object:
+    circle: list[object] = []
+    circle.append(circle)
+    return circle
+
+
+def _deep() -> object:
+    value: object = 1
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+_UNSENDABLE: dict[str, Callable[[], object]] = {
+    "lone surrogate": lambda: "\ud800",
+    "lone surrogate in JSON": lambda: {"a": ["\udfff"]},
+    "lone surrogate in a key": lambda: {"\udfff": 1},
+    "NaN": lambda: float("nan"),
+    "NaN inside": lambda: {"a": [1.0, float("nan")]},
+    "infinity": lambda: [float("-inf")],
+    "NaN in a dataclass": lambda: _Point(1, float("nan")),
+    "object": object,
+    "object inside": lambda: [object()],
+    "function": lambda: print,
+    "circular": _circular,
+    "deep": _deep,
+}
+
+
+@pytest.mark.parametrize("call", ["broadcast", "broadcast_local", "broadcast_nowait", "send"])
+@pytest.mark.parametrize("kind", _UNSENDABLE)
+async def test_a_message_that_cannot_be_sent_raises_and_reaches_nobody(
+    manager: ConnectionManager, call: str, kind: str
+) -> None:
+    [(peer, connection)] = pairs = await connected(manager, 1)
+    message = _UNSENDABLE[kind]()
+    with pytest.raises(EncodeError):
+        await (connection.send(message) if call == "send" else _call(manager, call, message))
+    assert await _received(pairs) == [[]]
+    await manager.broadcast("next")
+    assert await peer.next() == "next"
+
+
+async def test_a_message_past_the_limit_raises_and_reaches_nobody() -> None:
+    async with ConnectionManager(limits=Limits(max_message_bytes=10)) as manager:
+        [(peer, connection)] = await connected(manager, 1)
+        for message in ("x" * 11, "é" * 6, b"x" * 11, ["x" * 7]):
+            with pytest.raises(MessageTooLarge) as caught:
+                await manager.broadcast(message)
+            assert (caught.value.limit, caught.value.size > 10) == (10, True)
+            with pytest.raises(MessageTooLarge):
+                await connection.send(message)
+        await manager.broadcast("x" * 10)
+        assert await peer.next() == "x" * 10
+
+
+async def test_a_message_is_encoded_once_whatever_becomes_of_the_object(manager: ConnectionManager) -> None:
+    [(peer, _)] = await connected(manager, 1)
+    value = {"n": 1}
+    await manager.broadcast(value)
+    value["n"] = 2
+    assert await peer.next() == '{"n":1}'
+
+
+async def test_a_hook_that_makes_a_message_too_large_reaches_nobody() -> None:
+    async with ConnectionManager(limits=Limits(max_message_bytes=10)) as manager:
+        manager.on_broadcast(lambda message, audience: "x" * 11)
+        pairs = await connected(manager, 1)
+        with pytest.raises(MessageTooLarge):
+            await manager.broadcast("short")
+        assert await _received(pairs) == [[]]
+
+
+# The other ways to broadcast, and to one.
+
+
+async def test_broadcast_local_reaches_this_node(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 2, channels=["a"])
+    await manager.broadcast_local("hello", channel="a", exclude=pairs[0][1])
+    assert await _received(pairs) == [[], ["hello"]]
+
+
+async def test_broadcast_nowait_keeps_its_place_among_the_others(manager: ConnectionManager) -> None:
+    [(peer, connection)] = pairs = await connected(manager, 1)
+    await manager.broadcast("1")
+    manager.broadcast_nowait("2")
+    await connection.send("3")
+    manager.broadcast_nowait("4")
+    await manager.broadcast_local("5")
+    await manager.send_personal_message("6", peer.websocket)
+    assert await _received(pairs) == [["1", "2", "3", "4", "5", "6"]]
+
+
+async def test_broadcast_nowait_works_from_a_plain_callback(manager: ConnectionManager) -> None:
+    @manager.on_broadcast
+    async def shout(message: Message, audience: Audience) -> str:
+        return str(message.data).upper()
+
+    [(peer, _)] = await connected(manager, 1)
+    asyncio.get_running_loop().call_soon(manager.broadcast_nowait, "hello")
+    assert await peer.next() == "HELLO"
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_broadcast_nowait_with_a_hook_that_waits_says_what_to_do(manager: ConnectionManager, event: str) -> None:
+    async def wait(*args: object) -> object:
+        await asyncio.sleep(0)
+        return args[0]
+
+    getattr(manager, event)(wait)
+    [(peer, _)] = pairs = await connected(manager, 1)
+    with pytest.raises(LifecycleError, match="await `broadcast`"):
+        manager.broadcast_nowait("hello")
+    assert await _received(pairs) == [[]]
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+
+
+async def test_broadcast_nowait_vetoed_by_a_hook_reaches_nobody(manager: ConnectionManager) -> None:
+    manager.on_broadcast(lambda message, audience: None)
+    pairs = await connected(manager, 1)
+    manager.broadcast_nowait("hello")
+    assert await _received(pairs) == [[]]
+    assert manager.stats().vetoed == 1
+
+
+async def test_send_reaches_one_connection(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 3, user="ada", channels=["a"])
+    await manager.send(pairs[0][1], {"a": 1})
+    await manager.send(pairs[0][0].websocket, b"b")
+    await manager.send_personal_message("c", pairs[1][0].websocket)
+    await manager.send_personal_message("d", pairs[1][1])
+    assert await _received(pairs) == [['{"a":1}', b"b"], ["c", "d"], []]
+    assert manager.stats().sends == 4
+
+
+async def test_send_to_one_that_is_not_here_raises(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    await connection.close(4000, "over")
+    for target in (connection, peer.websocket):
+        with pytest.raises(ConnectionClosed) as caught:
+            await manager.send(target, "late")
+        assert (caught.value.code, caught.value.reason) == (4000, "over")
+        with pytest.raises(ConnectionClosed):
+            await manager.subscribe(target, "a")
+        await manager.unsubscribe(target, "a")
+    with pytest.raises(ConnectionClosed):
+        await manager.send(Peer().websocket, "late")
+    with pytest.raises(ConnectionClosed):
+        await manager.subscribe(Peer().websocket, "a")
+    await manager.unsubscribe(Peer().websocket, "a")
+    assert manager.stats().channels == 0
+
+
+# Order.
+
+
+async def test_what_the_app_sends_itself_keeps_its_place(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 3)
+    (peer, connection), (quiet, _), _ = pairs
+    await manager.broadcast("1")
+    await peer.websocket.send_text("2")
+    await manager.broadcast("3")
+    await peer.websocket.send_json({"n": 4})
+    await connection.send("5")
+    await peer.websocket.send_bytes(b"6")
+    await manager.broadcast("7")
+    await peer.websocket.close(4000)
+    await manager.broadcast("8")
+    await turns()
+    assert peer.messages == ["1", "2", "3", '{"n":4}', "5", b"6", "7"]
+    assert peer.sent[-1]["type"] == "websocket.close"
+    assert quiet.messages == ["1", "3", "7", "8"]
+    assert all(peer.overlaps == 0 for peer, _ in pairs)
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+async def test_order_holds_over_a_thousand_messages_of_every_kind(manager: ConnectionManager, suspends: bool) -> None:
+    peer = Peer(suspends=suspends)
+    connection = await manager.connect(peer.websocket, user="ada", channels=["a"])
+    for number in range(1000):
+        match number % 6:
+            case 0:
+                await manager.broadcast(str(number))
+            case 1:
+                await manager.broadcast(str(number), channel="a")
+            case 2:
+                await manager.broadcast(str(number), user="ada")
+            case 3:
+                await connection.send(str(number))
+            case 4:
+                await peer.websocket.send_text(str(number))
+            case 5:
+                await manager.broadcast_local(str(number))
+    assert await peer.wait_messages(1000) == [str(number) for number in range(1000)]
+    assert peer.overlaps == 0
+    assert manager.stats().evicted == {}
+
+
+async def test_concurrent_senders_never_overlap_on_one_socket(manager: ConnectionManager) -> None:
+    peer = Peer(suspends=True)
+    connection = await manager.connect(peer.websocket)
+
+    async def broadcasts(name: str) -> None:
+        for number in range(50):
+            await manager.broadcast(f"{name} {number}")
+
+    async def sends(name: str) -> None:
+        for number in range(50):
+            await peer.websocket.send_text(f"{name} {number}")
+
+    await asyncio.gather(*(broadcasts(f"b{n}") for n in range(5)), *(sends(f"s{n}") for n in range(5)))
+    messages = [str(message) for message in await peer.wait_messages(500)]
+    for name in {message.split()[0] for message in messages}:
+        assert [m for m in messages if m.startswith(f"{name} ")] == [f"{name} {number}" for number in range(50)]
+    assert peer.overlaps == 0
+    assert connection.is_open
+
+
+async def test_recipients_get_the_messages_in_the_same_order(manager: ConnectionManager) -> None:
+    pairs = await connected(manager, 5)
+
+    async def broadcasts(name: str) -> None:
+        for number in range(200):
+            await manager.broadcast(f"{name} {number}")
+
+    await asyncio.gather(*(broadcasts(name) for name in "abc"))
+    received = await asyncio.gather(*(peer.wait_messages(600) for peer, _ in pairs))
+    assert all(messages == received[0] for messages in received)
+
+
+# Dead peers.
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("gone"), RuntimeError("closed"), ConnectionResetError(), KeyError("x"), WebSocketDisconnect(1006)]
+)
+async def test_a_dead_peer_never_makes_a_broadcast_fail(manager: ConnectionManager, error: Exception) -> None:
+    ended: list[Connection] = []
+    manager.on_disconnect(ended.append)
+    pairs = await connected(manager, 5)
+    dead, connection = pairs[2]
+    dead.error = error
+    await manager.broadcast("first")
+    await manager.broadcast("second")
+    await eventually(lambda: ended == [connection])
+    await manager.broadcast("third")
+    for peer, _ in pairs[:2] + pairs[3:]:
+        assert await peer.wait_messages(3) == ["first", "second", "third"]
+    assert dead.messages == []
+    assert connection not in manager.connections
+    assert connection.close_code == 1006
+    await turns()
+    assert ended == [connection]
+
+
+async def test_a_crowd_that_vanishes_at_once_leaves_nothing(
+    manager: ConnectionManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[str] = []
+    manager.on_disconnect(lambda connection: ended.append(connection.id))
+    pairs = await connected(manager, 1000, channels=["a"], user="ada")
+    survivors = await connected(manager, 3, channels=["a"])
+    await manager.broadcast("before")
+    for peer, _ in pairs:
+        peer.vanish()
+    for number in range(10):
+        await manager.broadcast(str(number))
+    for peer, _ in survivors:
+        assert await peer.wait_messages(11) == ["before", *map(str, range(10))]
+    await eventually(lambda: len(ended) == 1000)
+    assert set(ended) == {connection.id for _, connection in pairs}
+    assert manager.connections == [connection for _, connection in survivors]
+    assert manager.stats().users == 0
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_server_that_hides_the_peers_end_is_no_error(manager: ConnectionManager) -> None:
+    peer = Peer(is_silent=True)
+    connection = await manager.connect(peer.websocket)
+    peer.leave()
+    await manager.broadcast("to nobody")
+    await peer.websocket.send_text("to nobody")
+    await turns()
+    assert connection.is_open  # nobody could know yet
+    await connection.wait_closed()
+    assert manager.connections == []
+    await connection.close()
+
+
+async def test_the_apps_own_send_to_a_dead_peer_raises_and_removes(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.vanish()
+    with pytest.raises(WebSocketDisconnect):
+        await peer.websocket.send_text("hello")
+    assert manager.connections == []
+    with pytest.raises(WebSocketDisconnect):  # not RuntimeError, which no endpoint catches
+        await peer.websocket.receive_text()
+    assert connection.close_code == 1006
+
+
+async def test_the_apps_own_sends_to_a_dead_peer_all_raise_what_an_endpoint_catches(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    peer.stall()
+    sends = [asyncio.ensure_future(peer.websocket.send_text("hello")) for _ in range(3)]
+    await eventually(lambda: peer.is_stalled)
+    peer.vanish()
+    peer.resume()
+    results = await asyncio.gather(*sends, return_exceptions=True)
+    assert all(isinstance(result, WebSocketDisconnect) for result in results), results
+    assert not connection.is_open
+
+
+async def test_the_apps_own_send_that_was_cancelled_finds_the_peer_gone_all_the_same(
+    manager: ConnectionManager,
+) -> None:
+    [(peer, _)] = await connected(manager, 1)
+    peer.stall()
+    send = asyncio.ensure_future(peer.websocket.send_text("hello"))
+    await eventually(lambda: peer.is_stalled)
+    send.cancel()
+    await asyncio.wait({send})
+    peer.vanish()
+    peer.resume()
+    await eventually(lambda: manager.connections == [])
+    for call in (lambda: peer.websocket.send_text("again"), peer.websocket.receive_text):
+        with pytest.raises(WebSocketDisconnect):
+            await call()
+
+
+async def test_the_apps_own_mistake_is_the_apps(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    with pytest.raises(RuntimeError, match=r"websocket\.send"):
+        await peer.websocket.accept()
+    with pytest.raises(TypeError):
+        await peer.websocket.send_json({1, 2})
+    peer.error = UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+    with pytest.raises(UnicodeEncodeError):
+        await peer.websocket.send_text("\ud800")
+    peer.error = None
+    await manager.broadcast("still here")
+    assert await peer.next() == "still here"
+    assert connection.is_open
+
+
+# Hooks, through the manager.
+
+
+async def test_hooks_pair_connect_with_disconnect_whichever_way_it_ends(manager: ConnectionManager) -> None:
+    seen: list[tuple[str, Connection]] = []
+    manager.on_connect(lambda connection: seen.append(("connect", connection)))
+    manager.on_disconnect(lambda connection: seen.append(("disconnect", connection)))
+    pairs = await connected(manager, 6)
+    connections = [connection for _, connection in pairs]
+    manager.disconnect(connections[0])
+    await connections[1].close()
+    await pairs[2][0].websocket.close()
+    pairs[3][0].leave()
+    await connections[3].wait_closed()
+    pairs[4][0].vanish()
+    await manager.broadcast("finds out")
+    await eventually(lambda: len(seen) == 11)
+    await manager.aclose()
+    assert [c for kind, c in seen if kind == "connect"] == connections
+    assert sorted(c.id for kind, c in seen if kind == "disconnect") == sorted(c.id for c in connections)
+
+
+async def test_hooks_see_subscriptions_at_connect_and_at_the_end(manager: ConnectionManager) -> None:
+    seen: list[tuple[str, str]] = []
+    manager.on_connect(lambda connection: seen.append(("connect", "")))
+    manager.on_subscribe(lambda connection, channel: seen.append(("subscribe", channel)))
+    manager.on_unsubscribe(lambda connection, channel: seen.append(("unsubscribe", channel)))
+    manager.on_disconnect(lambda connection: seen.append(("disconnect", "")))
+    [(_, connection)] = await connected(manager, 1, channels=["a", "b"])
+    await connection.subscribe("b", "c")
+    await connection.unsubscribe("a", "never")
+    manager.disconnect(connection)
+    await eventually(lambda: ("disconnect", "") in seen)
+    assert seen == [
+        ("connect", ""),
+        ("subscribe", "a"),
+        ("subscribe", "b"),
+        ("subscribe", "c"),
+        ("unsubscribe", "a"),
+        ("unsubscribe", "b"),
+        ("unsubscribe", "c"),
+        ("disconnect", ""),
+    ]
+
+
+async def test_on_disconnect_waits_for_on_connect_to_end(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+    release = asyncio.Event()
+
+    @manager.on_connect
+    async def on_connect(connection: Connection) -> None:
+        await release.wait()
+        seen.append("connect")
+
+    manager.on_disconnect(lambda connection: seen.append("disconnect"))
+    peer = Peer()
+    connecting = asyncio.ensure_future(manager.connect(peer.websocket))
+    await eventually(lambda: bool(manager.connections))
+    manager.disconnect(peer.websocket)
+    await turns()
+    assert seen == []
+    release.set()
+    await connecting
+    await eventually(lambda: seen == ["connect", "disconnect"])
+
+
+async def test_on_broadcast_runs_once_and_changes_or_vetoes(manager: ConnectionManager) -> None:
+    seen: list[tuple[object, Audience]] = []
+
+    @manager.on_broadcast
+    async def change(message: Message, audience: Audience) -> object:
+        seen.append((message.data, audience))
+        return None if message.data == "secret" else {"was": message.data}
+
+    pairs = await connected(manager, 3)
+    await manager.broadcast("hello")
+    await manager.broadcast("secret")
+    assert await _received(pairs) == [['{"was":"hello"}']] * 3
+    assert seen == [("hello", Audience("everyone")), ("secret", Audience("everyone"))]
+    assert manager.stats().vetoed == 1
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_a_broadcast_hook_that_raises_fails_closed(manager: ConnectionManager, event: str) -> None:
+    def fail(*args: object) -> None:
+        raise KeyError("broken")
+
+    getattr(manager, event)(fail)
+    pairs = await connected(manager, 2)
+    for call in (manager.broadcast, manager.broadcast_local):
+        with pytest.raises(KeyError, match="broken"):
+            await call("hello")
+    with pytest.raises(KeyError, match="broken"):
+        manager.broadcast_nowait("hello")
+    assert await _received(pairs) == [[], []]
+    assert manager.stats().hook_errors == 3
+
+
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_a_broadcast_hook_that_hangs_is_cut_off(event: str) -> None:
+    async def hang(*args: object) -> None:
+        await asyncio.Event().wait()
+
+    async with ConnectionManager(hook_timeout=0.02) as manager:
+        pairs = await connected(manager, 2)
+        getattr(manager, event)(hang)
+        with pytest.raises(TimeoutError, match=event):
+            await asyncio.wait_for(manager.broadcast("hello"), 5)
+        assert await _received(pairs) == [[], []]
+
+
+@pytest.mark.parametrize("event", ["on_connect", "on_disconnect", "on_message", "on_subscribe", "on_unsubscribe"])
+@pytest.mark.parametrize("fault", ["raises", "hangs"])
+async def test_an_observer_that_fails_stops_nothing(event: str, fault: str) -> None:
+    errors: list[tuple[Exception, str]] = []
+
+    async def fail(*args: object) -> None:
+        if fault == "raises":
+            raise KeyError("broken")
+        await asyncio.Event().wait()
+
+    async with ConnectionManager(hook_timeout=0.02) as manager:
+        getattr(manager, event)(fail)
+        manager.on_error(lambda error, where: errors.append((error, where)))
+        [(peer, connection)] = await connected(manager, 1)
+        await connection.subscribe("a")
+        await manager.broadcast("hello", channel="a")
+        assert await peer.next() == "hello"
+        peer.say("back")
+        assert await peer.websocket.receive_text() == "back"
+        await connection.unsubscribe("a")
+        await connection.close()
+        await eventually(lambda: len(errors) == 1)
+        [(error, where)] = errors
+        assert isinstance(error, KeyError if fault == "raises" else TimeoutError)
+        assert event in where
+        assert manager.stats().hook_errors == 1
+
+
+async def test_on_deliver_removes_and_replaces(manager: ConnectionManager) -> None:
+    [(_, first), (_, second), _] = pairs = await connected(manager, 3)
+
+    @manager.on_deliver
+    async def filtered(delivery: Delivery) -> None:
+        assert delivery.recipients == [connection for _, connection in pairs]
+        delivery.recipients.remove(first)
+        delivery.replace(second, {"instead": 1})
+
+    await manager.broadcast("hello")
+    assert await _received(pairs) == [[], ['{"instead":1}'], ["hello"]]
+    assert (manager.stats().broadcasts, manager.stats().deliveries) == (1, 2)
+
+
+async def test_on_deliver_sees_who_is_not_excluded(manager: ConnectionManager) -> None:
+    seen: list[set[Connection]] = []
+    manager.on_deliver(lambda delivery: seen.append(set(delivery.recipients)))
+    (_, a), (_, b), _ = await connected(manager, 2, channels=["x"]) + await connected(manager, 1)
+    await manager.broadcast("hello", channel="x", exclude=a)
+    assert seen == [{b}]
+
+
+async def test_on_deliver_keeps_the_order_of_concurrent_broadcasts(manager: ConnectionManager) -> None:
+    @manager.on_deliver
+    async def slower_first(delivery: Delivery) -> None:
+        for _ in range(20 - int(delivery.message.data)):
+            await asyncio.sleep(0)
+
+    [(peer, _)] = await connected(manager, 1)
+    await asyncio.gather(*(manager.broadcast(str(number)) for number in range(20)))
+    assert await peer.wait_messages(20) == [str(number) for number in range(20)]
+
+
+async def test_on_deliver_that_fails_for_one_message_lets_the_next_pass(manager: ConnectionManager) -> None:
+    @manager.on_deliver
+    async def fail(delivery: Delivery) -> None:
+        await asyncio.sleep(0)
+        if delivery.message.data == "bad":
+            raise KeyError
+
+    [(peer, _)] = await connected(manager, 1)
+    results = await asyncio.gather(*(manager.broadcast(m) for m in ("a", "bad", "b")), return_exceptions=True)
+    assert [type(result) for result in results] == [type(None), KeyError, type(None)]
+    assert await peer.wait_messages(2) == ["a", "b"]
+
+
+@pytest.mark.parametrize("event", ["on_connect", "on_message", "on_subscribe", "on_unsubscribe"])
+@pytest.mark.parametrize("act", ["broadcast", "disconnect", "close", "subscribe", "send"])
+async def test_an_observer_may_act_on_its_own_connection(manager: ConnectionManager, event: str, act: str) -> None:
+    ended: list[Connection] = []
+    manager.on_disconnect(ended.append)
+    acted: list[str] = []
+
+    async def hook(connection: Connection, *args: object) -> None:
+        if acted:
+            return
+        acted.append(act)
+        if act == "broadcast":
+            await manager.broadcast("from the hook")
+        elif act == "disconnect":
+            manager.disconnect(connection)
+        elif act == "close":
+            await connection.close(4000)
+        elif act == "subscribe":
+            await connection.subscribe("more")
+        else:
+            await connection.send("from the hook")
+
+    [(watching, _)] = await connected(manager, 1)
+    getattr(manager, event)(hook)
+    peer = Peer()
+
+    async def endpoint() -> None:
+        connection = await manager.connect(peer.websocket)
+        await connection.subscribe("a")
+        await connection.unsubscribe("a")
+        await peer.websocket.receive_text()
+
+    task = asyncio.ensure_future(endpoint())
+    await peer.wait_for(lambda: peer.accepted is not None)
+    peer.say("one")
+    await turns(20)
+    peer.leave()
+    await asyncio.wait({task}, timeout=5)
+    # What the endpoint sees is the end, if anything: nothing that its `except WebSocketDisconnect` doesn't catch.
+    assert isinstance(task.exception(), WebSocketDisconnect | None)
+    assert acted == [act]
+    manager.disconnect(peer.websocket)
+    await eventually(lambda: len(ended) == 1)
+    assert watching.messages == (["from the hook"] if act == "broadcast" else [])
+    assert len(manager.connections) == 1
+    assert peer.close_code == (4000 if act == "close" else None)
+
+
+async def test_on_disconnect_may_broadcast_disconnect_and_close(manager: ConnectionManager) -> None:
+    @manager.on_disconnect
+    async def goodbye(connection: Connection) -> None:
+        manager.disconnect(connection)
+        await connection.close()
+        await manager.broadcast(f"{connection.user} left")
+
+    [(peer, _)] = await connected(manager, 1)
+    [(_, leaving)] = await connected(manager, 1, user="ada")
+    await leaving.close()
+    assert await peer.next() == "ada left"
+
+
+async def test_broadcast_hooks_may_broadcast_and_close(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    [(doomed, doomed_connection)] = await connected(manager, 1)
+
+    @manager.on_broadcast
+    async def audit(message: Message, audience: Audience) -> Message:
+        if audience.kind == "everyone":
+            await manager.broadcast("audit", channel="audit")
+        return message
+
+    @manager.on_deliver
+    async def close_one(delivery: Delivery) -> None:
+        if delivery.message.data == "close":
+            await manager.broadcast_local("from on_deliver")
+            await doomed_connection.close(4000)
+
+    await connection.subscribe("audit")
+    await asyncio.wait_for(manager.broadcast("close"), 5)
+    assert await peer.wait_messages(4) == ["audit", "audit", "from on_deliver", "close"]
+    assert await doomed.wait_close() == 4000
+    assert doomed.messages == ["from on_deliver"]
+
+
+async def test_a_hook_that_answers_its_own_broadcasts_is_stopped(manager: ConnectionManager) -> None:
+    @manager.on_broadcast
+    async def echo(message: Message, audience: Audience) -> Message:
+        await manager.broadcast("again")
+        return message
+
+    pairs = await connected(manager, 1)
+    with pytest.raises(RuntimeError, match="from within itself"):
+        await asyncio.wait_for(manager.broadcast("hello"), 5)
+    assert await _received(pairs) == [[]]
+
+
+async def test_a_hook_that_blocks_the_loop_is_named_and_evicts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def block(connection: Connection) -> None:
+        time.sleep(1.2)  # the mistake it is about; longer than the timeout below, several times over
+
+    async with ConnectionManager(slow_consumer=SlowConsumer(send_timeout=0.2, close_timeout=0.1)) as manager:
+        pairs = await connected(manager, 3)
+        for peer, _ in pairs:
+            peer.stall()
+        await manager.broadcast("held")
+        manager.on_connect(block)
+        late = Peer()
+        await manager.connect(late.websocket)
+        for peer, _ in pairs:
+            peer.resume()
+        for peer, _ in pairs:
+            assert await peer.next() == "held"
+        assert manager.stats().evicted == {}
+        assert len(manager.connections) == 4
+    assert any("block" in r.getMessage() and "blocked the event loop" in r.getMessage() for r in caplog.records)

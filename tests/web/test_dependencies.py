@@ -1,0 +1,353 @@
+"""The manager and the connection as FastAPI dependencies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect as StarletteDisconnect
+
+from tests.support.asgi import Peer, Refused, eventually, lifespan, visit
+from wsbroadcast import (
+    ConfigurationError,
+    Connection,
+    ConnectionDep,
+    ConnectionManager,
+    ManagerDep,
+    PermissionDenied,
+    get_connection,
+    get_manager,
+)
+
+# ManagerDep.
+
+
+def _announcing_app(manager: ConnectionManager | None) -> FastAPI:
+    app = FastAPI() if manager is None else FastAPI(lifespan=manager.lifespan)
+
+    @app.post("/announce")
+    async def announce(text: str, manager: ManagerDep) -> int:
+        await manager.broadcast(text)
+        return manager.stats().connections
+
+    @app.post("/announce-sync")
+    def announce_from_a_thread(text: str, manager: ManagerDep) -> None:
+        manager.broadcast_threadsafe(text)
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket, manager: ManagerDep) -> None:
+        async with manager.connect(websocket) as connection:
+            await connection.wait_closed()
+
+    return app
+
+
+def test_manager_dep_works_on_http_and_websocket_routes() -> None:
+    manager = ConnectionManager()
+    with TestClient(_announcing_app(manager)) as client, client.websocket_connect("/ws") as websocket:
+        assert client.post("/announce?text=hello").json() == 1
+        assert websocket.receive_text() == "hello"
+        assert client.post("/announce-sync?text=from a thread").status_code == 200
+        assert websocket.receive_text() == "from a thread"
+    assert manager.stats().connections == 0
+
+
+def test_manager_dep_without_a_manager_says_what_to_do() -> None:
+    with TestClient(_announcing_app(None)) as client:
+        with pytest.raises(ConfigurationError, match="lifespan"):
+            client.post("/announce?text=hello")
+        with pytest.raises(ConfigurationError, match=r"manager\.bind"), client.websocket_connect("/ws"):
+            pass
+
+
+def test_manager_dep_finds_a_manager_that_was_bound_by_hand() -> None:
+    app = _announcing_app(None)
+    ConnectionManager().bind(app)
+    with TestClient(app) as client:
+        assert client.post("/announce?text=hello").json() == 0
+
+
+def test_manager_dep_is_replaced_by_dependency_overrides() -> None:
+    app = _announcing_app(ConnectionManager())
+    other = ConnectionManager()
+    app.dependency_overrides[get_manager] = lambda: other
+    with TestClient(app) as client, client.websocket_connect("/ws") as websocket:
+        assert client.post("/announce?text=hello").json() == 1
+        assert websocket.receive_text() == "hello"
+        assert other.stats().connects == 1
+
+
+def test_each_app_has_its_own_manager() -> None:
+    first, second = ConnectionManager(), ConnectionManager()
+    with TestClient(_announcing_app(first)) as a, TestClient(_announcing_app(second)) as b:
+        a.post("/announce?text=hello")
+        b.post("/announce?text=hello")
+        b.post("/announce?text=hello")
+    assert (first.stats().broadcasts, second.stats().broadcasts) == (1, 2)
+
+
+# ConnectionDep.
+
+Endpoint = Callable[[Connection], Any]
+
+
+def _app(manager: ConnectionManager, body: Endpoint) -> FastAPI:
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(connection: ConnectionDep) -> None:
+        await body(connection)
+
+    return app
+
+
+async def test_connection_dep_is_accepted_and_registered() -> None:
+    manager = ConnectionManager()
+
+    async def echo(connection: Connection) -> None:
+        assert connection in connection.manager.connections
+        async for message in connection:
+            await connection.manager.broadcast(message)
+
+    app = _app(manager, echo)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        assert await peer.next() == "hello"
+        assert len(manager.connections) == 1
+        peer.leave()
+        await eventually(lambda: manager.connections == [])
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "escapes"),
+    [
+        (None, 1000, None),
+        (KeyError("broken"), 1011, KeyError),
+        (WebSocketException(4003, "chosen"), 4003, None),
+        (PermissionDenied("not yours"), 1008, None),
+        (WebSocketDisconnect(1001), 1000, None),
+        (StarletteDisconnect(1001), 1000, None),
+    ],
+    ids=["return", "error", "WebSocketException", "PermissionDenied", "WebSocketDisconnect", "Starlette's"],
+)
+async def test_connection_dep_is_removed_and_closed_whichever_way_the_endpoint_ends(
+    raised: Exception | None, code: int, escapes: type[Exception] | None
+) -> None:
+    ended: list[Connection] = []
+    manager = ConnectionManager()
+    manager.on_disconnect(ended.append)
+
+    async def body(connection: Connection) -> None:
+        await connection.manager.broadcast("before")
+        await connection.receive()
+        if raised is not None:
+            raise raised
+
+    app = _app(manager, body)
+    async with lifespan(app):
+        peer = Peer("/ws")
+
+        async def session() -> None:
+            async with visit(app, "/ws", peer):
+                peer.say("go")
+                assert await peer.wait_close() == code
+
+        if escapes is None:
+            await session()
+        else:
+            with pytest.raises(escapes):
+                await session()
+        assert peer.messages == ["before"]
+        assert manager.connections == []
+        await eventually(lambda: len(ended) == 1)
+        if isinstance(raised, (WebSocketException, PermissionDenied)):
+            assert peer.close is not None
+            assert peer.close["reason"] == (raised.reason if isinstance(raised, WebSocketException) else str(raised))
+
+
+async def test_connection_dep_is_removed_when_the_endpoint_raises_an_http_exception() -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        raise HTTPException(403)
+
+    app = _app(manager, body)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        # FastAPI then tries to answer with HTTP on an open WebSocket, which is an error on every server.
+        with pytest.raises((RuntimeError, OSError)):
+            async with visit(app, "/ws", peer):
+                assert await peer.wait_close() == 1011
+        assert manager.connections == []
+
+
+async def test_connection_dep_is_removed_when_the_endpoint_is_cancelled() -> None:
+    manager = ConnectionManager()
+    app = _app(manager, lambda connection: asyncio.Event().wait())
+    async with lifespan(app):
+        peer = Peer("/ws")
+        call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
+        await eventually(lambda: bool(manager.connections))
+        call.cancel()
+        await asyncio.wait({call}, timeout=5)
+        assert call.cancelled()
+        assert manager.connections == []
+        assert peer.close_code == 1011
+
+
+@pytest.mark.parametrize("reader", ["receive", "receive_text", "websocket"])
+async def test_a_peer_that_leaves_is_no_error_of_the_endpoint(reader: str) -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        while True:
+            if reader == "websocket":
+                await connection.websocket.receive_text()
+            else:
+                await getattr(connection, reader)()
+
+    app = _app(manager, body)
+    async with lifespan(app):
+        async with visit(app, "/ws") as peer:
+            peer.say("hello")
+            peer.leave(1001)
+            await eventually(lambda: manager.connections == [])
+        assert peer.close is None
+
+
+async def test_a_close_from_elsewhere_is_no_error_of_the_endpoint() -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        while True:
+            await connection.websocket.receive_text()
+
+    app = _app(manager, body)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        await manager.close(manager.connections[0], 4000, "enough")
+        assert peer.close_code == 4000
+
+
+async def test_a_dead_peer_found_by_the_endpoints_own_send_is_no_error() -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        await connection.receive()
+        await connection.websocket.send_text("to nobody")
+        await connection.send("to nobody")
+
+    app = _app(manager, body)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.vanish()
+        peer.say("go")
+        await eventually(lambda: manager.connections == [])
+
+
+async def test_an_endpoint_that_closes_by_itself_is_closed_once() -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        await connection.close(4000)
+
+    app = _app(manager, body)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        assert await peer.wait_close() == 4000
+    assert [event["type"] for event in peer.sent].count("websocket.close") == 1
+
+
+async def test_connection_dep_refused_by_a_hook_is_closed_with_1008() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_connect
+    async def refuse(connection: Connection) -> None:
+        raise PermissionDenied("not today")
+
+    async def body(connection: Connection) -> None:
+        raise AssertionError("the endpoint must not run")
+
+    app = _app(manager, body)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        assert await peer.wait_close() == 1008
+    assert peer.close is not None
+    assert peer.close["reason"] == "not today"
+
+
+@pytest.mark.parametrize("way", ["disconnect", "error"])
+async def test_a_peer_that_leaves_during_the_handshake_registers_nothing(way: str) -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        raise AssertionError("the endpoint must not run")
+
+    app = _app(manager, body)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        if way == "disconnect":
+            await peer.receive()
+            peer.leave()
+        else:
+            peer.error = OSError("gone")
+        with pytest.raises((Refused, StarletteDisconnect, OSError)):
+            async with visit(app, "/ws", peer):
+                raise AssertionError("it was accepted")
+        assert manager.connections == []
+
+
+async def _subscribed(connection: ConnectionDep, channel: str) -> Connection:
+    await connection.subscribe(channel)
+    return connection
+
+
+async def test_connection_dep_is_shared_within_a_request_and_composes() -> None:
+    manager = ConnectionManager()
+
+    app = FastAPI(lifespan=manager.lifespan)
+    router = APIRouter(prefix="/api")
+
+    @router.websocket("/{channel}")
+    async def endpoint(
+        one: Annotated[Connection, Depends(_subscribed)], other: ConnectionDep, connections: ManagerDep
+    ) -> None:
+        assert one is other
+        assert connections is manager
+        await one.wait_closed()
+
+    app.include_router(router)
+    async with lifespan(app), visit(app, "/api/news") as peer:
+        await eventually(lambda: manager.stats().channels == 1)
+        await manager.broadcast("hello", channel="news")
+        assert await peer.next() == "hello"
+
+
+async def test_connection_dep_can_be_replaced_with_options_of_ones_own() -> None:
+    manager = ConnectionManager()
+
+    async def as_ada(websocket: WebSocket, manager: ManagerDep) -> Any:
+        async with manager.connect(websocket, user="ada") as connection:
+            yield connection
+
+    app = _app(manager, lambda connection: connection.wait_closed())
+    app.dependency_overrides[get_connection] = as_ada
+    async with lifespan(app), visit(app, "/ws") as peer:
+        await manager.broadcast("hello", user="ada")
+        assert await peer.next() == "hello"
+
+
+def test_the_shorter_ways_of_the_readme_work_in_a_test_client() -> None:
+    app = FastAPI(lifespan=(manager := ConnectionManager()).lifespan)
+
+    @app.websocket("/feed")
+    async def feed(connection: ConnectionDep) -> None:
+        async for message in connection:
+            await connection.manager.broadcast(message, exclude=connection)
+
+    with TestClient(app) as client, client.websocket_connect("/feed") as a, client.websocket_connect("/feed") as b:
+        a.send_text("from a")
+        assert b.receive_text() == "from a"
+        b.send_bytes(b"from b")
+        assert a.receive_bytes() == b"from b"
+    assert manager.stats().connections == 0

@@ -1,0 +1,530 @@
+"""The router factory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket, WebSocketException
+from fastapi.testclient import TestClient
+from starlette.applications import Starlette
+from starlette.routing import Mount, Router
+from starlette.testclient import WebSocketDenialResponse
+from starlette.websockets import WebSocketDisconnect
+
+from tests.support.asgi import Peer, Refused, eventually, lifespan, turns, visit
+from wsbroadcast import (
+    ConfigurationError,
+    Connection,
+    ConnectionManager,
+    Limits,
+    ManagerDep,
+    PermissionDenied,
+    create_router,
+    create_routes,
+)
+
+
+def _app(manager: ConnectionManager, path: str = "/ws", prefix: str = "", **options: Any) -> FastAPI:
+    app = FastAPI()
+    app.include_router(create_router(manager, path, **options), prefix=prefix)
+    return app
+
+
+# Options.
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "match"),
+    [
+        ("/ws", {"inbound": "nothing"}, "inbound"),
+        ("/ws", {"accepts": "xml"}, "accepts"),
+        ("/ws/{a}/{b}", {}, "several parameters"),
+        ("/ws/{a}", {"channel": "{a"}, "channel pattern"),
+        ("/ws/{a}", {"channel": "{}"}, "channel pattern"),
+        ("/ws/{a}", {"channel": "{0}"}, "channel pattern"),
+        ("/ws/{a}", {"channel": "{a.__class__}"}, "channel pattern"),
+        ("/ws/{a}", {"channel": "{a[0]}"}, "channel pattern"),
+    ],
+)
+@pytest.mark.parametrize("factory", [create_router, create_routes])
+def test_an_option_that_makes_no_sense_is_refused(factory: Any, path: str, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        factory(ConnectionManager(), path, **options)
+
+
+async def test_a_pattern_with_an_unknown_parameter_is_an_error_of_the_app() -> None:
+    app = _app(ConnectionManager(), "/ws/{a}", channel="{b}")
+    async with lifespan(app):
+        with pytest.raises(ConfigurationError, match="no path parameter"):
+            async with visit(app, "/ws/x"):
+                pass
+
+
+# Who hears whom.
+
+
+async def test_what_a_client_sends_is_broadcast_to_everyone() -> None:
+    manager = ConnectionManager()
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as a, visit(app, "/ws") as b:
+        a.say("hello")
+        b_heard = await b.next()
+        b.say(b"\x00\xff")
+        assert b_heard == "hello"
+        assert await a.wait_messages(2) == ["hello", b"\x00\xff"]
+        assert await b.wait_messages(2) == ["hello", b"\x00\xff"]
+
+
+async def test_include_sender_false_leaves_the_sender_out() -> None:
+    app = _app(ConnectionManager(), "/ws/{channel}", include_sender=False)
+    async with lifespan(app), visit(app, "/ws/x") as a, visit(app, "/ws/x") as b:
+        a.say("from a")
+        assert await b.next() == "from a"
+        b.say("from b")
+        assert await a.next() == "from b"
+        assert b.messages == ["from a"]
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "url", "channels"),
+    [
+        ("/ws", {}, "/ws", set()),
+        ("/ws/{channel}", {}, "/ws/news", {"news"}),
+        ("/ws/{room}", {}, "/ws/news", {"news"}),
+        ("/ws/{room}/{channel}", {}, "/ws/lobby/news", {"news"}),
+        ("/ws/{room:path}", {}, "/ws/a/b/c", {"a/b/c"}),
+        ("/ws/{number:int}", {}, "/ws/042", {"42"}),
+        ("/ws/{number:float}", {}, "/ws/1.5", {"1.5"}),
+        (
+            "/ws/{id:uuid}",
+            {},
+            "/ws/00000000-0000-0000-0000-000000000001",
+            {"00000000-0000-0000-0000-000000000001"},
+        ),
+        ("/ws/{tenant}/{room}", {"channel": "{tenant}:{room}"}, "/ws/acme/x", {"acme:x"}),
+        ("/ws/{tenant}/{room}", {"channel": "{room}"}, "/ws/acme/x", {"x"}),
+        ("/ws/{room}", {"channel": "fixed"}, "/ws/x", {"fixed"}),
+        ("/ws", {"channel": "fixed"}, "/ws", {"fixed"}),
+        ("/ws/{room}", {}, "/ws/é 😀", {"é 😀"}),
+        ("/ws/{room}", {}, "/ws/{evil}", {"{evil}"}),
+    ],
+)
+async def test_path_parameters_subscribe(path: str, options: dict[str, Any], url: str, channels: set[str]) -> None:
+    manager = ConnectionManager()
+    app = _app(manager, path, **options)
+    async with lifespan(app), visit(app, url) as peer:
+        [connection] = manager.connections
+        assert connection.channels == channels
+        peer.say("hello")
+        assert await peer.next() == "hello"
+
+
+async def test_a_channel_hears_nothing_of_another() -> None:
+    manager = ConnectionManager()
+    app = _app(manager, "/ws/{channel}")
+    async with lifespan(app), visit(app, "/ws/a") as a, visit(app, "/ws/b") as b, visit(app, "/ws/b") as also_b:
+        b.say("to b")
+        assert await also_b.next() == "to b"
+        await manager.broadcast("to all")
+        assert await a.next() == "to all"
+
+
+@pytest.mark.parametrize("url", ["/ws/" + "x" * 201, "/ws/a\x00b", "/ws/a\nb", "/ws/\u2028"])
+async def test_an_invalid_channel_in_the_url_is_refused_before_it_is_accepted(url: str) -> None:
+    manager = ConnectionManager()
+    app = _app(manager, "/ws/{channel}")
+    async with lifespan(app):
+        with pytest.raises(Refused) as caught:
+            async with visit(app, url):
+                pass
+        assert caught.value.code == 1008
+        assert manager.stats().connects == 0
+
+
+# Inbound.
+
+
+async def test_inbound_ignore_reads_and_forgets() -> None:
+    manager = ConnectionManager()
+    app = _app(manager, inbound="ignore")
+    async with lifespan(app), visit(app, "/ws") as peer:
+        for number in range(20):
+            peer.say(str(number))
+        await turns(50)
+        await manager.broadcast("news")
+        assert await peer.next() == "news"
+        peer.leave()
+        await eventually(lambda: manager.connections == [])
+
+
+async def test_inbound_handle_leaves_it_to_the_hooks() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_message
+    async def answer(connection: Connection, message: str | bytes) -> None:
+        await connection.send(f"you said {message!r}")
+
+    app = _app(manager, "/ws/{channel}", inbound="handle")
+    async with lifespan(app), visit(app, "/ws/a") as a, visit(app, "/ws/a") as b:
+        a.say("hello")
+        assert await a.next() == "you said 'hello'"
+        b.say("x")
+        assert await b.next() == "you said 'x'"
+        assert a.messages == ["you said 'hello'"]
+
+
+@pytest.mark.parametrize("inbound", ["broadcast", "handle", "ignore"])
+async def test_a_message_that_a_hook_refuses_closes_with_1008(inbound: str) -> None:
+    manager = ConnectionManager()
+
+    @manager.on_message
+    async def refuse(connection: Connection, message: str | bytes) -> None:
+        raise PermissionDenied("read only")
+
+    app = _app(manager, inbound=inbound)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        assert await peer.wait_close() == 1008
+        assert peer.close is not None
+        assert peer.close["reason"] == "read only"
+        assert manager.connections == []
+        assert peer.messages == []
+
+
+async def test_a_connection_that_a_hook_refuses_is_closed_with_1008_and_no_error() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_connect
+    async def refuse(connection: Connection) -> None:
+        raise PermissionDenied("not today")
+
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        assert await peer.wait_close() == 1008
+
+
+async def test_a_peer_that_leaves_during_the_handshake_is_no_error() -> None:
+    manager = ConnectionManager()
+    app = _app(manager)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        peer.error = OSError("gone")
+        with pytest.raises(Refused):
+            async with visit(app, "/ws", peer):
+                pass
+        peer = Peer("/ws")
+        await peer.receive()
+        peer.leave()
+        with pytest.raises(Refused):
+            async with visit(app, "/ws", peer):
+                pass
+        assert manager.connections == []
+
+
+# What clients may send.
+
+
+@pytest.mark.parametrize("has_both_keys", [False, True])
+@pytest.mark.parametrize(
+    ("accepts", "data", "code"),
+    [
+        ("text", b"bytes", 1003),
+        ("bytes", "text", 1003),
+        ("json", "{", 1007),
+        ("json", "", 1007),
+        ("json", "[" * 100_000, 1007),
+        ("json", "NaN", 1007),
+        ("json", "1e999", 1007),
+        ("json", b"\xff\xfe", 1007),
+        ("json", '"\\ud800"', 1007),
+    ],
+)
+@pytest.mark.parametrize("inbound", ["broadcast", "handle"])
+async def test_a_message_of_the_wrong_kind_closes_that_connection_alone(
+    accepts: str, data: str | bytes, code: int, inbound: str, has_both_keys: bool
+) -> None:
+    manager = ConnectionManager()
+    app = _app(manager, accepts=accepts, inbound=inbound)
+    async with lifespan(app), visit(app, "/ws") as healthy:
+        async with visit(app, "/ws", has_both_keys=has_both_keys) as peer:
+            peer.say(data)
+            assert await peer.wait_close() == code
+            assert peer.close is not None
+            assert peer.close["reason"]
+        await manager.broadcast("still here")
+        assert await healthy.next() == "still here"
+
+
+@pytest.mark.parametrize(
+    ("accepts", "data", "heard"),
+    [
+        ("any", "text", "text"),
+        ("any", b"bytes", b"bytes"),
+        ("any", "", ""),
+        ("text", "text", "text"),
+        ("bytes", b"bytes", b"bytes"),
+        ("json", ' {"a": [1, 2.5, null, "é"]} ', '{"a":[1,2.5,null,"é"]}'),
+        ("json", b"[1]", "[1]"),
+        ("json", "null", "null"),
+        ("json", '"NaN"', '"NaN"'),
+        ("json", '"text"', '"text"'),
+        ("json", "[" * 100 + "]" * 100, "[" * 100 + "]" * 100),
+        ("json", "9" * 4000, "9" * 4000),
+    ],
+)
+async def test_a_message_of_the_right_kind_is_broadcast(accepts: str, data: str | bytes, heard: str | bytes) -> None:
+    app = _app(ConnectionManager(), accepts=accepts)
+    async with lifespan(app), visit(app, "/ws") as a, visit(app, "/ws") as b:
+        a.say(data)
+        assert await b.next() == heard
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["[" * depth + "]" * depth for depth in (190, 200, 201, 210, 254, 255, 256, 300, 1000)]
+    + ["9" * 5000, "[" + "9" * 5000 + ', "NaN"]', '{"a":1e308}', "1e400", "-1e400"],
+    ids=lambda data: f"{data[:3]}{len(data)}",
+)
+async def test_json_at_the_edge_is_either_broadcast_or_closes_with_1007(data: str) -> None:
+    manager = ConnectionManager()
+    app = _app(manager, accepts="json")
+    async with lifespan(app), visit(app, "/ws") as healthy:
+        async with visit(app, "/ws") as peer:
+            peer.say(data)
+            await peer.wait_for(lambda: bool(peer.messages) or peer.close is not None)
+            assert peer.close_code in (None, 1007)
+        await manager.broadcast("still here")
+        await healthy.wait_for(lambda: "still here" in healthy.messages)
+
+
+async def test_a_message_past_the_limit_closes_that_connection_alone_with_1009() -> None:
+    manager = ConnectionManager(limits=Limits(max_message_bytes=100))
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as healthy:
+        async with visit(app, "/ws") as peer:
+            peer.say("x" * 101)
+            assert await peer.wait_close() == 1009
+        healthy.say("x" * 100)
+        assert await healthy.next() == "x" * 100
+
+
+async def test_a_broadcast_that_fails_closes_with_1011_and_is_the_apps_error() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_broadcast
+    async def fail(message: Any, audience: Any) -> Any:
+        raise KeyError("broken")
+
+    app = _app(manager)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        peer.say("hello")
+        call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
+        assert await peer.wait_close() == 1011
+        with pytest.raises(KeyError):
+            await call
+        assert manager.connections == []
+
+
+# Including.
+
+
+async def test_a_router_works_nested_with_prefixes() -> None:
+    manager = ConnectionManager()
+    inner, outer = APIRouter(prefix="/inner"), APIRouter(prefix="/outer")
+    inner.include_router(create_router(manager, "/ws/{channel}"), prefix="/api")
+    outer.include_router(inner, prefix="/between")
+    app = FastAPI()
+    app.include_router(outer, prefix="/v1")
+    async with lifespan(app), visit(app, "/v1/outer/between/inner/api/ws/news") as peer:
+        assert app.state.wsbroadcast_manager is manager
+        await manager.broadcast("hello", channel="news")
+        assert await peer.next() == "hello"
+    assert peer.is_gone
+    assert manager.stats().connections == 0
+
+
+async def test_the_prefix_may_hold_the_parameter() -> None:
+    manager = ConnectionManager()
+    app = _app(manager, "/ws", prefix="/{channel}")
+    async with lifespan(app), visit(app, "/news/ws") as peer:
+        await manager.broadcast("hello", channel="news")
+        assert await peer.next() == "hello"
+
+
+async def test_a_router_included_twice_shares_its_manager_and_its_life() -> None:
+    manager = ConnectionManager()
+    router = create_router(manager, "/ws/{channel}")
+    app = FastAPI()
+    app.include_router(router, prefix="/a")
+    app.include_router(router, prefix="/b")
+    async with lifespan(app), visit(app, "/a/ws/x") as a, visit(app, "/b/ws/x") as b:
+        a.say("hello")
+        assert await b.next() == "hello"
+    async with lifespan(app), visit(app, "/a/ws/x") as a:
+        a.say("again")
+        assert await a.next() == "again"
+
+
+async def test_two_routers_of_one_manager_and_two_managers_in_one_app() -> None:
+    chat, feed = ConnectionManager(), ConnectionManager()
+    app = FastAPI()
+    app.include_router(create_router(chat, "/chat"))
+    app.include_router(create_router(chat, "/also-chat"))
+    app.include_router(create_router(feed, "/feed"))
+    async with lifespan(app), visit(app, "/chat") as a, visit(app, "/also-chat") as b, visit(app, "/feed") as c:
+        a.say("hello")
+        assert await b.next() == "hello"
+        await feed.broadcast("news")
+        assert await c.wait_messages(1) == ["news"]
+        assert a.messages == ["hello"]
+
+
+async def test_the_router_carries_the_managers_life_beside_the_apps_own() -> None:
+    events: list[str] = []
+    manager = ConnectionManager()
+
+    @asynccontextmanager
+    async def own(app: FastAPI) -> AsyncIterator[dict[str, int]]:
+        events.append("start")
+        yield {"answer": 42}
+        events.append("end")
+
+    app = FastAPI(lifespan=own)
+    app.include_router(create_router(manager))
+    async with lifespan(app):
+        peer = Peer("/ws")
+        call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
+        await eventually(lambda: bool(manager.connections))
+    assert peer.close_code == 1001  # the app's end closes what is open
+    peer.leave()
+    await asyncio.wait_for(call, 5)
+    assert events == ["start", "end"]
+
+
+async def test_the_router_works_without_a_lifespan() -> None:
+    manager = ConnectionManager()
+    app = _app(manager)
+    async with visit(app, "/ws") as peer:  # daphne runs no lifespan
+        peer.say("hello")
+        assert await peer.next() == "hello"
+    await manager.aclose()
+
+
+async def test_manager_dep_finds_the_routers_manager() -> None:
+    manager = ConnectionManager()
+    app = _app(manager)
+
+    @app.get("/count")
+    async def count(manager: ManagerDep) -> int:
+        return manager.stats().connects
+
+    with TestClient(app) as client, client.websocket_connect("/ws") as websocket:
+        websocket.send_text("hello")
+        assert websocket.receive_text() == "hello"
+        assert client.get("/count").json() == 1
+
+
+# Dependencies.
+
+
+async def _no_entry() -> None:
+    raise WebSocketException(4003, "no entry")
+
+
+async def _no_entry_by_http() -> None:
+    raise HTTPException(401)
+
+
+async def _token(websocket: WebSocket, token: str = "") -> None:
+    if token != "secret":
+        raise WebSocketException(1008)
+
+
+@pytest.mark.parametrize("where", ["create_router", "include_router", "FastAPI"])
+async def test_a_dependency_that_fails_refuses_before_the_connection_is_accepted(where: str) -> None:
+    manager = ConnectionManager()
+    dependencies = [Depends(_no_entry)]
+    app = FastAPI(dependencies=dependencies if where == "FastAPI" else None)
+    app.include_router(
+        create_router(manager, dependencies=dependencies if where == "create_router" else None),
+        dependencies=dependencies if where == "include_router" else None,
+    )
+    async with lifespan(app):
+        with pytest.raises(Refused) as caught:
+            async with visit(app, "/ws"):
+                pass
+        assert caught.value.code == 4003
+        assert manager.stats().connects == 0
+
+
+def test_a_dependency_may_answer_with_http_and_let_others_pass() -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    app.include_router(create_router(manager, "/closed", dependencies=[Depends(_no_entry_by_http)]))
+    app.include_router(create_router(manager, "/open", dependencies=[Depends(_token)]))
+    with TestClient(app) as client:
+        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/closed"):
+            pass
+        assert refused.value.status_code == 401
+        with pytest.raises(WebSocketDisconnect) as caught, client.websocket_connect("/open?token=wrong"):
+            pass
+        assert caught.value.code == 1008
+        with client.websocket_connect("/open?token=secret") as websocket:
+            websocket.send_json({"a": 1})
+            assert websocket.receive_json() == {"a": 1}
+    assert manager.stats().connects == 1
+
+
+# Starlette.
+
+
+@pytest.mark.parametrize("is_mounted", [False, True])
+async def test_routes_for_plain_starlette(is_mounted: bool) -> None:
+    manager = ConnectionManager()
+    routes = create_routes(manager, "/ws/{channel}", include_sender=False)
+    app = Starlette(
+        routes=[Mount("/api", app=Router(routes=routes))] if is_mounted else routes, lifespan=manager.lifespan
+    )
+    url = "/api/ws/news" if is_mounted else "/ws/news"
+    async with lifespan(app), visit(app, url) as a, visit(app, url) as b:
+        a.say("hello")
+        assert await b.next() == "hello"
+        assert a.messages == []
+        assert app.state.wsbroadcast_manager is manager
+
+
+async def test_routes_for_plain_starlette_refuse_an_invalid_channel() -> None:
+    app = Starlette(routes=create_routes(ConnectionManager(), "/ws/{channel}"))
+    with pytest.raises(Refused) as caught:
+        async with visit(app, "/ws/" + "x" * 300):
+            pass
+    assert caught.value.code == 1008
+
+
+async def test_a_fastapi_app_with_a_router_works_mounted_in_another() -> None:
+    manager = ConnectionManager()
+    inner = FastAPI()
+    inner.include_router(create_router(manager, "/ws/{channel}"))
+    outer = FastAPI(lifespan=manager.lifespan)  # the lifespan of a mounted app doesn't run
+    outer.mount("/inner", inner)
+    async with lifespan(outer), visit(outer, "/inner/ws/news") as peer:
+        await manager.broadcast("hello", channel="news")
+        assert await peer.next() == "hello"
+
+
+def test_the_router_works_in_a_test_client() -> None:
+    manager = ConnectionManager()
+    with TestClient(_app(manager, "/ws/{channel}")) as client:
+        with client.websocket_connect("/ws/x") as a, client.websocket_connect("/ws/x") as b:
+            a.send_text("hello")
+            assert b.receive_text() == "hello"
+            assert a.receive_text() == "hello"
+        with client.websocket_connect("/ws/x") as c:
+            c.send_bytes(b"again")
+            assert c.receive_bytes() == b"again"
+    assert manager.stats().connections == 0
