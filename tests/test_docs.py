@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -161,11 +162,12 @@ def users(client: TestClient, block: Namespace) -> None:
     with (
         client.websocket_connect(tab) as one,
         client.websocket_connect(tab) as two,
-        client.websocket_connect("/ws?token=secret-of-bob"),
+        client.websocket_connect("/ws?token=secret-of-bob") as bob,
     ):
-        assert block["manager"].stats().users == 2
         client.post("/notify/1", params={"text": "hello"})
+        client.post("/notify/2", params={"text": "hello bob"})
         assert one.receive_json() == two.receive_json() == {"text": "hello"}
+        assert bob.receive_json() == {"text": "hello bob"}
     with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws?token=guessed"):
         pass
 
@@ -469,3 +471,11 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert f"\n{commands[-1]} " in ci
     assert '-e ".[demo,test]"' in ci
+
+
+def test_lowest_versions_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lowest = dict(re.findall(r"^\| (\w+) \| ([\d.]+) \|", PAGES["docs/servers.md"], re.MULTILINE))
+    wanted = [f"{name}>={lowest[title]}" for name, title in (("fastapi", "FastAPI"), ("starlette", "Starlette"))]
+    assert project["dependencies"] == wanted
+    assert project["requires-python"] == f">={lowest['Python']}"

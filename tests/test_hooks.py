@@ -14,6 +14,7 @@ from wsbroadcast import (
     Audience,
     ConfigurationError,
     Connection,
+    ConnectionClosed,
     ConnectionManager,
     Delivery,
     EncodeError,
@@ -596,8 +597,8 @@ async def test_hook_may_end_the_connection_it_is_about(way: str, manager: Connec
         seen.append("on_disconnect")
 
     peer = Peer()
-    connection = await manager.connect(peer.websocket)
-    assert not connection.is_open
+    with pytest.raises(ConnectionClosed):
+        await manager.connect(peer.websocket)
     assert manager.connections == []
     await until(lambda: seen == ["on_connect", "on_disconnect"])
 

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import enum
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -32,6 +31,7 @@ from wsbroadcast import (
     Limits,
     Message,
     MessageTooLarge,
+    PermissionDenied,
     SlowConsumer,
 )
 
@@ -566,7 +566,7 @@ async def test_a_crowd_that_vanishes_at_once_leaves_nothing(
     assert set(ended) == {connection.id for _, connection in pairs}
     assert manager.connections == [connection for _, connection in survivors]
     assert manager.stats().users == 0
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [record for record in caplog.records if record.name == "wsbroadcast"] == []
 
 
 async def test_a_server_that_hides_the_peers_end_is_no_error(manager: ConnectionManager) -> None:
@@ -699,8 +699,48 @@ async def test_on_disconnect_waits_for_on_connect_to_end(manager: ConnectionMana
     await turns()
     assert seen == []
     release.set()
-    await connecting
+    with pytest.raises(ConnectionClosed):
+        await connecting
     await eventually(lambda: seen == ["connect", "disconnect"])
+
+
+async def test_on_unsubscribe_runs_for_each_channel_whose_on_subscribe_began(manager: ConnectionManager) -> None:
+    seen: list[tuple[str, str]] = []
+    manager.on_subscribe(lambda connection, channel: seen.append(("subscribe", channel)))
+    manager.on_unsubscribe(lambda connection, channel: seen.append(("unsubscribe", channel)))
+
+    @manager.on_subscribe
+    def refuse(connection: Connection, channel: str) -> None:
+        if channel == "secret":
+            raise PermissionDenied("no")
+
+    with pytest.raises(PermissionDenied):
+        await manager.connect(Peer().websocket, channels=["a", "secret", "never"])
+    await eventually(lambda: len(seen) == 4)
+    assert seen[:2] == [("subscribe", "a"), ("subscribe", "secret")]
+    assert sorted(seen[2:]) == [("unsubscribe", "a"), ("unsubscribe", "secret")]
+
+    seen.clear()
+    connection = await manager.connect(Peer().websocket)
+    with pytest.raises(PermissionDenied):
+        await connection.subscribe("secret")
+    await eventually(lambda: seen == [("subscribe", "secret"), ("unsubscribe", "secret")])
+    assert connection.channels == set()
+
+
+async def test_refused_connection_has_no_on_unsubscribe(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+
+    @manager.on_connect
+    def refuse(connection: Connection) -> None:
+        raise PermissionDenied("no")
+
+    manager.on_unsubscribe(lambda connection, channel: seen.append(channel))
+    manager.on_disconnect(lambda connection: seen.append("disconnect"))
+    with pytest.raises(PermissionDenied):
+        await manager.connect(Peer().websocket, channels=["a"])
+    await eventually(lambda: seen != [])
+    assert seen == ["disconnect"]
 
 
 async def test_on_broadcast_runs_once_and_changes_or_vetoes(manager: ConnectionManager) -> None:

@@ -558,6 +558,70 @@ async def test_disconnect_wakes_a_broadcaster_that_waits_for_the_crowd() -> None
         peer.resume()
 
 
+async def _about_to_be_evicted(manager: ConnectionManager) -> tuple[Peer, Connection]:
+    """Return a connection whose backlog is full, with one message more handed over but not delivered yet."""
+    [(peer, connection)] = await connected(manager, 1, channels=["a"])
+    peer.stall()
+    manager.broadcast_nowait("in flight")
+    await eventually(lambda: peer.is_stalled)
+    for _ in range(16):
+        manager.broadcast_nowait("held")
+    await turns()
+    assert manager.stats().backlog_messages == 16
+    manager.broadcast_nowait("one too many")
+    return peer, connection
+
+
+async def test_subscribe_of_one_that_is_evicted_by_what_was_handed_over_before_leaves_nothing() -> None:
+    async with ConnectionManager(slow_consumer=SlowConsumer(max_backlog_messages=16, close_timeout=0.05)) as manager:
+        peer, connection = await _about_to_be_evicted(manager)
+        with pytest.raises(ConnectionClosed):
+            await connection.subscribe("b")
+        assert manager.stats().evicted == {"backlog_full": 1}
+        assert manager.stats().channels == 0
+        peer.resume()
+
+
+@pytest.mark.parametrize("way", ["aclose", "close", "disconnect", "apps own close"])
+async def test_the_end_of_one_that_is_evicted_by_what_was_handed_over_before_comes_once(way: str) -> None:
+    ended: list[Connection] = []
+    async with ConnectionManager(slow_consumer=SlowConsumer(max_backlog_messages=16, close_timeout=5)) as manager:
+        manager.on_disconnect(ended.append)
+        peer, connection = await _about_to_be_evicted(manager)
+        match way:
+            case "aclose":
+                ending = asyncio.ensure_future(manager.aclose())
+            case "close":
+                ending = asyncio.ensure_future(connection.close())
+            case "disconnect":
+                manager.disconnect(connection)
+                ending = asyncio.ensure_future(asyncio.sleep(0))
+            case _:
+                ending = asyncio.ensure_future(peer.websocket.close())
+        await turns()
+        assert connection.close_code == 1013
+        peer.resume()
+        await asyncio.wait_for(ending, 5)
+        assert await peer.wait_close() == 1013
+        await eventually(lambda: bool(ended))
+        await turns()
+        assert ended == [connection]
+        assert [event["type"] for event in peer.sent].count("websocket.close") == 1
+
+
+async def test_unsubscribe_of_one_that_is_evicted_by_what_was_handed_over_before_is_told_once() -> None:
+    seen: list[str] = []
+    async with ConnectionManager(slow_consumer=SlowConsumer(max_backlog_messages=16, close_timeout=0.05)) as manager:
+        manager.on_unsubscribe(lambda connection, channel: seen.append(channel))
+        peer, connection = await _about_to_be_evicted(manager)
+        await connection.unsubscribe("a")
+        assert manager.stats().evicted == {"backlog_full": 1}
+        await eventually(lambda: bool(seen))
+        await turns()
+        assert seen == ["a"]
+        peer.resume()
+
+
 # Closing.
 
 

@@ -143,8 +143,8 @@ class World:
     def received(self, peer: Any) -> list[str]:
         if isinstance(peer, WebSocketsSansIOProtocol):
             return peer.messages
-        wire = {"websocket.send": lambda event: event["text"], "websocket.close": lambda event: "<close>"}
-        return [wire[event["type"]](event) for event in peer.sent if event["type"] in wire]
+        sent = [event for event in peer.sent if event["type"] in ("websocket.send", "websocket.close")]
+        return [event.get("text", "<close>") for event in sent]
 
 
 @pytest.mark.parametrize("kind", ["uvicorn", "asgi"])

@@ -415,7 +415,7 @@ class ConnectionManager(HookDecorators):
             if self._loop.is_running():
                 raise LifecycleError(
                     "the manager runs in another event loop, where its connections live: "
-                    "from here use `manager.broadcast_threadsafe(…)`"
+                    "from here use `manager.broadcast_threadsafe(…)`, in tests `with TestClient(app)`"
                 )
             self._node = self._new_node()  # that loop has ended, and its connections with it
             self._starts = 0

@@ -88,6 +88,7 @@ class Membership:
         self._counters.connects += 1
         try:
             await self._announce(connection, names)
+            self._check_open(connection)
         except PermissionDenied as denied:
             await self.close(connection, CloseCode.POLICY_VIOLATION, str(denied))
             raise
@@ -100,14 +101,23 @@ class Membership:
         if self._is_ended:
             raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
 
+    @staticmethod
+    def _check_open(connection: Connection) -> None:
+        if not connection.is_open:
+            raise ConnectionClosed(connection.close_code or ABNORMAL, connection.close_reason)
+
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
+        unannounced = list(reversed(channels))
         try:
             if self._hooks.has("on_connect"):
                 await self._hooks.observe("on_connect", connection)
-            if self._hooks.has("on_subscribe"):
-                for channel in channels:
+            while unannounced:
+                channel = unannounced.pop()
+                if self._hooks.has("on_subscribe"):
                     await self._hooks.observe("on_subscribe", connection, channel)
         finally:
+            for channel in unannounced:  # on_unsubscribe is for those whose on_subscribe began
+                self._leave_channel(connection, channel)
             connection.is_announced = True
             if not connection.is_open:
                 self._say_goodbye(connection)  # it left while the hooks ran
@@ -115,18 +125,20 @@ class Membership:
     async def subscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
         """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not."""
         for channel in channels:
-            if not connection.is_open:
-                raise ConnectionClosed(connection.close_code or ABNORMAL, connection.close_reason)
+            self._dispatcher.flush()  # which may end this very connection, so before looking at it
+            self._check_open(connection)
             if channel in connection.channels:
                 continue
-            self._dispatcher.flush()
             self._registry.subscribe(connection, channel)
             if not self._hooks.has("on_subscribe"):
                 continue
             try:
                 await self._hooks.observe("on_subscribe", connection, channel)
             except BaseException:
-                self._leave_channel(connection, channel)
+                if self._leave_channel(connection, channel):
+                    self._tasks.spawn(
+                        self._hooks.observe("on_unsubscribe", connection, channel), "on_unsubscribe hooks"
+                    )
                 raise
 
     async def unsubscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
@@ -136,9 +148,9 @@ class Membership:
                 await self._hooks.observe("on_unsubscribe", connection, channel)
 
     def _leave_channel(self, connection: Connection, channel: str) -> bool:
+        self._dispatcher.flush()  # which may end this very connection, so before looking at it
         if channel not in connection.channels or not connection.is_open:
             return False
-        self._dispatcher.flush()
         self._registry.unsubscribe(connection, channel)
         self._watch.wake()  # as when one leaves
         return True
@@ -211,8 +223,8 @@ class Membership:
         """Close every connection at the same time, and let nobody in any more."""
         self._is_ended = True
         for connection in self._registry.recipients(EVERYONE):
-            self.leave(connection, code, reason, ConnectionState.CLOSING)
-            self._finish(connection, code, reason)
+            if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
+                self._finish(connection, code, reason)
 
     def _say_goodbye(self, connection: Connection) -> None:
         if self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe"):

@@ -28,6 +28,8 @@ class Recorder:
     def deliver(self, batch: Batch[Any]) -> None:
         self.batches.append([message.data for message in batch.messages])
 
+    is_half_full = False
+
     @property
     def texts(self) -> list[Any]:
         return [text for batch in self.batches for text in batch]
@@ -301,6 +303,39 @@ async def test_crowd_that_stays_behind_is_waited_for_no_longer_than_send_timeout
     async with asyncio.timeout(5):
         await node.dispatcher.ease(0, EVERYONE)
     assert time.monotonic() - began >= 0.04
+
+
+async def test_tight_loop_waits_for_the_tail_that_is_about_to_lose_messages() -> None:
+    everybody = members(5)
+    node = Node(everybody)
+    node.fall_behind(everybody[0])
+    everybody[0].recorder.is_half_full = True
+    sent: list[str] = []
+    loop = start(broadcast_many(node, "loop", sent, 20_000, 3))
+    await turns()
+    assert not loop.done()
+    assert len(sent) < 3
+    node.catch_up(everybody[0])
+    await loop
+
+
+async def test_broadcaster_that_fills_no_turn_waits_for_no_minority() -> None:
+    everybody = members(5)
+    node = Node(everybody)
+    node.fall_behind(everybody[0])
+    everybody[0].recorder.is_half_full = True
+    async with asyncio.timeout(5):
+        await node.dispatcher.ease(0, EVERYONE)
+
+
+async def test_tail_of_another_audience_is_not_waited_for() -> None:
+    inside, [outside] = [Member(f"in{number}", channels=["a"]) for number in range(3)], members(1)
+    node = Node([*inside, outside])
+    node.fall_behind(outside)
+    outside.recorder.is_half_full = True
+    node.dispatch("x" * 20_000)
+    async with asyncio.timeout(2):
+        await node.dispatcher.ease(0, Audience("channel", "a"))
 
 
 # Any interleaving.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ class Waiting:
     def __init__(self, watch: Watch) -> None:
         self.owner = self
         self.held_bytes = self.held_messages = 1
+        self.is_half_full = False
         self.made: object = 0
         self.evictions = 0
         self.losses = 0
@@ -49,6 +50,9 @@ class Waiting:
 
     def lost(self, code: int, reason: str) -> None:
         self.losses += 1
+
+    async def app_send(self, event: MutableMapping[str, Any]) -> None:
+        raise AssertionError("nobody sends here")
 
     async def end(self) -> None:
         self._may_end.set()
@@ -138,13 +142,13 @@ async def test_sink_that_catches_up_wakes_the_broadcasters() -> None:
     watch = watch_with()
     sink = Waiting(watch)
     watch.fell_behind(sink)
-    assert watch.behind == {sink}
+    assert set(watch.behind) == {sink}
     waiting = asyncio.ensure_future(watch.wait_for_change(asyncio.get_running_loop().time() + 60))
     await asyncio.sleep(0)
     watch.caught_up(sink)
     async with asyncio.timeout(5):
         await waiting
-    assert watch.behind == set()
+    assert set(watch.behind) == set()
     await sink.end()
 
 
@@ -161,3 +165,31 @@ async def test_aclose_ends_every_writer_and_waits_for_it() -> None:
 
 async def test_aclose_with_nothing_waiting_returns() -> None:
     await watch_with().aclose()
+
+
+# The tail of the crowd.
+
+
+async def test_slow_consumer_is_given_patience_from_half_full_until_it_has_caught_up() -> None:
+    watch = watch_with()
+    sink = Waiting(watch)
+    watch.fell_behind(sink)
+    assert watch.tail() == []  # it isn't about to lose anything
+    sink.is_half_full = True
+    assert watch.tail() == [sink]
+    sink.is_half_full = False
+    assert watch.tail() == [sink]
+    watch.caught_up(sink)
+    assert watch.tail() == []
+    await sink.end()
+
+
+async def test_patience_with_a_slow_consumer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = watch_with()
+    sink = Waiting(watch)
+    watch.fell_behind(sink)
+    sink.is_half_full = True
+    assert watch.tail() == [sink]
+    monkeypatch.setattr("wsbroadcast.delivery.watch._PATIENCE_SECONDS", 0.0)
+    assert watch.tail() == []
+    await sink.end()

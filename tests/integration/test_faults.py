@@ -7,6 +7,7 @@ import os
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from tests.support.servers import (
     UVICORN_DEBUG,
     UVICORN_UVLOOP,
     UVICORN_WSPROTO,
+    Flavour,
     Server,
     eventually,
     swarm,
@@ -162,25 +164,31 @@ async def test_tight_loop_evicts_nobody_and_starves_nothing(
     assert max(latencies) < 1
 
 
-@on(UVICORN, UVICORN_UVLOOP, UVICORN_WSPROTO)
+@pytest.mark.parametrize("flavour", [UVICORN, UVICORN_UVLOOP, UVICORN_WSPROTO], ids=str)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
 async def test_stalled_client_costs_its_bound_and_nothing_else(
-    server: Server, room: str, connect_raw: ConnectRaw
+    flavour: Flavour, tmp_path: Path, connect_raw: ConnectRaw
 ) -> None:
     messages = 12 * KIB  # 12 MiB to each
-    await server.get(f"{room}/stats")
-    async with swarm(server.port, f"{room}/listen", connections=19, messages=messages) as others:
-        await connect_raw(server, f"{room}/listen", stalls=True)
-        await connections(server, room, 20)
-        before = server.resident_bytes()
-        await server.post(f"{room}/flood?messages={messages}&size={KIB}")
-        grown = server.resident_bytes() - before
-        assert_complete(await others.result(), 19, messages)
-        stats = await connections(server, room, 19)
+    # A server of its own: in a used one the allocator has kept enough to hide what this costs.
+    with Server(flavour, tmp_path / "log") as server:
+        peaks = []
+        for room in ("/m/everybody-reads", "/m/one-stalls"):
+            async with swarm(server.port, f"{room}/listen", connections=19, messages=messages) as others:
+                if room == "/m/one-stalls":
+                    await connect_raw(server, f"{room}/listen", stalls=True)
+                    await connections(server, room, 20)
+                else:
+                    await connections(server, room, 19)
+                await server.post(f"{room}/flood?messages={messages}&size={KIB}")
+                assert_complete(await others.result(), 19, messages)
+                stats = await connections(server, room, 19)
+                peaks.append(server.peak_resident_bytes())
+            await connections(server, room, 0)
         assert stats["evicted"] == {"backlog_full": 1}
-        # 1 MiB of backlog; the rest is what an allocator does with 12 MiB passing through.
-        assert grown < 8 * KIB * KIB
-    await connections(server, room, 0)
+        # 1 MiB of payload in the backlog, the objects around it, and the crumbs of an allocator.
+        assert peaks[1] - peaks[0] < 4 * KIB * KIB
+        assert not server.complaints(), server.log()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.integration.conftest import ConnectRaw
 from tests.support.apps import MIXED_OTHERS, MIXED_OWN
-from tests.support.servers import DAPHNE, FLAVOURS, GRANIAN, Server, eventually
+from tests.support.servers import (
+    DAPHNE,
+    FLAVOURS,
+    GRANIAN,
+    UVICORN,
+    UVICORN_UVLOOP,
+    UVICORN_WSPROTO,
+    Server,
+    eventually,
+)
 
 on_every_server = pytest.mark.parametrize("server", FLAVOURS, ids=str, indirect=True)
 
@@ -183,3 +192,22 @@ async def test_every_end_is_noticed(server: Server, room: str, endpoint: str, co
         assert await receive(staying, 1) == ["still here"]
     await connections(server, room, 0, timeout=2)
     await ended(server, room, 4)
+
+
+@pytest.mark.parametrize("server", [UVICORN, UVICORN_UVLOOP, UVICORN_WSPROTO], ids=str, indirect=True)
+async def test_end_is_noticed_by_the_next_broadcast_if_nobody_receives(
+    server: Server, room: str, connect_raw: ConnectRaw
+) -> None:
+    """Uvicorn only: elsewhere a send to a peer that is gone succeeds, and only `receive` would tell."""
+    path = f"{room}/deaf"
+    vanishing, ending = await connect_raw(server, path), await connect_raw(server, path)
+    await connections(server, room, 2)
+    vanishing.vanish()
+    ending.close()
+
+    async def everybody_left() -> bool:
+        await server.post(f"{room}/broadcast?text=tick")
+        return bool((await server.get(f"{room}/stats"))["connections"] == 0)
+
+    await eventually(everybody_left, timeout=2)
+    await ended(server, room, 2)

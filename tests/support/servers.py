@@ -193,10 +193,10 @@ class Server:
     def url(self, path: str) -> str:
         return f"ws://127.0.0.1:{self.port}{path}"
 
-    def resident_bytes(self) -> int:
-        """Return the memory the process holds now. Linux only."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def peak_resident_bytes(self) -> int:
+        """Return the most memory the process has ever held. Linux only."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def free_port() -> int:

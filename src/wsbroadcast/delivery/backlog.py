@@ -43,11 +43,12 @@ class Backlog:
     @property
     def is_past_high_water(self) -> bool:
         """Whether the connection is a slow consumer: an eighth of what may wait is waiting."""
-        options = self._options
-        return (
-            self.bytes * HIGH_WATER_PART > options.max_backlog_bytes
-            or self.messages * HIGH_WATER_PART > options.max_backlog_messages
-        )
+        return self._holds_part(HIGH_WATER_PART)
+
+    @property
+    def is_half_full(self) -> bool:
+        """Whether half of what may wait is waiting."""
+        return self._holds_part(2)
 
     def push(self, message: Message) -> int:
         """Append a message; return how many messages, this one included, were dropped to stay within the bounds.
@@ -90,6 +91,10 @@ class Backlog:
                 del self._items[key]
                 return True
         return False
+
+    def _holds_part(self, part: int) -> bool:
+        options = self._options
+        return self.bytes * part > options.max_backlog_bytes or self.messages * part > options.max_backlog_messages
 
     def _is_full_for(self, message: Message, instead_of: Message | Turn | None = None) -> bool:
         options = self._options

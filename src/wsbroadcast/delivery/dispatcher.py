@@ -20,6 +20,9 @@ from wsbroadcast.registry import Member, Registry
 _TURN_BYTES = 16 * 1024
 _TURN_MESSAGES = 128
 
+# How often a broadcaster that waits for the crowd looks again when nothing wakes it.
+_LOOK_AGAIN_SECONDS = 0.05
+
 
 class Recipient(Member, Protocol):
     """A member of the registry that can be delivered to."""
@@ -96,7 +99,8 @@ class Dispatcher(Generic[R]):
     async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
         """Wait for a place in a turn, and until no more than half of an audience is behind; at most `send_timeout`.
 
-        The crowd sets the pace, a laggard never does.
+        The crowd sets the pace, a laggard never does. Only a caller that fills whole turns, as a tight loop does, also
+        gives the tail of the crowd a moment: see `Watch.tail`.
 
         Args:
             size: How many bytes the caller is about to hand over.
@@ -105,12 +109,16 @@ class Dispatcher(Generic[R]):
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._watch.options.send_timeout
+        fills_turns = False
         while loop.time() < deadline:
             if self._is_turn_full or self._queue:
+                fills_turns = True
                 await self._queue_up(size, deadline)
-            if not self._is_crowd_behind(audience, exclude):
+            if not self._is_crowd_behind(audience, exclude) and not (
+                fills_turns and self._is_tail_behind(audience, exclude)
+            ):
                 return
-            await self._watch.wait_for_change(deadline)
+            await self._watch.wait_for_change(min(deadline, loop.time() + _LOOK_AGAIN_SECONDS))
 
     async def _queue_up(self, size: int, deadline: float) -> None:
         place = (asyncio.get_running_loop().create_future(), size)
@@ -131,6 +139,10 @@ class Dispatcher(Generic[R]):
             return False  # nearly always, and without looking at each member
         recipients = [member for member in members if member.id not in exclude]
         return 2 * sum(member.sink in behind for member in recipients) > len(recipients)
+
+    def _is_tail_behind(self, audience: Audience, exclude: frozenset[str]) -> bool:
+        tail = self._watch.tail()
+        return bool(tail) and any(member.sink in tail for member in self._registry.recipients(audience, exclude))
 
     def _end_turn(self) -> None:
         self._is_scheduled = False

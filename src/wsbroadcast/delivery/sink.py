@@ -96,6 +96,11 @@ class Sink:
         """Messages that wait."""
         return 0 if self.backlog is None else self.backlog.messages
 
+    @property
+    def is_half_full(self) -> bool:
+        """Whether half of what may wait is waiting."""
+        return self.backlog is not None and self.backlog.is_half_full
+
     def deliver(self, batch: Batch[Any]) -> None:
         """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
         self.enqueue(batch.messages)

@@ -75,6 +75,8 @@ def find_protocol(receive: object) -> tuple[Any, str]:
     unknown = [name for name, kind in _ATTRIBUTES.items() if not isinstance(getattr(protocol, name, None), kind)]
     if find_transport(receive) is None:
         unknown.append("transport")
+    if getattr(kind, "pause_writing", None) is asyncio.BaseProtocol.pause_writing:
+        unknown.append("pause_writing")  # before uvicorn 0.52.1 `writable` is never cleared: nobody would ever be slow
     if unknown:
         return None, f"unknown uvicorn: {', '.join(unknown)}"
     if not protocol.handshake_complete:  # once it is, it stays so

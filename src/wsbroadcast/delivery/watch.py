@@ -13,6 +13,10 @@ from wsbroadcast.options import SlowConsumer
 # the loop itself is blocked there are none, so nobody is evicted for the app's own stall.
 _TICKS = 8
 
+# How long a tight loop waits for the tail of its crowd. Healthy clients of a busy machine were seen to take nothing for
+# more than a second: the kernel calls a full socket writable only when a third of its buffer is free.
+_PATIENCE_SECONDS = 2.5
+
 
 class Owner(Protocol):
     """Whom a sink tells what became of its socket."""
@@ -36,6 +40,8 @@ class Waiting(Protocol):
     def held_bytes(self) -> int: ...  # noqa: D102
     @property
     def held_messages(self) -> int: ...  # noqa: D102
+    @property
+    def is_half_full(self) -> bool: ...  # noqa: D102
     def progress(self) -> object: ...  # noqa: D102
     def abort(self) -> None: ...  # noqa: D102
 
@@ -48,8 +54,9 @@ class Watch:
         self.counters = counters
         self.waiting: dict[Waiting, _Standstill] = {}
         """The sinks with a backlog."""
-        self.behind: set[Waiting] = set()
-        """Those among them that are slow consumers: past their high-water mark."""
+        self.behind: dict[Waiting, float | None] = {}
+        """Those among them that are slow consumers: past their high-water mark. With the time since when `tail` has
+        named them."""
         # Broadcasters that wait for the crowd.
         self._waiters: list[asyncio.Future[None]] = []
         self._is_wake_scheduled = False
@@ -70,14 +77,30 @@ class Watch:
 
     def fell_behind(self, sink: Waiting) -> None:
         """A sink went past its high-water mark."""
-        self.behind.add(sink)
+        self.behind[sink] = None
 
     def caught_up(self, sink: Waiting) -> None:
         """A sink is below its high-water mark again."""
-        self.behind.discard(sink)
+        self.behind.pop(sink, None)
         if self._waiters and not self._is_wake_scheduled:
             self._is_wake_scheduled = True
             asyncio.get_running_loop().call_soon(self.wake)  # once for all that catch up in one turn
+
+    def tail(self) -> list[Waiting]:
+        """Return the slow consumers that a tight loop should give a moment, because they are about to lose messages.
+
+        Kernel buffers differ by megabytes between sockets, so of a crowd that reads equally fast some fall behind
+        earlier than others. From the time when its backlog is half full, each has a while to catch up. One that needs
+        longer is a laggard, and nobody waits for it.
+        """
+        now = asyncio.get_running_loop().time()
+        tail = []
+        for sink, since in self.behind.items():
+            if since is None and sink.is_half_full:
+                since = self.behind[sink] = now
+            if since is not None and now - since < _PATIENCE_SECONDS:
+                tail.append(sink)
+        return tail
 
     async def wait_for_change(self, deadline: float) -> None:
         """Return after the next `wake`, or at the deadline."""
