@@ -15,6 +15,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, cancel_at, connected, eventually, lifespan, turns
 from wsbroadcast import (
+    ConfigurationError,
     Connection,
     ConnectionManager,
     EncodeError,
@@ -151,7 +152,7 @@ async def test_lifespan_binds_and_runs_as_long_as_the_app() -> None:
     manager = ConnectionManager()
     app = FastAPI(lifespan=manager.lifespan)
     async with lifespan(app):
-        assert app.state.wsbroadcast_manager is manager
+        assert app.state.wsbroadcast_managers == (manager,)
         [(peer, _)] = await connected(manager, 1)
     assert peer.close_code == 1001
 
@@ -524,3 +525,27 @@ def test_other_calls_from_a_thread_say_what_to_do(other_loop: LoopThread) -> Non
     with pytest.raises(LifecycleError, match="broadcast_threadsafe"):
         manager.broadcast_nowait("x")
     other_loop.run(manager.aclose())
+
+
+async def test_aclose_from_another_loop_says_where_to_call_it() -> None:
+    manager = ConnectionManager()
+    [(_, connection)] = await connected(manager, 1)
+    with pytest.raises(LifecycleError, match="another event loop"):
+        await asyncio.to_thread(lambda: asyncio.run(manager.aclose()))
+    assert connection.is_open
+    await manager.aclose()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"hook_timeout": 0}, {"hook_timeout": "5"}, {"hook_timeout": float("nan")}, {"slow_consumer": "drop_oldest"}],
+)
+def test_options_that_make_no_sense_are_refused(options: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        ConnectionManager(**options)
+
+
+async def test_exclude_of_something_else_is_refused() -> None:
+    manager = ConnectionManager()
+    with pytest.raises(ValueError, match="exclude takes"):
+        await manager.broadcast("hello", exclude="id")  # type: ignore[arg-type]

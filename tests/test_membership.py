@@ -870,3 +870,55 @@ async def test_connect_that_is_still_accepting_when_the_manager_closes_registers
     with pytest.raises(LifecycleError):
         await connecting
     assert manager.stats().connects == 0
+
+
+async def test_socket_is_found_though_the_app_wraps_its_send(manager: ConnectionManager) -> None:
+    [(peer, connection), (other, _)] = await connected(manager, 2)
+    send = peer.websocket.send
+
+    async def logging_send(message: Any) -> None:
+        await send(message)
+
+    peer.websocket.send = logging_send  # type: ignore[method-assign]
+    await manager.broadcast("to the others", exclude=peer.websocket)
+    await eventually(lambda: other.messages == ["to the others"])
+    assert peer.messages == []
+    manager.disconnect(peer.websocket)
+    assert not connection.is_open
+
+
+async def test_socket_can_be_connected_again_and_again(manager: ConnectionManager) -> None:
+    peer = Peer()
+    for _ in range(2000):  # no frame deeper each time
+        await manager.connect(peer.websocket)
+        manager.disconnect(peer.websocket)
+    connection = await manager.connect(peer.websocket)
+    assert connection.fast_path_refused == "receive is wrapped" or connection.fast_path_refused.startswith("server")
+    await manager.broadcast("hello")
+    await eventually(lambda: peer.messages == ["hello"])
+
+
+async def test_connect_can_be_a_task(manager: ConnectionManager) -> None:
+    connection = await asyncio.create_task(manager.connect(Peer().websocket))
+    assert connection.is_open
+
+
+async def test_on_unsubscribe_waits_for_on_subscribe_to_end(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+    release = asyncio.Event()
+
+    @manager.on_subscribe
+    async def insert(connection: Connection, channel: str) -> None:
+        await release.wait()
+        seen.append("inserted")
+
+    manager.on_unsubscribe(lambda connection, channel: seen.append("deleted"))
+    [(_, connection)] = await connected(manager, 1)
+    subscribing = asyncio.ensure_future(connection.subscribe("a"))
+    await turns()
+    manager.disconnect(connection)
+    await turns()
+    release.set()
+    with pytest.raises(ConnectionClosed):
+        await subscribing
+    await eventually(lambda: seen == ["inserted", "deleted"])

@@ -412,3 +412,22 @@ async def test_nothing_is_left_of_a_peer_that_kept_up(caplog: pytest.LogCaptureF
         # No task per connection while everybody keeps up.
         assert [task for task in asyncio.all_tasks() if task.get_name().startswith("wsbroadcast")] == []
     assert [record for record in caplog.records if record.name == "wsbroadcast"] == []
+
+
+async def test_who_unsubscribed_while_on_deliver_ran_gets_nothing() -> None:
+    manager = ConnectionManager()
+    release = asyncio.Event()
+
+    @manager.on_deliver
+    async def slowly(delivery: object) -> None:
+        await release.wait()
+
+    [(peer, connection), (other, _)] = await connected(manager, 2, channels=["a"])
+    broadcasting = asyncio.ensure_future(manager.broadcast("hello", channel="a"))
+    await turns()
+    await connection.unsubscribe("a")
+    release.set()
+    await broadcasting
+    await eventually(lambda: other.messages == ["hello"])
+    assert peer.messages == []
+    await manager.aclose()

@@ -50,6 +50,9 @@ class Keeper(Protocol):
     def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None: ...  # noqa: D102
 
 
+# Where in its scope a WebSocket's connection stands; whoever wraps `websocket.send` later doesn't hide it there.
+_SCOPE_KEY = "wsbroadcast.connection"
+
 _NO_CHANNELS: frozenset[str] = frozenset()
 
 
@@ -72,10 +75,11 @@ class Connection:
         "close_reason",
         "closing",
         "fast_path_refused",
+        "hooks_running",
         "id",
         "info",
-        "is_announced",
         "manager",
+        "previous",
         "sink",
         "user",
         "user_key",
@@ -112,8 +116,8 @@ class Connection:
         """The code it ended with, `None` while it is open."""
         self.close_reason = ""
         """The reason that came with the code."""
-        self.is_announced = False
-        """Whether `on_connect` hooks have seen it, so that `on_disconnect` hooks must."""
+        self.hooks_running = 0
+        """Hooks that are told of its coming now; those that are told of its going wait for them."""
         self._keeper = keeper
         self._state = ConnectionState.OPEN
         # Made when somebody waits for the end.
@@ -124,6 +128,9 @@ class Connection:
         """The task that sends the close frame, once there is one."""
         # The `send` and `receive` that were there, if they were not simply the WebSocket's own methods.
         self._found = None if _is_untouched(websocket) else (websocket.send, websocket.receive)
+        self.previous: Connection | None = websocket.scope.get(_SCOPE_KEY)
+        """The connection that the WebSocket had before, of another manager."""
+        websocket.scope[_SCOPE_KEY] = self
         self.sink, self.fast_path_refused = _make_sink(self, websocket, watch)
         websocket.send = self._send_for_app  # type: ignore[method-assign]  # one owner of what a socket is sent
         websocket.receive = self._receive_for_app  # type: ignore[method-assign]  # every end is noticed
@@ -174,7 +181,7 @@ class Connection:
         """
         event = await self._receive_for_app()
         if event["type"] == "websocket.disconnect":
-            raise self._closed_error()
+            raise self.closed_error()
         text: str | None = event.get("text")  # hypercorn sends both keys, one of them None
         return event["bytes"] if text is None else text
 
@@ -227,7 +234,8 @@ class Connection:
     async def wait_closed(self) -> None:
         """Wait for the connection's end, for an endpoint that only sends.
 
-        Messages of the peer are read and thrown away, unless another task is reading them or begins to.
+        Messages of the peer are read and thrown away, until another task begins to read: from then on reading, and so
+        noticing the peer's end, is that task's.
         """
         event: MutableMapping[str, Any] | None = None
         while self._state is not ConnectionState.CLOSED:
@@ -279,11 +287,14 @@ class Connection:
             self.websocket.application_state = WebSocketState.CONNECTED
             raise
 
-    @property
-    def found_connection(self) -> Connection | None:
-        """The connection of another manager that had taken over the WebSocket before."""
-        found = getattr(self._found[0], "__self__", None) if self._found is not None else None
-        return found if isinstance(found, Connection) else None
+    def give_back(self) -> None:
+        """Undo the taking over, before the WebSocket is connected anew; not while something waits to be written."""
+        if self.sink.backlog is None and getattr(self.websocket.send, "__self__", None) is self:
+            if self._found is None:
+                del self.websocket.send, self.websocket.receive  # its own methods show again
+            else:
+                self.websocket.send, self.websocket.receive = self._found
+            self.websocket.scope[_SCOPE_KEY] = self.previous
 
     # What `websocket.send` and `websocket.receive` are while the connection lives.
 
@@ -296,15 +307,16 @@ class Connection:
             event = {**event, "reason": cut_reason(event.get("reason") or "")}
             self._keeper.leave(self, event.get("code", CloseCode.NORMAL), event["reason"], ConnectionState.CLOSING)
         elif self.sink.is_ended:
-            raise self._closed_error()
+            raise self.closed_error()
         try:
             await self.sink.send_event(event)
         except WebSocketDisconnect as error:
             self.lost(error.code, error.reason)
             raise
         finally:
-            if self._state is ConnectionState.CLOSING and event["type"] == "websocket.close":
-                self.enter(ConnectionState.CLOSED, CloseCode.NORMAL)
+            if event["type"] == "websocket.close":
+                if self._state is ConnectionState.CLOSING:
+                    self.enter(ConnectionState.CLOSED, CloseCode.NORMAL)
                 self.sink.release()
 
     async def _receive_for_app(self, *, throws_away: bool = False) -> MutableMapping[str, Any]:
@@ -325,6 +337,7 @@ class Connection:
             # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
             event = self._disconnect_event()
         finally:
+            reading.finish()
             if self._reading is reading:
                 self._reading = None
         if event["type"] == "websocket.disconnect":
@@ -351,7 +364,8 @@ class Connection:
         code = ABNORMAL if self.close_code is None else self.close_code
         return {"type": "websocket.disconnect", "code": code, "reason": self.close_reason}
 
-    def _closed_error(self) -> ConnectionClosed:
+    def closed_error(self) -> ConnectionClosed:
+        """Make the error for using the connection after its end."""
         return ConnectionClosed(ABNORMAL if self.close_code is None else self.close_code, self.close_reason)
 
     async def _refuse(self, code: CloseCode, reason: str) -> ConnectionClosed:
@@ -369,7 +383,7 @@ class _Reading:
     As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
     """
 
-    __slots__ = ("_cancelling", "_is_interrupted", "_task", "throws_away")
+    __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "throws_away")
 
     def __init__(self, throws_away: bool) -> None:
         self.throws_away = throws_away
@@ -377,6 +391,7 @@ class _Reading:
         self._task = asyncio.current_task()
         self._cancelling = 0 if self._task is None else self._task.cancelling()
         self._is_interrupted = False
+        self._is_taken_back = False
 
     def interrupt(self) -> None:
         """Make the task come out of `receive`."""
@@ -385,8 +400,23 @@ class _Reading:
             self._task.cancel()
 
     def take_back(self) -> bool:
-        """Undo the cancellation if it was ours alone; return whether it was."""
-        return self._is_interrupted and self._task is not None and self._task.uncancel() <= self._cancelling
+        """Undo our own cancellation; return whether it was the only one."""
+        if not self._is_interrupted or self._is_taken_back or self._task is None:
+            return False
+        self._is_taken_back = True
+        return self._task.uncancel() <= self._cancelling
+
+    def finish(self) -> None:
+        """Undo our own cancellation if `receive` has swallowed it."""
+        self.take_back()
+
+
+def find_connection(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | None:
+    """Find a manager's connection behind a WebSocket; `None` if it never had one."""
+    connection = websocket if isinstance(websocket, Connection) else websocket.scope.get(_SCOPE_KEY)
+    while connection is not None and connection.manager is not manager:
+        connection = connection.previous
+    return connection
 
 
 def _is_untouched(websocket: WebSocket) -> bool:

@@ -16,6 +16,7 @@ from wsbroadcast.counters import Counters
 from wsbroadcast.engines.base import Gap
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied
 from wsbroadcast.message import Message
+from wsbroadcast.options import Limits
 
 logger = logging.getLogger("wsbroadcast")
 
@@ -46,9 +47,15 @@ _delivery: ContextVar[Delivery | None] = ContextVar("wsbroadcast_delivery", defa
 class Delivery:
     """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
 
-    __slots__ = ("_instead", "audience", "is_running", "message", "recipients")
+    __slots__ = ("_instead", "_limits", "audience", "is_running", "message", "recipients")
 
-    def __init__(self, message: Message, audience: Audience, recipients: list[Connection]) -> None:
+    def __init__(
+        self,
+        message: Message,
+        audience: Audience,
+        recipients: list[Connection],
+        limits: Limits = Limits(),  # noqa: B008  # frozen
+    ) -> None:
         self.message = message
         """What was broadcast."""
         self.audience = audience
@@ -58,6 +65,7 @@ class Delivery:
         self.is_running = False
         """Whether its hooks run now."""
         self._instead: dict[str, Message] = {}
+        self._limits = limits
 
     def replace(self, connection: Connection, message: object) -> None:
         """Give one recipient another message instead.
@@ -65,7 +73,7 @@ class Delivery:
         Raises:
             EncodeError: If that message can't be sent.
         """
-        self._instead[connection.id] = Message.of(message, self.message.key)
+        self._instead[connection.id] = Message.of(message, self.message.key).within(self._limits.max_message_bytes)
 
     def parts(self) -> list[tuple[Message, list[Connection]]]:
         """Return each message with those who get it."""

@@ -12,22 +12,23 @@ from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
-from wsbroadcast.connection import Connection
+from wsbroadcast.connection import Connection, find_connection
 from wsbroadcast.counters import Counters, Stats
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.base import Engine, Health, Publication
-from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, MessageTooLarge
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, LifecycleError
 from wsbroadcast.hooks import Hook, HookChain, HookDecorators
 from wsbroadcast.loops import running_loop, wait_in_thread, without_waiting
-from wsbroadcast.membership import Headers, find_connection
+from wsbroadcast.membership import Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
-from wsbroadcast.options import Limits, SlowConsumer
+from wsbroadcast.options import Limits, SlowConsumer, check_positive
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 """Who does not get a broadcast."""
 
 _NOBODY: frozenset[str] = frozenset()
+_CLOSED = "the manager is closed: `start` or `async with manager` runs it again"
 
 
 class ConnectionManager(HookDecorators):
@@ -56,6 +57,9 @@ class ConnectionManager(HookDecorators):
         slow_consumer: SlowConsumer = SlowConsumer(),  # noqa: B008  # frozen
         hook_timeout: float = 5.0,
     ) -> None:
+        if not isinstance(limits, Limits) or not isinstance(slow_consumer, SlowConsumer):
+            raise ConfigurationError("limits is a Limits(…), slow_consumer is a SlowConsumer(…)")
+        check_positive("hook_timeout", hook_timeout)
         self._engine = create_engine(engine)
         self._limits = limits
         self._slow_consumer = slow_consumer
@@ -236,7 +240,7 @@ class ConnectionManager(HookDecorators):
 
         Raises:
             LifecycleError: If called outside the event loop, before the start of an engine that needs one, or with a
-                broadcast hook that has to wait.
+                broadcast hook that has to wait, be it for this message or for one before it.
         """
         publication = self._publication(message, channel, user, exclude, key)
         without_waiting(self._run_here(), "the engine has to start")
@@ -311,7 +315,12 @@ class ConnectionManager(HookDecorators):
 
         Does nothing if `start` was called more often than `aclose`. Idempotent. Afterwards the manager refuses to work
         until it is started again.
+
+        Raises:
+            LifecycleError: If it runs in another event loop.
         """
+        if self._loop is not None and self._loop is not asyncio.get_running_loop() and self._loop.is_running():
+            raise LifecycleError("the manager runs in another event loop, where its connections live: close it there")
         self._starts = max(0, self._starts - 1)
         if self._starts or self._is_closed:
             return
@@ -342,7 +351,9 @@ class ConnectionManager(HookDecorators):
 
     def bind(self, app: Any) -> None:
         """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too."""
-        app.state.wsbroadcast_manager = self
+        managers = getattr(app.state, "wsbroadcast_managers", ())
+        if self not in managers:
+            app.state.wsbroadcast_managers = (*managers, self)
 
     def stats(self) -> Stats:
         """Return what this node holds now and has counted so far."""
@@ -365,13 +376,12 @@ class ConnectionManager(HookDecorators):
         return Publication(self._encode(message, key), audience, self._ids(exclude) if exclude != () else _NOBODY)
 
     def _encode(self, message: object, key: str | None) -> Message:
-        encoded = Message.of(message, key)
-        if encoded.size > self._limits.max_message_bytes:
-            raise MessageTooLarge(encoded.size, self._limits.max_message_bytes)
-        return encoded
+        return Message.of(message, key).within(self._limits.max_message_bytes)
 
     def _ids(self, exclude: Exclude) -> frozenset[str]:
-        several = (exclude,) if isinstance(exclude, (Connection, WebSocket)) else exclude
+        several = (exclude,) if isinstance(exclude, (Connection, WebSocket)) else tuple(exclude or ())
+        if not all(isinstance(one, (Connection, WebSocket)) for one in several):
+            raise ValueError(f"exclude takes connections or WebSockets, not {exclude!r:.80}")
         found = (find_connection(one, self) for one in several)
         return frozenset(connection.id for connection in found if connection is not None)
 
@@ -380,7 +390,7 @@ class ConnectionManager(HookDecorators):
         if connection is None:
             raise ConnectionClosed(ABNORMAL, "it is not connected to this manager")
         if not connection.is_open:
-            raise ConnectionClosed(connection.close_code or ABNORMAL, connection.close_reason)
+            raise connection.closed_error()
         return connection
 
     async def _prepare(self, publication: Publication) -> Publication | None:
@@ -394,6 +404,8 @@ class ConnectionManager(HookDecorators):
         if not self._node.dispatcher.is_clear:
             message, audience, exclude = publication
             await self._node.dispatcher.ease(message.size, audience, exclude)
+        if self._loop is None:  # closed meanwhile
+            raise LifecycleError(_CLOSED)
         return publication
 
     async def _transform(self, publication: Publication) -> Publication | None:
@@ -401,7 +413,7 @@ class ConnectionManager(HookDecorators):
         return None if message is None else publication._replace(message=self._encode(message, None))
 
     def _new_node(self) -> Node:
-        return Node(self.hooks, self._slow_consumer, self._counters)
+        return Node(self.hooks, self._slow_consumer, self._limits, self._counters)
 
     async def _run_here(self) -> None:
         loop = running_loop()
@@ -410,7 +422,7 @@ class ConnectionManager(HookDecorators):
         if loop is None:
             raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
         if self._is_closed:
-            raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
+            raise LifecycleError(_CLOSED)
         if self._loop is not None and self._loop is not loop:
             if self._loop.is_running():
                 raise LifecycleError(
@@ -433,8 +445,8 @@ class ConnectionManager(HookDecorators):
             await self._engine.aclose()
 
 
-class Connecting:
-    """What `ConnectionManager.connect` returns: awaitable, and an async context manager."""
+class Connecting(Coroutine[Any, Any, Connection]):
+    """What `ConnectionManager.connect` returns: a coroutine, and an async context manager."""
 
     __slots__ = ("_connect", "_connection", "_manager", "_websocket")
 
@@ -447,6 +459,20 @@ class Connecting:
 
     def __await__(self) -> Generator[Any, None, Connection]:
         return self._connect.__await__()
+
+    # The rest of a coroutine, for `asyncio.create_task`.
+
+    def send(self, value: Any) -> Any:
+        """Resume it."""
+        return self._connect.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an error where it waits."""
+        return self._connect.throw(*error)
+
+    def close(self) -> None:
+        """Give it up."""
+        self._connect.close()
 
     async def __aenter__(self) -> Connection:
         self._connection = await self._connect

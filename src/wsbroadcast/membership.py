@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Generator, Iterable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.audience import EVERYONE, as_channels, user_key
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
-from wsbroadcast.connection import Connection, ConnectionState
+from wsbroadcast.connection import Connection, ConnectionState, find_connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
@@ -67,19 +68,13 @@ class Membership:
         """Accept and register; what `ConnectionManager.connect` promises."""
         key = None if user is None else user_key(user)
         names = as_channels(channels)
-        known = find_connection(websocket, manager)
-        if known is not None and known.is_open:
-            await self.subscribe(known, names)
+        if (known := await self._known(websocket, manager, names)) is not None:
             return known
-        if known is not None and known.sink.is_ended:
-            raise ConnectionClosed(known.close_code or ABNORMAL, known.close_reason)
         self._check_running()
         await _accept(websocket, subprotocol, headers)
         self._check_running()
-        known = find_connection(websocket, manager)
-        if known is not None and known.is_open:  # another task was connecting it meanwhile
-            await self.subscribe(known, names)
-            return known
+        if (known := await self._known(websocket, manager, names)) is not None:
+            return known  # another task was connecting it meanwhile
         connection = Connection(
             websocket, manager, self, self._watch, user=user, user_key=key, channels=names, info=info
         )
@@ -88,7 +83,8 @@ class Membership:
         self._counters.connects += 1
         try:
             await self._announce(connection, names)
-            self._check_open(connection)
+            if not connection.is_open:
+                raise connection.closed_error()
         except PermissionDenied as denied:
             await self.close(connection, CloseCode.POLICY_VIOLATION, str(denied))
             raise
@@ -97,49 +93,70 @@ class Membership:
             raise
         return connection
 
+    async def _known(
+        self, websocket: WebSocket, manager: ConnectionManager, channels: tuple[str, ...]
+    ) -> Connection | None:
+        known = find_connection(websocket, manager)
+        if known is None:
+            return None
+        if known.is_open:
+            await self.subscribe(known, channels)
+            return known
+        if known.sink.is_ended:
+            raise known.closed_error()
+        known.give_back()
+        return None
+
     def _check_running(self) -> None:
         if self._is_ended:
             raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
 
-    @staticmethod
-    def _check_open(connection: Connection) -> None:
-        if not connection.is_open:
-            raise ConnectionClosed(connection.close_code or ABNORMAL, connection.close_reason)
-
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
         unannounced = list(reversed(channels))
-        try:
-            if self._hooks.has("on_connect"):
+        with self._before_goodbye(connection):
+            try:
                 await self._hooks.observe("on_connect", connection)
-            while unannounced:
-                channel = unannounced.pop()
-                if self._hooks.has("on_subscribe"):
-                    await self._hooks.observe("on_subscribe", connection, channel)
+                while unannounced and self._hooks.has("on_subscribe"):
+                    await self._hooks.observe("on_subscribe", connection, unannounced.pop())
+                unannounced.clear()
+            finally:
+                for channel in unannounced:  # on_unsubscribe is for those whose on_subscribe began
+                    if not self._leave_channel(connection, channel):
+                        connection.channels -= {channel}
+
+    @contextmanager
+    def _before_goodbye(self, connection: Connection) -> Generator[None]:
+        # What hooks are told of its coming ends before they are told of its going.
+        connection.hooks_running += 1
+        try:
+            yield
         finally:
-            for channel in unannounced:  # on_unsubscribe is for those whose on_subscribe began
-                self._leave_channel(connection, channel)
-            connection.is_announced = True
-            if not connection.is_open:
-                self._say_goodbye(connection)  # it left while the hooks ran
+            connection.hooks_running -= 1
+            if not connection.hooks_running and not connection.is_open:
+                self._say_goodbye(connection)
 
     async def subscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
         """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not."""
         for channel in channels:
             self._dispatcher.flush()  # which may end this very connection, so before looking at it
-            self._check_open(connection)
+            if not connection.is_open:
+                raise connection.closed_error()
             if channel in connection.channels:
                 continue
             self._registry.subscribe(connection, channel)
-            if not self._hooks.has("on_subscribe"):
-                continue
-            try:
-                await self._hooks.observe("on_subscribe", connection, channel)
-            except BaseException:
-                if self._leave_channel(connection, channel):
-                    self._tasks.spawn(
-                        self._hooks.observe("on_unsubscribe", connection, channel), "on_unsubscribe hooks"
-                    )
-                raise
+            if self._hooks.has("on_subscribe"):
+                with self._before_goodbye(connection):
+                    await self._announce_channel(connection, channel)
+                if not connection.is_open:
+                    raise connection.closed_error()
+
+    async def _announce_channel(self, connection: Connection, channel: str) -> None:
+        try:
+            await self._hooks.observe("on_subscribe", connection, channel)
+        except BaseException:
+            if self._leave_channel(connection, channel):
+                self._tasks.spawn(self._hooks.observe("on_unsubscribe", connection, channel), "on_unsubscribe hooks")
+            raise
 
     async def unsubscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe from those of the channels it is in."""
@@ -167,7 +184,7 @@ class Membership:
         self._watch.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection.enter(state, code, reason)
-        if connection.is_announced:
+        if not connection.hooks_running:
             self._say_goodbye(connection)
         return True
 
@@ -246,17 +263,6 @@ class Membership:
         if not self._hooks.has("on_message"):
             return None
         return self._hooks.observe("on_message", connection, message)
-
-
-def find_connection(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | None:
-    """Find a manager's connection behind a WebSocket; `None` if it never had one."""
-    if isinstance(websocket, Connection):
-        return websocket if websocket.manager is manager else None
-    # Each connection has put itself in front of the `send` it found.
-    connection = getattr(websocket.send, "__self__", None)
-    while isinstance(connection, Connection) and connection.manager is not manager:
-        connection = connection.found_connection
-    return connection if isinstance(connection, Connection) else None
 
 
 async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Headers | None) -> None:

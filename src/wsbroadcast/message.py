@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from pydantic_core import PydanticSerializationError, to_json
 
-from wsbroadcast.exceptions import EncodeError
+from wsbroadcast.exceptions import EncodeError, MessageTooLarge
 
 
 class Message:
@@ -65,6 +65,16 @@ class Message:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
         """
         return cls(_to_json(value), is_text=True, key=key)
+
+    def within(self, limit: int) -> Message:
+        """Return the message itself.
+
+        Raises:
+            MessageTooLarge: If it is larger than the limit, in bytes.
+        """
+        if self.size > limit:
+            raise MessageTooLarge(self.size, limit)
+        return self
 
     @property
     def data(self) -> str | bytes:

@@ -15,7 +15,7 @@ from wsbroadcast.engines.base import Gap, Publication
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.loops import without_waiting
 from wsbroadcast.membership import Membership
-from wsbroadcast.options import SlowConsumer
+from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.registry import Registry
 from wsbroadcast.tasks import Tasks
 
@@ -23,13 +23,14 @@ from wsbroadcast.tasks import Tasks
 class Node:
     """Receives publications from the engine and hands them to the connections that are here."""
 
-    def __init__(self, hooks: HookChain, slow_consumer: SlowConsumer, counters: Counters) -> None:
+    def __init__(self, hooks: HookChain, slow_consumer: SlowConsumer, limits: Limits, counters: Counters) -> None:
         self.registry = Registry[Connection]()
         self._watch = Watch(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._watch)
         self._tasks = Tasks()
         self.membership = Membership(self.registry, self.dispatcher, self._watch, hooks, self._tasks)
         self._hooks = hooks
+        self._limits = limits
         self._counters = counters
         self.starting = asyncio.Lock()
         """Held while the engine starts."""
@@ -54,7 +55,7 @@ class Node:
             LifecycleError: If an on_deliver hook has to wait.
         """
         if self._hooks.has("on_deliver"):
-            without_waiting(self.receive(publication), "an on_deliver hook has to wait")
+            without_waiting(self.receive(publication), "an on_deliver hook has to wait, for this message or one before")
         else:
             self._deliver(publication)
 
@@ -98,10 +99,11 @@ class Node:
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         recipients = self.registry.recipients(publication.audience, publication.exclude)
-        delivery = Delivery(publication.message, publication.audience, recipients)
+        delivery = Delivery(publication.message, publication.audience, recipients, self._limits)
         await self._hooks.deliver(delivery)
         self._counters.broadcasts += 1
         for message, some in delivery.parts():
-            still_here = [recipient for recipient in some if recipient.is_open]
+            # Who has left the audience while the hooks ran gets nothing any more.
+            still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
             if still_here:
                 self.dispatcher.dispatch(message, still_here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
 
 from wsbroadcast.exceptions import ConfigurationError
@@ -34,7 +35,7 @@ class SlowConsumer:
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
             raise ConfigurationError(f"policy must be one of {', '.join(get_args(Policy))}, not {self.policy!r}")
-        _check_positive(self, "max_backlog_bytes", "max_backlog_messages", "send_timeout", "close_timeout")
+        _check_fields(self, "max_backlog_bytes", "max_backlog_messages", "send_timeout", "close_timeout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +46,19 @@ class Limits:
     """The largest message that can be broadcast or sent, in bytes."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_message_bytes")
+        _check_fields(self, "max_message_bytes")
 
 
-def _check_positive(options: object, *names: str) -> None:
+def check_positive(name: str, value: object) -> None:
+    """Check an option that is a number.
+
+    Raises:
+        ConfigurationError: If it is none, not finite, zero or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
+        raise ConfigurationError(f"{name} must be a positive number, not {value!r}")
+
+
+def _check_fields(options: object, *names: str) -> None:
     for name in names:
-        value = getattr(options, name)
-        if not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigurationError(f"{type(options).__name__}.{name} must be a positive number, not {value!r}")
+        check_positive(f"{type(options).__name__}.{name}", getattr(options, name))

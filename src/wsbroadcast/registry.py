@@ -85,6 +85,12 @@ class Registry(Generic[M]):
         member = self.by_id.get(audience.name)
         return () if member is None else (member,)
 
+    def is_member(self, member: M, audience: Audience) -> bool:
+        """Tell whether a member is in an audience."""
+        if audience.kind == "everyone":
+            return member in self
+        return member in self.members(audience)
+
     def recipients(self, audience: Audience, exclude: Iterable[str] = _NOBODY) -> list[M]:
         """Return an audience's members without the excluded ids, as a list of the caller's own."""
         members = self.members(audience)

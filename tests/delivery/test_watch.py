@@ -3,13 +3,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from wsbroadcast import SlowConsumer
 from wsbroadcast.counters import Counters
-from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.delivery.watch import Watch, unsent_bytes
 
 SEND_TIMEOUT = 0.08
 
@@ -184,12 +184,42 @@ async def test_slow_consumer_is_given_patience_from_half_full_until_it_has_caugh
     await sink.end()
 
 
-async def test_patience_with_a_slow_consumer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_patience_with_a_slow_consumer_ends() -> None:
     watch = watch_with()
     sink = Waiting(watch)
     watch.fell_behind(sink)
     sink.is_half_full = True
     assert watch.tail() == [sink]
-    monkeypatch.setattr("wsbroadcast.delivery.watch._PATIENCE_SECONDS", 0.0)
-    assert watch.tail() == []
+    await until(lambda: watch.tail() == [])  # a quarter of send_timeout later
     await sink.end()
+
+
+class Draining:
+    """A transport whose peer takes a little at each look."""
+
+    def __init__(self, *held: int) -> None:
+        self._held = list(held)
+        self.is_aborted = False
+
+    def get_write_buffer_size(self) -> int:
+        return self._held.pop(0) if len(self._held) > 1 else self._held[0]
+
+    def abort(self) -> None:
+        self.is_aborted = True
+
+
+async def test_transport_whose_peer_goes_on_taking_is_not_aborted() -> None:
+    transport = Draining(5, 4, 3, 2, 1, 0)
+    watch_with(send_timeout=5.0, close_timeout=0.01).abort_unless_drained(cast("asyncio.Transport", transport))
+    await until(lambda: transport.get_write_buffer_size() == 0)
+    assert not transport.is_aborted
+
+
+async def test_transport_whose_peer_takes_nothing_is_aborted() -> None:
+    transport = Draining(5)
+    watch_with(send_timeout=5.0, close_timeout=0.01).abort_unless_drained(cast("asyncio.Transport", transport))
+    await until(lambda: transport.is_aborted)
+
+
+def test_transport_that_has_forgotten_its_size_holds_nothing() -> None:
+    assert unsent_bytes(cast("asyncio.Transport", object())) == 0

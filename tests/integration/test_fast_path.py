@@ -79,18 +79,53 @@ async def test_fast_path_over_a_unix_socket(tmp_path: Path) -> None:
         await serving
 
 
-async def test_fast_path_over_tls(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+def certificate_in(folder: Path) -> tuple[str, str]:
+    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
     command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
-    await asyncio.to_thread(subprocess.run, command.split(), check=True, capture_output=True)
+    subprocess.run(command.split(), check=True, capture_output=True)
+    return key, certificate
+
+
+async def test_fast_path_over_tls(tmp_path: Path) -> None:
+    key, certificate = await asyncio.to_thread(certificate_in, tmp_path)
     manager = ConnectionManager()
-    trust = ssl.create_default_context(cafile=str(certificate))
+    trust = ssl.create_default_context(cafile=certificate)
     trust.check_hostname = False
     async with (
-        serve_here(make_app(manager), ssl_keyfile=str(key), ssl_certfile=str(certificate)) as port,
+        serve_here(make_app(manager), ssl_keyfile=key, ssl_certfile=certificate) as port,
         connect(f"wss://127.0.0.1:{port}/ws", ssl=trust, max_size=None) as client,
     ):
         assert await echo(manager, client) == {"uvicorn": 1}
         big = "x" * 3_000_000
         await manager.broadcast(big)
         assert await asyncio.wait_for(client.recv(), 10) == big
+
+
+async def test_peer_that_is_gone_over_tls_costs_the_others_nothing(tmp_path: Path) -> None:
+    key, certificate = await asyncio.to_thread(certificate_in, tmp_path)
+    manager = ConnectionManager()
+    app = FastAPI()
+    leave = asyncio.Event()
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        await manager.connect(websocket)
+        await leave.wait()  # doesn't read, so nobody learns that a peer is gone until something is sent
+
+    trust = ssl.create_default_context(cafile=certificate)
+    trust.check_hostname = False
+    async with (
+        serve_here(app, ssl_keyfile=key, ssl_certfile=certificate) as port,
+        connect(f"wss://127.0.0.1:{port}/ws", ssl=trust) as one,
+        connect(f"wss://127.0.0.1:{port}/ws", ssl=trust) as gone,
+        connect(f"wss://127.0.0.1:{port}/ws", ssl=trust) as two,
+    ):
+        await eventually(lambda: asyncio.sleep(0, len(manager.connections) == 3))
+        await gone.close()
+        for number in range(3):
+            await manager.broadcast(f"hello {number}")
+            await asyncio.sleep(0)
+        for client in (one, two):
+            assert [await asyncio.wait_for(client.recv(), 5) for _ in range(3)] == ["hello 0", "hello 1", "hello 2"]
+        await eventually(lambda: asyncio.sleep(0, len(manager.connections) == 2))
+        leave.set()

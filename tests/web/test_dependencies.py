@@ -351,3 +351,28 @@ def test_the_shorter_ways_of_the_readme_work_in_a_test_client() -> None:
         b.send_bytes(b"from b")
         assert a.receive_bytes() == b"from b"
     assert manager.stats().connections == 0
+
+
+async def test_hooks_see_the_code_of_a_websocket_exception() -> None:
+    manager = ConnectionManager()
+    seen: list[tuple[int | None, str]] = []
+    manager.on_disconnect(lambda connection: seen.append((connection.close_code, connection.close_reason)))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(connection: ConnectionDep) -> None:
+        raise WebSocketException(4001, "no such room")
+
+    async with lifespan(app):
+        async with visit(app, "/ws") as peer:
+            await peer.wait_for(lambda: peer.close_code is not None)
+            assert peer.close_code == 4001
+        await eventually(lambda: seen == [(4001, "no such room")])
+
+
+async def test_two_managers_in_one_app_have_to_be_told_apart() -> None:
+    app = _announcing_app(None)
+    ConnectionManager().bind(app)
+    ConnectionManager().bind(app)
+    with pytest.raises(ConfigurationError, match="2 ConnectionManagers are bound"):
+        TestClient(app).post("/announce?text=hello")

@@ -341,7 +341,7 @@ async def test_a_router_works_nested_with_prefixes() -> None:
     app = FastAPI()
     app.include_router(outer, prefix="/v1")
     async with lifespan(app), visit(app, "/v1/outer/between/inner/api/ws/news") as peer:
-        assert app.state.wsbroadcast_manager is manager
+        assert app.state.wsbroadcast_managers == (manager,)
         await manager.broadcast("hello", channel="news")
         assert await peer.next() == "hello"
     assert peer.is_gone
@@ -495,7 +495,7 @@ async def test_routes_for_plain_starlette(is_mounted: bool) -> None:
         a.say("hello")
         assert await b.next() == "hello"
         assert a.messages == []
-        assert app.state.wsbroadcast_manager is manager
+        assert app.state.wsbroadcast_managers == (manager,)
 
 
 async def test_routes_for_plain_starlette_refuse_an_invalid_channel() -> None:
@@ -528,3 +528,29 @@ def test_the_router_works_in_a_test_client() -> None:
             c.send_bytes(b"again")
             assert c.receive_bytes() == b"again"
     assert manager.stats().connections == 0
+
+
+async def test_router_broadcasts_to_the_channel_of_its_path_only() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_connect
+    async def everybody_hears_announcements(connection: Connection) -> None:
+        await connection.subscribe("announcements")
+
+    app = _app(manager, "/ws/{channel}")
+    async with visit(app, "/ws/a") as one, visit(app, "/ws/a") as two, visit(app, "/ws/b") as other:
+        one.say("hello")
+        await eventually(lambda: one.messages == two.messages == ["hello"])
+        await manager.broadcast("everyone")
+        await eventually(lambda: other.messages == ["everyone"])
+        assert one.messages == ["hello", "everyone"]
+
+
+async def test_who_was_unsubscribed_from_the_path_s_channel_is_not_heard() -> None:
+    manager = ConnectionManager()
+    app = _app(manager, "/ws/{channel}")
+    async with visit(app, "/ws/a") as kicked, visit(app, "/ws/b") as other:
+        await manager.unsubscribe(manager.connections[0], "a")
+        kicked.say("is anybody there?")
+        await turns(20)
+        assert (kicked.messages, other.messages) == ([], [])

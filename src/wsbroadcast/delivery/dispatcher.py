@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
 from wsbroadcast.audience import Audience
+from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.message import Message
 from wsbroadcast.registry import Member, Registry
+
+logger = logging.getLogger("wsbroadcast")
 
 # A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
 # together, and little enough that other tasks of the app run in between.
@@ -88,7 +92,11 @@ class Dispatcher(Generic[R]):
             else:
                 recipients = target
             for recipient in recipients:
-                recipient.sink.deliver(batch)
+                try:
+                    recipient.sink.deliver(batch)
+                except Exception:  # a server's: it must not cost the others their message
+                    logger.exception("the server failed on a write")
+                    recipient.sink.owner.lost(ABNORMAL, "")
             self._watch.counters.deliveries += len(recipients) * len(batch.messages)
 
     @property

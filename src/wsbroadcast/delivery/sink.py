@@ -11,7 +11,7 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.watch import Owner, Watch
+from wsbroadcast.delivery.watch import Owner, Watch, unsent_bytes
 from wsbroadcast.exceptions import ConnectionClosed
 from wsbroadcast.message import Message
 
@@ -204,12 +204,12 @@ class Sink:
         Servers wait without limit for a closing transport to drain, and can't shut down meanwhile.
         """
         transport = self.transport
-        if transport is not None and transport.get_write_buffer_size() > 0:
+        if transport is not None and unsent_bytes(transport) > 0:
             self._watch.abort_unless_drained(transport)
 
     def progress(self) -> tuple[int, int]:
         """Return something that changes whenever the peer takes something."""
-        return self.steps, 0 if self.transport is None else self.transport.get_write_buffer_size()
+        return self.steps, 0 if self.transport is None else unsent_bytes(self.transport)
 
     async def write(self, message: Message) -> None:
         """Write one message from the backlog; wait as long as the peer can't take it."""

@@ -13,9 +13,9 @@ from wsbroadcast.options import SlowConsumer
 # the loop itself is blocked there are none, so nobody is evicted for the app's own stall.
 _TICKS = 8
 
-# How long a tight loop waits for the tail of its crowd. Healthy clients of a busy machine were seen to take nothing for
-# more than a second: the kernel calls a full socket writable only when a third of its buffer is free.
-_PATIENCE_SECONDS = 2.5
+# How much of `send_timeout` a tight loop waits for the tail of its crowd. Healthy clients of a busy machine were seen
+# to take nothing for more than a second: the kernel calls a full socket writable only when a third of it is free.
+_PATIENCE_PART = 4
 
 
 class Owner(Protocol):
@@ -44,6 +44,14 @@ class Waiting(Protocol):
     def is_half_full(self) -> bool: ...  # noqa: D102
     def progress(self) -> object: ...  # noqa: D102
     def abort(self) -> None: ...  # noqa: D102
+
+
+def unsent_bytes(transport: asyncio.Transport) -> int:
+    """Return what a transport still holds for its peer."""
+    try:
+        return transport.get_write_buffer_size()
+    except AttributeError:
+        return 0  # CPython's TLS transport after a second `close`, and uvicorn closes twice
 
 
 class Watch:
@@ -94,11 +102,12 @@ class Watch:
         longer is a laggard, and nobody waits for it.
         """
         now = asyncio.get_running_loop().time()
+        patience = self.options.send_timeout / _PATIENCE_PART
         tail = []
         for sink, since in self.behind.items():
             if since is None and sink.is_half_full:
                 since = self.behind[sink] = now
-            if since is not None and now - since < _PATIENCE_SECONDS:
+            if since is not None and now - since < patience:
                 tail.append(sink)
         return tail
 
@@ -124,13 +133,18 @@ class Watch:
                 waiter.set_result(None)
 
     def abort_unless_drained(self, transport: asyncio.Transport) -> None:
-        """Abort a transport that still holds bytes after `close_timeout`."""
+        """Abort a transport whose peer takes nothing for `close_timeout`, or not everything within `send_timeout`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.options.send_timeout
 
-        def check() -> None:
-            if transport.get_write_buffer_size() > 0:
+        def look(before: int) -> None:
+            held = unsent_bytes(transport)
+            if 0 < held < before and loop.time() < deadline:
+                loop.call_later(self.options.close_timeout, look, held)
+            elif held:
                 transport.abort()
 
-        asyncio.get_running_loop().call_later(self.options.close_timeout, check)
+        loop.call_later(self.options.close_timeout, look, unsent_bytes(transport))
 
     async def aclose(self) -> None:
         """End every writer and wait for them."""

@@ -102,7 +102,7 @@ def _make_endpoint(
             raise WebSocketException(CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}") from error
         code, reason = CloseCode.INTERNAL_ERROR, ""
         try:
-            await _serve(connection)
+            await _serve(connection, name)
             code = CloseCode.NORMAL
         except ConnectionClosed:
             pass
@@ -114,7 +114,7 @@ def _make_endpoint(
             if connection.is_open:
                 await connection.close(code, reason)
 
-    async def _serve(connection: Connection) -> None:
+    async def _serve(connection: Connection, name: str | None) -> None:
         if inbound == "ignore":
             await connection.wait_closed()
             return
@@ -125,11 +125,10 @@ def _make_endpoint(
                 continue
             if accepts == "json":
                 message = Message.json(message)  # a JSON string goes out as one, not as bare text
-            if connection.channels:
-                for name in sorted(connection.channels):
-                    await manager.broadcast(message, channel=name, exclude=exclude)
-            else:
+            if name is None:
                 await manager.broadcast(message, exclude=exclude)
+            elif name in connection.channels:  # who was unsubscribed from it has nobody to talk to
+                await manager.broadcast(message, channel=name, exclude=exclude)
 
     return endpoint
 
