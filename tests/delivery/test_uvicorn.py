@@ -193,6 +193,20 @@ def test_protocol_is_found_behind_its_own_receive() -> None:
     assert find_protocol(protocol.receive) == (protocol, "")
 
 
+def test_protocol_that_never_says_it_is_full_is_refused() -> None:
+    class WebSocketsSansIOProtocol(asyncio.Protocol):
+        __module__ = "uvicorn.before_0_52_1"
+
+        def __init__(self) -> None:
+            self.transport = Transport()
+            self.writable = asyncio.Event()
+            self.handshake_complete, self.close_sent = True, False
+
+        async def receive(self) -> None: ...
+
+    assert find_protocol(WebSocketsSansIOProtocol().receive) == (None, "unknown uvicorn: pause_writing")
+
+
 async def _wrapped() -> None: ...
 
 
