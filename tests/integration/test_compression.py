@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, WebSocket
+from playwright.async_api import async_playwright
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory, PerMessageDeflate
 
@@ -192,6 +193,52 @@ async def test_compressed_messages_are_right_in_node() -> None:
             if client.returncode is None:
                 client.kill()
                 await client.wait()
+
+
+BROWSER_CLIENT = """
+([url, count]) => new Promise((resolve, reject) => {
+  const socket = new WebSocket(url);
+  socket.binaryType = "arraybuffer";
+  const encoder = new TextEncoder();
+  let received = 0, hash = 0;
+  socket.onerror = () => reject(new Error("the connection failed"));
+  socket.onmessage = ({ data }) => {
+    const isText = typeof data === "string";
+    hash = (Math.imul(hash, 31) + (isText ? 1 : 2)) | 0;
+    for (const byte of isText ? encoder.encode(data) : new Uint8Array(data)) hash = (Math.imul(hash, 31) + byte) | 0;
+    if (++received === count) resolve(hash >>> 0);
+  };
+})
+"""
+
+
+def rolling_hash(messages: list[str | bytes]) -> int:
+    value = 0
+    for message in messages:
+        data = b"\x01" + message.encode() if isinstance(message, str) else b"\x02" + message
+        for byte in data:
+            value = (value * 31 + byte) & 0xFFFFFFFF
+    return value
+
+
+async def test_compressed_messages_are_right_in_chromium() -> None:
+    browser_path = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+    if browser_path is None:
+        pytest.skip("no chromium-headless-shell or chromium on the PATH")
+    manager = ConnectionManager()
+    async with serve_here(make_app(manager)) as port, async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        try:
+            page = await browser.new_page()
+            url = f"ws://127.0.0.1:{port}/ws"
+            hashing = asyncio.ensure_future(page.evaluate(BROWSER_CLIENT, [url, MESSAGES]))
+            await eventually(lambda: asyncio.sleep(0, manager.connections))
+            sent = await send_all(manager, seed=3)
+            assert await asyncio.wait_for(hashing, 60) == rolling_hash(sent)
+        finally:
+            await browser.close()
 
 
 async def test_server_compressor_is_given_up_at_registration() -> None:

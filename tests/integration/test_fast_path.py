@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import uvicorn
 from fastapi import FastAPI, WebSocket
 from starlette.types import ASGIApp, Receive, Scope, Send
-from websockets.asyncio.client import connect, unix_connect
+from websockets.asyncio.client import ClientConnection, connect, unix_connect
+from websockets.exceptions import ConnectionClosedError
 
 from tests.support.servers import eventually, serve_here
 from wsbroadcast import ConnectionManager, FastPath
@@ -129,3 +132,53 @@ async def test_peer_that_is_gone_over_tls_costs_the_others_nothing(tmp_path: Pat
             assert [await asyncio.wait_for(client.recv(), 5) for _ in range(3)] == ["hello 0", "hello 1", "hello 2"]
         await eventually(lambda: asyncio.sleep(0, len(manager.connections) == 2))
         leave.set()
+
+
+async def rest(client: ClientConnection) -> list[str | bytes]:
+    received: list[str | bytes] = []
+    with contextlib.suppress(ConnectionClosedError):
+        async for message in client:
+            received.append(message)  # noqa: PERF401  # what came before the error counts
+    return received
+
+
+async def test_app_s_own_close_lets_what_waits_for_the_turn_go_first() -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        await manager.connect(websocket)
+        manager.broadcast_nowait("last words")
+        await websocket.close(4000)
+        manager.broadcast_nowait("too late")
+
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        assert await rest(client) == ["last words"]
+        assert client.close_code == 4000
+
+
+@pytest.mark.parametrize("end", ["abort", "shutdown", "reset"])
+async def test_connection_that_ends_before_the_turn_does_raises_nothing(
+    end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    async with (
+        serve_here(make_app(manager)) as port,
+        connect(f"ws://127.0.0.1:{port}/ws") as client,
+        connect(f"ws://127.0.0.1:{port}/ws") as other,
+    ):
+        await eventually(lambda: asyncio.sleep(0, len(manager.connections) == 2))
+        protocol = manager.connections[0].websocket._receive.__self__  # type: ignore[attr-defined]
+        manager.broadcast_nowait("to whoever is there")
+        if end == "abort":
+            protocol.transport.abort()
+        elif end == "shutdown":  # what SIGTERM makes uvicorn do
+            protocol.shutdown()
+        else:
+            client.transport.abort()
+        assert await asyncio.wait_for(other.recv(), 5) == "to whoever is there"
+        await eventually(lambda: asyncio.sleep(0, len(manager.connections) == 1))
+        received = await rest(client) if end == "shutdown" else []
+        assert received == []  # nothing behind the close frame
+        assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
