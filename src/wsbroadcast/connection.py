@@ -17,6 +17,7 @@ from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_proto
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed
 from wsbroadcast.message import Message
+from wsbroadcast.reading import Reading
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -123,7 +124,7 @@ class Connection:
         # Made when somebody waits for the end.
         self._closed: asyncio.Event | None = None
         # Who is inside `receive`, to be interrupted when the connection ends by our side.
-        self._reading: _Reading | None = None
+        self._reading: Reading | None = None
         self.closing: asyncio.Task[None] | None = None
         """The task that sends the close frame, once there is one."""
         # The `send` and `receive` that were there, if they were not simply the WebSocket's own methods.
@@ -324,7 +325,7 @@ class Connection:
             return self._disconnect_event()
         if self._reading is not None and self._reading.throws_away:
             self._reading.interrupt()
-        reading = self._reading = _Reading(throws_away)
+        reading = self._reading = Reading(throws_away)
         try:
             event = await self._app_receive()
         except asyncio.CancelledError:
@@ -375,40 +376,6 @@ class Connection:
 
 # What `wait_closed` gets when another task begins to read.
 _STEPPED_ASIDE: MutableMapping[str, Any] = {"type": "wsbroadcast.stepped_aside"}
-
-
-class _Reading:
-    """A task inside `receive` that may have to be interrupted.
-
-    As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
-    """
-
-    __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "throws_away")
-
-    def __init__(self, throws_away: bool) -> None:
-        self.throws_away = throws_away
-        """Whether it only waits for the end, and steps aside for whoever wants the messages."""
-        self._task = asyncio.current_task()
-        self._cancelling = 0 if self._task is None else self._task.cancelling()
-        self._is_interrupted = False
-        self._is_taken_back = False
-
-    def interrupt(self) -> None:
-        """Make the task come out of `receive`."""
-        if self._task is not None and self._task is not asyncio.current_task() and not self._is_interrupted:
-            self._is_interrupted = True
-            self._task.cancel()
-
-    def take_back(self) -> bool:
-        """Undo our own cancellation; return whether it was the only one."""
-        if not self._is_interrupted or self._is_taken_back or self._task is None:
-            return False
-        self._is_taken_back = True
-        return self._task.uncancel() <= self._cancelling
-
-    def finish(self) -> None:
-        """Undo our own cancellation if `receive` has swallowed it."""
-        self.take_back()
 
 
 def find_connection(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, get_args
 
 from wsbroadcast.audience import Audience
+from wsbroadcast.blocking import BlockingWatch, Stepped
 from wsbroadcast.connection import Connection
 from wsbroadcast.counters import Counters
 from wsbroadcast.engines.base import Gap
@@ -34,9 +34,6 @@ HookEvent = Literal[
 
 # What an observer may refuse by raising PermissionDenied.
 _REFUSABLE = {"on_connect", "on_subscribe", "on_message"}
-
-# A step of a hook that keeps the event loop this many seconds is reported by name.
-_BLOCKED_SECONDS = 1.0
 
 # Broadcasts from within broadcast hooks may nest this deep: a hook that answers its own broadcasts is a mistake.
 _MAX_DEPTH = 8
@@ -206,7 +203,7 @@ class HookChain:
         name = f"{event} hook {_name(function)}"
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
-        watch = _BlockingWatch(name)
+        watch = BlockingWatch(name)
         limit: asyncio.Timeout | None = None
         try:
             with watch.step():
@@ -214,9 +211,9 @@ class HookChain:
             if not isinstance(result, Awaitable):
                 return result
             if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
-                return await _Stepped(result, watch)
+                return await Stepped(result, watch)
             async with asyncio.timeout(self._timeout) as limit:
-                return await _Stepped(result, watch)
+                return await Stepped(result, watch)
         except TimeoutError as error:
             if limit is None or not limit.expired():
                 raise  # the hook's own
@@ -243,96 +240,6 @@ class HookChain:
             except Exception:
                 self._counters.hook_errors += 1
                 logger.exception("on_error hook %s failed", _name(function))
-
-
-class HookDecorators:
-    """The decorators of a manager, such as `@manager.on_connect`, for functions with a `Hook` method's arguments."""
-
-    hooks: HookChain
-
-    def on_connect(self, function: F) -> F:
-        """Run `function(connection)` after a connection was accepted and registered."""
-        return self.hooks.add_function("on_connect", function)
-
-    def on_disconnect(self, function: F) -> F:
-        """Run `function(connection)` once after a connection ended."""
-        return self.hooks.add_function("on_disconnect", function)
-
-    def on_message(self, function: F) -> F:
-        """Run `function(connection, message)` before the endpoint gets a message of a peer."""
-        return self.hooks.add_function("on_message", function)
-
-    def on_subscribe(self, function: F) -> F:
-        """Run `function(connection, channel)` after a connection was subscribed to a channel."""
-        return self.hooks.add_function("on_subscribe", function)
-
-    def on_unsubscribe(self, function: F) -> F:
-        """Run `function(connection, channel)` after a connection left a channel."""
-        return self.hooks.add_function("on_unsubscribe", function)
-
-    def on_broadcast(self, function: F) -> F:
-        """Run `function(message, audience)` before each broadcast; it returns the message, another one, or `None`."""
-        return self.hooks.add_function("on_broadcast", function)
-
-    def on_deliver(self, function: F) -> F:
-        """Run `function(delivery)` before each broadcast reaches this node's recipients."""
-        return self.hooks.add_function("on_deliver", function)
-
-    def on_gap(self, function: F) -> F:
-        """Run `function(gap)` when messages from other nodes may be missing."""
-        return self.hooks.add_function("on_gap", function)
-
-    def on_error(self, function: F) -> F:
-        """Run `function(error, where)` when a hook failed."""
-        return self.hooks.add_function("on_error", function)
-
-
-class _BlockingWatch:
-    """Times each step of a hook between two awaits and names the hook that keeps the event loop."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    @contextmanager
-    def step(self) -> Generator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            seconds = time.perf_counter() - started
-            if seconds >= _BLOCKED_SECONDS:
-                logger.warning(
-                    "%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread",
-                    self._name,
-                    seconds,
-                )
-
-
-class _Stepped:
-    """An awaitable that runs another one step by step under a watch (the expansion of `yield from`, PEP 380)."""
-
-    def __init__(self, awaitable: Awaitable[Any], watch: _BlockingWatch) -> None:
-        self._awaitable = awaitable
-        self._watch = watch
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        steps = self._awaitable.__await__()
-        try:
-            with self._watch.step():
-                wanted = next(steps)
-            while True:
-                try:
-                    sent = yield wanted
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    with self._watch.step():
-                        wanted = steps.throw(error)
-                else:
-                    with self._watch.step():
-                        wanted = steps.send(sent)
-        except StopIteration as end:
-            return end.value
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -12,12 +12,14 @@ from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
+from wsbroadcast.connecting import Connecting
 from wsbroadcast.connection import Connection, find_connection
 from wsbroadcast.counters import Counters, Stats
+from wsbroadcast.decorators import HookDecorators
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.base import Engine, Health, Publication
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, LifecycleError
-from wsbroadcast.hooks import Hook, HookChain, HookDecorators
+from wsbroadcast.hooks import Hook, HookChain
 from wsbroadcast.loops import running_loop, wait_in_thread, without_waiting
 from wsbroadcast.membership import Headers
 from wsbroadcast.message import Message
@@ -109,9 +111,8 @@ class ConnectionManager(HookDecorators):
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         return Connecting(
-            self,
-            websocket,
             self._connect(websocket, user=user, channels=channels, info=info, subprotocol=subprotocol, headers=headers),
+            self.disconnect,
         )
 
     async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
@@ -443,42 +444,3 @@ class ConnectionManager(HookDecorators):
             await self._node.aclose()
         finally:
             await self._engine.aclose()
-
-
-class Connecting(Coroutine[Any, Any, Connection]):
-    """What `ConnectionManager.connect` returns: a coroutine, and an async context manager."""
-
-    __slots__ = ("_connect", "_connection", "_manager", "_websocket")
-
-    def __init__(
-        self, manager: ConnectionManager, websocket: WebSocket, connect: Coroutine[Any, Any, Connection]
-    ) -> None:
-        self._manager = manager
-        self._websocket = websocket
-        self._connect = connect
-
-    def __await__(self) -> Generator[Any, None, Connection]:
-        return self._connect.__await__()
-
-    # The rest of a coroutine, for `asyncio.create_task`.
-
-    def send(self, value: Any) -> Any:
-        """Resume it."""
-        return self._connect.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        """Raise an error where it waits."""
-        return self._connect.throw(*error)
-
-    def close(self) -> None:
-        """Give it up."""
-        self._connect.close()
-
-    async def __aenter__(self) -> Connection:
-        self._connection = await self._connect
-        return self._connection
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._manager.disconnect(self._connection)
