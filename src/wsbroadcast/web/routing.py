@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from string import Formatter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastapi import APIRouter, WebSocket, WebSocketException, params
 from starlette.routing import WebSocketRoute, compile_path
@@ -53,7 +53,7 @@ def create_router(
         ConfigurationError: If an option makes no sense.
     """
     router = APIRouter(lifespan=manager.lifespan)
-    endpoint = _make_endpoint(manager, path, channel, inbound, accepts, include_sender)
+    endpoint = _Endpoint(manager, path, channel, inbound, accepts, include_sender).open
     router.add_api_websocket_route(path, endpoint, name="wsbroadcast", dependencies=dependencies)
     return router
 
@@ -72,37 +72,44 @@ def create_routes(
     Raises:
         ConfigurationError: If an option makes no sense.
     """
-    endpoint = _make_endpoint(manager, path, channel, inbound, accepts, include_sender)
+    endpoint = _Endpoint(manager, path, channel, inbound, accepts, include_sender).open
     return [WebSocketRoute(path, endpoint, name="wsbroadcast")]
 
 
-def _make_endpoint(
-    manager: ConnectionManager,
-    path: str,
-    channel: str | None,
-    inbound: Inbound,
-    accepts: Accepts,
-    include_sender: bool,
-) -> Callable[[WebSocket], Any]:
-    if inbound not in ("broadcast", "handle", "ignore"):
-        raise ConfigurationError(f"inbound must be broadcast, handle or ignore, not {inbound!r}")
-    read = _READERS.get(accepts)
-    if read is None:
-        raise ConfigurationError(f"accepts must be any, text, bytes or json, not {accepts!r}")
-    pattern = _channel_pattern(path, channel)
+class _Endpoint:
+    """The endpoint behind a path: lets connections in, and does with their messages what the options say."""
 
-    async def endpoint(websocket: WebSocket) -> None:
-        name = _channel_of(websocket, pattern)
-        channels = () if name is None else (name,)
+    def __init__(
+        self,
+        manager: ConnectionManager,
+        path: str,
+        channel: str | None,
+        inbound: Inbound,
+        accepts: Accepts,
+        include_sender: bool,
+    ) -> None:
+        if inbound not in get_args(Inbound):
+            raise ConfigurationError(f"inbound must be broadcast, handle or ignore, not {inbound!r}")
+        if accepts not in get_args(Accepts):
+            raise ConfigurationError(f"accepts must be any, text, bytes or json, not {accepts!r}")
+        self._manager = manager
+        self._pattern = _channel_pattern(path, channel)
+        self._inbound = inbound
+        self._accepts = accepts
+        self._include_sender = include_sender
+
+    async def open(self, websocket: WebSocket) -> None:
+        """Serve one connection from its handshake to its end."""
+        name = _channel_of(websocket, self._pattern)
         try:
-            connection = await manager.connect(websocket, channels=channels)
+            connection = await self._manager.connect(websocket, channels=() if name is None else (name,))
         except (ConnectionClosed, PermissionDenied):
             return  # gone, or closed already
         except InvalidChannel as error:
             raise WebSocketException(CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}") from error
         code, reason = CloseCode.INTERNAL_ERROR, ""
         try:
-            await _serve(connection, name)
+            await self._serve(connection, name)
             code = CloseCode.NORMAL
         except ConnectionClosed:
             pass
@@ -114,23 +121,22 @@ def _make_endpoint(
             if connection.is_open:
                 await connection.close(code, reason)
 
-    async def _serve(connection: Connection, name: str | None) -> None:
-        if inbound == "ignore":
+    async def _serve(self, connection: Connection, name: str | None) -> None:
+        if self._inbound == "ignore":
             await connection.wait_closed()
             return
-        exclude = () if include_sender else (connection,)
+        exclude = () if self._include_sender else (connection,)
+        read = _READERS[self._accepts]
         while True:
             message = await read(connection)
-            if inbound == "handle":
+            if self._inbound == "handle":
                 continue
-            if accepts == "json":
+            if self._accepts == "json":
                 message = Message.json(message)  # a JSON string goes out as one, not as bare text
             if name is None:
-                await manager.broadcast(message, exclude=exclude)
+                await self._manager.broadcast(message, exclude=exclude)
             elif name in connection.channels:  # who was unsubscribed from it has nobody to talk to
-                await manager.broadcast(message, channel=name, exclude=exclude)
-
-    return endpoint
+                await self._manager.broadcast(message, channel=name, exclude=exclude)
 
 
 _READERS: dict[str, Callable[[Connection], Any]] = {
