@@ -57,7 +57,7 @@ class Stats:
     """Messages handed over to connections: one broadcast to ten connections is ten."""
     dropped: dict[str, int]
     """Messages that were handed over and will not arrive, by reason: a slow-consumer policy, or `closed` for what
-    was still waiting when a connection ended."""
+    was still waiting when a connection ended, or found its socket gone."""
     evicted: dict[str, int]
     """Connections that were thrown out, by reason: `backlog_full` or `send_timeout`."""
     vetoed: int

@@ -21,7 +21,7 @@ from wsbroadcast.engines.base import Engine, Health, Publication
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, LifecycleError
 from wsbroadcast.hooks import Hook, HookChain
 from wsbroadcast.loops import running_loop, wait_in_thread, without_waiting
-from wsbroadcast.membership import Headers
+from wsbroadcast.membership import CLOSED, Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
 from wsbroadcast.options import Limits, SlowConsumer, check_positive
@@ -30,7 +30,6 @@ Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 """Who does not get a broadcast."""
 
 _NOBODY: frozenset[str] = frozenset()
-_CLOSED = "the manager is closed: `start` or `async with manager` runs it again"
 
 
 class ConnectionManager(HookDecorators):
@@ -406,7 +405,7 @@ class ConnectionManager(HookDecorators):
             message, audience, exclude = publication
             await self._node.dispatcher.ease(message.size, audience, exclude)
         if self._loop is None:  # closed meanwhile
-            raise LifecycleError(_CLOSED)
+            raise LifecycleError(CLOSED)
         return publication
 
     async def _transform(self, publication: Publication) -> Publication | None:
@@ -423,7 +422,7 @@ class ConnectionManager(HookDecorators):
         if loop is None:
             raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
         if self._is_closed:
-            raise LifecycleError(_CLOSED)
+            raise LifecycleError(CLOSED)
         if self._loop is not None and self._loop is not loop:
             if self._loop.is_running():
                 raise LifecycleError(

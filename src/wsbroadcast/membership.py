@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("wsbroadcast")
 
+CLOSED = "the manager is closed: `start` or `async with manager` runs it again"
+"""What an error says after `aclose`."""
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -109,7 +112,7 @@ class Membership:
 
     def _check_running(self) -> None:
         if self._is_ended:
-            raise LifecycleError("the manager is closed: `start` or `async with manager` runs it again")
+            raise LifecycleError(CLOSED)
 
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
         unannounced = list(reversed(channels))

@@ -153,6 +153,7 @@ async def test_nothing_is_written_after_the_end(end: str) -> None:
     bench.deliver("a")
     assert bench.written == b""
     assert bench.owner.lost_with == [1006]
+    assert bench.watch.counters.dropped == {"closed": 1}
 
 
 async def test_backlog_is_dropped_when_the_transport_closes_meanwhile() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
@@ -105,7 +105,7 @@ class Sink:
         """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
         self.enqueue(batch.messages)
 
-    def enqueue(self, messages: Iterable[Message]) -> None:
+    def enqueue(self, messages: Sequence[Message]) -> None:
         """Put messages into the backlog for the writer task."""
         if self.is_ended:
             return
@@ -116,7 +116,7 @@ class Sink:
             try:
                 dropped = backlog.push(message)
             except BacklogFull:
-                self._watch.counters.dropped["closed"] += 1 + sum(1 for _ in rest)
+                self.count_lost(1 + sum(1 for _ in rest))
                 self.owner.evict("backlog_full")
                 return
             if dropped:
@@ -179,9 +179,13 @@ class Sink:
             return
         while (item := backlog.pop()) is not None:
             if isinstance(item, Message):
-                self._watch.counters.dropped["closed"] += 1
+                self.count_lost(1)
             elif isinstance(item, AppSend) and not item.done.done():
                 item.done.set_exception(ConnectionClosed(ABNORMAL))
+
+    def count_lost(self, messages: int) -> None:
+        """Count messages that were handed over and don't arrive, because the connection has ended."""
+        self._watch.counters.dropped["closed"] += messages
 
     def end(self) -> None:
         """Write nothing any more: the peer is gone."""

@@ -41,6 +41,7 @@ class UvicornSink(Sink):
         elif not self._protocol.close_sent and not self._transport.is_closing():
             self._transport.write(batch.wires.get(self._form) or batch.wire(self._form))
         elif not self.is_ended:
+            self.count_lost(len(batch.messages))
             self.owner.lost(ABNORMAL, "")
 
     async def send_event(self, event: Event) -> None:
