@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from wsbroadcast import LifecycleError
-from wsbroadcast.loops import running_loop, wait_in_thread, without_waiting
+from wsbroadcast.loops import running_loop, submit, wait_elsewhere, wait_in_thread, without_waiting
 
 
 async def double(value: int) -> int:
@@ -101,3 +103,97 @@ def test_wait_in_thread_waits_longer_than_it_looks() -> None:
 
     with loop_in_thread() as loop:
         assert wait_in_thread(asyncio.run_coroutine_threadsafe(be_slow(), loop), loop) == "done"
+
+
+def test_wait_in_thread_ends_with_what_its_loop_cancels() -> None:
+    """As `asyncio.run` does with everything that is left at its end."""
+    waiting = threading.Event()
+
+    async def wait() -> None:
+        waiting.set()
+        await asyncio.get_running_loop().create_future()
+
+    async def cancel_all() -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+
+    with loop_in_thread() as loop:
+        future = submit(wait(), loop)
+        waiting.wait(5)
+        submit(cancel_all(), loop)
+        with pytest.raises(LifecycleError, match="event loop ended"):
+            wait_in_thread(future, loop)
+
+
+def test_submit_to_a_closed_loop_is_refused() -> None:
+    with loop_in_thread() as loop:
+        pass
+    with pytest.raises(LifecycleError, match="event loop ended"):
+        submit(double(1), loop)
+
+
+async def test_wait_elsewhere_returns_the_result_and_passes_errors_on() -> None:
+    async def fail() -> None:
+        raise KeyError("mine")
+
+    with loop_in_thread() as loop:
+        assert await wait_elsewhere(submit(double(4), loop), loop) == 8
+        with pytest.raises(KeyError, match="mine"):
+            await wait_elsewhere(submit(fail(), loop), loop)
+
+
+async def test_wait_elsewhere_cancels_what_it_waits_for() -> None:
+    waiting, cancelled = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        waiting.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    with loop_in_thread() as loop:
+        task = asyncio.create_task(wait_elsewhere(submit(wait(), loop), loop))
+        await asyncio.to_thread(waiting.wait, 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await asyncio.to_thread(cancelled.wait, 5)
+
+
+async def test_wait_elsewhere_ends_with_the_loop() -> None:
+    future: Future[None] = Future()
+    with loop_in_thread() as loop:
+        pass
+    with pytest.raises(LifecycleError, match="event loop ended"):
+        await wait_elsewhere(future, loop)
+    future = Future()
+    future.cancel()
+    with pytest.raises(LifecycleError, match="event loop ended"):
+        await wait_elsewhere(future, loop)
+
+
+def test_errors_from_another_thread_leave_no_cycle() -> None:
+    """Or else what the frames hold, a publisher for one, lives until the next collection."""
+
+    class Caller:
+        pass
+
+    async def fail() -> None:
+        raise KeyError("mine")
+
+    def call(caller: Caller) -> None:
+        with loop_in_thread() as loop:
+            wait_in_thread(submit(fail(), loop), loop)
+
+    caller = Caller()
+    gone = weakref.ref(caller)
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) as caught:
+            call(caller)
+        del caller, caught
+        assert gone() is None
+    finally:
+        gc.enable()

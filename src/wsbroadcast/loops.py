@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
+from types import TracebackType
 from typing import Any, TypeVar
 
 from wsbroadcast.exceptions import LifecycleError
 
 T = TypeVar("T")
+
+_ENDED = "the other thread's event loop ended before the call was done"
 
 
 def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
@@ -26,6 +29,39 @@ def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
     raise LifecycleError(f"{why}, and broadcast_nowait can't: await `broadcast`")
 
 
+class Patience:
+    """An async context manager that cuts its block off after so many seconds.
+
+    An event loop that was blocked meanwhile is not held against the block: the second half of the time begins when the
+    loop notices that the first is over, and what has arrived by then is read.
+
+    Raises:
+        TimeoutError: If the time is up.
+    """
+
+    __slots__ = ("_half", "_seconds", "_timeout")
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timeout = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+        self._half = asyncio.get_running_loop().call_later(self._seconds / 2, self._begin_second_half)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._half.cancel()
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {self._seconds:g} s") from error
+
+    def _begin_second_half(self) -> None:
+        self._timeout.reschedule(asyncio.get_running_loop().time() + self._seconds / 2)
+
+
 def running_loop() -> asyncio.AbstractEventLoop | None:
     """Return the event loop that runs in this thread, if there is one."""
     try:
@@ -34,18 +70,52 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+def submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Future[T]:
+    """Run a coroutine in the loop of another thread.
+
+    Raises:
+        LifecycleError: If that loop is closed.
+    """
+    try:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
+    except RuntimeError:
+        coroutine.close()
+        raise LifecycleError(_ENDED) from None
+
+
 def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop) -> T:
     """Block until a future of another thread's loop is done.
 
     Raises:
         LifecycleError: If that loop ends first.
     """
-    while True:
-        try:
-            return future.result(timeout=1)
-        except TimeoutError:
-            if future.done():
-                raise  # the call's own
-            if not loop.is_running():
-                future.cancel()
-                raise LifecycleError("the manager's event loop ended before the call was done") from None
+    while not wait([future], timeout=1).done:
+        if not loop.is_running():
+            future.cancel()
+            raise LifecycleError(_ENDED)
+    try:
+        return future.result()
+    except CancelledError:  # by `asyncio.run`, at whose end everything that is left is cancelled
+        raise LifecycleError(_ENDED) from None
+    finally:
+        del future  # an error would hold this frame, which holds the future, which holds the error
+
+
+async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop) -> T:
+    """Wait until a future of another thread's loop is done; cancelled, if this is.
+
+    Raises:
+        LifecycleError: If that loop ends first.
+    """
+    here = asyncio.wrap_future(future)
+    try:
+        while not here.done():
+            await asyncio.wait([here], timeout=1)
+            if not here.done() and not loop.is_running():
+                raise LifecycleError(_ENDED)
+        if here.cancelled():
+            raise LifecycleError(_ENDED)
+        return here.result()
+    finally:
+        here.cancel()
+        del here, future  # as above

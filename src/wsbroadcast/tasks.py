@@ -31,6 +31,12 @@ class Tasks:
         while pending := self._tasks - {asyncio.current_task()}:
             await asyncio.wait(pending)
 
+    async def cancel(self) -> None:
+        """Cut off all that run, and wait until they have ended."""
+        for task in self._tasks:
+            task.cancel()
+        await self.join()
+
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

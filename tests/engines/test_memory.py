@@ -30,6 +30,12 @@ class Node:
     def receive_nowait(self, publication: Publication) -> None:
         self.received.append(("at once", publication))
 
+    def is_ready(self, publication: Publication) -> bool:
+        return True
+
+    async def receive_paced(self, publication: Publication) -> None:
+        raise AssertionError("memory's publishers set their own pace")
+
     async def gap(self, gap: Gap) -> None:
         raise AssertionError("memory has no gap")
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from urllib.parse import urlsplit
 
 from wsbroadcast.engines.base import Engine
-from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError
 
-_SCHEMES: dict[str, type[Engine]] = {"memory": MemoryEngine}
+# The module and class by scheme. A module is imported when its scheme is used, because it imports a driver.
+_SCHEMES = {
+    "memory": ("memory", "MemoryEngine"),
+    "nats": ("nats", "NATSEngine"),
+    "postgres": ("postgres", "PostgresEngine"),
+    "postgresql": ("postgres", "PostgresEngine"),
+    "postgresql+asyncpg": ("postgres", "PostgresEngine"),
+    "postgresql+psycopg": ("postgres", "PostgresEngine"),
+    "redis": ("redis", "RedisEngine"),
+    "redis+cluster": ("redis", "RedisEngine"),
+    "redis+sentinel": ("redis", "RedisEngine"),
+    "redis+unix": ("redis", "RedisEngine"),
+    "rediss": ("redis", "RedisEngine"),
+    "rediss+cluster": ("redis", "RedisEngine"),
+    "rediss+sentinel": ("redis", "RedisEngine"),
+    "tls": ("nats", "NATSEngine"),
+    "unix": ("redis", "RedisEngine"),
+}
 
 
 def create_engine(engine: str | Engine) -> Engine:
@@ -16,6 +33,7 @@ def create_engine(engine: str | Engine) -> Engine:
 
     Raises:
         ConfigurationError: If no engine has the URL's scheme. The URL itself is not repeated: it may hold a password.
+        MissingDependency: If the engine's driver isn't installed.
     """
     if isinstance(engine, Engine):
         return engine
@@ -28,4 +46,6 @@ def create_engine(engine: str | Engine) -> Engine:
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
         raise ConfigurationError(f"no engine for a URL with the scheme {scheme!r}; known are {known}")
-    return _SCHEMES[scheme].from_url(engine)
+    module, name = _SCHEMES[scheme]
+    kind: type[Engine] = getattr(import_module(f"wsbroadcast.engines.{module}"), name)
+    return kind.from_url(engine)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 from wsbroadcast.audience import Audience
+from wsbroadcast.counters import EngineStats
+from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.message import Message
+from wsbroadcast.options import Limits
 
 
 class Publication(NamedTuple):
@@ -18,6 +21,27 @@ class Publication(NamedTuple):
     audience: Audience
     exclude: frozenset[str] = frozenset()
     """Ids of connections that don't get it, wherever they are."""
+    close_code: int | None = None
+    """If set, the audience's connections are closed with this code, and the message is the reason."""
+
+    @classmethod
+    def of(
+        cls,
+        message: object,
+        channel: object,
+        user: object,
+        key: str | None,
+        limits: Limits,
+        exclude: frozenset[str] = frozenset(),
+    ) -> Self:
+        """Build what the arguments of a broadcast say.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON, or is too large.
+            ValueError: If the channel (`InvalidChannel`) or user is none, or both are given.
+        """
+        audience = Audience.of(channel, user)
+        return cls(Message.of(message, key).within(limits.max_message_bytes), audience, exclude)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +75,33 @@ class Receiver(Protocol):
     def receive_nowait(self, publication: Publication) -> None:
         """Deliver it without awaiting; only hooks that are plain functions can run."""
 
+    def is_ready(self, publication: Publication) -> bool:
+        """Tell whether it can be delivered by `receive_nowait` now: no hook has to run, the crowd is not behind."""
+
+    def receive_paced(self, publication: Publication) -> Coroutine[Any, Any, None]:
+        """Deliver it at the pace of the crowd here; for engines whose publishers are on other nodes."""
+
     def gap(self, gap: Gap) -> Coroutine[Any, Any, None]:
         """Messages of other nodes are missing."""
+
+
+@runtime_checkable
+class Transactional(Protocol):
+    """What an engine can do whose broker is the app's database."""
+
+    def publish_in(self, transaction: object, publication: Publication) -> Coroutine[Any, Any, None]:
+        """Publish as part of a transaction of the caller's: a commit sends it, a rollback doesn't.
+
+        Raises:
+            ConfigurationError: If the object is no connection or session that the engine knows.
+        """
 
 
 class Engine(ABC):
     """Carries publications from the node where they are made to every node that wants them, this one included.
 
-    At most once per node; per audience in the order in which the engine took them, the same on every node.
+    At most once per node; per audience in the order in which the engine took them, the same on every node. An engine
+    that can promise only the order of each publishing node, as NATS, says so.
     """
 
     name: str
@@ -75,18 +118,42 @@ class Engine(ABC):
 
     @abstractmethod
     async def start(self, receiver: Receiver) -> None:
-        """Begin to hand publications to the receiver."""
+        """Begin to hand publications to the receiver.
+
+        A broker that can't be reached is no error, unless the engine was told to fail fast: it starts degraded, says so
+        in `health()`, and heals by itself.
+
+        Raises:
+            ConfigurationError: If the broker refuses us: a wrong password, a missing permission.
+            EngineUnavailable: If the broker can't be reached and the engine fails fast.
+        """
 
     @abstractmethod
     async def aclose(self) -> None:
         """Stop; nothing reaches the receiver afterwards. Idempotent."""
+
+    def subscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # for some engines nothing is right
+        """Want publications to these audiences from now on; returns at once, `confirmed` waits.
+
+        An engine that brings every publication to every node has nothing to do here.
+        """
+
+    def unsubscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027
+        """No longer want publications to these audiences: nobody here is in them any more."""
+
+    async def confirmed(self, audiences: Iterable[Audience]) -> None:  # noqa: B027
+        """Return when every later publication to these wanted audiences, on any node, arrives here.
+
+        During an outage it returns at once: the audiences are wanted, and subscribed when the broker is back. What was
+        missed until then is announced as a gap.
+        """
 
     @abstractmethod
     async def publish(self, publication: Publication) -> None:
         """Return once the engine has taken the publication.
 
         Raises:
-            EngineUnavailable: If the broker can't be reached; nothing was sent.
+            EngineUnavailable: If the broker can't be reached; nothing was sent, or the text says that it isn't known.
         """
 
     @abstractmethod
@@ -97,6 +164,21 @@ class Engine(ABC):
             EngineUnavailable: If the broker is known to be out of reach; nothing was sent.
         """
 
+    def stats(self) -> EngineStats:
+        """Return what was counted."""
+        return EngineStats()
+
     @abstractmethod
     async def health(self) -> Health:
         """Tell whether publications arrive, by sending one to ourselves."""
+
+
+def transactional(engine: Engine) -> Transactional:
+    """Return the engine itself, if it can publish inside a transaction.
+
+    Raises:
+        ConfigurationError: If it can't.
+    """
+    if not isinstance(engine, Transactional):
+        raise ConfigurationError(f"the {engine.name} engine can't publish inside a transaction, Postgres can")
+    return engine

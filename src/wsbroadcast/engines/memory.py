@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from typing import Any, Self
 
 from wsbroadcast.engines.base import Engine, Health, Publication, Receiver
+from wsbroadcast.engines.workers import warn_of_several_workers
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 
 
@@ -25,7 +26,8 @@ class MemoryEngine(Engine):
         return cls()
 
     async def start(self, receiver: Receiver) -> None:
-        """Begin to hand publications to the receiver."""
+        """Begin to hand publications to the receiver; warn if this is one of several processes."""
+        warn_of_several_workers()
         self._receiver = receiver
 
     async def aclose(self) -> None:

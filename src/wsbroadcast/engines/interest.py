@@ -1,0 +1,192 @@
+"""Names that are wanted against names that the broker holds for us: a transition table. No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from enum import Enum
+
+
+class Holding(Enum):
+    """Where a name stands between us and the broker; a name that is in none of these states is not there."""
+
+    WANTED = "wanted"
+    """Somebody here wants it; the broker was not asked yet."""
+    ASKED = "asked"
+    """The broker was asked and has not confirmed."""
+    DOUBTED = "doubted"
+    """Asked for, and no longer wanted."""
+    HELD = "held"
+    """Confirmed: everything published to it arrives."""
+    LINGERING = "lingering"
+    """Held, and no longer wanted: given a moment in case somebody comes back."""
+    RELEASING = "releasing"
+    """The broker was asked to end it."""
+    REFUSED = "refused"
+    """Wanted, and forbidden to us by the broker; the next connection will ask again."""
+    REGRETTED = "regretted"
+    """The broker was asked to end it, and it is wanted again."""
+
+
+class _Step(Enum):
+    WANT = "want"
+    UNWANT = "unwant"
+    ASK = "ask"
+    CONFIRM = "confirm"
+    REFUSE = "refuse"
+    RELEASE = "release"
+    RELEASED = "released"
+    LOSE = "lose"
+
+
+_H, _S = Holding, _Step
+_TRANSITIONS: dict[tuple[Holding | None, _Step], Holding | None] = {
+    (None, _S.WANT): _H.WANTED,
+    (None, _S.UNWANT): None,
+    (_H.WANTED, _S.WANT): _H.WANTED,
+    (_H.WANTED, _S.UNWANT): None,
+    (_H.WANTED, _S.ASK): _H.ASKED,
+    (_H.WANTED, _S.LOSE): _H.WANTED,
+    (_H.ASKED, _S.WANT): _H.ASKED,
+    (_H.ASKED, _S.UNWANT): _H.DOUBTED,
+    (_H.ASKED, _S.CONFIRM): _H.HELD,
+    (_H.ASKED, _S.REFUSE): _H.REFUSED,
+    (_H.ASKED, _S.LOSE): _H.WANTED,
+    (_H.DOUBTED, _S.WANT): _H.ASKED,
+    (_H.DOUBTED, _S.UNWANT): _H.DOUBTED,
+    (_H.DOUBTED, _S.CONFIRM): _H.LINGERING,
+    (_H.DOUBTED, _S.REFUSE): None,
+    (_H.DOUBTED, _S.LOSE): None,
+    (_H.REFUSED, _S.WANT): _H.REFUSED,
+    (_H.REFUSED, _S.UNWANT): None,
+    (_H.REFUSED, _S.LOSE): _H.WANTED,
+    (_H.HELD, _S.WANT): _H.HELD,
+    (_H.HELD, _S.UNWANT): _H.LINGERING,
+    (_H.HELD, _S.LOSE): _H.WANTED,
+    (_H.LINGERING, _S.WANT): _H.HELD,
+    (_H.LINGERING, _S.UNWANT): _H.LINGERING,
+    (_H.LINGERING, _S.RELEASE): _H.RELEASING,
+    (_H.LINGERING, _S.LOSE): None,
+    (_H.RELEASING, _S.WANT): _H.REGRETTED,
+    (_H.RELEASING, _S.UNWANT): _H.RELEASING,
+    (_H.RELEASING, _S.RELEASED): None,
+    (_H.RELEASING, _S.LOSE): None,
+    (_H.REGRETTED, _S.WANT): _H.REGRETTED,
+    (_H.REGRETTED, _S.UNWANT): _H.RELEASING,
+    (_H.REGRETTED, _S.RELEASED): _H.WANTED,
+    (_H.REGRETTED, _S.LOSE): _H.WANTED,
+}
+
+
+_UNSETTLED = {Holding.WANTED, Holding.ASKED, Holding.REGRETTED}
+
+
+class Interest:
+    """What a node wants of the broker and what it has.
+
+    Whoever talks to the broker asks for what `ask` returns and says `confirm`, ends what `release` returns and says
+    `released`, and says `lost` when the connection is gone. Wanting and no longer wanting may come at any moment.
+
+    Args:
+        linger: Seconds for which a name that nobody wants any more is held.
+    """
+
+    def __init__(self, linger: float) -> None:
+        self._linger = linger
+        self._states: dict[str, Holding] = {}
+        # The names in WANTED, in the order in which they came: those that the broker will be asked for.
+        self._wanted: dict[str, None] = {}
+        # When lingering ends, by name, and in the order of the ends; an end that isn't the name's any more is skipped.
+        self._ends: dict[str, float] = {}
+        self._queue: deque[tuple[float, str]] = deque()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._states
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def state_of(self, name: str) -> Holding | None:
+        """Return where a name stands; `None` if it is neither wanted nor held."""
+        return self._states.get(name)
+
+    def are_settled(self, names: Iterable[str]) -> bool:
+        """Tell whether none of these is wanted and not yet confirmed by the broker."""
+        return not any(self._states.get(name) in _UNSETTLED for name in names)
+
+    def want(self, name: str) -> None:
+        """Somebody here wants it."""
+        self._step(name, _Step.WANT)
+
+    def unwant(self, name: str, now: float) -> None:
+        """Nobody here wants it any more."""
+        self._step(name, _Step.UNWANT, now)
+
+    def ask(self) -> list[str]:
+        """Return the names to ask the broker for, each once."""
+        names = list(self._wanted)
+        for name in names:
+            self._step(name, _Step.ASK)
+        return names
+
+    def confirm(self, names: Iterable[str], now: float) -> None:
+        """The broker has confirmed names that it was asked for."""
+        for name in names:
+            self._step(name, _Step.CONFIRM, now)
+
+    def refuse(self, name: str) -> None:
+        """The broker has refused a name that it was asked for."""
+        self._step(name, _Step.REFUSE)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `ask` has something to return."""
+        return bool(self._wanted)
+
+    @property
+    def next_release(self) -> float | None:
+        """When `release` may next have something to return."""
+        return self._queue[0][0] if self._queue else None
+
+    def release(self, now: float) -> list[str]:
+        """Return the names that have lingered long enough, each once: the broker shall end them."""
+        names = []
+        while self._queue and self._queue[0][0] <= now:
+            end, name = self._queue.popleft()
+            if self._ends.get(name) == end:
+                self._step(name, _Step.RELEASE)
+                names.append(name)
+        return names
+
+    def released(self, names: Iterable[str]) -> None:
+        """The broker has ended names."""
+        for name in names:
+            self._step(name, _Step.RELEASED)
+
+    def lost(self) -> None:
+        """The connection is gone and everything the broker held with it; what is wanted is to be asked for again."""
+        for name in list(self._states):
+            self._step(name, _Step.LOSE)
+        self._queue.clear()
+
+    def _step(self, name: str, step: _Step, now: float = 0.0) -> None:
+        state = self._states.get(name)
+        try:
+            after = _TRANSITIONS[state, step]
+        except KeyError:
+            raise RuntimeError(f"a name that is {state and state.value} can't {step.value}") from None
+        if after is state:
+            return
+        if after is None:
+            del self._states[name]
+        else:
+            self._states[name] = after
+        if after is Holding.WANTED:
+            self._wanted[name] = None
+        elif state is Holding.WANTED:
+            del self._wanted[name]
+        if after is Holding.LINGERING:
+            self._ends[name] = now + self._linger
+            self._queue.append((self._ends[name], name))
+        elif state is Holding.LINGERING:
+            del self._ends[name]

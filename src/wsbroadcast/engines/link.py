@@ -1,0 +1,89 @@
+"""One connection to a broker: opened, used, lost, thrown away. What a new broker engine has to write."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Parcel(NamedTuple):
+    """What travels through a broker."""
+
+    name: str
+    """The name of an audience at the broker, as `AudienceNames` makes it."""
+    envelope: bytes
+    """The envelope, any bytes."""
+
+
+class Inlet(Protocol):
+    """Where a link hands over what comes from the broker. Synchronous: a link never waits for a slow node."""
+
+    def take(self, name: str, envelope: bytes) -> None:
+        """Take one envelope, in the order in which the broker sent them."""
+
+    def missed(self, why: str) -> None:
+        """Take note that messages are missing although the link lives on, such as those a full buffer dropped."""
+
+
+class Link(ABC):
+    """One connection to a broker, or one to publish and one to receive.
+
+    The supervisor opens it, runs `read`, and when anything fails, calls `abort` and makes a new one: a link neither
+    reconnects nor resubscribes, and never sends again what it could not send. Every call has a timeout outside; being
+    cancelled anywhere must leave nothing behind that `abort` doesn't end.
+    """
+
+    max_envelope_bytes: int = 512 * 1024 * 1024
+    """The largest envelope the broker takes; read once the link is open."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect and authenticate.
+
+        Raises:
+            ConfigurationError: If the broker refuses us, which trying again doesn't mend: password, permission.
+            Exception: Any other means that the broker can't be reached now.
+        """
+
+    @abstractmethod
+    async def read(self, inlet: Inlet) -> None:
+        """Hand what arrives to the inlet until the connection is lost; runs as a task while the link is used.
+
+        Raises:
+            Exception: Why it was lost. It never returns otherwise.
+        """
+
+    @abstractmethod
+    async def subscribe(self, names: Sequence[str]) -> None:
+        """Receive what is published to these names; returns once the broker has confirmed each.
+
+        `subscribe` and `unsubscribe` are never called at the same time as each other, but while `read` and `publish`
+        run.
+
+        Raises:
+            ConfigurationError: If the broker forbids a name to us.
+        """
+
+    @abstractmethod
+    async def unsubscribe(self, names: Sequence[str]) -> None:
+        """Receive it no more; returns once the broker has confirmed, so that a later `subscribe` can't be confused."""
+
+    @abstractmethod
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+        """Publish in this order, in one go; returns once the broker has taken them. Never called concurrently.
+
+        Returns:
+            For each parcel what the broker refused it with, or `None`.
+
+        Raises:
+            Exception: If the connection was lost; whether the broker took them isn't known.
+        """
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Drop the connection now, without waiting for the broker; idempotent.
+
+        Nothing that is still in a buffer may reach the broker later: the socket is closed with a reset
+        (`reset_on_close`), because a kernel goes on sending after a partition what a closed socket had left.
+        """

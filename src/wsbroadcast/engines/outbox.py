@@ -1,0 +1,133 @@
+"""What a node publishes, on its way to the broker: the publications of one turn of the loop go out together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from wsbroadcast.counters import EngineCounters
+from wsbroadcast.engines.link import Link, Parcel
+from wsbroadcast.exceptions import EngineUnavailable
+from wsbroadcast.loops import Patience
+
+logger = logging.getLogger("wsbroadcast")
+
+# What one call of `Link.publish` gets at most, so that its timeout is for something that can be done in time.
+_BATCH_PARCELS = 512
+_BATCH_BYTES = 4 * 1024 * 1024
+
+# What `broadcast_nowait` may leave waiting; whoever awaits holds the message anyway.
+_MAX_WAITING_BYTES = 16 * 1024 * 1024
+
+
+class Outbox:
+    """Parcels in the order of the calls, and who waits for the broker to take them.
+
+    Nothing outlives the connection it was meant for: `fail` tells everybody that waits.
+    """
+
+    def __init__(self, timeout: float, counters: EngineCounters) -> None:
+        self._timeout = timeout
+        self._counters = counters
+        self._waiting: list[tuple[Parcel, asyncio.Future[None] | None]] = []
+        self._in_flight: Sequence[tuple[Parcel, asyncio.Future[None] | None]] = ()
+        self._bytes = 0
+        self._filled = asyncio.Event()
+        self._emptied = asyncio.Event()
+
+    def put(self, parcel: Parcel) -> asyncio.Future[None]:
+        """Put a parcel at the end; the future is done when the broker has taken it."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._append(parcel, future)
+        return future
+
+    def put_first(self, parcel: Parcel) -> asyncio.Future[None]:
+        """Put a parcel before all that wait, because nothing has to come before it."""
+        future = self.put(parcel)
+        self._waiting.insert(0, self._waiting.pop())
+        return future
+
+    def put_nowait(self, parcel: Parcel) -> None:
+        """Put a parcel at the end; if the broker doesn't take it, that is counted and logged.
+
+        Raises:
+            EngineUnavailable: If too much is waiting; nothing was sent.
+        """
+        if self._bytes > _MAX_WAITING_BYTES:
+            self._counters.publish_failures += 1
+            raise EngineUnavailable(f"{self._bytes} bytes wait for the broker already, which doesn't keep up")
+        self._append(parcel, None)
+
+    def _append(self, parcel: Parcel, future: asyncio.Future[None] | None) -> None:
+        self._waiting.append((parcel, future))
+        self._bytes += len(parcel.envelope)
+        self._filled.set()
+
+    async def send(self, link: Link) -> None:
+        """Publish what comes, until the link fails; runs as a task while the link is used."""
+        while True:
+            await self._filled.wait()
+            batch = self._in_flight = self._take()
+            if batch:
+                await self._publish(link, batch)
+                self._in_flight = ()
+            if not self._waiting:
+                self._emptied.set()
+
+    async def _publish(self, link: Link, batch: Sequence[tuple[Parcel, asyncio.Future[None] | None]]) -> None:
+        async with Patience(self._timeout):
+            refusals = await link.publish([parcel for parcel, _ in batch])
+        for (_, future), refusal in zip(batch, refusals, strict=True):
+            if refusal is not None:
+                self._refuse(future, refusal)
+            elif future is not None and not future.done():
+                future.set_result(None)
+
+    async def wait_empty(self) -> None:
+        """Wait until the broker has taken everything, or it has failed."""
+        while self._waiting or self._in_flight:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def fail(self, why: str) -> None:
+        """The link is lost: tell everybody who waits, and forget their parcels, so that none arrives late."""
+        in_flight, self._in_flight = self._in_flight, ()
+        waiting, self._waiting = self._waiting, []
+        self._bytes = 0
+        self._filled.clear()
+        self._emptied.set()
+        unknown = "whether the broker took the message isn't known"
+        lost = sum(future is None for _, future in (*in_flight, *waiting))
+        for some, consequence in ((in_flight, unknown), (waiting, "nothing was sent")):
+            for _, future in some:
+                self._counters.publish_failures += 1
+                _tell(future, EngineUnavailable(f"{why}; {consequence}"))
+        if lost:
+            logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
+
+    def _take(self) -> Sequence[tuple[Parcel, asyncio.Future[None] | None]]:
+        size = count = 0
+        for parcel, _ in self._waiting:
+            count += 1
+            size += len(parcel.envelope)
+            if count == _BATCH_PARCELS or size >= _BATCH_BYTES:
+                break
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._bytes -= size
+        if not self._waiting:
+            self._filled.clear()
+        return [each for each in batch if each[1] is None or not each[1].cancelled()]  # whose caller has not given up
+
+    def _refuse(self, future: asyncio.Future[None] | None, error: Exception) -> None:
+        self._counters.publish_failures += 1
+        if future is None:
+            logger.error("not published, of broadcast_nowait: 1, because %s", error)
+        else:
+            _tell(future, error)
+
+
+def _tell(future: asyncio.Future[None] | None, error: Exception) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)
+        future.exception()  # looked at: who was cancelled meanwhile leaves nobody to complain to

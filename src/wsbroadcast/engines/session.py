@@ -1,0 +1,336 @@
+"""A broker engine between its start and its end: what goes to the broker, what comes from it, and how well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterable
+from secrets import token_urlsafe
+
+from wsbroadcast.audience import Audience
+from wsbroadcast.counters import EngineCounters
+from wsbroadcast.engines.base import Gap, Health, Publication, Receiver
+from wsbroadcast.engines.envelope import BadEnvelope, Origin, decode, encode
+from wsbroadcast.engines.freshness import Freshness
+from wsbroadcast.engines.inbox import Inbox
+from wsbroadcast.engines.interest import Interest
+from wsbroadcast.engines.link import Link, Parcel
+from wsbroadcast.engines.names import AudienceNames
+from wsbroadcast.engines.outbox import Outbox
+from wsbroadcast.engines.supervisor import Supervisor, Timing
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MessageTooLarge
+from wsbroadcast.loops import Patience
+from wsbroadcast.tasks import Tasks
+
+logger = logging.getLogger("wsbroadcast")
+
+# One warning about bad envelopes in this many seconds: whoever sends garbage sends much.
+_WARN_SECONDS = 60.0
+
+# Messages that are missed while the link lives on are reported as one gap, this long after the first.
+_MISSED_SECONDS = 1.0
+
+
+class Session:
+    """One node's life at a broker, in one event loop.
+
+    Args:
+        engine: The engine's name, for health, gaps and logs.
+        where: The engine and its broker's address, for logs and errors.
+        names: How audiences are called at the broker.
+        new_link: Makes a link that isn't open yet.
+        timing: How long to wait for the broker.
+        max_message_bytes: The largest payload that is taken from the broker.
+        receiver: The node.
+        counters: What is counted.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        where: str,
+        names: AudienceNames,
+        new_link: Callable[[], Link],
+        timing: Timing,
+        max_message_bytes: int,
+        receiver: Receiver,
+        counters: EngineCounters,
+    ) -> None:
+        self._engine = engine
+        self._where = where
+        self._names = names
+        self._max_message_bytes = max_message_bytes
+        self._receiver = receiver
+        self._counters = counters
+        self._timing = timing
+        self._loop = asyncio.get_running_loop()
+        self._process = os.getpid()
+        self._node = token_urlsafe(9)
+        self._published = 0
+        self._audiences: dict[str, Audience] = {}
+        # Names that are wanted and that the broker forbids us.
+        self._refusals: dict[str, ConfigurationError] = {}
+        self._freshness = Freshness()
+        self._inbox = Inbox(receiver, self.missed)
+        self._outbox = Outbox(timing.request_timeout, counters)
+        self._interest = Interest(timing.linger)
+        self._supervisor = Supervisor(new_link, timing, self._interest, self._outbox, self, self)
+        self._tasks = Tasks()
+        # The name under which this node sends messages to itself, and those that are on their way.
+        self._echo_name = names.of_node(self._node)
+        self._echoes: dict[bytes, asyncio.Future[None]] = {}
+        self._echoes_sent = 0
+        # Why there is no link, and since when messages may be missing.
+        self._trouble = "not connected yet"
+        self._down_since: float | None = self._loop.time()
+        self._was_up = False
+        self._is_started = False
+        self._last_sign = self._loop.time()
+        # The timer of a gap that is about to be reported, and since when messages are missing.
+        self._missed: tuple[asyncio.TimerHandle, float] | None = None
+        self._warned_at = -_WARN_SECONDS
+        self._running: asyncio.Task[None] | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its event loop still runs; a process that was forked off has only a copy, which doesn't."""
+        return self._process == os.getpid() and self._loop.is_running()
+
+    async def start(self, *, fail_fast: bool) -> None:
+        """Try to reach the broker once, and go on trying; what `Engine.start` promises."""
+        tried: asyncio.Future[Exception | None] = self._loop.create_future()
+        self._interest.want(self._echo_name)
+
+        def first(error: Exception | None) -> None:
+            if not tried.done():
+                tried.set_result(error)
+
+        self._running = self._tasks.spawn(self._supervisor.run(first), f"{self._engine} engine")
+        try:
+            error = await tried
+        except BaseException:
+            await self.aclose()
+            raise
+        if error is None:
+            self._is_started = True
+            return
+        if isinstance(error, ConfigurationError) or fail_fast:
+            await self.aclose()
+            if isinstance(error, ConfigurationError):
+                raise error
+            raise EngineUnavailable(f"{self._where} can't be reached: {self._trouble}") from error
+        self._is_started = True
+        self._log_trouble()
+
+    async def aclose(self) -> None:
+        """Publish what waits, if that goes quickly, and end."""
+        if self._running is None:
+            return
+        try:
+            if self._supervisor.link is not None:
+                async with Patience(self._timing.request_timeout):
+                    await self._outbox.wait_empty()
+        except TimeoutError:
+            pass
+        finally:
+            running, self._running = self._running, None
+            running.cancel()
+            if self._missed is not None:
+                self._missed[0].cancel()
+            self._outbox.fail(f"the {self._engine} engine was stopped")
+            self._fail_echoes("stopped")
+            await self._inbox.aclose()
+            await self._tasks.join()  # among them `running`, which awaits its own
+
+    # To the broker.
+
+    async def publish(self, publication: Publication) -> None:
+        """Return once the broker has taken it."""
+        await self._outbox.put(self._parcel(publication))
+
+    def publish_nowait(self, publication: Publication) -> None:
+        """Hand it over; that it failed is counted and logged."""
+        self._outbox.put_nowait(self._parcel(publication))
+
+    def _parcel(self, publication: Publication) -> Parcel:
+        link = self._supervisor.link
+        if link is None:
+            self._counters.publish_failures += 1
+            raise EngineUnavailable(f"{self._where} is out of reach ({self._trouble}); nothing was sent")
+        if publication.message.size > self._max_message_bytes:  # the other nodes would drop it
+            raise MessageTooLarge(publication.message.size, self._max_message_bytes)
+        self._published += 1
+        envelope = encode(publication, Origin(self._node, self._published))
+        if len(envelope) > link.max_envelope_bytes:
+            overhead = len(envelope) - publication.message.size
+            raise MessageTooLarge(publication.message.size, link.max_envelope_bytes - overhead)
+        return Parcel(self._names.of(publication.audience), envelope)
+
+    def subscribe(self, audiences: Iterable[Audience]) -> None:
+        """Want publications to these audiences."""
+        for audience in audiences:
+            name = self._names.of(audience)
+            self._audiences[name] = audience
+            self._interest.want(name)
+        self._supervisor.reconcile()
+
+    def unsubscribe(self, audiences: Iterable[Audience]) -> None:
+        """No longer want them."""
+        for audience in audiences:
+            name = self._names.of(audience)
+            self._audiences.pop(name, None)
+            self._refusals.pop(name, None)
+            self._interest.unwant(name, self._loop.time())
+        self._supervisor.reconcile()
+
+    async def confirmed(self, audiences: Iterable[Audience]) -> None:
+        """Wait until the broker has confirmed, or is out of reach."""
+        names = [self._names.of(audience) for audience in audiences]
+        await self._supervisor.wait_settled(names)
+        if self._refusals:
+            for name in names:
+                if name in self._refusals:
+                    raise self._refusals[name]
+
+    # From the broker: the inlet of its link.
+
+    def take(self, name: str, envelope: bytes) -> None:
+        """Deliver an envelope, if it is a good one."""
+        self._last_sign = self._loop.time()
+        audience = self._audiences.get(name)
+        if audience is None:
+            self._take_other(name, envelope)
+            return
+        try:
+            publication, origin = decode(envelope, audience, self._max_message_bytes)
+            if origin is not None:
+                if origin.node == self._node and origin.seq > self._published:
+                    raise BadEnvelope("forged")
+                if not self._freshness.is_fresh(origin, name):
+                    raise BadEnvelope("stale")
+        except BadEnvelope as bad:
+            self._drop(str(bad), name, len(envelope))
+        else:
+            self._inbox.put(publication)
+
+    def _take_other(self, name: str, envelope: bytes) -> None:
+        if name == self._echo_name:
+            echo = self._echoes.pop(envelope, None)
+            if echo is None:
+                self._drop("echo", name, len(envelope))
+            elif not echo.done():
+                echo.set_result(None)
+        elif name not in self._interest:  # else it is on its way out: nobody is there any more
+            self._drop("unknown_name", name, len(envelope))
+
+    def _drop(self, reason: str, name: str, size: int) -> None:
+        self._counters.bad_envelopes[reason] += 1
+        now = self._loop.time()
+        if now - self._warned_at >= _WARN_SECONDS:
+            self._warned_at = now
+            logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)
+
+    def missed(self, why: str) -> None:
+        """Report messages that are missing although the link lives on; many such reports are one gap."""
+        if self._missed is None:
+            since = self._last_sign
+
+            def report() -> None:
+                self._missed = None
+                self._report_gap(self._loop.time() - since, why)
+
+            self._missed = (self._loop.call_later(_MISSED_SECONDS, report), since)
+
+    # How well: what the supervisor says.
+
+    def up(self) -> None:
+        """The link is in use: if there was none before, messages are missing."""
+        since, self._down_since = self._down_since, None
+        late, self._was_up = self._was_up, True
+        if since is None:
+            return
+        if late:
+            self._counters.reconnects += 1
+        if late or self._trouble != "not connected yet":
+            self._report_gap(self._loop.time() - since, self._trouble)
+        self._trouble = ""
+
+    def down(self, why: str) -> None:
+        """The link is lost, or there was none."""
+        if self._down_since is None:
+            self._down_since = self._last_sign
+        if self._missed is not None:  # one gap for both
+            timer, since = self._missed
+            timer.cancel()
+            self._missed = None
+            self._down_since = min(self._down_since, since)
+        is_new, self._trouble = why != self._trouble, why
+        if is_new and self._is_started:  # else `start` tells, if it doesn't raise
+            self._log_trouble()
+        self._fail_echoes(why)
+
+    def _log_trouble(self) -> None:
+        logger.warning("%s is out of reach (%s); trying again until it is back", self._where, self._trouble)
+
+    def _report_gap(self, seconds: float, why: str) -> None:
+        self._counters.gaps += 1
+        logger.warning("%s: messages of the last %.1f s may be missing (%s)", self._where, seconds, why)
+        self._tasks.spawn(self._receiver.gap(Gap(self._engine, seconds)), "on_gap hooks")
+
+    def refused(self, name: str, error: ConfigurationError) -> None:
+        """The broker forbids us a name; without our own nothing works."""
+        if name == self._echo_name:
+            raise error
+        self._interest.refuse(name)
+        if name in self._audiences:
+            self._refusals[name] = error
+        logger.error("%s: %s", self._where, error)
+
+    async def probe(self) -> None:
+        """Find out whether messages arrive: an echo, or whatever comes while we wait for it.
+
+        Raises:
+            TimeoutError: If nothing comes.
+            EngineError: If it could not be sent.
+        """
+        began = self._loop.time()
+        try:
+            await self.echo()
+        except TimeoutError:
+            if self._last_sign <= began:
+                raise
+
+    async def echo(self) -> None:
+        """Send a message to ourselves through the broker and wait until it is back.
+
+        Raises:
+            TimeoutError: If it isn't back in time.
+            EngineUnavailable: If it could not be sent.
+        """
+        self._echoes_sent += 1
+        token = b"%d" % self._echoes_sent
+        echo = self._echoes[token] = self._loop.create_future()
+        try:
+            async with Patience(self._timing.request_timeout):
+                await self._outbox.put_first(Parcel(self._echo_name, token))
+                await echo
+        finally:
+            self._echoes.pop(token, None)
+
+    async def health(self) -> Health:
+        """Tell whether an echo comes back."""
+        if self._supervisor.link is None:
+            return Health(self._engine, False, self._trouble)
+        try:
+            await self.probe()
+        except (TimeoutError, EngineError) as error:
+            return Health(self._engine, False, str(error))
+        return Health(self._engine, True)
+
+    def _fail_echoes(self, why: str) -> None:
+        for echo in self._echoes.values():
+            if not echo.done():
+                echo.set_exception(EngineUnavailable(f"the connection to the broker is lost ({why})"))
+                echo.exception()
+        self._echoes.clear()

@@ -1,0 +1,518 @@
+"""A broker engine on a fake broker: outages, subscriptions, what it drops, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.support.fake_broker import QUICK, FakeBroker, FakeEngine, FakeLink, FakeNode
+from tests.support.servers import eventually
+from wsbroadcast import (
+    Audience,
+    ConfigurationError,
+    EngineUnavailable,
+    Health,
+    LifecycleError,
+    Message,
+    MessageTooLarge,
+    Publication,
+)
+from wsbroadcast.engines import inbox, outbox
+from wsbroadcast.engines.envelope import Origin, encode
+from wsbroadcast.engines.supervisor import Timing
+
+NEWS, SPORT = Audience("channel", "news"), Audience("channel", "sport")
+NAME = "wsbroadcast:channel:news"
+
+
+def news(text: str = "text", audience: Audience = NEWS) -> Publication:
+    return Publication(Message.of(text), audience)
+
+
+class Started:
+    """A started engine with its broker and its node."""
+
+    def __init__(self, broker: FakeBroker, engine: FakeEngine, node: FakeNode) -> None:
+        self.broker, self.engine, self.node = broker, engine, node
+
+    async def got(self, *payloads: bytes) -> None:
+        async def arrived() -> bool:
+            return len(self.node.received) >= len(payloads)
+
+        await eventually(arrived)
+        assert self.node.payloads == list(payloads)
+
+    async def is_up(self) -> None:
+        async def ok() -> bool:
+            return (await self.engine.health()).is_ok
+
+        await eventually(ok)
+
+    async def is_down(self) -> None:
+        async def not_ok() -> bool:
+            return not (await self.engine.health()).is_ok
+
+        await eventually(not_ok)
+
+
+@pytest.fixture
+async def started() -> AsyncIterator[Started]:
+    broker, node = FakeBroker(), FakeNode()
+    engine = FakeEngine(broker)
+    await engine.start(node)
+    engine.subscribe([NEWS])
+    await engine.confirmed([NEWS])
+    yield Started(broker, engine, node)
+    await engine.aclose()
+    assert broker.links == []
+
+
+async def test_publication_comes_back_from_the_broker(started: Started) -> None:
+    await started.engine.publish(news())
+    await started.got(b"text")
+    assert started.node.received[0].audience == NEWS
+
+
+async def test_publications_of_one_turn_go_out_together_and_in_order(started: Started) -> None:
+    started.broker.batches.clear()
+    await asyncio.gather(*(started.engine.publish(news(str(number))) for number in range(50)))
+    assert max(len(batch) for batch in started.broker.batches) == 50
+    started.engine.publish_nowait(news("50"))
+    await started.engine.publish(news("51"))
+    await started.got(*(b"%d" % number for number in range(52)))
+
+
+async def test_larger_message_than_the_broker_takes_is_refused_at_the_publisher(started: Started) -> None:
+    with pytest.raises(MessageTooLarge) as caught:
+        await started.engine.publish(news("x" * 5000))
+    assert caught.value.size == 5000
+    await started.engine.publish(news("x" * caught.value.limit))
+
+
+async def test_refusal_of_one_publication_leaves_the_others_alone(started: Started) -> None:
+    started.broker.forbidden.add("wsbroadcast:channel:sport")
+    good = asyncio.create_task(started.engine.publish(news()))
+    with pytest.raises(PermissionError):
+        await started.engine.publish(news("x", SPORT))
+    await good
+    assert started.engine.stats().publish_failures == 1
+
+
+async def test_outage_is_survived_announced_once_and_ends_by_itself(started: Started) -> None:
+    started.broker.is_down = True
+    started.broker.drop_links()
+    await started.is_down()
+    with pytest.raises(EngineUnavailable, match=r"fake at nowhere:1 is out of reach .*nothing was sent"):
+        await started.engine.publish(news("lost"))
+    with pytest.raises(EngineUnavailable, match="nothing was sent"):
+        started.engine.publish_nowait(news("lost"))
+    started.engine.subscribe([SPORT])
+    await started.engine.confirmed([SPORT])  # at once: it is wanted
+    assert started.node.gaps == []
+    started.broker.is_down = False
+    await started.is_up()
+    await started.engine.publish(news("back", SPORT))
+    await started.engine.publish(news("again"))
+    await started.got(b"back", b"again")
+    assert [gap.engine for gap in started.node.gaps] == ["fake"]
+    assert 0 < started.node.gaps[0].seconds < 5
+    stats = started.engine.stats()
+    assert (stats.reconnects, stats.gaps, stats.publish_failures) == (1, 1, 2)
+
+
+async def test_hung_broker_fails_a_publish_in_time_and_is_left(started: Started) -> None:
+    started.broker.is_hung.set()
+    began = time.monotonic()
+    with pytest.raises(EngineUnavailable, match="whether the broker took the message isn't known"):
+        await started.engine.publish(news("lost"))
+    assert time.monotonic() - began < 1
+    assert started.broker.links == []
+    started.broker.is_hung.clear()
+    await started.is_up()
+    assert len(started.node.gaps) == 1
+
+
+async def test_silent_broker_is_found_by_the_probe(started: Started) -> None:
+    started.broker.is_hung.set()
+
+    async def left() -> bool:
+        return started.broker.links == []
+
+    await eventually(left)
+    started.broker.is_hung.clear()
+    await started.is_up()
+
+
+async def test_event_loop_that_was_blocked_is_not_held_against_the_broker(started: Started) -> None:
+    for _ in range(3):
+        publishing = asyncio.create_task(started.engine.publish(news()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(QUICK.request_timeout * 1.5)  # noqa: ASYNC251  # what an app does by mistake
+        await publishing
+    assert started.engine.stats().reconnects == 0
+
+
+async def test_flapping_leaves_the_broker_with_what_is_wanted(started: Started) -> None:
+    for _ in range(200):
+        started.engine.unsubscribe([NEWS])
+        started.engine.subscribe([SPORT])
+        await asyncio.sleep(0)
+        started.engine.subscribe([NEWS])
+        started.engine.unsubscribe([SPORT])
+    await started.engine.confirmed([NEWS])
+
+    async def settled() -> bool:
+        return started.broker.held == {NAME}
+
+    await eventually(settled)
+    await started.engine.publish(news())
+    await started.got(b"text")
+    assert len(started.broker.subscriptions) < 20
+
+
+async def test_audiences_of_one_turn_are_one_question_to_the_broker(started: Started) -> None:
+    started.broker.subscriptions.clear()
+    many = [Audience("channel", str(number)) for number in range(2500)]
+    started.engine.subscribe(many)
+    await started.engine.confirmed(many)
+    assert [len(names) for names in started.broker.subscriptions] == [1000, 1000, 500]
+
+
+async def test_waiting_for_a_confirmation_ends_when_nobody_wants_it_any_more(started: Started) -> None:
+    started.engine.subscribe([SPORT])
+    waiting = asyncio.create_task(started.engine.confirmed([SPORT]))
+    await asyncio.sleep(0)
+    started.engine.unsubscribe([SPORT])
+    await asyncio.wait_for(waiting, 1)
+
+
+async def test_start_without_a_broker_is_degraded_and_heals() -> None:
+    broker, node = FakeBroker(), FakeNode()
+    broker.is_down = True
+    engine = FakeEngine(broker)
+    await engine.start(node)
+    try:
+        assert await engine.health() == Health("fake", False, "ConnectionRefusedError: nobody listens")
+        engine.subscribe([NEWS])
+        await engine.confirmed([NEWS])
+        broker.is_down = False
+        await Started(broker, engine, node).is_up()
+        await engine.publish(news())
+        await Started(broker, engine, node).got(b"text")
+        assert len(node.gaps) == 1
+        assert engine.stats().reconnects == 0
+    finally:
+        await engine.aclose()
+
+
+async def test_start_that_fails_fast_raises_and_leaves_nothing() -> None:
+    broker = FakeBroker()
+    broker.is_down = True
+    engine = FakeEngine(broker, fail_fast=True)
+    with pytest.raises(EngineUnavailable, match="fake at nowhere:1 can't be reached: ConnectionRefusedError"):
+        await engine.start(FakeNode())
+    broker.is_down = False
+    await engine.start(FakeNode())  # it can be tried again
+    await engine.aclose()
+
+
+async def test_broker_that_refuses_us_is_an_error_at_the_start() -> None:
+    broker = FakeBroker()
+    broker.refuses = ConfigurationError("the fake refuses user 'ann'")
+    engine = FakeEngine(broker)
+    with pytest.raises(ConfigurationError, match="refuses user 'ann'"):
+        await engine.start(FakeNode())
+    assert broker.links == []
+
+
+async def test_start_that_is_cancelled_leaves_nothing() -> None:
+    broker = FakeBroker()
+    broker.is_hung.set()
+    engine = FakeEngine(broker, timing=Timing(connect_timeout=60))
+    starting = asyncio.create_task(engine.start(FakeNode()))
+    await asyncio.sleep(0.01)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert await engine.health() == Health("fake", False, "not started")
+
+
+async def test_second_start_is_refused(started: Started) -> None:
+    with pytest.raises(LifecycleError, match="needs one of its own"):
+        await started.engine.start(FakeNode())
+
+
+async def test_end_publishes_what_waits_and_receives_nothing_more(started: Started) -> None:
+    started.engine.publish_nowait(news("last"))
+    await started.engine.aclose()
+    await started.engine.aclose()
+    assert [parcel.envelope[-4:] for parcel in started.broker.batches[-1]] == [b"last"]
+    count = len(started.node.received)
+    started.broker.send(NAME, b'{"v":1}\nlate')
+    with pytest.raises(EngineUnavailable, match="not started"):
+        started.engine.publish_nowait(news())
+    started.engine.unsubscribe([NEWS])
+    assert len(started.node.received) == count
+
+
+async def test_end_during_an_outage_does_not_wait(started: Started) -> None:
+    started.broker.is_down = True
+    started.broker.drop_links()
+    await started.is_down()
+    await asyncio.wait_for(started.engine.aclose(), 1)
+
+
+GARBAGE = {
+    "header": b"\x80\x04pickle",
+    "version": b'{"v":99}\nx',
+    "schema": b'{"v":1,"type":"x"}\nx',
+    "text": b'{"v":1}\n\xff',
+}
+
+
+async def test_garbage_is_dropped_counted_and_harmless(started: Started, caplog: pytest.LogCaptureFixture) -> None:
+    for envelope in GARBAGE.values():
+        started.broker.send(NAME, envelope)
+    started.broker.send(NAME, b'{"v":1}\ngood')
+    await started.got(b"good")
+    assert started.engine.stats().bad_envelopes == dict.fromkeys(GARBAGE, 1)
+    assert len([record for record in caplog.records if "bad envelope" in record.message]) == 1
+    assert "pickle" not in caplog.text
+
+
+async def test_envelope_in_our_name_that_is_not_ours_is_dropped(started: Started) -> None:
+    await started.engine.publish(news("ours"))
+    await started.got(b"ours")
+    node = started.broker.batches[-1][0].envelope.split(b'"')[5].decode()
+    started.broker.send(NAME, encode(news("forged"), Origin(node, 10**6)))
+    started.broker.send(NAME, started.broker.batches[-1][0].envelope)  # replayed
+    started.broker.send(f"wsbroadcast:node:{node}", b"7777")
+    started.broker.send(NAME, b'{"v":1}\ngood')
+    await started.got(b"ours", b"good")
+    assert started.engine.stats().bad_envelopes == {"forged": 1, "stale": 1, "echo": 1}
+
+
+async def test_name_that_was_never_asked_for_is_counted(started: Started) -> None:
+    started.broker.links[0].names.add("another:channel:news")
+    started.broker.send("another:channel:news", b'{"v":1}\nx')
+    started.broker.send(NAME, b'{"v":1}\ngood')
+    await started.got(b"good")
+    assert started.engine.stats().bad_envelopes == {"unknown_name": 1}
+
+
+async def test_crowd_that_is_behind_holds_up_its_own_audience_only(started: Started) -> None:
+    started.engine.subscribe([SPORT])
+    await started.engine.confirmed([SPORT])
+    started.node.behind.add(NEWS)
+    await started.engine.publish(news("1"))
+    await started.engine.publish(news("2"))
+    await started.engine.publish(news("sport", SPORT))
+    await started.got(b"sport")
+    await started.is_up()
+    started.node.catch_up()
+    await started.engine.publish(news("3"))
+    await started.got(b"sport", b"1", b"2", b"3")
+
+
+async def test_what_a_full_inbox_drops_is_announced_as_one_gap(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "_MAX_PUBLICATIONS", 3)
+    started.node.behind.add(NEWS)
+    for number in range(10):
+        await started.engine.publish(news(str(number)))
+    await started.is_up()
+    started.node.catch_up()
+
+    async def told() -> bool:
+        return bool(started.node.gaps)
+
+    await eventually(told)
+    assert len(started.node.gaps) == 1
+    assert started.node.payloads == [b"0", b"1", b"2", b"3"]
+
+
+async def test_receiver_that_raises_stops_nothing(started: Started, caplog: pytest.LogCaptureFixture) -> None:
+    started.node.fails = True
+    await started.engine.publish(news("1"))
+    started.node.behind.add(NEWS)
+    await started.engine.publish(news("2"))
+    started.node.catch_up()
+
+    async def logged() -> bool:
+        return caplog.text.count("was not delivered") == 2
+
+    await eventually(logged)
+    started.node.fails = False
+    await started.engine.publish(news("3"))
+    await started.got(b"3")
+
+
+async def test_outbox_that_is_full_refuses_more_at_once(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "_MAX_WAITING_BYTES", 100)
+    while not (refused := _refusal_of(started.engine)):
+        pass
+    assert "doesn't keep up" in refused
+
+
+def _refusal_of(engine: FakeEngine) -> str:
+    try:
+        engine.publish_nowait(news())
+    except EngineUnavailable as error:
+        return str(error)
+    return ""
+
+
+async def test_failure_of_what_nobody_awaits_is_counted_and_logged(
+    started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    started.broker.is_hung.set()
+    started.engine.publish_nowait(news())
+
+    async def logged() -> bool:
+        return "not published, of broadcast_nowait: 1, because the connection to the broker is lost" in caplog.text
+
+    await eventually(logged)
+    assert started.engine.stats().publish_failures >= 1
+    started.broker.is_hung.clear()
+
+
+async def test_publisher_that_gives_up_leaves_no_complaint(started: Started) -> None:
+    started.broker.is_hung.set()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await started.engine.publish(news())
+    await started.is_down()
+    started.broker.is_hung.clear()
+    await started.is_up()
+
+
+async def test_health_is_an_echo_through_the_broker(started: Started) -> None:
+    assert await started.engine.health() == Health("fake", True)
+    started.broker.links[0].names.clear()  # it publishes, and nothing comes back
+    health = await started.engine.health()
+    assert (health.is_ok, health.detail) in {
+        (False, "no answer within 0.1 s"),
+        (False, "the connection to the broker is lost (TimeoutError: no answer within 0.1 s)"),
+    }
+
+
+async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(started: Started) -> None:
+    many = [Audience("channel", str(number)) for number in range(30)]
+    started.broker.unsubscribable.add("wsbroadcast:channel:7")
+    started.engine.subscribe(many)
+    with pytest.raises(ConfigurationError, match="forbids"):
+        await started.engine.confirmed([many[7]])
+    await started.engine.confirmed(many[:7] + many[8:])
+    await started.engine.publish(news("text", many[29]))
+    await started.got(b"text")
+    assert started.engine.stats().reconnects == 0
+    started.engine.unsubscribe([many[7]])
+    started.broker.unsubscribable.clear()
+    started.engine.subscribe([many[7]])
+    await started.engine.confirmed([many[7]])
+
+
+async def test_forbidden_name_is_asked_for_again_with_the_next_link(started: Started) -> None:
+    started.broker.unsubscribable.add("wsbroadcast:channel:sport")
+    started.engine.subscribe([SPORT])
+    with pytest.raises(ConfigurationError):
+        await started.engine.confirmed([SPORT])
+    started.broker.unsubscribable.clear()
+    started.broker.drop_links()
+
+    async def held() -> bool:
+        return "wsbroadcast:channel:sport" in started.broker.held
+
+    await eventually(held)
+
+
+async def test_load_is_not_taken_for_an_outage(started: Started) -> None:
+    started.broker.publish_seconds = QUICK.request_timeout / 4
+    await asyncio.gather(*(started.engine.publish(news(str(number))) for number in range(4 * 512)))
+    assert (await started.engine.health()).is_ok
+    assert (started.engine.stats().reconnects, started.node.gaps) == (0, [])
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError("the driver's own"), ValueError("a bug")])
+async def test_driver_that_fails_in_a_way_of_its_own_is_survived(started: Started, error: BaseException) -> None:
+    started.broker.breaks_on_open = error
+    started.broker.drop_links()
+    await started.is_down()
+    await started.is_up()
+    await started.engine.publish(news())
+    await started.got(b"text")
+
+
+async def test_link_that_can_not_be_made_is_an_error_at_the_start(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> FakeLink:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(started.engine, "new_link", broken)
+    engine = FakeEngine(started.broker, fail_fast=True)
+    monkeypatch.setattr(engine, "new_link", broken)
+    with pytest.raises(EngineUnavailable, match="ZeroDivisionError"):
+        await engine.start(FakeNode())
+
+
+async def test_forged_place_in_the_order_does_not_silence_a_node(started: Started) -> None:
+    def of_another_node(seq: int) -> bytes:
+        return encode(news(str(seq)), Origin("another", seq))
+
+    for seq in (1, 2, 10**12, 3, 4, 4, 2):
+        started.broker.send(NAME, of_another_node(seq))
+    started.broker.send(NAME, b'{"v":1}\nend')
+    await started.got(b"1", b"2", b"1000000000000", b"3", b"4", b"end")
+    assert started.engine.stats().bad_envelopes == {"stale": 2}
+
+
+async def test_messages_that_are_missed_before_the_link_is_lost_are_one_gap_with_it(started: Started) -> None:
+    inlet = started.broker.links[0].inlet
+    assert inlet is not None
+    inlet.missed("a buffer was full")
+    started.broker.drop_links()
+    await started.is_down()
+    await started.is_up()
+    await asyncio.sleep(0)
+    assert len(started.node.gaps) == 1
+    assert started.engine.stats().gaps == 1
+
+
+async def test_failures_of_many_that_nobody_awaits_are_one_line(
+    started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
+    started.broker.is_hung.set()
+    for number in range(1000):
+        started.engine.publish_nowait(news(str(number)))
+    await started.is_down()
+
+    async def told() -> bool:
+        return "not published, of broadcast_nowait: 1000, because" in caplog.text
+
+    await eventually(told)
+    assert started.engine.stats().publish_failures >= 1000
+    assert caplog.text.count("not published") == 1
+    started.broker.is_hung.clear()
+
+
+async def test_publication_whose_caller_gave_up_before_it_went_out_is_not_sent(started: Started) -> None:
+    publishing = asyncio.create_task(started.engine.publish(news("given up")))
+    await asyncio.sleep(0)
+    publishing.cancel()
+    await started.engine.publish(news("sent"))
+    await started.got(b"sent")
+
+
+async def test_joins_that_wait_end_with_the_engine(started: Started) -> None:
+    started.broker.is_hung.set()
+    started.engine.subscribe([SPORT])
+    waiting = asyncio.create_task(started.engine.confirmed([SPORT]))
+    await asyncio.sleep(0)
+    await started.engine.aclose()
+    await asyncio.wait_for(waiting, 1)

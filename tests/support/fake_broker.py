@@ -1,0 +1,170 @@
+"""A broker without a socket, and an engine for it: what a supervisor has to cope with, on command."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from wsbroadcast import Audience, Gap, Publication
+from wsbroadcast.engines.broker import BrokerEngine
+from wsbroadcast.engines.link import Inlet, Link, Parcel
+from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.exceptions import ConfigurationError
+
+QUICK = Timing(connect_timeout=0.1, request_timeout=0.1, probe_interval=0.05, max_backoff=0.02, linger=0.01)
+
+
+class FakeBroker:
+    """Holds links; what it does when they ask is what its attributes say."""
+
+    def __init__(self) -> None:
+        self.links: list[FakeLink] = []
+        self.opened = 0
+        self.is_down = False
+        """Refuses new links."""
+        self.is_hung = asyncio.Event()
+        """Set: answers nothing any more, to anybody."""
+        self.refuses: ConfigurationError | None = None
+        self.forbidden: set[str] = set()
+        """Names that nobody may publish to."""
+        self.unsubscribable: set[str] = set()
+        """Names that nobody may subscribe to."""
+        self.publish_seconds = 0.0
+        """How long it takes to take a batch."""
+        self.breaks_on_open: BaseException | None = None
+        """What a driver raises that fails in a way of its own, once."""
+        self.batches: list[list[Parcel]] = []
+        self.subscriptions: list[list[str]] = []
+        self.releases: list[list[str]] = []
+
+    def send(self, name: str, envelope: bytes) -> None:
+        for link in self.links:
+            if name in link.names:
+                link.arrived.put_nowait((name, envelope))
+
+    def drop_links(self, why: str = "reset by the fake") -> None:
+        for link in list(self.links):
+            link.lose(ConnectionResetError(why))
+
+    async def answer(self) -> None:
+        if self.is_hung.is_set():
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+
+    @property
+    def held(self) -> set[str]:
+        """Names that a link is subscribed to, except those of the nodes' own."""
+        return {name for link in self.links for name in link.names if ":node:" not in name}
+
+
+class FakeLink(Link):
+    max_envelope_bytes = 4096
+
+    def __init__(self, broker: FakeBroker) -> None:
+        self.broker = broker
+        self.names: set[str] = set()
+        self.arrived: asyncio.Queue[tuple[str, bytes] | Exception] = asyncio.Queue()
+        self.inlet: Inlet | None = None
+
+    def lose(self, error: Exception) -> None:
+        self.arrived.put_nowait(error)
+
+    async def open(self) -> None:
+        await self.broker.answer()
+        breaks, self.broker.breaks_on_open = self.broker.breaks_on_open, None
+        if breaks is not None:
+            raise breaks
+        if self.broker.refuses is not None:
+            raise self.broker.refuses
+        if self.broker.is_down:
+            raise ConnectionRefusedError("nobody listens")
+        self.broker.opened += 1
+        self.broker.links.append(self)
+
+    async def read(self, inlet: Inlet) -> None:
+        self.inlet = inlet
+        while True:
+            arrived = await self.arrived.get()
+            await self.broker.answer()
+            if isinstance(arrived, Exception):
+                raise arrived
+            inlet.take(*arrived)
+
+    async def subscribe(self, names: Sequence[str]) -> None:
+        self.broker.subscriptions.append(list(names))
+        await self.broker.answer()
+        if self.broker.unsubscribable & set(names):
+            raise ConfigurationError("the fake forbids one of these names")
+        self.names.update(names)
+
+    async def unsubscribe(self, names: Sequence[str]) -> None:
+        self.broker.releases.append(list(names))
+        await self.broker.answer()
+        self.names.difference_update(names)
+
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+        await self.broker.answer()
+        if self.broker.publish_seconds:
+            await asyncio.sleep(self.broker.publish_seconds)
+        self.broker.batches.append(list(parcels))
+        for parcel in parcels:
+            if parcel.name not in self.broker.forbidden:
+                self.broker.send(*parcel)
+        return [PermissionError("no") if parcel.name in self.broker.forbidden else None for parcel in parcels]
+
+    async def abort(self) -> None:
+        if self in self.broker.links:
+            self.broker.links.remove(self)
+
+
+class FakeEngine(BrokerEngine):
+    name = "fake"
+
+    def __init__(self, broker: FakeBroker, *, fail_fast: bool = False, timing: Timing = QUICK) -> None:
+        super().__init__(address="nowhere:1", fail_fast=fail_fast, timing=timing)
+        self.broker = broker
+
+    @classmethod
+    def from_url(cls, url: str) -> FakeEngine:
+        raise ConfigurationError("a fake has no URL")
+
+    def new_link(self) -> Link:
+        return FakeLink(self.broker)
+
+
+class FakeNode:
+    """A receiver that remembers, and that can be told to be behind."""
+
+    def __init__(self) -> None:
+        self.received: list[Publication] = []
+        self.gaps: list[Gap] = []
+        self.behind: set[Audience] = set()
+        self.moved = asyncio.Event()
+        self.fails = False
+
+    @property
+    def payloads(self) -> list[bytes]:
+        return [publication.message.payload for publication in self.received]
+
+    async def receive(self, publication: Publication) -> None:
+        self.receive_nowait(publication)
+
+    def receive_nowait(self, publication: Publication) -> None:
+        if self.fails:
+            raise KeyError("a hook")
+        self.received.append(publication)
+
+    def is_ready(self, publication: Publication) -> bool:
+        return publication.audience not in self.behind
+
+    async def receive_paced(self, publication: Publication) -> None:
+        while not self.is_ready(publication):
+            await self.moved.wait()
+        self.receive_nowait(publication)
+
+    def catch_up(self) -> None:
+        self.behind.clear()
+        self.moved.set()
+
+    async def gap(self, gap: Gap) -> None:
+        self.gaps.append(gap)
