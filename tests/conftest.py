@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import pytest
 from hypothesis import settings
 
+from tests.support.fixtures import *  # noqa: F403
+
 # A busy machine is no failure.
 settings.register_profile("wsbroadcast", deadline=None)
 settings.load_profile("wsbroadcast")

@@ -1,0 +1,26 @@
+"""Real brokers as child processes on free ports of 127.0.0.1, with their data in a temporary directory.
+
+Use them with `with`: a broker answers inside, and is gone afterwards. What blocks has a twin to await: `started`,
+`stopped`, `killed`, `restarted`.
+"""
+
+from tests.support.brokers.base import HOST, Broker, Endpoint, free_port
+from tests.support.brokers.nats import NATSServer
+from tests.support.brokers.postgres import PostgresServer
+from tests.support.brokers.programs import BrokerMissing
+from tests.support.brokers.redis import RedisServer
+from tests.support.brokers.redis_groups import RedisSentinel, redis_cluster, redis_sentinel
+
+__all__ = [
+    "HOST",
+    "Broker",
+    "BrokerMissing",
+    "Endpoint",
+    "NATSServer",
+    "PostgresServer",
+    "RedisSentinel",
+    "RedisServer",
+    "free_port",
+    "redis_cluster",
+    "redis_sentinel",
+]

@@ -1,0 +1,54 @@
+"""NATS, core only."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from tests.support.brokers import programs
+from tests.support.brokers.base import HOST, Broker, free_port
+
+
+class NATSServer(Broker):
+    """NATS. It keeps nothing.
+
+    Args:
+        user: The only user who may connect; stands in `url`.
+        password: The password of that user.
+        config: Text for its configuration file, such as `max_payload: 4096` or an `authorization` block with users
+            and their permissions.
+    """
+
+    name = "nats"
+
+    def __init__(self, *, user: str | None = None, password: str | None = None, config: str = "") -> None:
+        self._program = programs.nats_server()
+        secret = f"{quote(user, safe='')}:{quote(password or '', safe='')}@" if user else ""
+        super().__init__(f"nats://{secret}{HOST}:{free_port()}")
+        lines = [f"listen: {json.dumps(f'{HOST}:{self.port}')}", config]
+        if user:
+            lines.append(f"authorization {{ user: {json.dumps(user)}, password: {json.dumps(password)} }}")
+        (self.directory / "nats.conf").write_text("\n".join(lines) + "\n")
+
+    def _command(self) -> Sequence[str | Path]:
+        return (self._program, "--config", self.directory / "nats.conf")
+
+    def _answers(self) -> bool:
+        return bool(self.info())
+
+    def info(self) -> dict[str, Any]:
+        """Return what it says of itself to whoever connects: `version`, `max_payload`, `server_id` …
+
+        Raises:
+            OSError: If it doesn't say it within two seconds.
+        """
+        with socket.create_connection((self.host, self.port), timeout=2) as sock, sock.makefile("rb") as file:
+            line = file.readline()
+        if not line.startswith(b"INFO "):
+            raise ConnectionError(f"expected INFO, got {line[:100]!r}")
+        info: dict[str, Any] = json.loads(line.removeprefix(b"INFO "))
+        return info
