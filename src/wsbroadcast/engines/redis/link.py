@@ -1,0 +1,183 @@
+"""The link to one Redis server, which sentinels may have to name first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from wsbroadcast.engines.link import Inlet, Link, Parcel
+from wsbroadcast.engines.redis.pair import Pair, together
+from wsbroadcast.engines.redis.replies import ErrorReply, Reply, pack
+from wsbroadcast.engines.redis.target import Access, Host, Target
+from wsbroadcast.engines.redis.wire import Asker, Wire
+from wsbroadcast.exceptions import ConfigurationError, EngineError
+from wsbroadcast.loops import Patience
+
+# A sentinel or a node of a cluster that hasn't answered after so many seconds is left out: there are others.
+_ASK_SECONDS = 0.5
+
+
+class Answer(NamedTuple):
+    """What one of several servers has answered."""
+
+    host: Host
+    replies: list[Reply]
+
+
+class RedisLink(Link):
+    """What the links of Redis have in common: some connections, all of them lost when one is.
+
+    Args:
+        target: Where to connect, and how.
+        prefix: What the names begin with.
+        max_envelope_bytes: The largest envelope that we will publish. Redis takes 512 MiB, but by default it cuts off
+            every subscriber for whom more than 32 MiB wait, so a single envelope of 31 MiB would cost all nodes a gap.
+    """
+
+    def __init__(self, target: Target, prefix: str, max_envelope_bytes: int = Link.max_envelope_bytes) -> None:
+        self.max_envelope_bytes = min(max_envelope_bytes, Link.max_envelope_bytes)
+        self.target = target
+        """Where we connect."""
+        self.probe = f"{prefix}:probe"
+        """The name by which is tried whether we may publish and subscribe; no audience has it."""
+        self._needs = target.permissions(prefix)
+        self._wires: list[Wire] = []
+        self._loss: Exception | None = None
+        self._lost = asyncio.Event()
+
+    def new_pair(self, host: Host | None, *, is_sharded: bool = False) -> Pair:
+        """Make a pair of connections that isn't open yet; the link is lost when one of them is."""
+        pair = Pair(self.target.access, host, self._needs, self._lose, is_sharded=is_sharded)
+        self._wires += pair.wires
+        return pair
+
+    async def ask_all(self, access: Access, needs: str, *commands: bytes) -> list[Answer]:
+        """Ask every host of the target at the same time; return the answers of those that know the first command.
+
+        Raises:
+            ConfigurationError: If one refuses us or doesn't know it, and none answers.
+            Exception: If none answers, why one doesn't.
+        """
+        askers = [Asker(access, host, needs, _ignore) for host in self.target.hosts]
+        self._wires += askers
+        outcomes = await together(*(self._ask(asker, commands) for asker in askers))
+        answers = [
+            Answer(host, outcome)
+            for host, outcome in zip(self.target.hosts, outcomes, strict=True)
+            if isinstance(outcome, list)
+        ]
+        if not answers:
+            errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+            raise next((error for error in errors if isinstance(error, ConfigurationError)), errors[0])
+        return answers
+
+    async def wait_lost(self) -> None:
+        """Wait until a connection is lost.
+
+        Raises:
+            Exception: Why it was.
+        """
+        await self._lost.wait()
+        assert self._loss is not None
+        raise self._loss
+
+    async def abort(self) -> None:
+        """Drop every connection, whether it is open or not."""
+        for wire in self._wires:
+            await wire.drop()
+        await asyncio.sleep(0)  # a transport closes its socket in the next turn of the loop
+
+    async def _ask(self, asker: Asker, commands: Sequence[bytes]) -> list[Reply] | Exception:
+        try:
+            async with Patience(_ASK_SECONDS):
+                await asker.open()
+                replies = await asker.ask(*commands)
+        except TimeoutError:
+            return TimeoutError(f"Redis at {asker.where} doesn't answer within {_ASK_SECONDS:g} s")
+        except Exception as error:
+            return error
+        finally:
+            await asker.drop()
+        refusals = [asker.explain(reply) for reply in replies if isinstance(reply, ErrorReply)]
+        for refusal in refusals:
+            if not isinstance(refusal, EngineError):
+                return refusal
+        if isinstance(replies[0], ErrorReply):
+            return ConfigurationError(f"{refusals[0]}: is it a {self.target.kind}?")
+        return replies
+
+    def _lose(self, error: Exception) -> None:
+        if self._loss is None:
+            self._loss = error
+            self._lost.set()
+
+
+class ServerLink(RedisLink):
+    """Publishes and receives at one server."""
+
+    def __init__(self, target: Target, prefix: str, max_envelope_bytes: int = Link.max_envelope_bytes) -> None:
+        super().__init__(target, prefix, max_envelope_bytes)
+        self._pair: Pair | None = None
+
+    async def open(self) -> None:
+        """Find the server, connect, and see whether we may do everything that we will do."""
+        if self.target.kind == "sentinel":
+            pair = self.new_pair(await self._find_master())
+            await pair.open(self.probe)
+            await _check_master(pair.asker)
+        else:
+            pair = self.new_pair(next(iter(self.target.hosts), None))
+            await pair.open(self.probe)
+        self._pair = pair
+
+    async def read(self, inlet: Inlet) -> None:
+        """Hand over what arrives until one of the two connections is lost."""
+        self._opened.listener.inlet = inlet
+        await self.wait_lost()
+
+    async def subscribe(self, names: Sequence[str]) -> None:
+        """Subscribe with one command, and wait for each confirmation."""
+        await self._opened.listener.subscribe([names])
+
+    async def unsubscribe(self, names: Sequence[str]) -> None:
+        """Unsubscribe with one command, and wait for each confirmation."""
+        await self._opened.listener.unsubscribe([names])
+
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+        """Publish in one write, and wait for the answers."""
+        return await self._opened.publish(parcels)
+
+    @property
+    def _opened(self) -> Pair:
+        if self._pair is None:
+            raise ConnectionError(f"the link to Redis at {self.target.address} isn't open")
+        return self._pair
+
+    async def _find_master(self) -> Host:
+        # The majority's word: one sentinel alone, cut off from the others, may still name a master of yesterday.
+        assert self.target.sentinel_access is not None
+        question = pack("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.target.service)
+        answers = await self.ask_all(self.target.sentinel_access, "+sentinel|get-master-addr-by-name", question)
+        named: Counter[Host] = Counter()
+        for answer in answers:
+            match answer.replies:
+                case [[bytes(name), bytes(port)]]:
+                    named[Host(name.decode(), int(port))] += 1
+        if not named:
+            raise ConfigurationError(f"the sentinels know no service of this name: {self.target.address}")
+        return named.most_common(1)[0][0]
+
+
+async def _check_master(asker: Asker) -> None:
+    # What is published at a replica reaches nobody at the master; sentinels may not know yet.
+    (role,) = await asker.ask(pack("ROLE"))
+    if isinstance(role, ErrorReply):
+        raise asker.explain(role)
+    if not isinstance(role, list) or role[0] != b"master":
+        raise ConnectionError(f"Redis at {asker.where} is not the master")
+
+
+def _ignore(error: Exception) -> None:
+    """Nobody minds that a connection ends which was only there to ask."""

@@ -1,0 +1,124 @@
+"""What the tests of Redis links share: an inlet that keeps, a link in use, and a server that answers as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.brokers import RedisServer
+from wsbroadcast.engines.link import Link
+from wsbroadcast.engines.redis import RedisEngine
+from wsbroadcast.engines.redis.replies import ReplyReader
+
+_CONFIRMATION = b"*3\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n:1\r\n"
+
+Answer = Callable[[list[bytes]], bytes]
+
+
+class Letters:
+    """An inlet that keeps what it takes."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, bytes]] = []
+        self.reasons: list[str] = []
+        self._changed = asyncio.Event()
+
+    def take(self, name: str, envelope: bytes) -> None:
+        self.taken.append((name, envelope))
+        self._changed.set()
+
+    def missed(self, why: str) -> None:
+        self.reasons.append(why)
+
+    async def until(self, envelope: bytes) -> list[tuple[str, bytes]]:
+        """Wait for an envelope; return all that has come."""
+        async with asyncio.timeout(10):
+            while not self.taken or self.taken[-1][1] != envelope:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.taken
+
+
+class Used(NamedTuple):
+    """A link in use."""
+
+    link: Link
+    letters: Letters
+    reading: asyncio.Task[None]
+
+    async def lost(self) -> Exception:
+        """Wait until `read` has raised."""
+        await asyncio.wait([self.reading], timeout=10)
+        error = self.reading.exception()
+        assert isinstance(error, Exception)
+        return error
+
+
+@asynccontextmanager
+async def used(where: str | RedisEngine | Link, *names: str) -> AsyncIterator[Used]:
+    """Open a link, read from it, and subscribe it to names."""
+    engine = RedisEngine(where) if isinstance(where, str) else where
+    link = engine.new_link() if isinstance(engine, RedisEngine) else engine
+    letters = Letters()
+    try:
+        async with asyncio.timeout(10):
+            await link.open()
+        reading = asyncio.create_task(link.read(letters), name="wsbroadcast test read")
+        try:
+            if names:
+                await link.subscribe(names)
+            yield Used(link, letters, reading)
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading])
+    finally:
+        await link.abort()
+
+
+@asynccontextmanager
+async def fake_redis(answer: Answer) -> AsyncIterator[str]:
+    """Run a server that gives `answer(command)` to each command; yields its address."""
+    writers = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.add(writer)
+        commands = ReplyReader()  # a command has the form of a reply
+        while data := await reader.read(65536):
+            for command in commands.feed(data):
+                assert isinstance(command, list)
+                writer.write(answer([part for part in command if isinstance(part, bytes)]))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield "127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+def skip_without_shards(server: RedisServer) -> None:
+    """Skip where the server has no sharded pub/sub; the link does without."""
+    version = server.command("INFO", "server")["redis_version"]
+    if int(str(version).partition(".")[0]) < 7:
+        pytest.skip(f"Redis {version} has no sharded pub/sub, which came with 7")
+
+
+def obliging(command: list[bytes]) -> bytes:
+    """Answer like a Redis that has nothing to do."""
+    match [part.lower() for part in command]:
+        case [(b"subscribe" | b"unsubscribe" | b"ssubscribe" | b"sunsubscribe") as verb, *_] if len(command) > 1:
+            names = command[1:]
+            return b"".join(_CONFIRMATION % (len(verb), verb, len(name), name) for name in names)
+        case [b"publish" | b"spublish", *_]:
+            return b":0\r\n"
+        case [b"ping"]:
+            return b"+PONG\r\n"
+        case [b"sunsubscribe"]:
+            return b"*3\r\n$12\r\nsunsubscribe\r\n$-1\r\n:0\r\n"
+    return b"+OK\r\n"
