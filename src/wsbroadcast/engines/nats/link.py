@@ -1,0 +1,249 @@
+"""One connection to NATS, from the moment at which we are let in."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from wsbroadcast.engines.link import Inlet, Link, Parcel
+from wsbroadcast.engines.nats.login import Login
+from wsbroadcast.engines.nats.target import Target
+from wsbroadcast.engines.nats.wire import PING, PONG, REFUSAL, Reader, pub, sub, unsub
+from wsbroadcast.engines.sockets import reset
+from wsbroadcast.exceptions import ConfigurationError, MessageTooLarge
+
+# What a server refuses without closing the connection.
+_DENIED = re.compile(r"-ERR 'Permissions Violation for (Publish|Subscription) to \"([^\"]+)\"")
+
+# Shares of the time that one server may take, where there are others to try.
+_TRIES = 3
+
+
+class Conversation(asyncio.Protocol):
+    """What we say to a server and what it answers.
+
+    Args:
+        transport: Where we are let in.
+        on_message: Called with the id of a subscription and a payload.
+        on_line: Called with a line that is neither.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.WriteTransport,
+        on_message: Callable[[bytes, bytes], None],
+        on_line: Callable[[str], None],
+    ) -> None:
+        self._transport = transport
+        self._reader = Reader(on_message, self._read_line)
+        self._on_line = on_line
+        # One for each PING, answered in order. Whoever waited may be gone by then.
+        self._pongs: deque[asyncio.Future[None]] = deque()
+        self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        """Done when the connection is lost; the result is why."""
+        transport.set_protocol(self)
+
+    async def confirmed(self, commands: Iterable[bytes]) -> None:
+        """Send commands and return when the server has processed them all.
+
+        A PING goes out behind them, in the same write: a server takes up one thing after the other.
+
+        Raises:
+            Exception: Why the connection is lost.
+        """
+        if self.lost.done():
+            raise self.lost.result()
+        pong: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pongs.append(pong)
+        self._transport.write(b"".join((*commands, PING)))
+        await pong
+
+    def lose(self, why: Exception) -> None:
+        """Tell everybody who waits that it is over. The first reason counts."""
+        if self.lost.done():
+            return
+        self.lost.set_result(why)
+        for pong in self._pongs:
+            if not pong.done():
+                pong.set_exception(why)
+                pong.exception()  # looked at: who waits may be cancelled in this turn of the loop
+        self._pongs.clear()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on. After an error nobody knows where the next message begins."""
+        try:
+            self._reader.feed(data)
+        except Exception as error:
+            self.lose(error)
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take note that it is closed."""
+        self.lose(exc or ConnectionError("the server closed the connection"))
+
+    def _read_line(self, line: bytes) -> None:
+        if line == b"PONG":
+            if self._pongs and not (pong := self._pongs.popleft()).done():
+                pong.set_result(None)
+        elif line == b"PING":
+            self._transport.write(PONG)
+        else:
+            self._on_line(line.decode(errors="replace"))
+
+
+class NATSLink(Link):
+    """One connection for both directions, to one of the servers.
+
+    Nothing waits in it: what is published is written at once, what arrives is handed over at once, in the order of the
+    server over all names. So no message is missed while it lives; a node that doesn't keep up is cut off by the server.
+
+    Confirmations are those of this server. The others of a cluster learn of a subscription a moment later.
+
+    Args:
+        target: The servers, and how to get in.
+        connect_timeout: Seconds that `open` is given.
+    """
+
+    def __init__(self, target: Target, connect_timeout: float) -> None:
+        self._target = target
+        self._connect_timeout = connect_timeout
+        self._login: Login | None = None
+        self._talk: Conversation | None = None
+        self._inlet: Inlet | None = None
+        # What arrived before there was an inlet.
+        self._early: list[Parcel] = []
+        # A subscription is a number on the wire, never used twice: what is on its way when it ends finds no name.
+        self._sids: dict[str, bytes] = {}
+        self._names: dict[bytes, str] = {}
+        self._numbers = itertools.count(1)
+        # Names that the server refuses, by what is being asked just now.
+        self._denied: dict[str, set[str]] = {}
+
+    async def open(self) -> None:
+        """Connect to the first server that can be reached.
+
+        Raises:
+            ConfigurationError: If it refuses us.
+            Exception: Why the last one can't be reached.
+        """
+        route = self._target.route()
+        timeout = self._connect_timeout / min(len(route), _TRIES)
+        for tries, host in enumerate(route, 1):
+            self._login = Login(self._target, host, timeout)
+            try:
+                await self._begin(self._login)
+                return
+            except ConfigurationError:
+                raise
+            except Exception:
+                if tries == len(route):
+                    raise
+                await self.abort()
+
+    async def _begin(self, login: Login) -> None:
+        read = await login.run()
+        assert login.writer is not None
+        self._talk = Conversation(login.writer.transport, self._take, self._hear)
+        self._target.discover(login.info.get("connect_urls") or ())
+        self.max_envelope_bytes = login.max_payload
+        self._talk.data_received(read)
+        await self._talk.confirmed(())  # it is really we who read and write now
+
+    async def read(self, inlet: Inlet) -> None:
+        """Hand what arrives to the inlet until the connection is lost."""
+        talk = self._opened()
+        self._inlet = inlet
+        early, self._early = self._early, []
+        for parcel in early:
+            inlet.take(*parcel)
+        await asyncio.wait([talk.lost])
+        raise talk.lost.result()
+
+    async def subscribe(self, names: Sequence[str]) -> None:
+        """Receive what is published to these names; returns once the server has confirmed each.
+
+        Raises:
+            ConfigurationError: If the server forbids one to us.
+        """
+        fresh = {name: b"%d" % next(self._numbers) for name in names if name not in self._sids}
+        self._sids |= fresh
+        self._names |= {sid: name for name, sid in fresh.items()}
+        denied = await self._ask("Subscription", [sub(name, sid) for name, sid in fresh.items()])
+        for name in denied & fresh.keys():
+            del self._names[self._sids.pop(name)]
+        if denied:
+            raise self._denial("subscribe", min(denied))
+
+    async def unsubscribe(self, names: Sequence[str]) -> None:
+        """Receive it no more, from now on; returns once the server has confirmed."""
+        sids = [self._sids.pop(name) for name in names if name in self._sids]
+        for sid in sids:
+            del self._names[sid]
+        await self._opened().confirmed(map(unsub, sids))
+
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+        """Publish in this order, in one write; returns once the server has taken them.
+
+        Returns:
+            For each parcel what the server refused it with, or `None`.
+        """
+        limit = self.max_envelope_bytes
+        denied = await self._ask("Publish", [pub(*parcel) for parcel in parcels if len(parcel.envelope) <= limit])
+        return [
+            MessageTooLarge(len(envelope), limit)
+            if len(envelope) > limit
+            else (self._denial("publish", name) if name in denied else None)
+            for name, envelope in parcels
+        ]
+
+    async def abort(self) -> None:
+        """Drop the connection now; nothing that is still in a buffer reaches the server later. Idempotent."""
+        login, self._login = self._login, None
+        self._names.clear()
+        if self._talk is not None:
+            self._talk.lose(ConnectionError("the connection was dropped"))
+        if login is not None and login.writer is not None:
+            reset(login.writer.transport)
+            await asyncio.sleep(0)  # the turn of the loop that closes the socket
+
+    def _opened(self) -> Conversation:
+        if self._talk is None:
+            raise ConnectionError("the connection isn't open")
+        return self._talk
+
+    async def _ask(self, what: str, commands: Iterable[bytes]) -> set[str]:
+        # A server complains before it answers the PING.
+        denied = self._denied[what] = set[str]()
+        try:
+            await self._opened().confirmed(commands)
+        finally:
+            del self._denied[what]
+        return denied
+
+    def _take(self, sid: bytes, envelope: bytes) -> None:
+        name = self._names.get(sid)
+        if name is None:
+            return
+        if self._inlet is None:
+            self._early.append(Parcel(name, envelope))
+        else:
+            self._inlet.take(name, envelope)
+
+    def _hear(self, line: str) -> None:
+        if line.startswith("INFO "):
+            self._target.discover(json.loads(line.removeprefix("INFO ")).get("connect_urls") or ())
+        elif (match := _DENIED.match(line)) and match[1] in self._denied:
+            self._denied[match[1]].add(match[2])
+        elif line.startswith("-ERR"):
+            kind = ConfigurationError if match or REFUSAL.search(line) else ConnectionError
+            self._opened().lose(kind(f"the server says {line.removeprefix('-ERR').strip():.200}"))
+
+    def _denial(self, verb: str, name: str) -> ConfigurationError:
+        where, pattern = self._target.address, f"{name.partition('.')[0]}.>"
+        return ConfigurationError(
+            f"nats at {where} doesn't let {self._target.who} {verb} to {name!r:.120}: grant {verb} on {pattern!r}"
+        )

@@ -1,0 +1,196 @@
+"""Where NATS is and how to get in: from a URL, or from the options of nats-py."""
+
+from __future__ import annotations
+
+import random
+import ssl
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from ipaddress import ip_address
+from typing import Any, NamedTuple, Self
+from urllib.parse import unquote, urlsplit
+
+from wsbroadcast.exceptions import ConfigurationError, MissingDependency
+
+NATS_PORT = 4222
+
+_SCHEMES = ("nats", "tls")
+
+# Options of nats-py's `connect` that say who we are and how to encrypt. All others are about reconnecting, timeouts and
+# buffers, which are the engine's.
+OPTIONS = frozenset(
+    {
+        "name",
+        "nkeys_seed",
+        "nkeys_seed_str",
+        "password",
+        "signature_cb",
+        "tls",
+        "tls_handshake_first",
+        "tls_hostname",
+        "token",
+        "user",
+        "user_credentials",
+        "user_jwt_cb",
+    }
+)
+
+_SIGNING = frozenset({"nkeys_seed", "nkeys_seed_str", "signature_cb", "user_credentials", "user_jwt_cb"})
+
+_FORM = "a server of NATS is written nats://host:4222, several nats://a:4222,b:4222, a user before it user:password@"
+
+
+class Host(NamedTuple):
+    """Where a server listens."""
+
+    name: str
+    port: int
+    tls_hostname: str | None = None
+    """What its certificate has to name instead, for one we know by its address only."""
+
+    def __str__(self) -> str:
+        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `host` or `host:port`.
+
+        Raises:
+            ConfigurationError: If it is neither. The text isn't repeated: it may be a part of a password.
+        """
+        try:
+            parts = urlsplit(f"//{text}")
+            port = parts.port or NATS_PORT
+        except ValueError:
+            raise ConfigurationError(_FORM) from None
+        if not parts.hostname or parts.netloc != text:
+            raise ConfigurationError(_FORM)
+        return cls(parts.hostname, port)
+
+
+@dataclass(kw_only=True, eq=False)
+class Target:
+    """The servers of one NATS, and nats-py's options to get in."""
+
+    hosts: tuple[Host, ...]
+    """Those that were given."""
+    must_encrypt: bool
+    """Whether a server that offers no TLS gets nothing from us."""
+    options: Mapping[str, Any] = field(repr=False)
+    # Those that the server we were connected to last has told of, by their names in its cluster.
+    _discovered: list[Host] = field(default_factory=list, repr=False)
+
+    @property
+    def address(self) -> str:
+        """Where it is, for logs and errors: without user and password."""
+        return ",".join(str(host) for host in self.hosts)
+
+    @property
+    def who(self) -> str:
+        """As whom we come, for errors."""
+        if isinstance(user := self.options.get("user"), str):
+            return f"the user {user!r:.80}"
+        for option, who in _WHO.items():
+            if self.options.get(option) is not None:
+                return who
+        return "a connection without user and password"
+
+    @property
+    def signs(self) -> bool:
+        """Whether we show who we are by a signature."""
+        return not _SIGNING.isdisjoint(self.options)
+
+    def route(self) -> list[Host]:
+        """Return the servers in the order in which to try them: at random, but those that were given first."""
+        given = random.sample(self.hosts, len(self.hosts))
+        return given + random.sample(self._discovered, len(self._discovered))
+
+    def discover(self, addresses: Iterable[str]) -> None:
+        """Remember the other servers of the cluster that a server tells of, and no others.
+
+        Raises:
+            ConfigurationError: If one isn't the address of a server.
+        """
+        hosts = [_found(Host.parse(address), self.hosts[0]) for address in addresses]
+        known = {(host.name, host.port) for host in self.hosts}
+        self._discovered[:] = [host for host in dict.fromkeys(hosts) if (host.name, host.port) not in known]
+
+    @classmethod
+    def parse(cls, servers: str | Sequence[str], options: Mapping[str, Any]) -> Self:
+        """Read servers and options.
+
+        Raises:
+            ConfigurationError: If they make no sense. Of what may hold a password nothing is repeated.
+            MissingDependency: If nkeys are to be used, and the package that signs with them isn't installed.
+        """
+        texts = [servers] if isinstance(servers, str) else servers
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigurationError(f"servers are URLs: {_FORM}")
+        schemes, logins, hosts = set(), [], []
+        for text in ",".join(texts).split(","):
+            scheme, separator, rest = text.strip().rpartition("://")
+            login, _, place = rest.rstrip("/").rpartition("@")
+            if separator and scheme not in _SCHEMES:
+                raise ConfigurationError(f"a URL of NATS begins with nats:// or tls://; {_FORM}")
+            schemes.add(scheme)
+            logins.append(login)
+            hosts.append(Host.parse(place))
+        options = {**options, **_credentials(logins, options)}
+        _check(options)
+        must_encrypt = "tls" in schemes or bool(options.get("tls") or options.get("tls_handshake_first"))
+        return cls(hosts=tuple(dict.fromkeys(hosts)), must_encrypt=must_encrypt, options=options)
+
+
+_WHO = {
+    "user": "the user",
+    "user_credentials": "the credentials",
+    "nkeys_seed": "the nkey",
+    "nkeys_seed_str": "the nkey",
+    "signature_cb": "the signature",
+    "token": "the token",
+}
+
+
+def _credentials(logins: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
+    # Options and no part of the URL for nats-py: it wouldn't decode them, nor use them for servers it is told of later.
+    if not any(logins):
+        return {}
+    if not {*logins} <= {logins[0], ""}:
+        raise ConfigurationError(
+            "a user and password in the URL of NATS stand before its first server, for all of them"
+        )
+    if {"user", "password", "token"} & options.keys():
+        raise ConfigurationError("user, password and token stand either in the URL or in options, not in both")
+    user, separator, password = logins[0].partition(":")
+    if separator:
+        return {"user": unquote(user), "password": unquote(password)}
+    return {"token": unquote(user)}  # NATS's own rule for a URL without a password
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    unknown = sorted(options.keys() - OPTIONS)
+    if unknown:
+        raise ConfigurationError(
+            f"the NATS engine has no option {unknown[0]!r:.80}; of nats-py it takes {', '.join(sorted(OPTIONS))}"
+        )
+    if (options.get("user") is None) != (options.get("password") is None):
+        raise ConfigurationError("the NATS engine needs user and password together: NATS takes neither alone")
+    if not isinstance(options.get("tls"), ssl.SSLContext | None):
+        raise ConfigurationError(f"tls is an ssl.SSLContext, not {type(options['tls']).__name__}")
+    nkeys = [name for name in ("user_credentials", "nkeys_seed", "nkeys_seed_str") if options.get(name)]
+    if nkeys and find_spec("nkeys") is None:
+        raise MissingDependency(f'{nkeys[0]} needs the package nkeys: pip install "nats-py[nkeys]"')
+
+
+def _found(host: Host, given: Host) -> Host:
+    # Servers tell of each other by IP address, while their certificates hold the name that they share.
+    return host._replace(tls_hostname=given.name) if _is_ip(host.name) and not _is_ip(given.name) else host
+
+
+def _is_ip(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True

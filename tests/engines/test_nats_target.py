@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import importlib.util
+import ssl
+from typing import Any
+
+import pytest
+
+from wsbroadcast import ConfigurationError, MissingDependency
+from wsbroadcast.engines import create_engine
+from wsbroadcast.engines.nats import NATSEngine
+from wsbroadcast.engines.nats.target import Host, Target
+
+A, B = Host("a", 4222), Host("b", 4222)
+
+
+def target(url: str, **options: Any) -> Target:
+    return Target.parse(url, options)
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts"),
+    [
+        ("nats://a", (A,)),
+        ("nats://a:4222/", (A,)),
+        ("a", (A,)),
+        ("nats://a,b", (A, B)),
+        ("nats://a, nats://b", (A, B)),
+        ("nats://a,nats://a:4222", (A,)),
+        ("nats://u:p@a:1,b:2", (Host("a", 1), Host("b", 2))),
+        ("nats://[::1]:5,127.0.0.1", (Host("::1", 5), Host("127.0.0.1", 4222))),
+    ],
+)
+def test_url_names_servers(url: str, hosts: tuple[Host, ...]) -> None:
+    assert target(url).hosts == hosts
+    assert Target.parse(url.split(","), {}).hosts == hosts
+
+
+def test_address_leaves_out_who_we_are() -> None:
+    engine = NATSEngine("nats://alice:secret@a:1,[::1]:2")
+    assert engine.address == "a:1,[::1]:2"
+    assert "secret" not in repr(engine) + repr(engine.__dict__["_target"])
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("nats://a", {}),
+        ("nats://alice:s%40cr%2Ct@a", {"user": "alice", "password": "s@cr,t"}),
+        ("nats://alice:a:b@a,b", {"user": "alice", "password": "a:b"}),
+        ("nats://alice:x@a,nats://alice:x@b", {"user": "alice", "password": "x"}),
+        ("nats://:x@a", {"user": "", "password": "x"}),
+        ("nats://t%6Fken@a", {"token": "token"}),
+    ],
+)
+def test_url_says_who_we_are(url: str, options: dict[str, str]) -> None:
+    assert target(url).options == options
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "must_encrypt"),
+    [
+        ("nats://a", {}, False),
+        ("tls://a", {}, True),
+        ("nats://a,tls://b", {}, True),
+        ("nats://a", {"tls": ssl.create_default_context()}, True),
+        ("nats://a", {"tls_handshake_first": True}, True),
+    ],
+)
+def test_tls_is_a_must_where_it_is_asked_for(url: str, options: dict[str, Any], must_encrypt: bool) -> None:
+    assert target(url, **options).must_encrypt is must_encrypt
+
+
+def test_query_holds_options() -> None:
+    engine = NATSEngine.from_url("nats://a?prefix=app&name=n%20n&tls_hostname=t&tls_handshake_first=true&fail_fast=1")
+    assert engine.__dict__["_target"].options == {"name": "n n", "tls_hostname": "t", "tls_handshake_first": True}
+    assert engine.__dict__["_fail_fast"] is True
+    assert engine.names.of_node("n") == "app.node.n"
+
+
+@pytest.mark.parametrize("scheme", ["nats", "tls"])
+def test_url_makes_the_engine(scheme: str) -> None:
+    engine = create_engine(f"{scheme}://a:1,b:2?fail_fast=False")
+    assert isinstance(engine, NATSEngine)
+    assert engine.address == "a:1,b:2"
+
+
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("nats://", "nats://host:4222"),
+        ("nats://alice:secret@", "nats://host:4222"),
+        ("nats://a,", "nats://host:4222"),
+        ("nats://a/secret", "nats://host:4222"),
+        ("nats://a:secret", "nats://host:4222"),
+        ("nats://alice:secret", "nats://host:4222"),
+        ("nats://alice:se/secret", "nats://host:4222"),
+        ("nats://[secret", "nats://host:4222"),
+        ("ws://alice:secret@a", "begins with"),
+        ("nats://alice:secret://x@a", "begins with"),
+        ("nats://a,alice:secret@b", "before its first server"),
+        ("nats://alice:x@a,alice:secret@b", "before its first server"),
+        ("nats://alice:1?secret@a", "written %23"),
+        ("nats://alice:1#secret@a", "written %23"),
+        ("nats://a?prefix=x&prefix=secret", "'prefix' twice"),
+        ("nats://a?passwort=secret", "'passwort'; it takes fail_fast, name"),
+        ("nats://a?fail_fast=perhaps", "true or false, not 'perhaps'"),
+        ("nats://a?prefix=a.b", "prefix must be"),
+    ],
+)
+def test_url_that_makes_no_sense_is_refused_without_repeating_secrets(url: str, what: str) -> None:
+    with pytest.raises(ConfigurationError, match=what) as caught:
+        NATSEngine.from_url(url)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"user": "alice"}, "user and password together"),
+        ({"password": "secret"}, "user and password together"),
+        ({"allow_reconnect": True}, "no option 'allow_reconnect'"),
+        ({"tls": True}, "an ssl.SSLContext, not bool"),
+    ],
+)
+def test_option_that_makes_no_sense_is_refused(options: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigurationError, match=what):
+        NATSEngine(**options)
+
+
+def test_user_stands_in_the_url_or_in_options() -> None:
+    with pytest.raises(ConfigurationError, match="not in both"):
+        NATSEngine("nats://alice:secret@a", user="alice", password="secret")
+
+
+def test_servers_are_text() -> None:
+    with pytest.raises(ConfigurationError, match="servers are URLs"):
+        NATSEngine([4222])  # type: ignore[list-item]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nkeys") is not None, reason="nkeys is installed")
+@pytest.mark.parametrize("option", ["user_credentials", "nkeys_seed", "nkeys_seed_str"])
+def test_missing_nkeys_are_named_with_the_command_that_installs_them(option: str) -> None:
+    with pytest.raises(MissingDependency, match=r'pip install "nats-py\[nkeys\]"'):
+        NATSEngine("nats://a", **{option: "secret"})  # type: ignore[arg-type]
+
+
+def test_servers_that_a_server_tells_of_are_tried_after_those_given() -> None:
+    nats = target("nats://a,b")
+    nats.discover(["10.0.0.1:4222", "a:4222", "10.0.0.1:4222", "c:1"])
+    discovered = {Host("10.0.0.1", 4222, tls_hostname="a"), Host("c", 1)}
+    for _ in range(20):
+        route = nats.route()
+        assert {*route[:2]} == {A, B}
+        assert {*route[2:]} == discovered
+        assert len(route) == 4
+    nats.discover([])
+    assert len(nats.route()) == 2
+
+
+def test_server_known_by_address_is_asked_for_no_other_name() -> None:
+    nats = target("nats://127.0.0.1")
+    nats.discover(["10.0.0.1:4222"])
+    assert nats.route()[1] == Host("10.0.0.1", 4222)
+
+
+@pytest.mark.parametrize(
+    ("options", "who"),
+    [
+        ({}, "a connection without user and password"),
+        ({"user": "alice", "password": "secret"}, "the user 'alice'"),
+        ({"user": str, "password": str}, "the user"),
+        ({"token": "secret"}, "the token"),
+        ({"signature_cb": str}, "the signature"),
+    ],
+)
+def test_target_says_who_we_are(options: dict[str, Any], who: str) -> None:
+    assert target("nats://a", **options).who == who
