@@ -1,0 +1,150 @@
+"""Nodes linked by LISTEN and NOTIFY of Postgres, for apps whose only server that is. Needs the extra `postgres`."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import count
+from typing import Any, Self
+from uuid import uuid4
+
+from wsbroadcast.engines.base import Publication
+from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine
+from wsbroadcast.engines.envelope import encode
+from wsbroadcast.engines.link import Parcel
+from wsbroadcast.engines.names import DEFAULT_PREFIX
+from wsbroadcast.engines.postgres.link import PostgresLink
+from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.transaction import Transaction
+from wsbroadcast.engines.postgres.url import read_url, split_url
+from wsbroadcast.engines.postgres.wire import channel_of, pack, pack_row
+from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
+from wsbroadcast.loops import Patience
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+_NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"
+
+
+class PostgresEngine(BrokerEngine):
+    """Links nodes by LISTEN and NOTIFY; two connections for each node.
+
+    It can publish inside a transaction of the app's own: what is rolled back was never sent. A message that doesn't fit
+    into a notification goes through a table, which is made when the first one needs it.
+
+    LISTEN needs a session: through PgBouncer, name its port for session mode, or the server itself.
+
+    Args:
+        url: A URL of libpq or of SQLAlchemy; several hosts are tried until one is a primary.
+        prefix: What the channels of Postgres and the table's name begin with; apps that share a database take one each.
+        schema: The schema of the table.
+        fail_fast: Whether `start` raises if Postgres can't be reached, instead of beginning degraded.
+        max_message_bytes: The largest payload that is taken from Postgres, in bytes.
+        timing: How long to wait for Postgres.
+        **options: Further arguments of `asyncpg.connect`, such as `ssl` or a function for `password`.
+
+    Raises:
+        ConfigurationError: If an option makes no sense.
+    """
+
+    name = "postgres"
+
+    def __init__(
+        self,
+        url: str = "postgresql://localhost",
+        *,
+        prefix: str = DEFAULT_PREFIX,
+        schema: str = "public",
+        fail_fast: bool = False,
+        max_message_bytes: int = MAX_ENVELOPE_BYTES,
+        timing: Timing = DEFAULT_TIMING,
+        **options: Any,
+    ) -> None:
+        self._target = read_url(url, options)
+        super().__init__(
+            prefix=prefix,
+            address=self._target.address,
+            fail_fast=fail_fast,
+            max_message_bytes=max_message_bytes,
+            timing=timing,
+        )
+        self._prefix = prefix
+        self._table = SpillTable(prefix, schema)
+        self._turns = count()
+        self._link: PostgresLink | None = None
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Make an engine from a URL such as `postgresql://user:password@host/database?prefix=shop&sslmode=require`.
+
+        Its query may have `prefix`, `schema`, `fail_fast=true` and the options of libpq that asyncpg knows.
+        """
+        url, ours = split_url(url, {"prefix", "schema", "fail_fast"})
+        options: dict[str, Any] = dict(ours)
+        if "fail_fast" in options:
+            if options["fail_fast"].lower() not in _TRUTH:
+                raise ConfigurationError("fail_fast in the URL of Postgres is true or false")
+            options["fail_fast"] = _TRUTH[options["fail_fast"].lower()]
+        return cls(url, **options)
+
+    def new_link(self) -> PostgresLink:
+        """Make a link that isn't open yet."""
+        connect = partial(self._target.connect, next(self._turns))
+        self._link = PostgresLink(connect, self._prefix, self._table, f"postgres at {self.address}")
+        return self._link
+
+    async def publish_in(self, transaction: object, publication: Publication) -> None:
+        """Publish as a part of a transaction that the app has begun: it is sent if and when that is committed.
+
+        It goes over the app's connection, so it also works while the engine's own are lost; only the first message of
+        all that is too large for a notification needs them, to make the table.
+
+        Args:
+            transaction: An asyncpg or psycopg connection, or a session or connection of SQLAlchemy.
+            publication: What to publish.
+
+        Raises:
+            ConfigurationError: If the transaction is none of these, or in another database, where nobody listens.
+            MessageTooLarge: If it is larger than Postgres takes.
+            EngineUnavailable: If the table isn't there and can't be made now.
+            Exception: Whatever the driver of the transaction raises.
+        """
+        running = Transaction(transaction)
+        envelope = encode(publication, None)
+        if len(envelope) > MAX_ENVELOPE_BYTES:
+            overhead = len(envelope) - publication.message.size
+            raise MessageTooLarge(publication.message.size, MAX_ENVELOPE_BYTES - overhead)
+        link = self._link
+        parcel = Parcel(self.names.of(publication.audience), envelope)
+        note = pack(parcel, takes_unicode=link is not None and link.takes_unicode)
+        if note is None:
+            note = await self._spill(running, parcel)
+        values = {"channel": channel_of(parcel.name, self._prefix), "note": note}
+        row = await running.fetch(_NOTIFY, values)
+        if link is not None and link.database is not None and (row is None or row[0] != link.database):
+            raise ConfigurationError(
+                f"the transaction is in the database {row and row[0]!r}, and nobody listens there: roll it back"
+            )
+
+    async def _spill(self, running: Transaction, parcel: Parcel) -> str:
+        if await running.fetch(self._table.exists, {}) != (True,):
+            await self._create_table()
+        row = uuid4()
+        await running.fetch(self._table.insert, {"id": row.hex, "envelope": parcel.envelope})
+        return pack_row(parcel.name, row)
+
+    async def _create_table(self) -> None:
+        # Not in the app's transaction, where it would be locked for everybody until that ends.
+        link = self._link
+        if link is None or not link.is_open:
+            raise EngineUnavailable(
+                f"postgres at {self.address} is out of reach, to make the table that a message over 7.5 kB needs;"
+                " nothing was sent"
+            )
+        try:
+            async with Patience(self._timing.request_timeout):
+                await link.create_table()
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            raise EngineUnavailable(f"postgres at {self.address} is out of reach; nothing was sent") from error

@@ -1,0 +1,294 @@
+"""Publishing inside a transaction of the app's own, with every driver it may have."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any
+
+import asyncpg
+import psycopg
+import psycopg.rows
+import pytest
+import sqlalchemy
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
+
+from tests.support.asgi import Peer
+from tests.support.brokers import Endpoint
+from tests.support.postgres import NEWS, Node, holding
+from wsbroadcast import ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
+from wsbroadcast.engines.base import Transactional
+from wsbroadcast.engines.envelope import encode
+from wsbroadcast.engines.postgres import PostgresEngine
+from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES
+from wsbroadcast.engines.postgres.transaction import Transaction
+from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.message import Message
+
+LARGE = "x" * 20_000
+
+Begin = Callable[[str], AbstractAsyncContextManager[Any]]
+"""Opens a transaction that is committed at the end, and rolled back by an error."""
+
+
+class Regret(Exception):
+    """Why a transaction is rolled back."""
+
+
+@asynccontextmanager
+async def asyncpg_connection(url: str) -> AsyncIterator[Any]:
+    connection = await asyncpg.connect(url)
+    try:
+        async with connection.transaction():
+            yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def asyncpg_pool(url: str) -> AsyncIterator[Any]:
+    async with (
+        asyncpg.create_pool(url, min_size=1, max_size=1) as pool,
+        pool.acquire() as connection,
+        connection.transaction(),
+    ):
+        yield connection
+
+
+@asynccontextmanager
+async def psycopg_async(url: str) -> AsyncIterator[Any]:
+    async with await psycopg.AsyncConnection.connect(url, row_factory=psycopg.rows.dict_row) as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def psycopg_sync(url: str) -> AsyncIterator[Any]:
+    with psycopg.connect(url) as connection:
+        yield connection
+
+
+def _engine(url: str, driver: str) -> sqlalchemy.ext.asyncio.AsyncEngine:
+    return sqlalchemy.ext.asyncio.create_async_engine(url.replace("postgresql:", f"postgresql+{driver}:"))
+
+
+def sqlalchemy_connection(driver: str) -> Begin:
+    @asynccontextmanager
+    async def begin(url: str) -> AsyncIterator[Any]:
+        engine = _engine(url, driver)
+        try:
+            async with engine.begin() as connection:
+                yield connection
+        finally:
+            await engine.dispose()
+
+    return begin
+
+
+def sqlalchemy_session(driver: str) -> Begin:
+    @asynccontextmanager
+    async def begin(url: str) -> AsyncIterator[Any]:
+        engine = _engine(url, driver)
+        try:
+            async with sqlalchemy.ext.asyncio.async_sessionmaker(engine).begin() as session:
+                yield session
+        finally:
+            await engine.dispose()
+
+    return begin
+
+
+@asynccontextmanager
+async def sqlalchemy_sync(url: str) -> AsyncIterator[Any]:
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    try:
+        with engine.begin() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+@asynccontextmanager
+async def sqlalchemy_sync_session(url: str) -> AsyncIterator[Any]:
+    engine = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    try:
+        with sqlalchemy.orm.sessionmaker(engine).begin() as session:
+            yield session
+    finally:
+        engine.dispose()
+
+
+KINDS: dict[str, Begin] = {
+    "asyncpg": asyncpg_connection,
+    "asyncpg pool": asyncpg_pool,
+    "psycopg async": psycopg_async,
+    "psycopg": psycopg_sync,
+    "AsyncConnection over asyncpg": sqlalchemy_connection("asyncpg"),
+    "AsyncConnection over psycopg": sqlalchemy_connection("psycopg"),
+    "AsyncSession over asyncpg": sqlalchemy_session("asyncpg"),
+    "AsyncSession over psycopg": sqlalchemy_session("psycopg"),
+    "Connection": sqlalchemy_sync,
+    "Session": sqlalchemy_sync_session,
+}
+
+
+@pytest.fixture(params=list(KINDS))
+def begin(request: pytest.FixtureRequest) -> Begin:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+async def node(postgres_server: Endpoint, prefix: str) -> AsyncIterator[Node]:
+    async with Node(PostgresEngine(postgres_server.url, prefix=prefix)) as node:
+        assert isinstance(node.engine, Transactional)
+        yield node
+
+
+async def test_commit_sends_and_rollback_does_not(postgres_server: Endpoint, node: Node, begin: Begin) -> None:
+    url = postgres_server.url
+    with suppress(Regret):
+        async with begin(url) as transaction:
+            await node.publish_in(transaction, "never")
+            await node.publish_in(transaction, f"never {LARGE}")
+            raise Regret
+    messages: list[str | bytes] = ["one", "one", "Grüße ☕ %s :x {y} 'z'", b"\x00\xff", LARGE, "two"]
+    async with begin(url) as transaction:
+        for each in messages:
+            await node.publish_in(transaction, each)
+        await node.publish("before the commit")
+    await node.receives("before the commit", *messages)
+
+
+async def test_savepoint_that_is_rolled_back_sends_nothing(postgres_server: Endpoint, node: Node) -> None:
+    async with asyncpg_connection(postgres_server.url) as connection:
+        await node.publish_in(connection, "outside")
+        with suppress(Regret):
+            async with connection.transaction():
+                await node.publish_in(connection, "inside")
+                await node.publish_in(connection, f"inside {LARGE}")
+                raise Regret
+    await node.publish("end")
+    await node.receives("outside", "end")
+
+
+async def test_app_sees_its_rows_and_the_message_together(postgres_server: Endpoint, node: Node, prefix: str) -> None:
+    async with asyncpg_connection(postgres_server.url) as connection:
+        await connection.execute(f"CREATE TABLE {prefix}_orders (id int)")
+        await connection.execute(f"INSERT INTO {prefix}_orders VALUES (7)")
+        await node.publish_in(connection, {"order": 7})
+    await node.receives('{"order":7}')
+
+
+async def test_connection_without_a_transaction_sends_at_once(postgres_server: Endpoint, node: Node) -> None:
+    async with await psycopg.AsyncConnection.connect(postgres_server.url, autocommit=True) as connection:
+        await node.publish_in(connection, "now")
+        await node.publish_in(connection, LARGE)
+        await node.receives("now", LARGE)
+
+
+async def test_open_transaction_holds_up_nobody_else(postgres_server: Endpoint, node: Node) -> None:
+    async with asyncpg_connection(postgres_server.url) as first, asyncpg_connection(postgres_server.url) as second:
+        await node.publish_in(first, f"1 {LARGE}")  # the table is made here
+        await node.publish_in(second, f"2 {LARGE}")
+        await node.publish(f"3 {LARGE}")
+        await node.receives(f"3 {LARGE}")
+
+
+async def test_rows_of_a_transaction_outlive_it(postgres_server: Endpoint, node: Node, prefix: str) -> None:
+    async with asyncpg_connection(postgres_server.url) as connection:
+        await node.publish_in(connection, LARGE)
+        query = f"SELECT expires > clock_timestamp() + interval '10 minutes' FROM {prefix}_spill"
+        assert await connection.fetchval(query) is True
+    await node.receives(LARGE)
+
+
+async def test_transaction_in_another_database_is_refused(postgres_server: Endpoint, node: Node) -> None:
+    async with asyncpg_connection(postgres_server.url.removesuffix("postgres") + "template1") as connection:
+        with pytest.raises(ConfigurationError, match="is in the database 'template1', and nobody listens there"):
+            await node.publish_in(connection, "lost")
+
+
+@pytest.mark.parametrize("transaction", [object(), "BEGIN", 7, asyncpg, Transaction])
+async def test_anything_else_is_refused(node: Node, transaction: object) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"an asyncpg\.Connection, a psycopg\.AsyncConnection or Connection, or"
+    ):
+        await node.publish_in(transaction, "x")
+
+
+async def test_connection_of_sqlite_is_refused(node: Node) -> None:
+    connection = sqlite3.connect(":memory:")
+    with pytest.raises(ConfigurationError, match=r"not sqlite3\.Connection"):
+        await node.publish_in(connection, "x")
+    connection.close()
+    engine = sqlalchemy.create_engine("sqlite://")
+    with engine.connect() as through, pytest.raises(ConfigurationError, match="one of sqlite, not of Postgres"):
+        await node.publish_in(through, "x")
+    engine.dispose()
+
+
+async def test_error_of_the_driver_is_the_caller_s(postgres_server: Endpoint, node: Node) -> None:
+    connection = await asyncpg.connect(postgres_server.url)
+    await connection.close()
+    with pytest.raises(asyncpg.InterfaceError):
+        await node.publish_in(connection, "x")
+
+
+async def test_message_that_is_too_large_is_refused(postgres_server: Endpoint, node: Node) -> None:
+    async with asyncpg_connection(postgres_server.url) as connection:
+        overhead = len(encode(Publication(Message.of(""), NEWS), None))
+        with pytest.raises(MessageTooLarge) as caught:
+            await node.publish_in(connection, "x" * MAX_ENVELOPE_BYTES)
+        assert caught.value.limit == MAX_ENVELOPE_BYTES - overhead
+        await node.publish_in(connection, "still usable")
+    await node.receives("still usable")
+
+
+async def test_engine_that_is_not_started_needs_the_table_to_be_there(postgres_server: Endpoint, prefix: str) -> None:
+    engine = PostgresEngine(postgres_server.url, prefix=prefix)
+    async with asyncpg_connection(postgres_server.url) as connection:
+        await engine.publish_in(connection, Publication(Message.of("Grüße"), NEWS))
+        with pytest.raises(EngineUnavailable, match="out of reach, to make the table"):
+            await engine.publish_in(connection, Publication(Message.of(LARGE), NEWS))
+        assert await connection.fetchval("SELECT 1") == 1  # the transaction is as usable as before
+
+
+async def test_table_that_cannot_be_made_is_told(postgres_server: Endpoint, prefix: str) -> None:
+    async with asyncpg_connection(postgres_server.url) as connection:
+        async with Node(PostgresEngine(postgres_server.url, prefix=prefix, schema="nowhere")) as node:
+            with pytest.raises(ConfigurationError, match='schema "nowhere" does not exist'):
+                await node.publish_in(connection, LARGE)
+        engine = PostgresEngine(postgres_server.url, prefix=prefix, timing=Timing(request_timeout=0.2))
+        lock = f"SELECT pg_advisory_xact_lock(hashtext('{engine._table.name}'))"
+        async with Node(engine) as node, holding(postgres_server.url, lock):
+            with pytest.raises(EngineUnavailable, match="out of reach"):
+                await node.publish_in(connection, LARGE)
+        assert await connection.fetchval("SELECT 1") == 1
+
+
+async def test_manager_broadcasts_in_a_transaction(postgres_server: Endpoint, prefix: str) -> None:
+    async with ConnectionManager(f"{postgres_server.url}?prefix={prefix}") as manager:
+        peer = Peer()
+        await manager.connect(peer.websocket, channels=["news"])
+        async with asyncpg_connection(postgres_server.url) as connection:
+            await manager.broadcast("committed", channel="news", transaction=connection)
+            await manager.broadcast("at once", channel="news")
+            assert await peer.wait_messages(1) == ["at once"]
+        assert await peer.wait_messages(2) == ["at once", "committed"]
+
+
+async def test_publisher_s_message_goes_out_with_the_commit(postgres_server: Endpoint, prefix: str) -> None:
+    url = f"{postgres_server.url}?prefix={prefix}"
+    peer = Peer()
+    async with ConnectionManager(url) as manager, Publisher(url) as publisher:
+        await manager.connect(peer.websocket, channels=["news"])
+        with suppress(Regret):
+            async with asyncpg_connection(postgres_server.url) as connection:
+                await publisher.broadcast("rolled back", channel="news", transaction=connection)
+                raise Regret
+        async with asyncpg_connection(postgres_server.url) as connection:
+            await publisher.broadcast("committed", channel="news", transaction=connection)
+            await manager.broadcast("before", channel="news")
+        assert await peer.wait_messages(2) == ["before", "committed"]
