@@ -1,0 +1,175 @@
+"""What the docs say to those who write an engine, or publish without wsbroadcast, is so."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from inspect import get_annotations, getdoc
+from pathlib import Path
+
+import wsbroadcast
+from tests.support.asgi import Peer
+from tests.support.brokers import Endpoint, programs
+from tests.support.examples import EXAMPLES
+from tests.test_docs import PAGES, blocks_of
+from wsbroadcast import Audience, ConnectionManager
+from wsbroadcast.engines.envelope import MAX_HEADER_BYTES, decode
+from wsbroadcast.engines.names import AudienceNames
+from wsbroadcast.testing import BrokerContract, EngineContract
+from wsbroadcast.testing.nodes import Nodes
+from wsbroadcast.testing.samples import NAMES, NEWS
+
+ENGINE = "docs/write-an-engine.md"
+ENVELOPE = "docs/envelope.md"
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the first table under a heading, without its head."""
+    table = PAGES[page].partition(f"# {heading}\n")[2].partition("\n|")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+
+
+# Write an engine.
+
+
+def test_code_of_the_page_is_that_of_the_example() -> None:
+    example = (EXAMPLES / "08_engine.py").read_text(encoding="utf-8")
+    imports, *classes = (block.source for block in blocks_of(ENGINE)[:-1])
+    assert len(classes) == 3
+    for code in (*classes, *imports.split("\n\n")[-1:]):
+        assert code in example
+
+
+def test_engine_of_the_page_is_tested_as_the_page_says(tmp_path: Path) -> None:
+    *parts, test = (block.source for block in blocks_of(ENGINE))
+    (tmp_path / "hub.py").write_text("\n\n".join(parts), encoding="utf-8")
+    (tmp_path / "test_hub.py").write_text(test, encoding="utf-8")
+    (command,) = (block.source.split() for block in blocks_of(ENGINE, ""))
+    assert command[0] == "python"
+    # `tests/engines/test_contract.py` runs all of it; here is the question whether users can, with nothing configured.
+    scope = "asyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns if nobody says so
+    command += ["-W", "error", "-o", scope, "-o", "asyncio_mode=strict", "-p", "no:cacheprovider"]
+    command += ["-k", "arrive or gap"]
+    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r" 9 passed, \d+ deselected in ", done.stdout), done.stdout
+
+
+def test_page_has_the_whole_contract() -> None:
+    listed = re.findall(r"^\* (.*(?:\n  .*)*)", PAGES[ENGINE].partition("\n## The contract")[2], re.MULTILINE)
+    tests = [
+        test for kind in (EngineContract, BrokerContract) for name, test in vars(kind).items() if name[:5] == "test_"
+    ]
+    assert [" ".join(text.split()) for text in listed] == [getdoc(test) for test in tests]
+
+
+def test_page_has_every_attribute_of_the_contract_with_its_default() -> None:
+    rows = {name.strip("`"): default for name, default, _ in rows_of(ENGINE, "Run the contract")}
+    names = get_annotations(Nodes) | get_annotations(BrokerContract)
+    assert rows.keys() == names.keys()
+    for name, default in rows.items():
+        assert default.strip("`").split()[0].rstrip(",") == str(getattr(BrokerContract, name))
+
+
+# The envelope.
+
+
+def test_page_has_every_reason_for_which_an_envelope_is_dropped() -> None:
+    sources = Path(wsbroadcast.__file__).parent.glob("engines/*.py")
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    reasons = set(re.findall(r'(?:BadEnvelope|_drop)\("(\w+)"', code))
+    assert {row[0].strip("`") for row in rows_of(ENVELOPE, "What is dropped")} == reasons
+    assert f"{MAX_HEADER_BYTES:,} bytes" in PAGES[ENVELOPE]
+
+
+def test_names_of_the_page_are_those_at_the_broker() -> None:
+    audiences = [
+        Audience("everyone"),
+        NEWS,
+        Audience("user", "7"),
+        Audience("channel", "a.b c"),
+    ]
+    for audience, (_, colon, point) in zip(audiences, rows_of(ENVELOPE, "Names"), strict=True):
+        assert colon == f"`{AudienceNames().of(audience)}`"
+        assert point == f"`{AudienceNames(separator='.').of(audience)}`"
+
+
+def test_python_of_the_page_makes_names_and_envelopes() -> None:
+    (block,) = blocks_of(ENVELOPE)
+    made = block.run()
+    assert [made["name_of"](name) for name in NAMES] == [
+        AudienceNames().of(Audience("channel", name)) for name in NAMES
+    ]
+    publication, origin = decode(made["envelope_of"]("héllo"), NEWS, 100)
+    assert (publication.message.data, origin) == ("héllo", None)
+
+
+def test_javascript_of_the_page_makes_names_and_envelopes() -> None:
+    node = shutil.which("node")
+    if node is None:
+        return  # no part of the set-up, and a skipped test would fail the build
+    (block,) = blocks_of(ENVELOPE, "js")
+    code = f"{block.source}\nconsole.log(JSON.stringify([{json.dumps(NAMES)}.map((n) => nameOf(n)), envelopeOf([1])]))"
+    done = subprocess.run([node, "-e", code], capture_output=True, check=True)
+    names, envelope = json.loads(done.stdout)
+    assert names == [AudienceNames().of(Audience("channel", name)) for name in NAMES]
+    assert decode(envelope.encode(), NEWS, 100)[0].message.data == "[1]"
+
+
+COMMANDS = {block.source.rpartition("| ")[2].split()[0]: block.source for block in blocks_of(ENVELOPE, "sh")}
+
+
+def test_page_has_a_command_for_each_broker() -> None:
+    assert list(COMMANDS) == ["redis-cli", "nats", "nc", "psql"]
+
+
+async def reaches_an_app(broker: Endpoint, prefix: str, command: str) -> None:
+    """Check that what a shell command sends to a broker comes to the right connections of an app."""
+    reader, stranger = Peer(), Peer()
+    async with ConnectionManager(f"{broker.url}?prefix={prefix}") as manager:
+        await manager.connect(reader.websocket, channels=["news"])
+        await manager.connect(stranger.websocket)
+        await run(command)
+        assert await reader.wait_messages(1) == ["hello"]
+        assert stranger.messages == []
+        assert manager.stats().engine.bad_envelopes == {}
+
+
+async def run(command: str) -> bytes:
+    """Run a shell command, with the programs of brokers on its PATH; return what it has written."""
+    path = os.pathsep.join([os.environ["PATH"], str(programs.postgres_programs())])
+    done = await asyncio.to_thread(
+        subprocess.run, ["sh", "-c", command], capture_output=True, timeout=20, env=os.environ | {"PATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def test_command_for_redis_reaches_an_app(redis_server: Endpoint, prefix: str) -> None:
+    command = COMMANDS["redis-cli"].replace("wsbroadcast:", f"{prefix}:")
+    await reaches_an_app(redis_server, prefix, command.replace("-cli", f"-cli -u {redis_server.url}"))
+
+
+async def test_command_for_postgres_reaches_an_app(postgres_server: Endpoint, prefix: str) -> None:
+    command = COMMANDS["psql"].replace("wsbroadcast", prefix)
+    await reaches_an_app(postgres_server, prefix, command.replace("psql", f"psql {postgres_server.url}"))
+
+
+async def test_command_for_nc_reaches_an_app(nats_server: Endpoint, prefix: str) -> None:
+    # A shell has it or doesn't; what it would send is all that matters.
+    bash = f"""nc() {{ exec 3<>/dev/tcp/$3/$4; cat >&3; grep -q PONG <&3; }}; {COMMANDS["nc"]}"""
+    command = bash.replace("wsbroadcast.", f"{prefix}.").replace("localhost 4222", f"127.0.0.1 {nats_server.port}")
+    await reaches_an_app(nats_server, prefix, f"bash -c {shlex.quote(command)}")
+
+
+async def test_command_for_nats_has_an_envelope() -> None:
+    command = COMMANDS["nats"]
+    assert f"nats pub {AudienceNames(separator='.').of(NEWS)} " in command
+    envelope = await run(command.rpartition("|")[0])
+    assert decode(envelope, NEWS, 100)[0].message.data == "hello"
