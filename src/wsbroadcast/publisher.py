@@ -1,0 +1,279 @@
+"""Publisher: broadcasts from a program that holds no connections, be it async or not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine, Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from weakref import WeakSet, finalize
+
+from wsbroadcast.audience import UNSET, Unset, UserId
+from wsbroadcast.engines import create_engine
+from wsbroadcast.engines.base import Engine, Health, Publication, transactional
+from wsbroadcast.engines.memory import MemoryEngine
+from wsbroadcast.exceptions import ConfigurationError, LifecycleError
+from wsbroadcast.home import CLOSED, Home, OwnHome
+from wsbroadcast.loops import running_loop, submit, wait_elsewhere, wait_in_thread
+from wsbroadcast.options import Limits
+
+T = TypeVar("T")
+
+
+class Publisher:
+    """Broadcasts to the connections of other processes: from a Celery task, a cron job, a management command, a script.
+
+    Made without any I/O, at import time if you like, and safe to use from several threads and event loops. It connects
+    when it is used first, in the event loop where that is; `broadcast_threadsafe`, where none runs, gives it one in a
+    thread of its own. A process that was forked off connects for itself.
+
+    Args:
+        engine: The URL of a broker, the one that the ConnectionManager of the app has; or an engine of its own.
+        limits: How much is too much.
+
+    Raises:
+        ConfigurationError: If an option or the URL makes no sense, or names `memory://`, which reaches nobody else.
+    """
+
+    def __init__(self, engine: str | Engine, *, limits: Limits = Limits()) -> None:  # noqa: B008  # frozen
+        if not isinstance(limits, Limits):
+            raise ConfigurationError("limits is a Limits(…)")
+        self._engine = create_engine(engine)
+        if isinstance(self._engine, MemoryEngine):
+            raise ConfigurationError(
+                "memory:// reaches this process only, where a Publisher has no connections: give it, and the "
+                "ConnectionManager, the URL of a broker, such as redis://localhost"
+            )
+        self._limits = limits
+        # Guards what follows; held for moments only, except while a thread begins.
+        self._lock = threading.Lock()
+        self._home: Home | None = None
+        self._abandoning: finalize[[], Publisher] | None = None
+        self._starts = 0
+        self._is_closed = False
+        _publishers.add(self)
+
+    # Messages.
+
+    async def broadcast(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        key: str | None = None,
+        transaction: object = None,
+    ) -> None:
+        """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
+
+        Returns once the broker has taken it. Connections receive it at most once, in the order in which the broker
+        took the messages of the audience.
+
+        Args:
+            message: `str` for a text frame, `bytes` for a binary one, anything else is sent as JSON.
+            channel: The channel whose subscribers get it.
+            user: The user whose connections get it.
+            key: What the message is the newest of, for slow consumers under the policy `conflate`.
+            transaction: On Postgres, a database connection or session of yours: the message is sent when its
+                transaction commits, and never if it is rolled back.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
+            ValueError: If the channel (`InvalidChannel`) or user is none; `None` is never "everybody".
+            EngineUnavailable: If the broker can't be reached, or doesn't answer within 2 s; its text says which.
+            ConfigurationError: If the broker refuses us: a wrong password, a missing permission; or if the engine
+                can't publish inside a transaction.
+            LifecycleError: If the publisher is closed.
+        """
+        publication = Publication.of(message, channel, user, key, self._limits)
+        if transaction is not None:  # it belongs to this event loop, wherever our own connection is
+            await transactional(self._engine).publish_in(transaction, publication)
+            return
+        await self._run(lambda home: home.publish(publication))
+
+    def broadcast_nowait(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        key: str | None = None,
+    ) -> None:
+        """Send a message like `broadcast`, without awaiting anything: for hot loops and plain callbacks.
+
+        If the broker doesn't take it, that is logged.
+
+        Raises:
+            LifecycleError: If called outside the event loop that the publisher was started in.
+        """
+        publication = Publication.of(message, channel, user, key, self._limits)
+        loop, home = running_loop(), self._home
+        if loop is None:
+            raise LifecycleError("no event loop runs here: use `broadcast_threadsafe`")
+        if home is None or home.loop is not loop or not home.is_started:
+            raise LifecycleError("the publisher isn't started in this event loop: await `start` or `broadcast` first")
+        home.publish_nowait(publication)
+
+    def broadcast_threadsafe(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        key: str | None = None,
+    ) -> None:
+        """Send a message like `broadcast`, from a program or a thread without an event loop.
+
+        Blocks until the broker has taken it.
+
+        Raises:
+            LifecycleError: If the publisher is closed, or the call comes from the event loop that it runs in.
+        """
+        publication = Publication.of(message, channel, user, key, self._limits)
+        self._run_threadsafe(lambda home: home.publish(publication), "broadcast_threadsafe", "broadcast")
+
+    async def health(self) -> Health:
+        """Tell whether messages reach the broker and come back."""
+        return await self._run(lambda home: home.health())
+
+    # Life.
+
+    async def start(self) -> None:
+        """Connect, unless that has been done. Every `start` wants an `aclose`; only the last one ends it.
+
+        A broker that can't be reached is no error yet, unless the engine was told to fail fast.
+
+        Raises:
+            ConfigurationError: If the broker refuses us.
+        """
+        with self._counted_start():
+            await self._run(lambda home: home.start())
+
+    async def aclose(self) -> None:
+        """Disconnect; until the next `start` it is closed. Idempotent; nothing if `start` was called more often."""
+        home = self._leave()
+        if home is None:
+            return
+        if home.loop is asyncio.get_running_loop():
+            await home.end()
+        else:
+            await asyncio.to_thread(home.end_threadsafe)
+
+    def close(self) -> None:
+        """Disconnect like `aclose`, from a program or a thread without an event loop; blocks until it is done.
+
+        Raises:
+            LifecycleError: If the call comes from the event loop that the publisher runs in.
+        """
+        if self._home is not None and self._home.loop is running_loop():
+            raise LifecycleError(_blocking("close", "aclose"))
+        home = self._leave()
+        if home is not None:
+            home.end_threadsafe()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        with self._counted_start():
+            self._run_threadsafe(lambda home: home.start(), "with", "async with")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Publisher {self._engine.name}>"
+
+    # Inside.
+
+    async def _run(self, call: Callable[[Home], Coroutine[Any, Any, T]]) -> T:
+        here = asyncio.get_running_loop()
+        home = self._find_home(here)
+        if home.loop is here:
+            return await call(home)
+        return await wait_elsewhere(submit(call(home), home.loop), home.loop)
+
+    def _run_threadsafe(self, call: Callable[[Home], Coroutine[Any, Any, T]], name: str, instead: str) -> T:
+        home = self._find_home(None)
+        if home.loop is running_loop():
+            raise LifecycleError(_blocking(name, instead))
+        return wait_in_thread(submit(call(home), home.loop), home.loop)
+
+    def _find_home(self, loop: asyncio.AbstractEventLoop | None) -> Home:
+        # Where it runs already; else in this event loop; else, if there is none, in one of its own.
+        with self._lock:
+            if self._is_closed:
+                raise LifecycleError(CLOSED)
+            if self._home is None or self._home.has_ended:
+                self._home = OwnHome(self._engine) if loop is None else Home(self._engine, loop)
+                if isinstance(self._home, OwnHome):
+                    self._abandoning = finalize(self, self._home.stop)
+                    self._abandoning.atexit = False
+            return self._home
+
+    @contextmanager
+    def _counted_start(self) -> Generator[None]:
+        # Counted before it is done, so that nobody who leaves meanwhile takes himself for the last.
+        with self._lock:
+            self._is_closed = False
+            self._starts += 1
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self._starts = max(0, self._starts - 1)
+            raise
+
+    def _leave(self) -> Home | None:
+        # Returns what the last one has to end.
+        with self._lock:
+            self._starts = max(0, self._starts - 1)
+            if self._starts or self._is_closed:
+                return None
+            self._is_closed = True
+            return self._forget_home()
+
+    def _forget_home(self) -> Home | None:
+        home, self._home = self._home, None
+        if self._abandoning is not None:
+            self._abandoning.detach()
+            self._abandoning = None
+        return None if home is None or home.has_ended else home
+
+    def _begin_after_fork(self) -> None:
+        self._lock = threading.Lock()  # the other may be held for ever, by a thread that exists in the parent only
+        if self._home is not None:
+            _of_parents.append(self._home)
+            self._forget_home()
+
+
+def _blocking(name: str, instead: str) -> str:
+    return f"{name} would block the event loop that the publisher runs in: use `{instead}`"
+
+
+_publishers: WeakSet[Publisher] = WeakSet()
+
+# What a forked process has inherited. It must neither use it nor let it be collected: to close a transport takes its
+# socket out of the selector, which is the parent's too (epoll(7): the interest list is shared after a fork).
+_of_parents: list[Home] = []
+
+
+def _begin_all_after_fork() -> None:
+    for publisher in _publishers:
+        publisher._begin_after_fork()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_begin_all_after_fork)

@@ -1,0 +1,85 @@
+"""Where a publisher's engine runs; what it does for a publisher is tested with that."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from typing import NoReturn
+
+import pytest
+
+from tests.support.fake_broker import FakeBroker, FakeEngine
+from wsbroadcast import Audience, EngineUnavailable, Gap, Health, LifecycleError, Message, Publication
+from wsbroadcast.home import Home, Nobody, OwnHome
+
+PUBLICATION = Publication(Message.of("text"), Audience("everyone"))
+
+
+async def test_nobody_takes_everything_and_does_nothing() -> None:
+    nobody = Nobody()
+    assert nobody.is_ready(PUBLICATION)
+    nobody.receive_nowait(PUBLICATION)
+    await nobody.receive(PUBLICATION)
+    await nobody.receive_paced(PUBLICATION)
+    await nobody.gap(Gap("fake", 1.0))
+
+
+async def test_home_that_was_ended_refuses() -> None:
+    broker = FakeBroker()
+    home = Home(FakeEngine(broker), asyncio.get_running_loop())
+    assert not home.is_started
+    assert await home.start()
+    await home.publish(PUBLICATION)
+    assert (home.is_started, home.has_ended) == (True, False)
+    await home.end()
+    await home.end()
+    assert (home.is_started, home.has_ended) == (False, True)
+    for call in (home.start(), home.publish(PUBLICATION), home.health()):
+        with pytest.raises(LifecycleError, match="closed"):
+            await call
+    assert broker.opened == 1
+
+
+async def test_engine_that_fails_on_its_way_is_no_error_nobody_looked_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller has given up by then; the next one begins again."""
+    monkeypatch.setattr("wsbroadcast.home._START_SECONDS", 0.01)
+    fails = asyncio.Event()
+
+    class Failing(FakeEngine):
+        async def start(self, receiver: object) -> None:
+            await fails.wait()
+            raise EngineUnavailable("too late")
+
+    home = Home(Failing(FakeBroker()), asyncio.get_running_loop())
+    assert not await home.start()
+    assert await home.health() == Health("fake", False, "not connected yet")
+    fails.set()
+    with pytest.raises(EngineUnavailable, match="too late"):
+        await home.start()
+    with pytest.raises(EngineUnavailable, match="too late"):
+        await home.start()
+    await home.end()
+    del home
+    gc.collect()
+    assert caplog.records == []
+
+
+def test_own_home_may_be_told_to_stop_again() -> None:
+    home = OwnHome(FakeEngine(FakeBroker()))
+    home.stop()
+    home.end_threadsafe()
+    home.stop()
+    assert home.has_ended
+
+
+def test_own_home_without_a_thread_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="new thread"):
+        OwnHome(FakeEngine(FakeBroker()))
+    gc.collect()  # an event loop that wasn't closed would complain
