@@ -1,6 +1,6 @@
 """The manager and the connection as FastAPI dependencies."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated
 
 from fastapi import Depends, WebSocket, WebSocketException
@@ -9,8 +9,10 @@ from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
-from wsbroadcast.exceptions import ConfigurationError, PermissionDenied
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.web.access import Access, Authenticate, end_quietly
+from wsbroadcast.web.identity import UserKey
 
 
 async def get_manager(connection: HTTPConnection) -> ConnectionManager:
@@ -40,33 +42,69 @@ ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 """The app's manager, as a parameter's type."""
 
 
-async def get_connection(websocket: WebSocket, manager: ManagerDep) -> AsyncIterator[Connection]:
-    """Accept and register the WebSocket of an endpoint, and remove it on the way out, whatever way that is.
+def connection_dependency(
+    *,
+    allowed_origins: Iterable[str] | None = None,
+    allow_missing_origin: bool = True,
+    authenticate: Authenticate | None = None,
+    user_key: UserKey | None = None,
+    subprotocols: Iterable[str] = (),
+) -> Callable[..., AsyncIterator[Connection]]:
+    """Make a dependency like `get_connection`, which `ConnectionDep` has, with checks of its own.
 
-    An endpoint that returns closes the connection with 1000, one that raises `WebSocketException` with its code, one
-    that raises `PermissionDenied` with 1008, one that fails with 1011. That the peer is gone is not an error here:
-    `WebSocketDisconnect` ends the endpoint quietly.
+    Make it once: `Member = Annotated[Connection, Depends(connection_dependency(authenticate=current_user))]`.
+
+    Args:
+        allowed_origins: The pages that may connect, exact in scheme, host and port; `"*"` for every page. By default
+            the server's own.
+        allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
+        authenticate: A FastAPI dependency that returns who it is; see `create_router`.
+        user_key: Makes the user's id of what `authenticate` returned.
+        subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
+
+    Raises:
+        ConfigurationError: If an option makes no sense.
     """
-    try:
-        connection = await manager.connect(websocket)
-    except PermissionDenied as denied:  # closed already
-        raise WebSocketException(CloseCode.POLICY_VIOLATION, str(denied)) from denied
-    code: int = CloseCode.INTERNAL_ERROR
-    reason = ""
-    try:
-        yield connection
-        code = CloseCode.NORMAL
-    except WebSocketDisconnect:
-        code = CloseCode.NORMAL
-    except PermissionDenied as denied:
-        code, reason = CloseCode.POLICY_VIOLATION, str(denied)
-    except WebSocketException as error:
-        code, reason = error.code, error.reason or ""
-        raise
-    finally:
-        if connection.is_open:
-            await manager.close(connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
+    access = Access(
+        allowed_origins=allowed_origins,
+        allow_missing_origin=allow_missing_origin,
+        authenticate=authenticate,
+        user_key=user_key,
+        subprotocols=subprotocols,
+    )
 
+    async def get_connection(websocket: WebSocket, manager: ManagerDep) -> AsyncIterator[Connection]:
+        """Accept and register the WebSocket of an endpoint, and remove it on the way out, whatever way that is.
+
+        An endpoint that returns closes the connection with 1000, one that raises `WebSocketException` with its code,
+        one that raises `PermissionDenied` with 1008, one that fails with 1011. That the peer is gone is not an error
+        here: `WebSocketDisconnect` ends the endpoint quietly.
+        """
+        try:
+            connection = await access.connect(manager, websocket)
+        except ConnectionClosed:
+            raise end_quietly(websocket) from None
+        code: int = CloseCode.INTERNAL_ERROR
+        reason = ""
+        try:
+            yield connection
+            code = CloseCode.NORMAL
+        except WebSocketDisconnect:
+            code = CloseCode.NORMAL
+        except PermissionDenied as denied:
+            code, reason = CloseCode.POLICY_VIOLATION, str(denied)
+        except WebSocketException as error:
+            code, reason = error.code, error.reason or ""
+            raise
+        finally:
+            if connection.is_open:
+                await manager.close(connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
+
+    return get_connection
+
+
+get_connection = connection_dependency()
+"""Accepts and registers the WebSocket of an endpoint, and removes it on the way out; for `ConnectionDep`."""
 
 ConnectionDep = Annotated[Connection, Depends(get_connection)]
 """The endpoint's connection, accepted and registered, as a parameter's type."""

@@ -1,0 +1,217 @@
+"""The door: a handshake's origin, its identity and its rights are checked, in this order, before it is accepted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any, Literal, NoReturn, get_args
+
+from fastapi import WebSocket, WebSocketException, params
+from fastapi.exceptions import WebSocketRequestValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.websockets import WebSocketDisconnect
+
+from wsbroadcast.close_codes import CloseCode, is_sendable
+from wsbroadcast.connection import Connection
+from wsbroadcast.denial import can_deny, deny, refuse
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied
+from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.throttle import Throttle
+from wsbroadcast.web.authentication import Authenticator
+from wsbroadcast.web.identity import Handshake, Identity, UserKey, identity_of
+from wsbroadcast.web.origin import AllowedOrigins
+from wsbroadcast.web.tokens import SUBPROTOCOL, choose_subprotocol
+
+logger = logging.getLogger("wsbroadcast")
+
+Action = Literal["subscribe", "publish"]
+"""What a client asks to do with a channel."""
+
+Authenticate = Callable[..., Any] | params.Depends
+"""A FastAPI dependency that returns who it is."""
+
+Authorize = Callable[[Any, Any, Any], bool | Awaitable[bool]]
+"""`authorize(connection, action, channel)`, `def` or `async def`: whether a connection may do that."""
+
+OnDenied = Literal["error", "close"]
+"""What a client gets for doing what it may not."""
+
+# So many origins are logged, each once, and then one a minute; a client can make up any number.
+_MAX_LOGGED = 100
+
+_NO_HEADERS: Mapping[str, str] = {}
+# Those of a response that `deny` writes itself.
+_OURS = {"content-length", "content-type", "connection"}
+
+# What a refusal's HTTP status is after the WebSocket was accepted.
+_CODES = {401: CloseCode.UNAUTHENTICATED, 403: CloseCode.FORBIDDEN}
+
+
+class Access:
+    """Who may come in, and what they may do there.
+
+    Args:
+        allowed_origins: See `AllowedOrigins`.
+        allow_missing_origin: The same.
+        authenticate: A dependency; see `Authenticator`, and `identity_of` for what it may return.
+        user_key: Makes the user's id of what `authenticate` returned.
+        authorize: Asked for what a client does with a channel.
+        on_denied: What a client gets that may not: an error message, or a close with 4403.
+        subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
+
+    Raises:
+        ConfigurationError: If an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        allowed_origins: Iterable[str] | None = None,
+        allow_missing_origin: bool = True,
+        authenticate: Authenticate | None = None,
+        user_key: UserKey | None = None,
+        authorize: Authorize | None = None,
+        on_denied: OnDenied = "error",
+        subprotocols: Iterable[str] = (),
+    ) -> None:
+        if on_denied not in get_args(OnDenied):
+            raise ConfigurationError(f"on_denied must be error or close, not {on_denied!r}")
+        if user_key is not None and authenticate is None:
+            raise ConfigurationError("user_key makes a user of what authenticate returns: pass authenticate as well")
+        self._origins = AllowedOrigins(allowed_origins, allow_missing=allow_missing_origin)
+        self._authenticate = None if authenticate is None else Authenticator(authenticate)
+        self._user_key = user_key
+        self.authorize = authorize
+        """What to ask, if anything."""
+        self._on_denied = on_denied
+        self._subprotocols = (subprotocols,) if isinstance(subprotocols, str) else tuple(subprotocols)
+        self._logged: set[str] = set()
+        self._throttle = Throttle()
+
+    async def connect(self, manager: ConnectionManager, websocket: WebSocket, channel: str | None = None) -> Connection:
+        """Let a handshake in and register it, subscribed to a channel if one is named.
+
+        Raises:
+            WebSocketException: If it may not come in; it has its answer, and Starlette's close for this goes nowhere.
+            ConnectionClosed: If its peer is gone.
+            Exception: What is wrong with the app; it is not accepted, or closed with 1011 where it was.
+        """
+        await self._check_origin(websocket)
+        try:
+            async with manager.handshake(websocket):
+                identity = await self._admit(websocket, channel)
+                return await manager.connect(
+                    websocket,
+                    user=identity.user,
+                    info=identity.info,
+                    expires_at=identity.expires_at,
+                    channels=() if channel is None else (channel,),
+                    subprotocol=websocket.scope.get(SUBPROTOCOL),
+                )
+        except (WebSocketException, ConnectionClosed):
+            raise
+        except Exception:
+            if not can_deny(websocket):  # else the server answers with 500
+                await refuse(websocket, 500, CloseCode.INTERNAL_ERROR, "")
+            raise
+
+    async def _admit(self, websocket: WebSocket, channel: str | None) -> Identity:
+        choose_subprotocol(websocket, self._subprotocols)
+        identity = await self._identify(websocket)
+        if channel is not None and self.authorize is not None:
+            try:
+                await self.check(Handshake(websocket, identity.user, identity.info), "subscribe", channel)
+            except PermissionDenied as denied:
+                await _refuse(websocket, 403, str(denied))
+        return identity
+
+    async def check(self, connection: Connection | Handshake, action: Action, channel: str | None) -> None:
+        """Ask `authorize`, which there has to be.
+
+        Raises:
+            PermissionDenied: If it returns something false, or raises this itself.
+            ConnectionClosed: If the connection ended meanwhile.
+        """
+        assert self.authorize is not None
+        allowed = self.authorize(connection, action, channel)
+        if isinstance(allowed, Awaitable):
+            allowed = await allowed
+        if isinstance(connection, Connection) and not connection.is_open:  # closed meanwhile: nobody acts for it now
+            raise connection.closed_error()
+        if not allowed:
+            raise PermissionDenied("not allowed")
+
+    async def denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
+        """Return the message for a connection that may not do something, or close it with 4403.
+
+        Raises:
+            ConnectionClosed: If it is closed.
+        """
+        if self._on_denied == "close":
+            await connection.close(CloseCode.FORBIDDEN, str(denied))
+            raise connection.closed_error()
+        return {"type": "error", "code": "forbidden", "text": str(denied)}
+
+    async def _check_origin(self, websocket: WebSocket) -> None:
+        refusal = self._origins.refusal(websocket.scope.get("scheme", "ws"), websocket.scope["headers"])
+        if refusal is None:
+            return
+        has_room = len(self._logged) < _MAX_LOGGED
+        if refusal not in self._logged and (has_room or self._throttle.is_due("origin")):
+            logger.warning("refused a handshake: %s", refusal)
+            if has_room:
+                self._logged.add(refusal)
+        await _refuse(websocket, 403, refusal)
+
+    async def _identify(self, websocket: WebSocket) -> Identity:
+        if self._authenticate is None:
+            return Identity(None)
+        try:
+            found = await self._authenticate(websocket)
+        except HTTPException as error:
+            detail: Any = error.detail  # FastAPI's may be anything that JSON can carry
+            text = detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()
+            await _refuse(websocket, error.status_code, text, error.headers or {})
+        except PermissionDenied as denied:
+            await _refuse(websocket, 403, str(denied))
+        except WebSocketException as error:
+            await _refuse(websocket, 403, error.reason or "", code=error.code)
+        except WebSocketRequestValidationError:  # whose text repeats what came
+            await _refuse(websocket, 403, "the handshake lacks a parameter, or one is wrong")
+        except WebSocketDisconnect as error:
+            raise ConnectionClosed(error.code, error.reason or "") from error
+        if found is None:
+            await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
+        return identity_of(found, self._user_key)
+
+
+async def _refuse(
+    websocket: WebSocket, status: int, text: str, headers: Mapping[str, str] = _NO_HEADERS, code: int | None = None
+) -> NoReturn:
+    if can_deny(websocket):
+        await deny(
+            websocket, status, text, [_encoded(*pair) for pair in headers.items() if pair[0].lower() not in _OURS]
+        )
+    else:
+        code = _CODES.get(status, CloseCode.POLICY_VIOLATION) if code is None else code
+        await refuse(websocket, status, code if is_sendable(code) else CloseCode.POLICY_VIOLATION, text)
+    raise end_quietly(websocket)
+
+
+def _encoded(name: str, value: str) -> tuple[bytes, bytes]:
+    return name.lower().encode("latin-1"), value.encode("latin-1")
+
+
+def end_quietly(websocket: WebSocket) -> WebSocketException:
+    """Return what ends an endpoint, or keeps it from running, when its WebSocket is closed or its peer is gone.
+
+    FastAPI closes a WebSocket at a `WebSocketException`, and anything else that leaves a dependency is an error in the
+    log; so the close goes nowhere.
+    """
+
+    async def nowhere(event: MutableMapping[str, Any]) -> None:
+        pass
+
+    websocket.send = nowhere  # type: ignore[assignment, method-assign]
+    return WebSocketException(CloseCode.POLICY_VIOLATION)

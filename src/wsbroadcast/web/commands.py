@@ -1,0 +1,115 @@
+"""What clients may ask for in JSON: to subscribe, to unsubscribe and to publish.
+
+```
+{"type": "subscribe", "channel": "news"}            → {"type": "subscribed", "channel": "news"}
+{"type": "unsubscribe", "channel": "news"}          → {"type": "unsubscribed", "channel": "news"}
+{"type": "publish", "channel": "news", "data": 42}  → {"type": "published", "channel": "news"}
+anything that isn't done                            → {"type": "error", "code": "forbidden", "text": "not allowed"}
+```
+
+Every command gets one answer; if it has an `id`, the answer has it too. What is published reaches the channel as
+`{"type": "message", "channel": "news", "data": 42}`, so that nobody can make it look like an answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from wsbroadcast.audience import check_channel
+from wsbroadcast.connection import Connection
+from wsbroadcast.exceptions import (
+    EncodeError,
+    EngineUnavailable,
+    InvalidChannel,
+    LimitExceeded,
+    PermissionDenied,
+)
+from wsbroadcast.web.access import Access
+
+MAX_ID_CHARACTERS = 64
+"""The longest `id` of a command, as text."""
+
+Answer = dict[str, Any]
+
+
+class Commands:
+    """Obeys the commands of a router's clients.
+
+    Without `authorize` a client may publish to the channels that its connection is subscribed to by the path or by the
+    app, and subscribe to no others. With it, every subscribe and every publish is asked for, so that a right that was
+    taken back is gone with the next command; a subscribe twice, before it is done and after. To unsubscribe is
+    everybody's right.
+    """
+
+    def __init__(self, access: Access, *, include_sender: bool) -> None:
+        self._access = access
+        self._include_sender = include_sender
+
+    async def obey(self, connection: Connection, command: object) -> None:
+        """Do what a client asks for, and answer.
+
+        Raises:
+            ConnectionClosed: If the connection ended meanwhile, which a denied command may make it do.
+        """
+        try:
+            answer = await self._run(connection, command)
+        except PermissionDenied as denied:
+            answer = await self._access.denied(connection, denied)
+        except InvalidChannel as error:
+            answer = error_answer("invalid_channel", error.rule)
+        except LimitExceeded as error:
+            answer = error_answer("limit_exceeded", str(error))
+        except EncodeError:
+            answer = error_answer("invalid_data", "the data can't be sent, or is too large")
+        except EngineUnavailable:
+            answer = error_answer("unavailable", "try again later")
+        await connection.send(answer | _id_of(command))
+
+    async def _run(self, connection: Connection, command: object) -> Answer:
+        match command:
+            case {"type": "subscribe", "channel": str() as channel}:
+                await self._subscribe(connection, check_channel(channel))
+                return {"type": "subscribed", "channel": channel}
+            case {"type": "unsubscribe", "channel": str() as channel}:
+                await connection.unsubscribe(channel)
+                return {"type": "unsubscribed", "channel": channel}
+            case {"type": "publish", "channel": str() as channel, "data": data}:
+                await self._publish(connection, check_channel(channel), data)
+                return {"type": "published", "channel": channel}
+        return error_answer("invalid_command", "expected a type, subscribe, unsubscribe or publish, and a channel")
+
+    async def _subscribe(self, connection: Connection, channel: str) -> None:
+        if self._access.authorize is None:
+            if channel not in connection.channels:
+                raise PermissionDenied("not allowed")
+            return  # it is in there
+        await self._access.check(connection, "subscribe", channel)
+        await connection.subscribe(channel)
+        try:  # again: while it was subscribed, who took the right back found nothing to unsubscribe
+            await self._access.check(connection, "subscribe", channel)
+        except PermissionDenied:
+            await connection.unsubscribe(channel)
+            raise
+
+    async def _publish(self, connection: Connection, channel: str, data: object) -> None:
+        if self._access.authorize is not None:
+            await self._access.check(connection, "publish", channel)
+        elif channel not in connection.channels:
+            raise PermissionDenied("not allowed")
+        exclude = () if self._include_sender else (connection,)
+        message = {"type": "message", "channel": channel, "data": data}
+        await connection.manager.broadcast(message, channel=channel, exclude=exclude)
+
+
+def error_answer(code: str, text: str) -> Answer:
+    """Make the answer that says why something was not done."""
+    return {"type": "error", "code": code, "text": text}
+
+
+def _id_of(command: object) -> Answer:
+    match command:
+        case {"id": str() as found} if len(found) <= MAX_ID_CHARACTERS:
+            return {"id": found}
+        case {"id": int() as found} if abs(found) < 10**MAX_ID_CHARACTERS:
+            return {"id": found}
+    return {}

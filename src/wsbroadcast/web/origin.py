@@ -1,0 +1,131 @@
+"""Whether a page may open a WebSocket here: the same-origin policy doesn't ask (RFC 6455, 10.2), so the server must."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from ipaddress import IPv6Address
+from typing import NamedTuple
+
+from wsbroadcast.exceptions import ConfigurationError
+
+MAX_SHOWN = 200
+"""As many characters of what a client chose are shown in a log or an answer."""
+
+# RFC 6454, 7: scheme "://" host [ ":" port ], and nothing else. Ports without leading zeros, as browsers write them.
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>0|[1-9][0-9]{0,4}))?",
+    re.IGNORECASE,
+)
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_PAGE_SCHEMES = {"ws": "http", "wss": "https"}
+
+
+class Origin(NamedTuple):
+    """Scheme, host and port of a page, in lower case; two are the same if all three are."""
+
+    scheme: str
+    host: str
+    port: int | None
+    """The scheme's default if the text names none; `None` for a scheme that has none, such as `app://`."""
+
+    def __str__(self) -> str:
+        port = "" if self.port == _DEFAULT_PORTS.get(self.scheme) else f":{self.port}"
+        return f"{self.scheme}://{self.host}{port}"
+
+
+def parse_origin(text: str) -> Origin | None:
+    """Read an origin as browsers write it; `None` for `null` and for whatever else is none.
+
+    A host outside ASCII is none either: browsers write it in punycode (RFC 6454, 6.2).
+    """
+    match = _ORIGIN.fullmatch(text) if text.isascii() else None
+    if match is None:
+        return None
+    scheme, host = match["scheme"].lower(), match["host"].lower()
+    port = _DEFAULT_PORTS.get(scheme) if match["port"] is None else int(match["port"])
+    if port is not None and port > 65535:
+        return None
+    if host.startswith("["):
+        try:
+            host = f"[{IPv6Address(host[1:-1])}]"
+        except ValueError:
+            return None
+    return Origin(scheme, host, port)
+
+
+class AllowedOrigins:
+    """The pages that may connect.
+
+    Args:
+        origins: Origins such as `https://app.example`, compared by scheme, host and port; `"*"` for every page; `None`
+            for the server's own, which is the handshake's scheme and its `Host` header.
+        allow_missing: Whether a handshake without an `Origin` header may connect. Browsers always send one.
+
+    Raises:
+        ConfigurationError: If one of them is no origin.
+    """
+
+    def __init__(self, origins: Iterable[str] | None = None, *, allow_missing: bool = True) -> None:
+        entries = (origins,) if isinstance(origins, str) else tuple(origins or ())
+        self._is_own_only = origins is None
+        self._is_everyone = "*" in entries
+        self._origins = frozenset(_check_entry(entry) for entry in entries if entry != "*")
+        self._allow_missing = allow_missing
+
+    def refusal(self, scheme: str, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """Return why a handshake is refused, in one line without control characters, or `None` if it isn't.
+
+        Args:
+            scheme: The handshake's, `ws` or `wss`; a proxy that ends TLS has to pass it on.
+            headers: The handshake's, names in lower case.
+        """
+        headers = list(headers)
+        found = [value.decode("latin-1") for name, value in headers if name == b"origin"]
+        if not found:
+            return None if self._allow_missing else "no Origin header: only browsers may connect here"
+        if len(found) > 1:
+            return f"{len(found)} Origin headers, where a browser sends one"
+        if self._is_everyone:
+            return None
+        origin = parse_origin(found[0])
+        if not self._is_own_only:
+            return None if origin in self._origins else f"{_not_allowed(found[0])}: it is not in allowed_origins"
+        own = _own_origin(scheme, headers)
+        if origin is not None and origin == own:
+            return None
+        server = "the Host header is missing or none" if own is None else f"this server is {shown(str(own))}"
+        return f"{_not_allowed(found[0])}: {server}. {_advice(origin, own)}"
+
+
+def shown(text: str) -> str:
+    """Write what a client chose so that it can stand in a log: quoted, escaped and cut."""
+    return repr(text[:MAX_SHOWN]) + ("…" if len(text) > MAX_SHOWN else "")
+
+
+def _not_allowed(origin: str) -> str:
+    return f"origin {shown(origin)} is not allowed"
+
+
+def _own_origin(scheme: str, headers: Iterable[tuple[bytes, bytes]]) -> Origin | None:
+    hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
+    return parse_origin(f"{_PAGE_SCHEMES.get(scheme, scheme)}://{hosts[0]}") if len(hosts) == 1 else None
+
+
+def _advice(origin: Origin | None, own: Origin | None) -> str:
+    if origin is None:
+        return "It names no page."
+    advice = f"If that page is yours, pass allowed_origins=[{shown(str(origin))}]"
+    if own is not None and origin.host == own.host and origin.scheme != own.scheme:
+        advice += "; if a proxy ends TLS, let the server trust its X-Forwarded-Proto"
+    return advice
+
+
+def _check_entry(entry: object) -> Origin:
+    origin = parse_origin(entry) if isinstance(entry, str) else None
+    if origin is None or origin.scheme in _PAGE_SCHEMES:
+        raise ConfigurationError(
+            f"allowed_origins: {entry!r:.200} is no origin; write https://host or http://host:port, without a path or "
+            "a slash at the end, the host as browsers send it (xn--… if it isn't ASCII), or '*' for every page"
+        )
+    return origin

@@ -1,0 +1,153 @@
+"""The endpoint behind a router's path: lets connections in, and does with their messages what the options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from string import Formatter
+from typing import Any, Literal, get_args
+
+from fastapi import WebSocket, WebSocketException
+from starlette.routing import compile_path
+
+from wsbroadcast.audience import check_channel
+from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.connection import Connection
+from wsbroadcast.denial import refuse
+from wsbroadcast.exceptions import (
+    ConfigurationError,
+    ConnectionClosed,
+    InvalidChannel,
+    LimitExceeded,
+    MessageTooLarge,
+    PermissionDenied,
+)
+from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.message import Message
+from wsbroadcast.web.access import Access
+from wsbroadcast.web.commands import Commands
+
+Inbound = Literal["broadcast", "commands", "handle", "ignore"]
+Accepts = Literal["any", "text", "bytes", "json"]
+
+
+class Endpoint:
+    """What `create_router` puts behind its path.
+
+    Raises:
+        ConfigurationError: If an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        manager: ConnectionManager,
+        path: str,
+        access: Access,
+        *,
+        channel: str | None,
+        inbound: Inbound,
+        accepts: Accepts,
+        include_sender: bool,
+    ) -> None:
+        if inbound not in get_args(Inbound):
+            raise ConfigurationError(f"inbound must be broadcast, commands, handle or ignore, not {inbound!r}")
+        if accepts not in get_args(Accepts):
+            raise ConfigurationError(f"accepts must be any, text, bytes or json, not {accepts!r}")
+        if inbound == "commands" and accepts not in ("any", "json"):
+            raise ConfigurationError(f"commands are JSON: accepts must be json, not {accepts!r}")
+        self._manager = manager
+        self._access = access
+        self._pattern = _channel_pattern(path, channel)
+        self._inbound = inbound
+        self._accepts = accepts
+        self._commands = Commands(access, include_sender=include_sender)
+        self._include_sender = include_sender
+
+    async def open(self, websocket: WebSocket) -> None:
+        """Serve one connection from its handshake to its end."""
+        try:
+            name = _channel_of(websocket, self._pattern)
+            connection = await self._access.connect(self._manager, websocket, name)
+        except (ConnectionClosed, WebSocketException):
+            return  # gone, or refused and told so
+        except InvalidChannel as error:
+            await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
+            return
+        code: int = CloseCode.INTERNAL_ERROR
+        reason = ""
+        try:
+            await self._serve(connection, name)
+            code = CloseCode.NORMAL
+        except ConnectionClosed:
+            pass
+        except (LimitExceeded, PermissionDenied) as denied:
+            code, reason = denied.code, str(denied)
+        except MessageTooLarge as error:
+            code, reason = CloseCode.MESSAGE_TOO_BIG, str(error)
+        finally:
+            if connection.is_open:
+                await connection.close(code, reason)
+
+    async def _serve(self, connection: Connection, name: str | None) -> None:
+        if self._inbound == "ignore":
+            await connection.wait_closed()
+        elif self._inbound == "commands":
+            while True:
+                await self._commands.obey(connection, await connection.receive_json())
+        else:
+            read = _READERS[self._accepts]
+            while True:
+                message = await read(connection)
+                if self._inbound == "broadcast":
+                    await self._broadcast(connection, message, name)
+
+    async def _broadcast(self, connection: Connection, message: object, name: str | None) -> None:
+        if self._access.authorize is not None:
+            try:
+                await self._access.check(connection, "publish", name)
+            except PermissionDenied as denied:
+                await connection.send(await self._access.denied(connection, denied))
+                return
+        if self._accepts == "json":
+            message = Message.json(message)  # a JSON string goes out as one, not as bare text
+        exclude = () if self._include_sender else (connection,)
+        if name is None:
+            await self._manager.broadcast(message, exclude=exclude)
+        elif name in connection.channels:  # who was unsubscribed from it has nobody to talk to
+            await self._manager.broadcast(message, channel=name, exclude=exclude)
+
+
+_READERS: dict[str, Callable[[Connection], Any]] = {
+    "any": Connection.receive,
+    "text": Connection.receive_text,
+    "bytes": Connection.receive_bytes,
+    "json": Connection.receive_json,
+}
+
+
+def _channel_pattern(path: str, channel: str | None) -> str | None:
+    if channel is not None:
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(channel) if field is not None]
+        except ValueError as error:
+            raise ConfigurationError(f"channel pattern {channel!r}: {error}") from error
+        if not all(field.isidentifier() for field in fields):
+            raise ConfigurationError(f"channel pattern {channel!r} may name path parameters only, such as {{room}}")
+        return channel
+    names = list(compile_path(path)[2])
+    if "channel" in names:
+        return "{channel}"
+    if len(names) > 1:
+        raise ConfigurationError(f"{path} has several parameters: say which make the channel, channel='{{{names[0]}}}'")
+    return f"{{{names[0]}}}" if names else None
+
+
+def _channel_of(websocket: WebSocket, pattern: str | None) -> str | None:
+    parameters = websocket.path_params
+    if pattern is None:
+        # The path has none, but the prefix it was included under may.
+        value = parameters.get("channel")
+        return None if value is None else check_channel(str(value))
+    try:
+        return check_channel(pattern.format_map(parameters))
+    except KeyError as error:
+        raise ConfigurationError(f"channel pattern {pattern!r} names {error}, which is no path parameter") from error
