@@ -125,6 +125,14 @@ def test_audience_without_arguments_is_everyone() -> None:
     assert Audience.of() is EVERYONE
 
 
+@pytest.mark.parametrize("user", ["\udca1" * 300, "a\nb\x1b[2J" + "x" * 1000, "😀" * 100, "\x00" * 300])
+def test_user_that_a_client_chose_is_escaped_and_cut_in_the_error(user: str) -> None:
+    with pytest.raises(ValueError, match="invalid user") as caught:
+        user_key(user)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
+
+
 def test_audience_of_a_channel_and_of_a_user_differ() -> None:
     assert Audience.of(channel="7") == Audience("channel", "7")
     assert Audience.of(user=7) == Audience("user", "7")

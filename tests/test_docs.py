@@ -7,26 +7,40 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
+import sys
+import time
 import tomllib
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jwt
 import pytest
-from starlette.testclient import TestClient, WebSocketTestSession
+from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
 import wsbroadcast
+from tests.support import users as users_of_an_app
+from tests.support.asgi import Peer
+from tests.support.brokers import Endpoint
+from tests.support.servers import eventually
 from wsbroadcast import (
     CloseCode,
     ConnectionManager,
     Hook,
     Limits,
+    Publisher,
     SlowConsumer,
     Stats,
     WSBroadcastError,
     should_reconnect,
 )
+from wsbroadcast.cli import _parser
+from wsbroadcast.counters import EngineStats
+from wsbroadcast.engines.supervisor import Timing
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -80,7 +94,8 @@ def blocks_of(page: str, wanted: str = "python") -> list[Block]:
     return blocks
 
 
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+# Those of "write an engine" are parts of two files, which `tests/test_engine_docs.py` puts together.
+BLOCKS = [block for page in PAGES for block in blocks_of(page) if page != "docs/write-an-engine.md"]
 
 
 # What to do with the blocks that make an app. Each function gets a started client and the block's names.
@@ -227,6 +242,7 @@ def access(client: TestClient, block: Namespace) -> None:
         client.websocket_connect("/ws?token=secret") as ada,
         client.websocket_connect("/chat/news?token=secret") as eva,
     ):
+        ada.send_bytes(b"\xff")
         ada.send_text("hello")
         assert ada.receive_json() == eva.receive_json() == {"from": "ada", "text": "hello"}
         assert block["manager"].stats().users == 1
@@ -297,10 +313,178 @@ def order(client: TestClient, block: Namespace) -> None:
         assert close_of(ada) == (1000, "")
 
 
+def scale_out(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+        assert client.post("/announce/news", params={"text": "hello"}).status_code == 204
+        assert ada.receive_text() == bob.receive_text() == "hello"
+
+
+def refused(client: TestClient, path: str = "/ws", **headers: str) -> int:
+    """Return the HTTP status that a handshake is refused with."""
+    with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect(path, headers=headers):
+        pass
+    return caught.value.status_code
+
+
+def authenticate(client: TestClient, block: Namespace) -> None:
+    assert refused(client, "/ws/news") == refused(client, "/ws/news", **{"x-key": "guessed"}) == 401
+    with (
+        client.websocket_connect("/ws/news", headers={"x-key": "secret-of-ada"}) as ada,
+        client.websocket_connect("/ws/news", headers={"x-key": "secret-of-bob"}) as bob,
+    ):
+        client.post("/notify/ada", params={"text": "for ada"})
+        assert ada.receive_json() == {"text": "for ada"}
+        bob.send_text("hello")
+        assert ada.receive_text() == bob.receive_text() == "hello"
+
+
+def json_web_token(client: TestClient, block: Namespace) -> None:
+    def token(key: str = block["KEY"], algorithm: str = "HS256", **claims: Any) -> str:
+        claims = {"sub": "ada", "aud": "chat", "exp": time.time() + 60, **claims}
+        return jwt.encode({k: v for k, v in claims.items() if v is not None}, key, algorithm)
+
+    wrong = [
+        token("another key, as long as the right one"),
+        token("", "none"),
+        token(aud="other"),
+        token(exp=time.time() - 1),
+        token(exp=None),
+        token(sub=None),
+        token()[:-4],
+        "a.b.c",
+    ]
+    for text in wrong:
+        assert refused(client, "/ws/news", authorization=f"Bearer {text}") == 401
+        assert client.get("/me", headers={"authorization": f"Bearer {text}"}).status_code == 401
+        with client.websocket_connect("/ws/news") as socket:
+            socket.send_text(text)
+            assert close_of(socket) == (4401, "no valid token")
+    assert client.get("/me", headers={"authorization": f"Bearer {token()}"}).json() == {"user": "ada"}
+    with (
+        client.websocket_connect("/ws/news", headers={"authorization": f"Bearer {token()}"}) as by_header,
+        client.websocket_connect("/ws/news", subprotocols=["bearer", token()]) as by_subprotocol,
+        client.websocket_connect("/ws/news") as by_message,
+    ):
+        assert by_subprotocol.accepted_subprotocol == "bearer"
+        by_message.send_text(token())
+        by_message.send_text("hello")
+        for socket in (by_header, by_subprotocol, by_message):
+            assert socket.receive_text() == "hello"
+    soon = token(exp=time.time() + 1.2)  # PyJWT has whole seconds
+    with client.websocket_connect("/ws/news", headers={"authorization": f"Bearer {soon}"}) as socket:
+        assert close_of(socket)[0] == 4401
+
+
+def session_cookie(client: TestClient, block: Namespace) -> None:
+    assert refused(client) == 401
+    assert client.post("/login", params={"user": "ada", "password": "guessed"}).status_code == 401
+    assert refused(client) == 401
+    assert client.post("/login", params={"user": "ada", "password": "sesame"}).status_code == 200
+    with client.websocket_connect("/ws") as ada:
+        ada.send_text("hello")
+        assert ada.receive_text() == "hello"
+        assert block["manager"].stats().users == 1
+        client.post("/logout")
+        assert close_of(ada) == (4401, "logged out")
+    assert refused(client) == 401
+
+
+def fastapi_users(client: TestClient, block: Namespace) -> None:
+    for cookie in ("fastapiusersauth=guessed", "fastapiusersauth=token-of-bob", "other=token-of-ada"):
+        assert refused(client, cookie=cookie) == 401
+    with client.websocket_connect("/ws", headers={"cookie": "fastapiusersauth=token-of-ada"}) as ada:
+        ada.send_text("hello")
+        assert ada.receive_text() == "hello"
+        assert users_of_an_app.open_sessions == []
+
+
+def own_endpoint(client: TestClient, block: Namespace) -> None:
+    assert refused(client, authorization="Bearer guessed") == 401
+    assert refused(client, authorization="Bearer secret-of-ada", origin="https://evil.example") == 403
+    with client.websocket_connect("/ws", headers={"authorization": "Bearer secret-of-ada"}) as ada:
+        assert ada.receive_json() == {"hello": "ada"}
+        with client.websocket_connect("/ws") as other_tab:
+            other_tab.send_text("secret-of-ada")
+            assert other_tab.receive_json() == {"hello": "ada"}
+            other_tab.send_text("hi")
+            assert ada.receive_json() == other_tab.receive_json() == {"from": "ada", "text": "hi"}
+            other_tab.send_bytes(b"\xff")
+            assert close_of(other_tab)[0] == 1003
+        ada.send_text("still here")
+        assert ada.receive_json() == {"from": "ada", "text": "still here"}
+
+
+def channel_rights(client: TestClient, block: Namespace) -> None:
+    ada_s, bob_s = ({"authorization": f"Bearer secret-of-{name}"} for name in ("ada", "bob"))
+
+    def ask(socket: WebSocketTestSession, kind: str, channel: str) -> Any:
+        socket.send_json({"type": kind, "channel": channel, "data": 42})
+        return socket.receive_json()
+
+    no = {"type": "error", "code": "forbidden", "text": "not allowed"}
+    with client.websocket_connect("/ws", headers=ada_s) as ada, client.websocket_connect("/ws", headers=bob_s) as bob:
+        assert ask(bob, "subscribe", "news") == {"type": "subscribed", "channel": "news"}
+        assert ask(bob, "publish", "news") == ask(bob, "subscribe", "inbox:ada") == ask(bob, "subscribe", "x") == no
+        assert ask(ada, "publish", "news") == {"type": "published", "channel": "news"}
+        assert bob.receive_json() == {"type": "message", "channel": "news", "data": 42}
+        assert ask(bob, "unsubscribe", "news") == {"type": "unsubscribed", "channel": "news"}
+        assert refused(client, "/listen/inbox:ada", **bob_s) == refused(client, "/listen/other", **ada_s) == 403
+        with client.websocket_connect("/listen/inbox:ada", headers=ada_s) as inbox:
+            client.portal.call(partial(block["manager"].broadcast, "psst", channel="inbox:ada"))  # type: ignore[union-attr]
+            assert inbox.receive_text() == "psst"
+
+
+def log_out(client: TestClient, block: Namespace) -> None:
+    assert refused(client) == refused(client, cookie="session=guessed") == 401
+    ada, bob, database = {"cookie": "session=secret-of-ada"}, {"cookie": "session=secret-of-bob"}, block["database"]
+    with client.websocket_connect("/ws", headers=ada) as tab, client.websocket_connect("/ws", headers=bob) as other:
+        assert client.post("/logout", headers=ada).status_code == 204
+        assert close_of(tab) == (4401, "logged out")
+        assert refused(client, **ada) == 401
+        del database.users["secret-of-bob"]  # on another node, which can't say so: the broker is out of reach
+        gap = wsbroadcast.Gap("redis", 3.0)
+        client.portal.call(block["manager"].hooks.observe, "on_gap", gap)  # type: ignore[union-attr]
+        assert close_of(other) == (4401, "logged out")
+
+    async def find_and_log_out(session: str) -> str | None:  # in the middle of the handshake
+        user: str | None = database.users.pop(session, None)
+        return user
+
+    database.users["secret-of-ada"] = "ada"
+    database.user_of = find_and_log_out
+    with client.websocket_connect("/ws", headers=ada) as tab:
+        assert close_of(tab) == (1008, "logged out")
+
+
+def other_origins(client: TestClient, block: Namespace) -> None:
+    for origin in ("https://app.example", "http://localhost:5173"):
+        with client.websocket_connect("/ws", headers={"origin": origin}):
+            pass
+    for origin in ("https://evil.example", "http://app.example", "http://testserver", "http://localhost:5174"):
+        assert refused(client, origin=origin) == 403
+    with client.websocket_connect("/ws"):
+        pass
+
+
+def named_origins(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws/news", headers={"origin": "https://www.app.example"}):
+        pass
+    assert refused(client, "/ws/news", origin="http://testserver") == 403
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#three-shorter-ways": readme_shorter_ways,
+    "docs/behind-a-proxy.md#the-server": named_origins,
     "docs/explanation.md#order": order,
+    "docs/how-to-authenticate.md#a-dependency-that-says-who-it-is": authenticate,
+    "docs/how-to-authenticate.md#a-jwt": json_web_token,
+    "docs/how-to-authenticate.md#a-session-cookie": session_cookie,
+    "docs/how-to-authenticate.md#fastapi-users": fastapi_users,
+    "docs/how-to-authenticate.md#an-endpoint-of-your-own": own_endpoint,
+    "docs/how-to-authenticate.md#who-may-do-what-with-a-channel": channel_rights,
+    "docs/how-to-authenticate.md#log-out-expire-ban": log_out,
+    "docs/how-to-authenticate.md#pages-of-another-origin": other_origins,
     "docs/how-to.md#send-from-an-http-route": http_route,
     "docs/how-to.md#send-from-an-http-route-#2": own_lifespan,
     "docs/how-to.md#send-from-a-thread": threads,
@@ -313,6 +497,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#choose-what-happens-to-slow-consumers": prices,
     "docs/how-to.md#see-what-is-going-on": stats,
     "docs/servers.md#uvicorn": fast_path,
+    "docs/scale-out.md#two-workers": scale_out,
     "docs/tutorial.md#first-broadcast": first_broadcast,
     "docs/tutorial.md#first-broadcast-#2": first_broadcast_shorter,
     "docs/tutorial.md#channels": channels,
@@ -322,8 +507,18 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What blocks find: a broker's URL in the environment, and as much of Celery as they use."""
+    celery = ModuleType("celery")
+    celery.shared_task = lambda **options: lambda function: function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "celery", celery)
+    monkeypatch.setenv("WSBROADCAST_ENGINE", "redis://localhost")
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
-def test_block_runs_and_does_what_the_text_says(block: Block) -> None:
+def test_block_runs_and_does_what_the_text_says(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "users", users_of_an_app)
     namespace = block.run()
     tests = [function for name, function in namespace.items() if name.startswith("test_")]
     for test in tests:
@@ -353,6 +548,43 @@ async def test_hook_class_of_the_tutorial_keeps_secrets() -> None:
         await manager.broadcast("hello")
         stats = manager.stats()
         assert (stats.vetoed, stats.broadcasts) == (1, 1)
+
+
+OUTSIDE = [block for block in BLOCKS if block.name.startswith("docs/how-to.md#publish-from-outside")]
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [*zip(OUTSIDE, ['{"prices":"new"}', '{"report":"/reports/may.pdf"}', '{"minute":2}'], strict=True)],
+    ids=["script", "Celery", "async"],
+)
+async def test_publisher_of_the_how_to_reaches_an_app(
+    block: Block, message: str, redis_server: Endpoint, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{redis_server.url}?prefix={prefix}"
+    monkeypatch.setenv("WSBROADCAST_ENGINE", url)
+    peer = Peer()
+    async with ConnectionManager(url) as manager:
+        await manager.connect(peer.websocket, user=7, channels=["prices", "clock"])
+        names = block.run()
+        if "main" in names:
+            await asyncio.to_thread(lambda: run_test(names["main"]))
+        else:
+            await asyncio.to_thread(names["build_report"], 7, "may")
+            await asyncio.to_thread(names["publisher"].close)
+
+        async def is_there() -> bool:
+            return message in [event.get("text") for event in peer.sent]
+
+        await eventually(is_there)
+
+
+def test_shell_commands_of_the_how_to_are_understood() -> None:
+    (block,) = blocks_of("docs/how-to.md", "sh")
+    commands = [line.rpartition("python -m wsbroadcast ")[2] for line in block.source.splitlines()[1:]]
+    parsed = [_parser().parse_args(shlex.split(command.partition(" < ")[0])) for command in commands]
+    assert [one.texts for one in parsed] == [["hello"], ['{"maintenance": "in 10 minutes"}'], [], []]
+    assert [one.channel or one.user for one in parsed] == ["news", None, "log", "42"]
 
 
 # The pages among each other, and against the code.
@@ -397,7 +629,7 @@ def test_reference_mentions_every_public_name(name: str) -> None:
     assert mentions(REFERENCE, name)
 
 
-@pytest.mark.parametrize("kind", [ConnectionManager, Hook])
+@pytest.mark.parametrize("kind", [ConnectionManager, Hook, Publisher])
 def test_reference_mentions_what_a_class_can_do(kind: type) -> None:
     public = {name for name in dir(kind) if not name.startswith("_")} | {"__version__"}
     assert {name for name in public if not mentions(REFERENCE, name)} == set()
@@ -405,7 +637,12 @@ def test_reference_mentions_what_a_class_can_do(kind: type) -> None:
 
 @pytest.mark.parametrize(
     ("section", "kind"),
-    [("ConnectionManager", ConnectionManager), ("Connection", wsbroadcast.Connection), ("Hooks", Hook)],
+    [
+        ("ConnectionManager", ConnectionManager),
+        ("Connection", wsbroadcast.Connection),
+        ("Hooks", Hook),
+        ("Publisher", Publisher),
+    ],
 )
 def test_reference_mentions_nothing_that_is_not_there(section: str, kind: type) -> None:
     text = REFERENCE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
@@ -414,18 +651,20 @@ def test_reference_mentions_nothing_that_is_not_there(section: str, kind: type) 
     assert [name for name in methods if not hasattr(kind, name)] == []
 
 
-@pytest.mark.parametrize("options", [SlowConsumer, Limits])
-def test_reference_has_every_option_with_its_default(options: type[SlowConsumer | Limits]) -> None:
+@pytest.mark.parametrize("options", [SlowConsumer, Limits, Timing])
+def test_reference_has_every_option_with_its_default(options: type[SlowConsumer | Limits | Timing]) -> None:
     for field in dataclasses.fields(options):
-        default = f'`"{field.default}"`' if isinstance(field.default, str) else f"{field.default:,}"
+        number = f"{field.default:,}" if isinstance(field.default, (int, float)) else str(field.default)
+        default = f'`"{field.default}"`' if isinstance(field.default, str) else number
         assert re.search(rf"^\| `{field.name}` \| {re.escape(default)}( s| bytes)? \|", REFERENCE, re.MULTILINE), (
             field.name
         )
 
 
-def test_reference_has_every_field_of_stats() -> None:
-    fields = {field.name for field in dataclasses.fields(Stats)}
-    section = REFERENCE.partition("\n## Stats")[2].partition("\n## ")[0]
+@pytest.mark.parametrize(("heading", "stats"), [("\n## Stats\n", Stats), ("\n### EngineStats\n", EngineStats)])
+def test_reference_has_every_field_of_stats(heading: str, stats: type[Stats | EngineStats]) -> None:
+    fields = {field.name for field in dataclasses.fields(stats)}
+    section = re.split(r"\n##", REFERENCE.partition(heading)[2])[0]
     named = {
         name for row in re.findall(r"^\| (`.+?`) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
     }

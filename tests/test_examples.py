@@ -5,35 +5,24 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib.metadata
-import importlib.util
 import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient, WebSocketTestSession
+from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.support.brokers import free_port
+from tests.support.examples import EXAMPLES, load
 from tests.support.servers import serve_here
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 PATHS = sorted(EXAMPLES.glob("*.py"))
 
 # Seconds after which something that should have happened is missing.
 TIMEOUT = 5.0
-
-
-def load(path: Path) -> ModuleType:
-    """Import an example afresh, so that every test has its own manager."""
-    spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def close_code(socket: WebSocketTestSession) -> int:
@@ -143,6 +132,84 @@ def prices(client: TestClient) -> None:
         assert client.get("/stats").json()["broadcasts"] >= 3
 
 
+def engine(client: TestClient) -> None:
+    elsewhere = TestClient(load(EXAMPLES / "08_engine.py").app)  # as another process would
+    with elsewhere, client.websocket_connect("/ws/news") as ada, elsewhere.websocket_connect("/ws/news") as bob:
+        ada.send_text("hello")
+        bob.send_text("hi")
+        assert sorted([ada.receive_text(), ada.receive_text()]) == ["hello", "hi"]
+        assert sorted([bob.receive_text(), bob.receive_text()]) == ["hello", "hi"]
+
+
+def scale_out(client: TestClient) -> None:
+    # With brokers and several workers: tests/integration/test_workers.py.
+    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+        assert client.post("/announce/news", params={"text": "hello"}).status_code == 204
+        assert ada.receive_text() == bob.receive_text() == "hello"
+        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+
+
+def login(client: TestClient) -> None:
+    assert "textContent" in client.get("/").text
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/chat"):
+        pass
+    assert (refused.value.status_code, refused.value.text) == (401, "log in first")
+    for wrong in ({"name": "ada", "password": "guessed"}, {"name": "eve", "password": "sesame"}):
+        assert client.post("/login", json=wrong).status_code == 401
+    (endpoint,) = (route.endpoint for route in client.app.routes if route.path == "/login")  # type: ignore[attr-defined]
+    module = endpoint.__globals__
+    module["database"].sessions["old"] = module["Session"]("bob", 0.0)
+    assert client.post("/login", json={"name": "ada", "password": "sesame"}).status_code == 204
+    assert [session.user for session in module["database"].sessions.values()] == ["ada"], "the expired one is gone"
+    with client.websocket_connect("/chat") as tab, client.websocket_connect("/chat") as other_tab:
+        assert tab.receive_json() == tab.receive_json() == other_tab.receive_json() == {"joined": "ada"}
+        tab.send_text("hello")
+        assert tab.receive_json() == other_tab.receive_json() == {"from": "ada", "text": "hello"}
+        other_tab.send_bytes(b"\xff")
+        assert close_code(other_tab) == 1003
+        elsewhere = {"origin": "https://evil.example"}
+        with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/chat", headers=elsewhere):
+            pass
+        assert client.post("/logout").status_code == 204
+        assert close_code(tab) == 4401
+    with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/chat"):
+        pass
+
+
+def private_channels(client: TestClient) -> None:
+    def token(user: str) -> str:
+        text: str = client.post("/token", params={"user": user}).json()
+        return text
+
+    def ask(socket: WebSocketTestSession, kind: str, channel: str) -> Any:
+        socket.send_json({"type": kind, "channel": channel, "data": "hello"})
+        return socket.receive_json()["type"]
+
+    with (
+        client.websocket_connect("/ws") as ada,
+        client.websocket_connect("/ws", subprotocols=["bearer", token("root")]) as root,
+        client.websocket_connect("/ws", headers={"authorization": f"Bearer {token('eve')}"}) as eve,
+    ):
+        ada.send_text(token("ada"))
+        assert ask(ada, "subscribe", "news") == ask(ada, "subscribe", "private:ada") == "subscribed"
+        assert ask(ada, "publish", "news") == ask(eve, "subscribe", "private:ada") == "error"
+        assert ask(root, "publish", "news") == "published"
+        assert ada.receive_json() == {"type": "message", "channel": "news", "data": "hello"}
+        client.post("/tell/ada", params={"text": "psst"})
+        assert ada.receive_json() == {"private": "psst"}
+        assert ask(eve, "subscribe", "news") == "subscribed"
+        client.post("/ban/eve")
+        assert close_code(eve) == 4401
+    for guess in ("guessed", token("ada")[:-1], "." + token("ada")):
+        headers = {"authorization": f"Bearer {guess}"}
+        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws", headers=headers):
+            pass
+        assert refused.value.status_code == 401
+        with client.websocket_connect("/ws") as socket:
+            socket.send_text(guess)
+            assert close_code(socket) == 4401
+
+
 EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "01_chat": chat,
     "02_router": router,
@@ -151,11 +218,20 @@ EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "05_http_and_threads": http_and_threads,
     "06_starlette": starlette,
     "07_prices": prices,
+    "08_engine": engine,
+    "09_scale_out": scale_out,
+    "10_login": login,
+    "11_private_channels": private_channels,
 }
+
+# Examples that want more than the extra `demo`, and don't run in this process alone.
+EXTRAS = {"09_scale_out": "demo,nats,postgres,redis"}
+RUNS = {"09_scale_out": '"09_scale_out:app", workers=4'}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_example_does_what_it_says(path: Path) -> None:
+def test_example_does_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HUB_URL", f"hub://127.0.0.1:{free_port()}")
     with TestClient(load(path).app) as client:
         EXERCISES[path.stem](client)
 
@@ -170,10 +246,12 @@ def test_example_has_a_script_header_and_says_how_to_run_it(path: Path) -> None:
     lines = source.splitlines()
     start, end = lines.index("# /// script"), lines.index("# ///")
     header = tomllib.loads("\n".join(line.removeprefix("#").strip() for line in lines[start + 1 : end]))
+    extras = EXTRAS.get(path.stem, "demo")
     project = importlib.metadata.metadata("wsbroadcast")
-    assert header == {"requires-python": project["Requires-Python"], "dependencies": ["wsbroadcast[demo]"]}
+    assert header == {"requires-python": project["Requires-Python"], "dependencies": [f"wsbroadcast[{extras}]"]}
     assert f"uvicorn {path.stem}:app" in (ast.get_docstring(ast.parse(source)) or "")
-    assert source.endswith('if __name__ == "__main__":\n    import uvicorn\n\n    uvicorn.run(app)\n')
+    run = RUNS.get(path.stem, "app")
+    assert source.endswith(f'if __name__ == "__main__":\n    import uvicorn\n\n    uvicorn.run({run})\n')
 
 
 # The chat of the tutorial, on a real server.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 import wsbroadcast
@@ -53,8 +54,22 @@ def test_connection_closed_is_caught_as_the_disconnect_it_is() -> None:
     with pytest.raises(WebSocketDisconnect) as caught:
         raise ConnectionClosed(1013, "slow consumer")
     assert (caught.value.code, caught.value.reason) == (1013, "slow consumer")
-    assert str(caught.value) == "connection closed with code 1013: slow consumer"
+    assert str(caught.value) == "connection closed with code 1013: 'slow consumer'"
     assert str(ConnectionClosed(1006)) == "connection closed with code 1006"
+
+
+def test_reason_that_a_client_chose_cannot_forge_a_line_of_the_log() -> None:
+    error = ConnectionClosed(4000, "a\n2026-01-01 ERROR admin logged in\x1b[2J")
+    assert str(error).isprintable()
+    assert error.reason.startswith("a\n")  # as it came, for who wants it
+
+
+@pytest.mark.parametrize("kind", [PermissionDenied, LimitExceeded])
+def test_refusals_close_a_websocket_where_nobody_catches_them(kind: type[PermissionDenied | LimitExceeded]) -> None:
+    error = PermissionDenied("not you") if kind is PermissionDenied else LimitExceeded("max_connections", "not you")
+    assert isinstance(error, WebSocketException)
+    assert (error.code, error.reason, str(error)) == (1008, "not you", "not you")
+    assert str(PermissionDenied()) == ""
 
 
 def test_message_too_large_says_both_sizes() -> None:

@@ -748,6 +748,38 @@ async def test_close_falls_back_where_the_server_refuses_a_code(
 
 
 @pytest.mark.parametrize(
+    ("code", "refuses", "sent"), [(1008, {1008}, 4008), (1008, {1008, 4008}, 1000), (CloseCode.NORMAL, set(), 1000)]
+)
+async def test_close_of_the_app_falls_back_too(
+    manager: ConnectionManager, code: int, refuses: set[int], sent: int
+) -> None:
+    peer = Peer(refuses=refuses)
+    connection = await manager.connect(peer.websocket)
+    await peer.websocket.close(code, "why")
+    assert peer.close is not None
+    assert (peer.close["code"], peer.close["reason"]) == (sent, "why")
+    assert type(peer.close["code"]) is int  # daphne takes no IntEnum
+    assert peer.websocket.application_state is WebSocketState.DISCONNECTED
+    assert (connection.state, connection.close_code) == (ConnectionState.CLOSED, code)
+
+
+async def test_close_of_the_app_is_tried_once_if_the_peer_is_gone(manager: ConnectionManager) -> None:
+    peer = Peer()
+    await manager.connect(peer.websocket)
+    peer.vanish()
+    with pytest.raises(WebSocketDisconnect):
+        await peer.websocket.close(1008)
+    assert manager.connections == []
+
+
+async def test_close_of_the_app_with_a_code_that_no_frame_carries_is_its_error(manager: ConnectionManager) -> None:
+    peer = Peer(refuses={1005})
+    await manager.connect(peer.websocket)
+    with pytest.raises(ValueError, match="invalid close code"):
+        await peer.websocket.close(1005)
+
+
+@pytest.mark.parametrize(
     ("reason", "sent"),
     [
         ("x" * 123, "x" * 123),

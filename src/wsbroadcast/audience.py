@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple, cast
 from uuid import UUID
 
-from wsbroadcast.exceptions import InvalidChannel
+from wsbroadcast.exceptions import InvalidChannel, shorten
 
 MAX_NAME_BYTES = 200
 """The longest channel or user name, in UTF-8 bytes."""
@@ -76,7 +76,7 @@ def user_key(user: object) -> str:
     key = str(user)
     rule = _broken_rule(key)
     if rule is not None:
-        raise ValueError(f"invalid user {key[:80]!r}: {rule}")
+        raise ValueError(f"invalid user {shorten(key)}: {rule}")
     return key
 
 

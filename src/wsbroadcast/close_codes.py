@@ -23,15 +23,19 @@ class CloseCode(IntEnum):
     INVALID_DATA = 1007
     """The client sent text that is not what was asked for, such as broken JSON."""
     POLICY_VIOLATION = 1008
-    """A hook or an access check refused the connection."""
+    """A hook or an access check refused the connection, or the client went past a limit."""
     MESSAGE_TOO_BIG = 1009
-    """The client sent a message past a limit."""
+    """The client sent a message that is too large."""
     INTERNAL_ERROR = 1011
     """The endpoint failed."""
     SERVICE_RESTART = 1012
     """The server restarts."""
     TRY_AGAIN_LATER = 1013
     """The connection was a slow consumer, or the server is full."""
+    UNAUTHENTICATED = 4401
+    """Who it is isn't known, or no longer: nothing proved it in time, it has expired, or was taken back."""
+    FORBIDDEN = 4403
+    """Who it is may not do what it asked for."""
 
 
 _RECONNECT = {
@@ -46,7 +50,8 @@ _RECONNECT = {
 def should_reconnect(code: int) -> bool:
     """Tell whether a client that was closed with this code should come back.
 
-    Codes of ours that a server refused arrive moved up by 3,000 (see `fallback_codes`) and mean the same.
+    Codes of ours that a server refused arrive moved up by 3,000 (see `fallback_codes`) and mean the same. After 4401 it
+    should come back only with a new proof of who it is.
     """
     return (code - 3000 if 4000 < code < 4016 else code) in _RECONNECT
 
@@ -59,11 +64,13 @@ def is_sendable(code: int) -> bool:
 def fallback_codes(code: int) -> tuple[int, ...]:
     """Return the codes to try in order, because some servers refuse the registered ones.
 
-    Daphne takes 1000 and 3000 to 4999 only: there 1013 goes out as 4013.
+    Daphne takes 1000 and 3000 to 4999 only: there 1013 goes out as 4013. They are plain integers, because it takes no
+    `IntEnum` either.
     """
-    if code == CloseCode.NORMAL or code >= 3000:
+    code = int(code)
+    if code == 1000 or code >= 3000:
         return (code,)
-    return (code, code + 3000, CloseCode.NORMAL)
+    return (code, code + 3000, 1000)
 
 
 def cut_reason(reason: str | None) -> str:

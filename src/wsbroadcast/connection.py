@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, MutableMapping
 from enum import Enum
 from secrets import token_urlsafe
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from pydantic_core import from_json
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason
+from wsbroadcast.admission import Place
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
 from wsbroadcast.delivery.sink import Event, Sink
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_protocol, find_transport
 from wsbroadcast.delivery.watch import Watch
-from wsbroadcast.exceptions import ConnectionClosed
+from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
+from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.message import Message
 from wsbroadcast.reading import Reading
 
@@ -46,7 +49,9 @@ class Keeper(Protocol):
 
     def lost(self, connection: Connection, code: int, reason: str) -> None: ...  # noqa: D102
     def evict(self, connection: Connection, cause: str) -> None: ...  # noqa: D102
+    def expire(self, connection: Connection) -> None: ...  # noqa: D102
     def leave(self, connection: Connection, code: int, reason: str, state: ConnectionState) -> bool: ...  # noqa: D102
+    def see_off(self, connection: Connection) -> None: ...  # noqa: D102
     def before_app_send(self) -> None: ...  # noqa: D102
     def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None: ...  # noqa: D102
 
@@ -67,6 +72,7 @@ class Connection:
     __slots__ = (
         "__weakref__",
         "_closed",
+        "_expiry",
         "_found",
         "_keeper",
         "_reading",
@@ -75,11 +81,14 @@ class Connection:
         "close_code",
         "close_reason",
         "closing",
+        "expires_at",
         "fast_path_refused",
         "hooks_running",
         "id",
+        "inbound_full_at",
         "info",
         "manager",
+        "place",
         "previous",
         "sink",
         "user",
@@ -93,6 +102,7 @@ class Connection:
         manager: ConnectionManager,
         keeper: Keeper,
         watch: Watch,
+        place: Place,
         *,
         user: object,
         user_key: str | None,
@@ -119,6 +129,13 @@ class Connection:
         """The reason that came with the code."""
         self.hooks_running = 0
         """Hooks that are told of its coming now; those that are told of its going wait for them."""
+        self.expires_at: float | None = None
+        """When it ends unless it is renewed, in seconds since 1970; `None` for never."""
+        self.inbound_full_at = 0.0
+        """What the pace of the peer's messages is measured by (see `Inbound`)."""
+        self._expiry: asyncio.TimerHandle | None = None
+        self.place = place
+        """Given back when the socket is no longer there, and not before."""
         self._keeper = keeper
         self._state = ConnectionState.OPEN
         # Made when somebody waits for the end.
@@ -173,6 +190,31 @@ class Connection:
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what was handed over before, then close. Idempotent; never hangs on a peer that takes nothing."""
         await self.manager.close(self, code, reason)
+
+    def renew(self, expires_at: ExpiresAt) -> None:
+        """Let the connection live until another moment; at that moment it is closed with 4401.
+
+        What waits for it then is not sent. The time of day is looked at once, here; the rest is a monotonic timer's,
+        so a clock that is set later changes nothing.
+
+        Args:
+            expires_at: Seconds since 1970, or a datetime with a timezone; `None` for ever. One that has passed closes
+                it in the next turn of the event loop.
+
+        Raises:
+            ConnectionClosed: If the connection has ended.
+            ValueError: If it is no moment: a datetime without a timezone, NaN.
+        """
+        seconds = unix_seconds(expires_at)
+        if not self.is_open:
+            raise self.closed_error()
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        self.expires_at = seconds
+        if seconds is not None:
+            delay = max(0.0, seconds - time.time())
+            self._expiry = asyncio.get_running_loop().call_later(delay, self._keeper.expire, self)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message of the peer: `str` for a text frame, `bytes` for a binary one.
@@ -262,6 +304,11 @@ class Connection:
         if self.close_code is None:
             self.close_code = code
             self.close_reason = reason
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        if state is ConnectionState.CLOSED and not self.sink.is_ended:
+            self.place.release()  # `disconnect`: what becomes of the socket is the app's affair; else see `see_off`
         if self._reading is not None:
             self._reading.interrupt()  # now: granian sends no close frame while the app is inside `receive`
         if state is ConnectionState.CLOSED and self._closed is not None:
@@ -277,16 +324,31 @@ class Connection:
 
     async def app_send(self, event: MutableMapping[str, Any]) -> None:
         """Send an event of the app the way it would have gone without this connection."""
+        code = event.get("code") if event["type"] == "websocket.close" else None
         try:
-            if self._found is not None:
-                await self._found[0](event)
+            if code is None or not is_sendable(code):
+                await self._pass_on(event)
             else:
-                await type(self.websocket).send(self.websocket, event)
+                await self._pass_close_on(event, code)
         except WebSocketDisconnect:
             # Starlette now counts the app's side as closed, and a later `receive_text` would raise RuntimeError, which
             # no endpoint catches. Its `receive` goes on to the disconnect instead.
             self.websocket.application_state = WebSocketState.CONNECTED
             raise
+
+    def _pass_on(self, event: MutableMapping[str, Any]) -> Awaitable[None]:
+        return type(self.websocket).send(self.websocket, event) if self._found is None else self._found[0](event)
+
+    async def _pass_close_on(self, event: MutableMapping[str, Any], code: int) -> None:
+        *codes, last = fallback_codes(code)
+        for each in codes:
+            try:
+                return await self._pass_on({**event, "code": each})
+            except (OSError, RuntimeError, WebSocketDisconnect):
+                raise
+            except Exception:  # what daphne says of a code it doesn't take
+                self.websocket.application_state = WebSocketState.CONNECTED
+        await self._pass_on({**event, "code": last})
 
     def give_back(self) -> None:
         """Undo the taking over, before the WebSocket is connected anew; not while something waits to be written."""
@@ -312,16 +374,18 @@ class Connection:
         try:
             await self.sink.send_event(event)
         except WebSocketDisconnect as error:
-            self.lost(error.code, error.reason)
+            if self.closing is None:  # else it was thrown away for a close, and cancelling a write would spoil that
+                self.lost(error.code, error.reason)
             raise
         finally:
             if event["type"] == "websocket.close":
                 if self._state is ConnectionState.CLOSING:
                     self.enter(ConnectionState.CLOSED, CloseCode.NORMAL)
-                self.sink.release()
+                self._keeper.see_off(self)
 
     async def _receive_for_app(self, *, throws_away: bool = False) -> MutableMapping[str, Any]:
-        if self._state is ConnectionState.CLOSED and self.sink.is_ended:
+        if self._is_over:
+            await self._wait_closed()
             return self._disconnect_event()
         if self._reading is not None and self._reading.throws_away:
             self._reading.interrupt()
@@ -345,10 +409,22 @@ class Connection:
             self.lost(event.get("code") or ABNORMAL, event.get("reason") or "")
         elif self.is_open:  # else it is another connection's to observe, or nobody's
             text = event.get("text")
-            observed = self._keeper.observe_message(self, event["bytes"] if text is None else text)
+            try:
+                observed = self._keeper.observe_message(self, event["bytes"] if text is None else text)
+            except LimitExceeded as error:
+                self.sink.hangs_up = True
+                await self.close(error.code, error.reason)
+                return self._disconnect_event()
             if observed is not None:
                 await observed
+                if self._is_over:
+                    return self._disconnect_event()
         return event
+
+    @property
+    def _is_over(self) -> bool:
+        # Nobody hears any more what the peer says, although the close frame may still have to wait for its turn.
+        return self.sink.is_ended and not self.is_open
 
     def _app_receive(self) -> Awaitable[MutableMapping[str, Any]]:
         # Not a coroutine of its own: one frame less for each connection that waits here.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 class Counters:
@@ -17,6 +18,7 @@ class Counters:
         "dropped",
         "evicted",
         "hook_errors",
+        "limited",
         "sends",
         "vetoed",
     )
@@ -31,6 +33,40 @@ class Counters:
         self.hook_errors = 0
         self.dropped: Counter[str] = Counter()
         self.evicted: Counter[str] = Counter()
+        self.limited: Counter[str] = Counter()
+
+
+class EngineCounters:
+    """What an engine counts, since it was made; never reset."""
+
+    def __init__(self) -> None:
+        self.reconnects = 0
+        self.gaps = 0
+        self.publish_failures = 0
+        self.bad_envelopes: Counter[str] = Counter()
+
+    def snapshot(self) -> EngineStats:
+        """Return the counts as they are now."""
+        return EngineStats(
+            reconnects=self.reconnects,
+            gaps=self.gaps,
+            publish_failures=self.publish_failures,
+            bad_envelopes=dict(self.bad_envelopes),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What an engine has counted since it was made; all zero for one that needs no broker."""
+
+    reconnects: int = 0
+    """Times a lost connection to the broker was replaced."""
+    gaps: int = 0
+    """Outages after which messages of other nodes were known to be missing."""
+    publish_failures: int = 0
+    """Publications that the broker did not take; their callers saw an error, those of `broadcast_nowait` a log line."""
+    bad_envelopes: Mapping[str, int] = field(default_factory=dict)
+    """What came from the broker and was dropped, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +96,8 @@ class Stats:
     was still waiting when a connection ended, or found its socket gone."""
     evicted: dict[str, int]
     """Connections that were thrown out, by reason: `backlog_full` or `send_timeout`."""
+    limited: dict[str, int]
+    """What was refused because it went past a limit, by the name of the limit."""
     vetoed: int
     """Broadcasts that an `on_broadcast` hook held back."""
     hook_errors: int
@@ -70,3 +108,5 @@ class Stats:
     """Messages that wait for slow consumers now."""
     behind: int
     """Connections past their high-water mark now."""
+    engine: EngineStats
+    """What the engine has counted."""

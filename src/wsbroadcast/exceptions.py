@@ -8,15 +8,18 @@ WSBroadcastError
 │   └── MessageTooLarge                   .size, .limit
 ├── ConnectionClosed(WebSocketDisconnect, RuntimeError)   .code, .reason
 ├── LifecycleError(RuntimeError)          not running, or running in another event loop
-├── PermissionDenied                      raised by hooks and access checks
-├── LimitExceeded                         .limit
+├── PermissionDenied(WebSocketException)  raised by hooks and access checks
+├── LimitExceeded(WebSocketException)     .limit
 └── EngineError
-    └── EngineUnavailable(OSError)        nothing was sent; retry is sensible
+    └── EngineUnavailable(OSError)        out of reach; a retry is sensible
 """
 
 from __future__ import annotations
 
+from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
+
+_POLICY_VIOLATION = 1008  # as a number: close_codes stands above
 
 
 class WSBroadcastError(Exception):
@@ -39,7 +42,7 @@ class InvalidChannel(WSBroadcastError, ValueError):
         """The name as it was given."""
         self.rule = rule
         """What a channel name has to be."""
-        super().__init__(f"invalid channel {_shorten(channel)}: {rule}")
+        super().__init__(f"invalid channel {shorten(channel)}: {rule}")
 
 
 class EncodeError(WSBroadcastError, ValueError):
@@ -67,24 +70,39 @@ class ConnectionClosed(WSBroadcastError, WebSocketDisconnect, RuntimeError):
         WebSocketDisconnect.__init__(self, code, reason)
 
     def __str__(self) -> str:
-        return f"connection closed with code {self.code}" + (f": {self.reason}" if self.reason else "")
+        return f"connection closed with code {self.code}" + (f": {self.reason!r}" if self.reason else "")
 
 
 class LifecycleError(WSBroadcastError, RuntimeError):
     """Raised when a manager is used where it doesn't run: after `aclose`, or in another event loop."""
 
 
-class PermissionDenied(WSBroadcastError):
-    """Raised by a hook or an access check that refuses something on purpose."""
+class PermissionDenied(WSBroadcastError, WebSocketException):
+    """Raised by a hook or an access check that refuses something on purpose.
+
+    It is a `WebSocketException` too: where nobody catches it, Starlette closes with its code, its text as the reason.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        WebSocketException.__init__(self, _POLICY_VIOLATION, message)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
-class LimitExceeded(WSBroadcastError):
-    """Raised when something would go past a configured limit."""
+class LimitExceeded(WSBroadcastError, WebSocketException):
+    """Raised when something would go past a configured limit.
 
-    def __init__(self, limit: str, message: str) -> None:
+    It is a `WebSocketException` too: where nobody catches it, Starlette closes with its code, its text as the reason.
+    """
+
+    def __init__(self, limit: str, message: str, code: int = _POLICY_VIOLATION) -> None:
         self.limit = limit
-        """The name of the limit."""
-        super().__init__(message)
+        """The name of the limit, a field of `Limits`."""
+        WebSocketException.__init__(self, code, message)
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class EngineError(WSBroadcastError):
@@ -92,11 +110,14 @@ class EngineError(WSBroadcastError):
 
 
 class EngineUnavailable(EngineError, OSError):
-    """Raised when the broker can't be reached; nothing was sent, a retry is sensible."""
+    """Raised when the broker can't be reached; a retry is sensible.
+
+    Nothing was sent, unless the text says that it isn't known: the broker was asked and did not answer in time.
+    """
 
 
-def _shorten(value: object, limit: int = 80) -> str:
-    # A name a client chose ends up in logs: escaped by repr and cut.
+def shorten(value: object, limit: int = 80) -> str:
+    """Write what a client chose so that it can stand in a log: escaped by `repr` and cut."""
     try:
         text = repr(value[: limit + 1] if isinstance(value, str) else value)
     except Exception:  # a repr of the app's, or an int or a nesting that is too long for one

@@ -11,16 +11,17 @@ from typing import Any, Self
 from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
-from wsbroadcast.close_codes import ABNORMAL, CloseCode
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, is_sendable
 from wsbroadcast.connecting import Connecting
 from wsbroadcast.connection import Connection, find_connection
 from wsbroadcast.counters import Counters, Stats
 from wsbroadcast.decorators import HookDecorators
 from wsbroadcast.engines import create_engine
-from wsbroadcast.engines.base import Engine, Health, Publication
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, LifecycleError
+from wsbroadcast.engines.base import Engine, Health, Publication, transactional
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineUnavailable, LifecycleError
+from wsbroadcast.expiry import ExpiresAt
 from wsbroadcast.hooks import Hook, HookChain
-from wsbroadcast.loops import running_loop, wait_in_thread, without_waiting
+from wsbroadcast.loops import running_loop, submit, wait_in_thread, without_waiting
 from wsbroadcast.membership import CLOSED, Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
@@ -87,6 +88,7 @@ class ConnectionManager(HookDecorators):
         info: object = None,
         subprotocol: str | None = None,
         headers: Headers | None = None,
+        expires_at: ExpiresAt = None,
     ) -> Connecting:
         """Accept a WebSocket, unless it is accepted already, and register it.
 
@@ -101,18 +103,29 @@ class ConnectionManager(HookDecorators):
             info: Whatever you want to find again as `connection.info`.
             subprotocol: The subprotocol to accept with.
             headers: Headers to accept with.
+            expires_at: When it is closed with 4401 unless it is renewed (see `Connection.renew`): seconds since 1970,
+                such as a token's `exp`, or a datetime with a timezone.
 
         Raises:
             ConnectionClosed: If the socket is closed, or its peer went away meanwhile.
             InvalidChannel: If a channel name breaks a rule.
-            ValueError: If the user is no id.
-            PermissionDenied: If a hook refuses it; the socket is closed with 1008.
+            ValueError: If the user is no id, or `expires_at` no moment.
+            PermissionDenied: If a hook refuses it; the socket is closed with 1008. Or if it has expired; the handshake
+                is refused with 401, or a socket that is accepted already closed with 4401.
+            LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
+                socket that is accepted already closed with 1008 or 1013.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        return Connecting(
-            self._connect(websocket, user=user, channels=channels, info=info, subprotocol=subprotocol, headers=headers),
-            self.disconnect,
+        connect = self._connect(
+            websocket,
+            user=user,
+            channels=channels,
+            info=info,
+            subprotocol=subprotocol,
+            headers=headers,
+            expires_at=expires_at,
         )
+        return Connecting(connect, self.disconnect)
 
     async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
         await self._run_here()
@@ -141,12 +154,69 @@ class ConnectionManager(HookDecorators):
         if connection is not None:
             await self._node.membership.close(connection, code, reason)
 
+    async def disconnect_user(
+        self,
+        user: UserId,
+        *,
+        code: int = CloseCode.UNAUTHENTICATED,
+        reason: str = "",
+        exclude: Exclude = (),
+    ) -> None:
+        """Close every connection of a user, on all nodes: after a log-out, or when its rights were taken back.
+
+        Returns once the engine has taken it. What waits for these connections is not sent any more. Take back first,
+        then disconnect. A handshake that was authenticated before that may still come in after it: an `on_connect` hook
+        that looks again closes this gap, because every later call reaches the connections that it runs for. A node that
+        is cut off from the broker at that moment misses the call: look again in `on_gap`, too.
+
+        Args:
+            user: Whose connections.
+            code: The code they are closed with. By default 4401, after which a client doesn't come back by itself.
+            reason: Cut to 123 bytes of UTF-8.
+            exclude: Connections or WebSockets that stay, such as the one that asked for the others to be signed out.
+
+        Raises:
+            ValueError: If the user is no id, or the code can't be sent.
+            EngineUnavailable: If the broker can't be reached: those of this node were closed, those of others not.
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
+        if not is_sendable(code):
+            raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
+        audience = Audience.of(user=user)
+        publication = Publication(Message.of(cut_reason(reason)), audience, self._ids(exclude), int(code))
+        await self._run_here()
+        try:
+            await self._engine.publish(publication)
+        except EngineUnavailable:
+            self._node.receive_nowait(publication)
+            raise
+
+    @asynccontextmanager
+    async def handshake(self, websocket: WebSocket) -> AsyncIterator[None]:
+        """Hold a place for a handshake while it is looked into: `async with manager.handshake(websocket):`.
+
+        For an endpoint that authenticates before it connects: whoever makes too many handshakes is refused before that
+        costs anything, also while the engine starts, and who is being authenticated counts as a connection already.
+        `connect` inside the block takes the place over; at the end of the block one that wasn't taken is free again. A
+        block inside such a block has the same place.
+
+        Raises:
+            LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
+        self._settle_here()
+        async with self._node.membership.door.handshake(websocket):
+            await self._run_here()
+            yield
+
     async def subscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
         """Subscribe a connection to channels; every later broadcast to them, from any node, arrives.
 
         Raises:
             ConnectionClosed: If the connection has ended.
             InvalidChannel: If a name breaks a rule; then none of them is subscribed.
+            LimitExceeded: If they are more than `max_channels_per_connection`; none of them is subscribed, and the
+                connection stays.
             PermissionDenied: If a hook refuses a channel; that one and those after it are not subscribed.
         """
         names = as_channels(channels)
@@ -183,6 +253,7 @@ class ConnectionManager(HookDecorators):
         user: UserId | Unset = UNSET,
         exclude: Exclude = (),
         key: str | None = None,
+        transaction: object = None,
     ) -> None:
         """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
 
@@ -197,18 +268,26 @@ class ConnectionManager(HookDecorators):
             user: The user whose connections get it.
             exclude: Connections or WebSockets that don't.
             key: What the message is the newest of, for slow consumers under the policy `conflate`.
+            transaction: On Postgres, a database connection or session of yours: the message is sent when its
+                transaction commits, and never if it is rolled back.
 
         Raises:
             EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
             ValueError: If the channel (`InvalidChannel`) or user is none; `None` is never "everybody".
-            EngineUnavailable: If the broker can't be reached; nothing was sent.
+            EngineUnavailable: If the broker can't be reached and nothing was sent; or if it doesn't answer in time, and
+                whether it took the message isn't known: the text says which.
+            ConfigurationError: If the engine can't publish inside a transaction.
             LifecycleError: If the manager is closed, or runs in another event loop.
             Exception: What an `on_broadcast` or `on_deliver` hook raises; nobody gets the message.
         """
         publication = self._publication(message, channel, user, exclude, key)
         prepared = await self._prepare(publication)
-        if prepared is not None:
+        if prepared is None:
+            return
+        if transaction is None:
             await self._engine.publish(prepared)
+        else:
+            await transactional(self._engine).publish_in(transaction, prepared)
 
     async def broadcast_local(
         self,
@@ -274,7 +353,7 @@ class ConnectionManager(HookDecorators):
         if running_loop() is loop:
             raise LifecycleError("broadcast_threadsafe would block its own event loop: await `broadcast`")
         broadcast = self.broadcast(message, channel=channel, user=user, exclude=exclude, key=key)
-        wait_in_thread(asyncio.run_coroutine_threadsafe(broadcast, loop), loop)
+        wait_in_thread(submit(broadcast, loop), loop)
 
     async def send(self, connection: WebSocket | Connection, message: object) -> None:
         """Send a message to one connection of this node, after everything handed over before.
@@ -372,8 +451,8 @@ class ConnectionManager(HookDecorators):
     def _publication(
         self, message: object, channel: object, user: object, exclude: Exclude, key: str | None
     ) -> Publication:
-        audience = Audience.of(channel, user)
-        return Publication(self._encode(message, key), audience, self._ids(exclude) if exclude != () else _NOBODY)
+        ids = self._ids(exclude) if exclude != () else _NOBODY
+        return Publication.of(message, channel, user, key, self._limits, ids)
 
     def _encode(self, message: object, key: str | None) -> Message:
         return Message.of(message, key).within(self._limits.max_message_bytes)
@@ -394,7 +473,7 @@ class ConnectionManager(HookDecorators):
         return connection
 
     async def _prepare(self, publication: Publication) -> Publication | None:
-        if self._loop is not asyncio.get_running_loop():
+        if not self._is_started or self._loop is not asyncio.get_running_loop():
             await self._run_here()
         if self.hooks.has("on_broadcast"):
             transformed = await self._transform(publication)
@@ -402,8 +481,7 @@ class ConnectionManager(HookDecorators):
                 return None
             publication = transformed
         if not self._node.dispatcher.is_clear:
-            message, audience, exclude = publication
-            await self._node.dispatcher.ease(message.size, audience, exclude)
+            await self._node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
         if self._loop is None:  # closed meanwhile
             raise LifecycleError(CLOSED)
         return publication
@@ -413,12 +491,19 @@ class ConnectionManager(HookDecorators):
         return None if message is None else publication._replace(message=self._encode(message, None))
 
     def _new_node(self) -> Node:
-        return Node(self.hooks, self._slow_consumer, self._limits, self._counters)
+        return Node(self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
 
     async def _run_here(self) -> None:
-        loop = running_loop()
-        if self._is_started and self._loop is loop:
+        if self._is_started and self._loop is running_loop():
             return
+        self._settle_here()
+        async with self._node.starting:  # several first uses at the same time start the engine once
+            if not self._is_started:
+                await self._engine.start(self._node)
+                self._is_started = True
+
+    def _settle_here(self) -> None:
+        loop = running_loop()
         if loop is None:
             raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
         if self._is_closed:
@@ -433,10 +518,6 @@ class ConnectionManager(HookDecorators):
             self._starts = 0
             self._is_started = False
         self._loop = loop
-        async with self._node.starting:  # several first uses at the same time start the engine once
-            if not self._is_started:
-                await self._engine.start(self._node)
-                self._is_started = True
 
     async def _close_here(self) -> None:
         try:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Generator, Iterable
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Generator, Iterable
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from wsbroadcast.audience import EVERYONE, as_channels, user_key
+from wsbroadcast.audience import EVERYONE, Audience, as_channels, user_key
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
 from wsbroadcast.connection import Connection, ConnectionState, find_connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.door import EXPIRED, Door
+from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
+from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.hooks import HookChain
+from wsbroadcast.options import Limits
 from wsbroadcast.registry import Registry
 from wsbroadcast.tasks import Tasks
 
@@ -45,6 +50,8 @@ class Membership:
         watch: Watch,
         hooks: HookChain,
         tasks: Tasks,
+        engine: Engine,
+        limits: Limits,
     ) -> None:
         self._registry = registry
         self._dispatcher = dispatcher
@@ -52,8 +59,13 @@ class Membership:
         self._hooks = hooks
         self._counters = watch.counters
         self._tasks = tasks
+        self._engine = engine
+        # Audiences that are about to get a member, by how many: the broker must go on holding them.
+        self._holds: Counter[Audience] = Counter()
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
+        self.door = Door(limits, watch.counters)
+        """Who may come in, and what they may do there."""
 
     # In.
 
@@ -67,25 +79,39 @@ class Membership:
         info: object,
         subprotocol: str | None,
         headers: Headers | None,
+        expires_at: ExpiresAt,
     ) -> Connection:
         """Accept and register; what `ConnectionManager.connect` promises."""
         key = None if user is None else user_key(user)
         names = as_channels(channels)
+        expires = unix_seconds(expires_at)
         if (known := await self._known(websocket, manager, names)) is not None:
             return known
         self._check_running()
-        await _accept(websocket, subprotocol, headers)
-        self._check_running()
-        if (known := await self._known(websocket, manager, names)) is not None:
-            return known  # another task was connecting it meanwhile
-        connection = Connection(
-            websocket, manager, self, self._watch, user=user, user_key=key, channels=names, info=info
-        )
+        place = await self.door.admit(websocket, key, names, expires)
+        try:
+            async with self._held(_audiences(key, names)):  # so that messages arrive when the peer sees it is accepted
+                await _accept(websocket, subprotocol, headers)
+                self._check_running()
+                if (known := await self._known(websocket, manager, names)) is not None:
+                    place.release()
+                    return known  # another task was connecting it meanwhile
+                connection = Connection(
+                    websocket, manager, self, self._watch, place, user=user, user_key=key, channels=names, info=info
+                )
+                await self._enter(connection, names, expires)
+        except BaseException:
+            place.release()
+            raise
+        return connection
+
+    async def _enter(self, connection: Connection, channels: tuple[str, ...], expires: float | None) -> None:
         self._dispatcher.flush()
         self._registry.add(connection)
         self._counters.connects += 1
         try:
-            await self._announce(connection, names)
+            connection.renew(expires)
+            await self._announce(connection, channels)
             if not connection.is_open:
                 raise connection.closed_error()
         except PermissionDenied as denied:
@@ -94,7 +120,6 @@ class Membership:
         except BaseException:
             self.leave(connection, CloseCode.INTERNAL_ERROR, "")
             raise
-        return connection
 
     async def _known(
         self, websocket: WebSocket, manager: ConnectionManager, channels: tuple[str, ...]
@@ -113,6 +138,25 @@ class Membership:
     def _check_running(self) -> None:
         if self._is_ended:
             raise LifecycleError(CLOSED)
+
+    @asynccontextmanager
+    async def _held(self, audiences: list[Audience]) -> AsyncGenerator[None]:
+        # Inside, the broker has confirmed them: whoever becomes a member gets what is published from then on.
+        self._holds.update(audiences)
+        self._engine.subscribe(audiences)
+        try:
+            await self._engine.confirmed(audiences)
+            yield
+        finally:
+            self._holds.subtract(audiences)
+            self._let_go(audiences)
+
+    def _let_go(self, audiences: Iterable[Audience]) -> None:
+        for audience in audiences:
+            if self._holds[audience] <= 0:
+                del self._holds[audience]
+                if not self._registry.members(audience):
+                    self._engine.unsubscribe((audience,))
 
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
         unannounced = list(reversed(channels))
@@ -139,13 +183,23 @@ class Membership:
                 self._say_goodbye(connection)
 
     async def subscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
-        """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not."""
+        """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not.
+
+        Raises:
+            LimitExceeded: If they are too many, before it is subscribed to any.
+        """
+        self.door.check_channels(len(connection.channels.union(channels)), connection)
+        async with self._held([Audience("channel", channel) for channel in channels]):
+            await self._subscribe_each(connection, channels)
+
+    async def _subscribe_each(self, connection: Connection, channels: tuple[str, ...]) -> None:
         for channel in channels:
             self._dispatcher.flush()  # which may end this very connection, so before looking at it
             if not connection.is_open:
                 raise connection.closed_error()
             if channel in connection.channels:
                 continue
+            self.door.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it as well
             self._registry.subscribe(connection, channel)
             if self._hooks.has("on_subscribe"):
                 with self._before_goodbye(connection):
@@ -171,7 +225,8 @@ class Membership:
         self._dispatcher.flush()  # which may end this very connection, so before looking at it
         if channel not in connection.channels or not connection.is_open:
             return False
-        self._registry.unsubscribe(connection, channel)
+        if self._registry.unsubscribe(connection, channel):
+            self._let_go((Audience("channel", channel),))
         self._watch.wake()  # as when one leaves
         return True
 
@@ -182,8 +237,10 @@ class Membership:
     ) -> bool:
         """Take a connection out of the registry; return whether it was there."""
         self._dispatcher.flush()
-        if self._registry.remove(connection) is None:
+        last = self._registry.remove(connection)
+        if last is None:
             return False
+        self._let_go(last)
         self._watch.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection.enter(state, code, reason)
@@ -196,7 +253,7 @@ class Membership:
         connection.sink.end()
         if not self.leave(connection, code, reason) and connection.state is ConnectionState.CLOSING:
             connection.enter(ConnectionState.CLOSED, code, reason)
-        connection.sink.release()
+        self.see_off(connection)
 
     def evict(self, connection: Connection, cause: str) -> None:
         """The peer doesn't take what it is sent: out at once, closed if that goes quickly, else aborted."""
@@ -211,6 +268,16 @@ class Membership:
         logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
         connection.sink.discard()
         self._finish(connection, code, reason)
+
+    def dismiss(self, connection: Connection, code: int, reason: str) -> None:
+        """Close and remove without sending what waits; returns at once."""
+        if self.leave(connection, code, reason, ConnectionState.CLOSING):
+            connection.sink.discard()
+            self._finish(connection, code, reason)
+
+    def expire(self, connection: Connection) -> None:
+        """The moment has come at which a connection has to be renewed, and wasn't."""
+        self.dismiss(connection, CloseCode.UNAUTHENTICATED, EXPIRED)
 
     async def close(self, connection: Connection, code: int, reason: str) -> None:
         """Close and remove; returns when the close frame is out or the peer was given up.
@@ -235,9 +302,23 @@ class Membership:
             finally:
                 if connection.state is ConnectionState.CLOSING:
                     connection.enter(ConnectionState.CLOSED, code, reason)
-                connection.sink.release()
+                self.see_off(connection)
 
         connection.closing = self._tasks.spawn(finish(), "close")
+
+    def see_off(self, connection: Connection) -> None:
+        """Its last word is said: give its place back as soon as the server has let go of its socket."""
+
+        async def wait() -> None:
+            try:
+                await connection.sink.see_off()
+            finally:
+                connection.place.release()
+
+        if connection.sink.is_freed:
+            connection.place.release()
+        else:
+            self._tasks.spawn(wait(), "see-off")  # whoever called `close` doesn't wait for it, `aclose` does
 
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
@@ -262,10 +343,20 @@ class Membership:
         self._dispatcher.flush()
 
     def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None:
-        """Return what to await before the endpoint gets a message, or `None` if there is nothing."""
+        """Return what to await before the endpoint gets a message, or `None` if there is nothing.
+
+        Raises:
+            LimitExceeded: If the message is too large, or one too many; nobody has looked into it then.
+        """
+        self.door.check_message(connection, message)
         if not self._hooks.has("on_message"):
             return None
         return self._hooks.observe("on_message", connection, message)
+
+
+def _audiences(user_key: str | None, channels: Iterable[str]) -> list[Audience]:
+    audiences = [EVERYONE, *(Audience("channel", channel) for channel in channels)]
+    return audiences if user_key is None else [*audiences, Audience("user", user_key)]
 
 
 async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Headers | None) -> None:

@@ -11,7 +11,7 @@ from wsbroadcast.connection import Connection
 from wsbroadcast.counters import Counters, Stats
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
-from wsbroadcast.engines.base import Gap, Publication
+from wsbroadcast.engines.base import Engine, Gap, Publication
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.loops import without_waiting
 from wsbroadcast.membership import Membership
@@ -23,12 +23,15 @@ from wsbroadcast.tasks import Tasks
 class Node:
     """Receives publications from the engine and hands them to the connections that are here."""
 
-    def __init__(self, hooks: HookChain, slow_consumer: SlowConsumer, limits: Limits, counters: Counters) -> None:
+    def __init__(
+        self, engine: Engine, hooks: HookChain, slow_consumer: SlowConsumer, limits: Limits, counters: Counters
+    ) -> None:
+        self._engine = engine
         self.registry = Registry[Connection]()
         self._watch = Watch(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._watch)
         self._tasks = Tasks()
-        self.membership = Membership(self.registry, self.dispatcher, self._watch, hooks, self._tasks)
+        self.membership = Membership(self.registry, self.dispatcher, self._watch, hooks, self._tasks, engine, limits)
         self._hooks = hooks
         self._limits = limits
         self._counters = counters
@@ -39,7 +42,9 @@ class Node:
 
     async def receive(self, publication: Publication) -> None:
         """Deliver a publication, through the on_deliver hooks if there are any."""
-        if not self._hooks.has("on_deliver"):
+        if publication.close_code is not None:
+            self._dismiss(publication, publication.close_code)
+        elif not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif is_delivering():
             # A hook broadcasts while its own delivery holds the order: this one goes first.
@@ -54,10 +59,23 @@ class Node:
         Raises:
             LifecycleError: If an on_deliver hook has to wait.
         """
-        if self._hooks.has("on_deliver"):
+        if self._hooks.has("on_deliver") and publication.close_code is None:
             without_waiting(self.receive(publication), "an on_deliver hook has to wait, for this message or one before")
+        elif publication.close_code is not None:
+            self._dismiss(publication, publication.close_code)
         else:
             self._deliver(publication)
+
+    def is_ready(self, publication: Publication) -> bool:
+        """Tell whether `receive_nowait` can deliver it now: no hook has to run, the crowd is not behind."""
+        if self._hooks.has("on_deliver"):
+            return False
+        return self.dispatcher.is_ready(publication.audience, publication.exclude)
+
+    async def receive_paced(self, publication: Publication) -> None:
+        """Deliver a publication of another node as `receive` does, at the pace of the crowd here."""
+        await self.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
+        await self.receive(publication)
 
     async def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing."""
@@ -80,11 +98,13 @@ class Node:
             deliveries=counters.deliveries,
             dropped=dict(counters.dropped),
             evicted=dict(counters.evicted),
+            limited=dict(counters.limited),
             vetoed=counters.vetoed,
             hook_errors=counters.hook_errors,
             backlog_bytes=sum(sink.held_bytes for sink in self._watch.waiting),
             backlog_messages=sum(sink.held_messages for sink in self._watch.waiting),
             behind=len(self._watch.behind),
+            engine=self._engine.stats(),
         )
 
     async def aclose(self) -> None:
@@ -95,7 +115,13 @@ class Node:
 
     def _deliver(self, publication: Publication) -> None:
         self._counters.broadcasts += 1
-        self.dispatcher.dispatch(*publication)
+        self.dispatcher.dispatch(publication.message, publication.audience, publication.exclude)
+
+    def _dismiss(self, publication: Publication, code: int) -> None:
+        # No hook is asked and nothing is waited for: whoever is no longer welcome doesn't get what waits either.
+        reason = publication.message.payload.decode(errors="replace")
+        for connection in self.registry.recipients(publication.audience, publication.exclude):
+            self.membership.dismiss(connection, code, reason)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         recipients = self.registry.recipients(publication.audience, publication.exclude)

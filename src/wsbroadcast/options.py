@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Literal, get_args
 
@@ -40,13 +40,41 @@ class SlowConsumer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much is too much."""
+    """How much is too much, for one node. `None` means without a limit.
+
+    A limit is the most that is allowed; the next one is refused. What one connection may do is limited by default. How
+    many there may be only the app knows: those limits are off until they are set.
+
+    An address is `scope["client"]` as the server gives it, never a header: behind a proxy that it is not told of,
+    all clients have the proxy's. IPv6 addresses count by their /64 network, and a peer without an address, as on a Unix
+    socket, isn't limited by it.
+    """
 
     max_message_bytes: int = 16 * 1024 * 1024
     """The largest message that can be broadcast or sent, in bytes."""
+    max_connections: int | None = None
+    """Connections in all; the next handshake is refused with 503."""
+    max_connections_per_user: int | None = None
+    """Connections of one user; the next handshake is refused with 429."""
+    max_connections_per_address: int | None = None
+    """Connections from one address; the next handshake is refused with 429."""
+    max_handshake_rate: float | None = None
+    """Handshakes a second from one address that go on for long; beyond, they are refused with 429."""
+    handshake_burst: int = 20
+    """Handshakes from one address that may come at once."""
+    max_channels_per_connection: int | None = 100
+    """Channels a connection is in; `LimitExceeded` beyond."""
+    max_inbound_bytes: int | None = 64 * 1024
+    """The largest message of a client, in bytes, of UTF-8 for text; a larger one closes with 1009."""
+    max_inbound_rate: float | None = 100.0
+    """Messages a second from one client that go on for long; more closes with 1008."""
+    inbound_burst: int = 1000
+    """Messages of one client that may come at once."""
 
     def __post_init__(self) -> None:
-        _check_fields(self, "max_message_bytes")
+        always = ("max_message_bytes", "handshake_burst", "inbound_burst")
+        _check_fields(self, *always)
+        _check_fields(self, *(f.name for f in fields(self) if getattr(self, f.name) is not None))
 
 
 def check_positive(name: str, value: object) -> None:

@@ -70,6 +70,10 @@ class Transport:
     def __init__(self) -> None:
         self.held = 0
         self.aborts = 0
+        self.closing = False
+
+    def is_closing(self) -> bool:
+        return self.closing
 
     def get_write_buffer_size(self) -> int:
         return self.held
@@ -513,27 +517,54 @@ async def test_discard_counts_and_the_sink_goes_on() -> None:
     assert wire.counters.dropped == {"closed": 2}
 
 
-async def test_release_aborts_a_transport_that_does_not_drain() -> None:
+async def test_peer_that_does_not_answer_the_close_is_cut_off_after_close_timeout() -> None:
+    transport = Transport()
+    wire = Wire(transport)
+    assert not wire.sink.is_freed
+    started = time.monotonic()
+    await wire.sink.see_off()
+    assert transport.aborts == 1
+    assert time.monotonic() - started >= CLOSE_TIMEOUT
+
+
+async def test_peer_that_answers_the_close_is_let_go_at_once() -> None:
+    transport = Transport()
+    wire = Wire(transport, close_timeout=PATIENCE)
+    leaving = start(wire.sink.see_off())
+    await turns()
+    assert not leaving.done()
+    transport.closing = True
+    async with asyncio.timeout(PATIENCE / 2):
+        await leaving
+    assert transport.aborts == 0
+
+
+@pytest.mark.parametrize("is_closing", [False, True])
+async def test_peer_that_takes_nothing_after_the_close_is_cut_off(is_closing: bool) -> None:
     transport = Transport()
     transport.held = 1
-    wire = Wire(transport)
-    wire.sink.release()
-    assert transport.aborts == 0
-    await until(lambda: transport.aborts == 1)
+    transport.closing = is_closing
+    await Wire(transport).sink.see_off()
+    assert transport.aborts == 1
 
 
-async def test_release_leaves_a_transport_that_drains() -> None:
+@pytest.mark.parametrize(("send_timeout", "aborts"), [(PATIENCE, 0), (SEND_TIMEOUT, 1)])
+async def test_peer_that_goes_on_taking_after_the_close_gets_send_timeout(send_timeout: float, aborts: int) -> None:
     transport = Transport()
-    transport.held = 1
-    wire = Wire(transport)
-    wire.sink.release()
-    transport.held = 0
-    await asyncio.sleep(CLOSE_TIMEOUT * 2)
-    assert transport.aborts == 0
+    transport.held = 200
+    transport.closing = True
+    leaving = start(Wire(transport, send_timeout=send_timeout).sink.see_off())
+    while not leaving.done():
+        transport.held = max(0, transport.held - 1)
+        await asyncio.sleep(0.001)
+    assert transport.aborts == aborts
+    assert (transport.held > 0) is bool(aborts)
 
 
-async def test_release_without_a_transport_does_nothing() -> None:
-    Wire().sink.release()
+async def test_nothing_is_waited_for_without_a_transport() -> None:
+    sink = Wire().sink
+    assert sink.is_freed
+    await sink.see_off()
 
 
 # A full backlog.

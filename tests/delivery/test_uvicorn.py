@@ -21,6 +21,13 @@ class Transport:
         self.written: list[bytes] = []
         self.closing = False
         self.aborted = False
+        self.reads = True
+
+    def pause_reading(self) -> None:
+        self.reads = False
+
+    def close(self) -> None:
+        self.closing = True
 
     def write(self, data: bytes) -> None:
         self.written.append(data)
@@ -114,6 +121,17 @@ async def test_batch_is_the_same_bytes_for_every_connection() -> None:
     one.sink.deliver(batch)
     other.sink.deliver(batch)
     assert one.protocol.transport.written[0] is other.protocol.transport.written[0]
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_flood_is_not_read_any_more_once_the_close_is_out(hangs_up: bool) -> None:
+    bench = Bench()
+    transport = bench.protocol.transport
+    bench.sink.hangs_up = hangs_up
+    await bench.sink.close(1008, "too many messages")
+    assert bench.written == b"websocket.close"
+    assert transport.reads is not hangs_up
+    assert not transport.is_closing()  # the peer gets the close frame first
 
 
 async def test_messages_wait_in_order_while_the_transport_is_full() -> None:

@@ -194,32 +194,5 @@ async def test_patience_with_a_slow_consumer_ends() -> None:
     await sink.end()
 
 
-class Draining:
-    """A transport whose peer takes a little at each look."""
-
-    def __init__(self, *held: int) -> None:
-        self._held = list(held)
-        self.is_aborted = False
-
-    def get_write_buffer_size(self) -> int:
-        return self._held.pop(0) if len(self._held) > 1 else self._held[0]
-
-    def abort(self) -> None:
-        self.is_aborted = True
-
-
-async def test_transport_whose_peer_goes_on_taking_is_not_aborted() -> None:
-    transport = Draining(5, 4, 3, 2, 1, 0)
-    watch_with(send_timeout=5.0, close_timeout=0.01).abort_unless_drained(cast("asyncio.Transport", transport))
-    await until(lambda: transport.get_write_buffer_size() == 0)
-    assert not transport.is_aborted
-
-
-async def test_transport_whose_peer_takes_nothing_is_aborted() -> None:
-    transport = Draining(5)
-    watch_with(send_timeout=5.0, close_timeout=0.01).abort_unless_drained(cast("asyncio.Transport", transport))
-    await until(lambda: transport.is_aborted)
-
-
 def test_transport_that_has_forgotten_its_size_holds_nothing() -> None:
     assert unsent_bytes(cast("asyncio.Transport", object())) == 0

@@ -29,6 +29,12 @@ class Transport:
     def get_write_buffer_size(self) -> int:
         return 0
 
+    def pause_reading(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closing = True
+
     def abort(self) -> None:
         self.aborted = self.closing = True
 

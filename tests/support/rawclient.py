@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from typing import NamedTuple
+from zlib import crc32
 
 TEXT = 0x1
 BINARY = 0x2
@@ -149,7 +150,9 @@ class RawClient:
         return frame
 
     async def receive_text(self) -> str:
-        frame = await self.receive()
+        """Return the next text; the server's pings are passed over."""
+        while (frame := await self.receive()) is not None and frame.opcode == PING:
+            pass
         assert frame is not None, "the stream ended"
         assert frame.opcode == TEXT, frame
         return frame.payload.decode()
@@ -175,6 +178,10 @@ class Tally(asyncio.Protocol):
         self.payload_bytes = 0
         self.lost = 0
         self.doubled_or_disordered = 0
+        self.doubled = 0
+        self.order = 0
+        """A checksum of all payloads in the order in which they came."""
+        self._seen = bytearray(swarm.messages)
         self.close_code: int | None = None
         self._next = 0
         self._is_done = False
@@ -207,6 +214,10 @@ class Tally(asyncio.Protocol):
                 self._next = number + 1
             else:
                 self.doubled_or_disordered += 1
+            if number < len(self._seen):
+                self.doubled += self._seen[number]
+                self._seen[number] = 1
+            self.order = crc32(payload, self.order)
             self.received += 1
             self.payload_bytes += len(payload)
             if self.received == self._swarm.messages:
@@ -221,6 +232,11 @@ class Tally(asyncio.Protocol):
         if self.close_code is None:
             self.close_code = 1006
         self._done()
+
+    @property
+    def missing_numbers(self) -> int:
+        """How many of the numbers never came."""
+        return self._seen.count(0)
 
     def _done(self) -> None:
         if not self._is_done:
@@ -274,6 +290,9 @@ class Swarm:
             "complete": sum(tally.received == self.messages for tally in tallies),
             "lost": sum(tally.lost for tally in tallies),
             "doubled_or_disordered": sum(tally.doubled_or_disordered for tally in tallies),
+            "missing": sum(tally.missing_numbers for tally in tallies),
+            "doubled": sum(tally.doubled for tally in tallies),
+            "orders": len({tally.order for tally in tallies}),
             "closed": dict(Counter(str(tally.close_code) for tally in tallies if tally.close_code is not None)),
         }
 

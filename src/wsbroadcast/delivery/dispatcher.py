@@ -104,6 +104,10 @@ class Dispatcher(Generic[R]):
         """Whether a broadcaster may go on without looking further: the turn isn't full and nobody is behind."""
         return not self._is_turn_full and not self._queue and not self._watch.behind
 
+    def is_ready(self, audience: Audience, exclude: frozenset[str]) -> bool:
+        """Tell whether a message for an audience need not wait: the turn isn't full, its crowd is not behind."""
+        return not self._is_turn_full and not self._queue and not self._is_crowd_behind(audience, exclude)
+
     async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
         """Wait for a place in a turn, and until no more than half of an audience is behind; at most `send_timeout`.
 

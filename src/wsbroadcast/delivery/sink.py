@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from wsbroadcast.message import Message
 
 Event = Mapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+# Seconds until `see_off` looks for the first time whether the peer has answered.
+_FIRST_PAUSE = 0.001
 
 
 class AppSend(Turn):
@@ -57,6 +61,7 @@ class Sink:
         "_watch",
         "_writer",
         "backlog",
+        "hangs_up",
         "is_ended",
         "owner",
         "steps",
@@ -75,6 +80,8 @@ class Sink:
         """What waits, or `None` while nothing does."""
         self.is_ended = False
         """Whether nothing more is taken: a close was handed over, or the socket is lost."""
+        self.hangs_up = False
+        """Whether nothing of the peer is read any more once the close frame is out, for one that floods."""
         self.steps = 0
         """Writes finished by the writer task; it stands still when the peer takes nothing."""
         self.transport = transport
@@ -202,14 +209,37 @@ class Sink:
         if self.transport is not None:
             self.transport.abort()
 
-    def release(self) -> None:
-        """See to it that the server can free the socket: abort it if the peer takes nothing for `close_timeout`.
+    @property
+    def is_freed(self) -> bool:
+        """Whether the server has let go of the socket; where that can't be known, it is taken for granted."""
+        return self.transport is None or (self.transport.is_closing() and unsent_bytes(self.transport) == 0)
 
-        Servers wait without limit for a closing transport to drain, and can't shut down meanwhile.
+    async def see_off(self) -> None:
+        """Wait until the server has let go of the socket; cut it off if the peer does nothing for `close_timeout`.
+
+        A peer that goes on taking what the server holds for it gets up to `send_timeout`. By themselves servers wait
+        10 s for the answer to a close, and without limit for a closing transport to drain.
         """
-        transport = self.transport
-        if transport is not None and unsent_bytes(transport) > 0:
-            self._watch.abort_unless_drained(transport)
+        loop = asyncio.get_running_loop()
+        options = self._watch.options
+        deadline = loop.time() + options.send_timeout
+        before = sys.maxsize
+        while self.transport is not None and not self.is_freed:
+            held = unsent_bytes(self.transport)
+            if held >= before or loop.time() >= deadline:
+                self.transport.abort()
+                return
+            before = held
+            await self._freed_within(options.close_timeout)
+
+    async def _freed_within(self, seconds: float) -> None:
+        # No server tells. Pauses that double see it before a client that has answered the close can be back.
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        pause = _FIRST_PAUSE
+        while not self.is_freed and (left := deadline - loop.time()) > 0:
+            await asyncio.sleep(min(pause, left))
+            pause *= 2
 
     def progress(self) -> tuple[int, int]:
         """Return something that changes whenever the peer takes something."""
@@ -218,6 +248,12 @@ class Sink:
     async def write(self, message: Message) -> None:
         """Write one message from the backlog; wait as long as the peer can't take it."""
         await self._send(message.event)
+
+    def _hang_up(self) -> None:
+        # Servers go on parsing what comes until the peer answers a close: a flood would cost as much as before. In the
+        # turn of the close frame, because it makes uvicorn read again.
+        if self.hangs_up and self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
 
     def _open_backlog(self) -> Backlog:
         self.backlog = Backlog(self._watch.options)
@@ -278,6 +314,7 @@ class Sink:
         for code in fallback_codes(turn.code):
             try:
                 await self._send({"type": "websocket.close", "code": code, "reason": reason})
+                self._hang_up()
                 return
             except OSError:
                 return  # the peer is gone: closed all the same

@@ -132,20 +132,6 @@ class Watch:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def abort_unless_drained(self, transport: asyncio.Transport) -> None:
-        """Abort a transport whose peer takes nothing for `close_timeout`, or not everything within `send_timeout`."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.options.send_timeout
-
-        def look(before: int) -> None:
-            held = unsent_bytes(transport)
-            if 0 < held < before and loop.time() < deadline:
-                loop.call_later(self.options.close_timeout, look, held)
-            elif held:
-                transport.abort()
-
-        loop.call_later(self.options.close_timeout, look, unsent_bytes(transport))
-
     async def aclose(self) -> None:
         """End every writer and wait for them."""
         if self._tick is not None:

@@ -5,9 +5,8 @@ from collections import deque
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated
-from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket, WebSocketException
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from pydantic import ValidationError
 
 from wsbroadcast import (
@@ -17,6 +16,7 @@ from wsbroadcast import (
     ConnectionManager,
     Hook,
     InvalidChannel,
+    Limits,
     ManagerDep,
     SlowConsumer,
 )
@@ -40,6 +40,9 @@ from wsbroadcast.demo.messages import (
 # A shorter `send_timeout` than the default of 10 s, so that nobody has to wait for the eviction, and four times the
 # default backlog, so that there is time to see it grow.
 SLOW_CONSUMER = SlowConsumer(max_backlog_bytes=4 * 1024 * 1024, send_timeout=3.0)
+
+# A tab that floods everyone sends 3,000 messages at once, which the default takes for an attack.
+LIMITS = Limits(max_inbound_rate=1_000, inbound_burst=10_000)
 
 _ASSETS = {
     "index.html": "text/html; charset=utf-8",
@@ -97,16 +100,9 @@ class ComingsAndGoings(Hook):
             )
 
 
-async def same_origin(websocket: WebSocket) -> None:
-    """Refuse pages of other sites: CORS doesn't cover WebSockets (RFC 6455, 10.2). Non-browsers send no origin."""
-    origin = websocket.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != websocket.headers.get("host", "").lower():
-        raise WebSocketException(CloseCode.POLICY_VIOLATION, "this origin isn't allowed")
-
-
-@router.websocket("/ws", dependencies=[Depends(same_origin)])
+@router.websocket("/ws")
 async def chat(connection: ConnectionDep) -> None:
-    """One tab, from its first message to its end."""
+    """One tab, from its first message to its end; `ConnectionDep` refuses pages of other sites."""
     async for frame in connection:
         try:
             message = INBOUND.validate_json(frame)
@@ -188,7 +184,7 @@ async def asset(name: str = "index.html") -> Response:
 def create_app() -> FastAPI:
     """Make the demo's app, with a manager of its own."""
     hook = ComingsAndGoings()
-    manager = ConnectionManager(hooks=[hook], slow_consumer=SLOW_CONSUMER)
+    manager = ConnectionManager(hooks=[hook], limits=LIMITS, slow_consumer=SLOW_CONSUMER)
     # No pages for the API: they load scripts from elsewhere, which the Content-Security-Policy forbids.
     app = FastAPI(title="wsbroadcast demo", lifespan=manager.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.comings_and_goings = hook

@@ -1,0 +1,73 @@
+"""What a broker brings: envelopes, and what they travel in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.fuzz.harness import fuzz, watched
+
+with watched():
+    from wsbroadcast.audience import Audience
+    from wsbroadcast.engines.envelope import BadEnvelope, decode, encode
+    from wsbroadcast.engines.nats.wire import Reader
+    from wsbroadcast.engines.postgres.wire import unpack
+    from wsbroadcast.engines.redis.replies import ReplyReader
+
+NEWS = Audience("channel", "news")
+MAX_BYTES = 500
+
+# An envelope is the bytes themselves, or they stand in a header or behind one, so that not only broken JSON is tried.
+STARTS = (
+    b"",
+    b'{"v":1,',
+    b'{"v":1,"type":"close","code":',
+    b'{"v":1,"node":"a","seq":',
+    b'{"v":1}\n',
+    b'{"v":1,"exclude":[',
+)
+
+
+def check(data: bytes) -> None:
+    """An envelope is read or refused, and one that was read can be written and read again."""
+    for start in STARTS:
+        _check_envelope(start + data)
+    _check_stream(Reader(lambda _sid, _payload: None, lambda _line: None).feed, data)
+    _check_stream(lambda part: list(ReplyReader().feed(part)), data)
+    try:
+        unpack(data.decode("utf-8", "replace"))
+    except ValueError:
+        pass
+
+
+def _check_envelope(envelope: bytes) -> None:
+    try:
+        publication, origin = decode(envelope, NEWS, MAX_BYTES)
+    except BadEnvelope:
+        return
+    message = publication.message
+    assert message.size <= MAX_BYTES
+    assert isinstance(message.data, str) is message.is_text
+    again, same_origin = decode(encode(publication, origin), NEWS, MAX_BYTES)
+    assert (again.message.payload, again.message.is_text, again.message.key) == (
+        message.payload,
+        message.is_text,
+        message.key,
+    )
+    assert (again[1:], same_origin) == (publication[1:], origin)
+
+
+def _check_stream(feed: Callable[[bytes], object], data: bytes) -> None:
+    try:
+        feed(data[: len(data) // 2])
+        feed(data[len(data) // 2 :])
+    except ValueError:  # it isn't the protocol: the link is lost
+        pass
+
+
+if __name__ == "__main__":
+    fuzz(check)
