@@ -5,10 +5,11 @@ import json
 from _serve import serve
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
-from wsbroadcast import ConnectionManager
+from wsbroadcast import ConnectionManager, Limits
 
 app = FastAPI()
-manager = ConnectionManager()
+# The load client pipelines thousands of messages a second, which the defaults take for an attack.
+manager = ConnectionManager(limits=Limits(max_inbound_rate=None, max_inbound_bytes=None))
 
 
 @app.websocket("/ws")
