@@ -89,6 +89,7 @@ class Membership:
             return known
         self._check_running()
         place = await self.door.admit(websocket, key, names, expires)
+        connection: Connection | None = None
         try:
             async with self._held(_audiences(key, names)):  # so that messages arrive when the peer sees it is accepted
                 await _accept(websocket, subprotocol, headers)
@@ -101,7 +102,8 @@ class Membership:
                 )
                 await self._enter(connection, names, expires)
         except BaseException:
-            place.release()
+            if connection is None:  # else the place is its own, and goes with the socket
+                place.release()
             raise
         return connection
 

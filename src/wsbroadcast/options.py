@@ -30,7 +30,7 @@ class SlowConsumer:
     """Seconds a backlog may stand still before its connection is evicted, and the longest a broadcast waits for a
     crowd that is behind."""
     close_timeout: float = 1.0
-    """Seconds a close waits for a peer that takes nothing before the connection is aborted."""
+    """Seconds a close waits for a peer that takes nothing, or doesn't answer it, before the connection is aborted."""
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
