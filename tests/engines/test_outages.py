@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -239,6 +240,28 @@ async def test_receiver_alone_is_cut_off(each_broker: EachBroker, prefix: str) -
             assert told.publisher.numbers == told.taken[: len(told.publisher.numbers)]
 
     await each_broker(at)
+
+
+async def test_node_that_the_broker_cuts_off_as_a_slow_consumer(
+    own_redis: Callable[..., RedisServer], prefix: str
+) -> None:
+    redis = own_redis(config={"client-output-buffer-limit": "pubsub 1mb 512kb 1"})
+    async with story(lambda: redis.url, prefix) as told:
+
+        def publish_more_than_it_keeps() -> None:
+            for _ in range(60):
+                redis.command("PUBLISH", f"{prefix}:channel:news", "x" * 1_000_000)
+
+        flood = threading.Thread(target=publish_more_than_it_keeps)
+        flood.start()
+        while flood.is_alive():
+            time.sleep(0.05)  # noqa: ASYNC251  # the node is busy with something else
+        await told.receiver.manager.connect(told.late.websocket, channels=["late"])
+        assert await told.recover() < RECOVERY_SECONDS
+        for node in (told.publisher, told.receiver):
+            assert node.numbers == sorted(set(node.numbers))
+            assert len(node.gaps) == 1
+            assert node.manager.stats().engine.reconnects == 1
 
 
 async def test_broker_that_comes_after_the_app(each_broker: EachBroker, prefix: str) -> None:
