@@ -29,7 +29,7 @@ LAYERS = [
     {"membership"},
     {"door", "hooks"},
     {"connection"},
-    {"admission", "blocking", "reading"},
+    {"admission", "blocking", "reading", "wanted"},
     {"delivery", "engines"},
     {"counters", "expiry", "loops", "registry", "tasks", "throttle"},
     {"message"},

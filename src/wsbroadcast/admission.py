@@ -182,6 +182,8 @@ class Admission:
         rate = limits.max_handshake_rate
         self.pace = None if rate is None else Pace(rate, limits.handshake_burst, clock)
         """The pace of handshakes by address, where it is limited."""
+        self.needs_address = self._uncounted is None or self.pace is not None
+        """Whether a handshake's address matters, be it for the log."""
 
     def admit(self, address: str | None) -> Place:
         """Take a place for a handshake. Whose it is, `Place.take` adds once it is known.

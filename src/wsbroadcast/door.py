@@ -84,7 +84,7 @@ class Door:
 
     async def _take_place(self, websocket: WebSocket) -> Place:
         try:
-            return self.admission.admit(address_of(websocket.scope))
+            return self.admission.admit(address_of(websocket.scope) if self.admission.needs_address else None)
         except LimitExceeded as error:
             await _refuse(websocket, error)
             raise

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Generator, Iterable
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Generator, Iterable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -24,6 +23,7 @@ from wsbroadcast.hooks import HookChain
 from wsbroadcast.options import Limits
 from wsbroadcast.registry import Registry
 from wsbroadcast.tasks import Tasks
+from wsbroadcast.wanted import Wanted
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # only to hand it on to connections
@@ -59,9 +59,7 @@ class Membership:
         self._hooks = hooks
         self._counters = watch.counters
         self._tasks = tasks
-        self._engine = engine
-        # Audiences that are about to get a member, by how many: the broker must go on holding them.
-        self._holds: Counter[Audience] = Counter()
+        self._wanted = Wanted(engine, registry)
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
         self.door = Door(limits, watch.counters)
@@ -91,7 +89,8 @@ class Membership:
         place = await self.door.admit(websocket, key, names, expires)
         connection: Connection | None = None
         try:
-            async with self._held(_audiences(key, names)):  # so that messages arrive when the peer sees it is accepted
+            # Before it is accepted, so that messages arrive as soon as the peer sees that it is.
+            async with self._wanted.expecting(_audiences(key, names)):
                 await _accept(websocket, subprotocol, headers)
                 self._check_running()
                 if (known := await self._known(websocket, manager, names)) is not None:
@@ -141,25 +140,6 @@ class Membership:
         if self._is_ended:
             raise LifecycleError(CLOSED)
 
-    @asynccontextmanager
-    async def _held(self, audiences: list[Audience]) -> AsyncGenerator[None]:
-        # Inside, the broker has confirmed them: whoever becomes a member gets what is published from then on.
-        self._holds.update(audiences)
-        self._engine.subscribe(audiences)
-        try:
-            await self._engine.confirmed(audiences)
-            yield
-        finally:
-            self._holds.subtract(audiences)
-            self._let_go(audiences)
-
-    def _let_go(self, audiences: Iterable[Audience]) -> None:
-        for audience in audiences:
-            if self._holds[audience] <= 0:
-                del self._holds[audience]
-                if not self._registry.members(audience):
-                    self._engine.unsubscribe((audience,))
-
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
         unannounced = list(reversed(channels))
         with self._before_goodbye(connection):
@@ -191,7 +171,7 @@ class Membership:
             LimitExceeded: If they are too many, before it is subscribed to any.
         """
         self.door.check_channels(len(connection.channels.union(channels)), connection)
-        async with self._held([Audience("channel", channel) for channel in channels]):
+        async with self._wanted.expecting([Audience("channel", channel) for channel in channels]):
             await self._subscribe_each(connection, channels)
 
     async def _subscribe_each(self, connection: Connection, channels: tuple[str, ...]) -> None:
@@ -228,7 +208,7 @@ class Membership:
         if channel not in connection.channels or not connection.is_open:
             return False
         if self._registry.unsubscribe(connection, channel):
-            self._let_go((Audience("channel", channel),))
+            self._wanted.left((Audience("channel", channel),))
         self._watch.wake()  # as when one leaves
         return True
 
@@ -242,7 +222,7 @@ class Membership:
         last = self._registry.remove(connection)
         if last is None:
             return False
-        self._let_go(last)
+        self._wanted.left(last)
         self._watch.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection.enter(state, code, reason)
