@@ -11,12 +11,14 @@ from secrets import token_urlsafe
 from wsbroadcast.audience import Audience
 from wsbroadcast.counters import EngineCounters
 from wsbroadcast.engines.base import Gap, Health, Publication, Receiver
+from wsbroadcast.engines.echoes import Echoes
 from wsbroadcast.engines.envelope import BadEnvelope, Origin, decode, encode
 from wsbroadcast.engines.freshness import Freshness
 from wsbroadcast.engines.inbox import Inbox
 from wsbroadcast.engines.interest import Interest
 from wsbroadcast.engines.link import Link, Parcel
 from wsbroadcast.engines.names import AudienceNames
+from wsbroadcast.engines.outages import Outages
 from wsbroadcast.engines.outbox import Outbox
 from wsbroadcast.engines.supervisor import Supervisor, Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MessageTooLarge
@@ -27,9 +29,6 @@ logger = logging.getLogger("wsbroadcast")
 
 # One warning about bad envelopes in this many seconds: whoever sends garbage sends much.
 _WARN_SECONDS = 60.0
-
-# Messages that are missed while the link lives on are reported as one gap, this long after the first.
-_MISSED_SECONDS = 1.0
 
 
 class Session:
@@ -77,18 +76,8 @@ class Session:
         self._interest = Interest(timing.linger)
         self._supervisor = Supervisor(new_link, timing, self._interest, self._outbox, self, self)
         self._tasks = Tasks()
-        # The name under which this node sends messages to itself, and those that are on their way.
-        self._echo_name = names.of_node(self._node)
-        self._echoes: dict[bytes, asyncio.Future[None]] = {}
-        self._echoes_sent = 0
-        # Why there is no link, and since when messages may be missing.
-        self._trouble = "not connected yet"
-        self._down_since: float | None = self._loop.time()
-        self._was_up = False
-        self._is_started = False
-        self._last_sign = self._loop.time()
-        # The timer of a gap that is about to be reported, and since when messages are missing.
-        self._missed: tuple[asyncio.TimerHandle, float] | None = None
+        self._echoes = Echoes(names.of_node(self._node), self._outbox, timing.request_timeout)
+        self._outages = Outages(where, counters, self._report_gap)
         self._warned_at = -_WARN_SECONDS
         self._running: asyncio.Task[None] | None = None
 
@@ -100,7 +89,7 @@ class Session:
     async def start(self, *, fail_fast: bool) -> None:
         """Try to reach the broker once, and go on trying; what `Engine.start` promises."""
         tried: asyncio.Future[Exception | None] = self._loop.create_future()
-        self._interest.want(self._echo_name)
+        self._interest.want(self._echoes.name)
 
         def first(error: Exception | None) -> None:
             if not tried.done():
@@ -112,16 +101,12 @@ class Session:
         except BaseException:
             await self.aclose()
             raise
-        if error is None:
-            self._is_started = True
-            return
-        if isinstance(error, ConfigurationError) or fail_fast:
+        if error is not None and (fail_fast or isinstance(error, ConfigurationError)):
             await self.aclose()
             if isinstance(error, ConfigurationError):
                 raise error
-            raise EngineUnavailable(f"{self._where} can't be reached: {self._trouble}") from error
-        self._is_started = True
-        self._log_trouble()
+            raise EngineUnavailable(f"{self._where} can't be reached: {self._outages.trouble}") from error
+        self._outages.announce()
 
     async def aclose(self) -> None:
         """Publish what waits, if that goes quickly, and end."""
@@ -136,10 +121,9 @@ class Session:
         finally:
             running, self._running = self._running, None
             running.cancel()
-            if self._missed is not None:
-                self._missed[0].cancel()
+            self._outages.end()
             self._outbox.fail(f"the {self._engine} engine was stopped")
-            self._fail_echoes("stopped")
+            self._echoes.fail("stopped")
             await self._inbox.aclose()
             await self._tasks.join()  # among them `running`, which awaits its own
 
@@ -157,7 +141,7 @@ class Session:
         link = self._supervisor.link
         if link is None:
             self._counters.publish_failures += 1
-            raise EngineUnavailable(f"{self._where} is out of reach ({self._trouble}); nothing was sent")
+            raise EngineUnavailable(f"{self._where} is out of reach ({self._outages.trouble}); nothing was sent")
         if publication.message.size > self._max_message_bytes:  # the other nodes would drop it
             raise MessageTooLarge(publication.message.size, self._max_message_bytes)
         self._published += 1
@@ -197,7 +181,7 @@ class Session:
 
     def take(self, name: str, envelope: bytes) -> None:
         """Deliver an envelope, if it is a good one."""
-        self._last_sign = self._loop.time()
+        self._outages.last_sign = self._loop.time()
         audience = self._audiences.get(name)
         if audience is None:
             self._take_other(name, envelope)
@@ -215,12 +199,9 @@ class Session:
             self._inbox.put(publication)
 
     def _take_other(self, name: str, envelope: bytes) -> None:
-        if name == self._echo_name:
-            echo = self._echoes.pop(envelope, None)
-            if echo is None:
+        if name == self._echoes.name:
+            if not self._echoes.take(envelope):
                 self._drop("echo", name, len(envelope))
-            elif not echo.done():
-                echo.set_result(None)
         elif name not in self._interest:  # else it is on its way out: nobody is there any more
             self._drop("unknown_name", name, len(envelope))
 
@@ -233,59 +214,34 @@ class Session:
 
     def missed(self, why: str) -> None:
         """Report messages that are missing although the link lives on; many such reports are one gap."""
-        if self._missed is None:
-            since = self._last_sign
+        self._outages.missed(why)
 
-            def report() -> None:
-                self._missed = None
-                self._report_gap(self._loop.time() - since, why)
-
-            self._missed = (self._loop.call_later(_MISSED_SECONDS, report), since)
-
-    # How well: what the supervisor says.
+    # How well: what the supervisor says, and asks.
 
     def up(self) -> None:
-        """The link is in use: if there was none before, messages are missing."""
-        since, self._down_since = self._down_since, None
-        late, self._was_up = self._was_up, True
-        if since is None:
-            return
-        if late:
-            self._counters.reconnects += 1
-        if late or self._trouble != "not connected yet":
-            self._report_gap(self._loop.time() - since, self._trouble)
-        self._trouble = ""
+        """The link is in use."""
+        self._outages.up()
 
     def down(self, why: str) -> None:
-        """The link is lost, or there was none."""
-        if self._down_since is None:
-            self._down_since = self._last_sign
-        if self._missed is not None:  # one gap for both
-            timer, since = self._missed
-            timer.cancel()
-            self._missed = None
-            self._down_since = min(self._down_since, since)
-        is_new, self._trouble = why != self._trouble, why
-        if is_new and self._is_started:  # else `start` tells, if it doesn't raise
-            self._log_trouble()
-        self._fail_echoes(why)
+        """The link is lost, or could not be opened."""
+        self._outages.down(why)
+        self._echoes.fail(why)
 
-    def _log_trouble(self) -> None:
-        logger.warning("%s is out of reach (%s); trying again until it is back", self._where, self._trouble)
-
-    def _report_gap(self, seconds: float, why: str) -> None:
-        self._counters.gaps += 1
-        logger.warning("%s: messages of the last %.1f s may be missing (%s)", self._where, seconds, why)
+    def _report_gap(self, seconds: float) -> None:
         self._tasks.spawn(self._receiver.gap(Gap(self._engine, seconds)), "on_gap hooks")
 
     def refused(self, name: str, error: ConfigurationError) -> None:
         """The broker forbids us a name; without our own nothing works."""
-        if name == self._echo_name:
+        if name == self._echoes.name:
             raise error
         self._interest.refuse(name)
         if name in self._audiences:
             self._refusals[name] = error
         logger.error("%s: %s", self._where, error)
+
+    async def echo(self) -> None:
+        """Send a message to ourselves through the broker and wait until it is back."""
+        await self._echoes.send()
 
     async def probe(self) -> None:
         """Find out whether messages arrive: an echo, or whatever comes while we wait for it.
@@ -296,41 +252,17 @@ class Session:
         """
         began = self._loop.time()
         try:
-            await self.echo()
+            await self._echoes.send()
         except TimeoutError:
-            if self._last_sign <= began:
+            if self._outages.last_sign <= began:
                 raise
-
-    async def echo(self) -> None:
-        """Send a message to ourselves through the broker and wait until it is back.
-
-        Raises:
-            TimeoutError: If it isn't back in time.
-            EngineUnavailable: If it could not be sent.
-        """
-        self._echoes_sent += 1
-        token = b"%d" % self._echoes_sent
-        echo = self._echoes[token] = self._loop.create_future()
-        try:
-            async with Patience(self._timing.request_timeout):
-                await self._outbox.put_first(Parcel(self._echo_name, token))
-                await echo
-        finally:
-            self._echoes.pop(token, None)
 
     async def health(self) -> Health:
         """Tell whether an echo comes back."""
         if self._supervisor.link is None:
-            return Health(self._engine, False, self._trouble)
+            return Health(self._engine, False, self._outages.trouble)
         try:
             await self.probe()
         except (TimeoutError, EngineError) as error:
             return Health(self._engine, False, str(error))
         return Health(self._engine, True)
-
-    def _fail_echoes(self, why: str) -> None:
-        for echo in self._echoes.values():
-            if not echo.done():
-                echo.set_exception(EngineUnavailable(f"the connection to the broker is lost ({why})"))
-                echo.exception()
-        self._echoes.clear()
