@@ -306,6 +306,19 @@ async def test_server_that_can_not_now_is_a_lost_link(code: str) -> None:
             await link.subscribe(["a"])
 
 
+async def test_link_opens_while_another_node_tries_whether_it_may_publish() -> None:
+    def answer(command: list[bytes]) -> bytes:
+        confirmation = obliging(command)
+        if command[0] == b"subscribe":
+            confirmation += b"*3\r\n$7\r\nmessage\r\n$%d\r\n%b\r\n$0\r\n\r\n" % (len(command[1]), command[1])
+        return confirmation
+
+    async with fake_redis(answer) as address, used(f"redis://{address}") as (link, letters, _):
+        assert letters.taken == []
+        await link.subscribe(["a"])
+        assert await letters.until(b"") == [("a", b"")]
+
+
 async def test_envelope_that_this_redis_finds_too_large_loses_the_link(own_redis: OwnRedis) -> None:
     server = own_redis(config={"proto-max-bulk-len": "1mb"})
     async with used(server.url) as used_link:

@@ -49,7 +49,7 @@ class Pair:
         """Connect, and see whether we may do everything that we will do.
 
         Args:
-            probe: A name like those that will be used, to which nobody else subscribes; `None` to take it on trust.
+            probe: A name like those that will be used, of no audience; `None` to take it on trust.
 
         Raises:
             ConfigurationError: If the server refuses us.

@@ -253,8 +253,9 @@ class Listener(Wire):
         if isinstance(reply, list):
             kind = reply[0]
             if kind == self._message:
-                assert self.inlet is not None, "nobody reads, but something is subscribed"
-                self.inlet.take(cast(bytes, reply[1]).decode(), cast(bytes, reply[2]))
+                # Before somebody reads only the probe is subscribed, and other nodes try the same name.
+                if self.inlet is not None:
+                    self.inlet.take(cast(bytes, reply[1]).decode(), cast(bytes, reply[2]))
             elif kind == b"pong":
                 self._pong.set()
             else:
