@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 from wsbroadcast.counters import EngineCounters
@@ -21,6 +22,10 @@ _BATCH_BYTES = 4 * 1024 * 1024
 _MAX_WAITING_BYTES = 16 * 1024 * 1024
 
 
+# A parcel, and who waits until the broker has taken it.
+_Item = tuple[Parcel, asyncio.Future[None] | None]
+
+
 class Outbox:
     """Parcels in the order of the calls, and who waits for the broker to take them.
 
@@ -30,8 +35,8 @@ class Outbox:
     def __init__(self, timeout: float, counters: EngineCounters) -> None:
         self._timeout = timeout
         self._counters = counters
-        self._waiting: list[tuple[Parcel, asyncio.Future[None] | None]] = []
-        self._in_flight: Sequence[tuple[Parcel, asyncio.Future[None] | None]] = ()
+        self._waiting: deque[_Item] = deque()
+        self._in_flight: Sequence[_Item] = ()
         self._bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
@@ -45,7 +50,7 @@ class Outbox:
     def put_first(self, parcel: Parcel) -> asyncio.Future[None]:
         """Put a parcel before all that wait, because nothing has to come before it."""
         future = self.put(parcel)
-        self._waiting.insert(0, self._waiting.pop())
+        self._waiting.rotate(1)
         return future
 
     def put_nowait(self, parcel: Parcel) -> None:
@@ -75,7 +80,7 @@ class Outbox:
             if not self._waiting:
                 self._emptied.set()
 
-    async def _publish(self, link: Link, batch: Sequence[tuple[Parcel, asyncio.Future[None] | None]]) -> None:
+    async def _publish(self, link: Link, batch: Sequence[_Item]) -> None:
         async with Patience(self._timeout):
             refusals = await link.publish([parcel for parcel, _ in batch])
         for (_, future), refusal in zip(batch, refusals, strict=True):
@@ -93,7 +98,7 @@ class Outbox:
     def fail(self, why: str) -> None:
         """The link is lost: tell everybody who waits, and forget their parcels, so that none arrives late."""
         in_flight, self._in_flight = self._in_flight, ()
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting = self._waiting, deque()
         self._bytes = 0
         self._filled.clear()
         self._emptied.set()
@@ -106,18 +111,18 @@ class Outbox:
         if lost:
             logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
 
-    def _take(self) -> Sequence[tuple[Parcel, asyncio.Future[None] | None]]:
-        size = count = 0
-        for parcel, _ in self._waiting:
-            count += 1
+    def _take(self) -> Sequence[_Item]:
+        batch: list[_Item] = []
+        size = 0
+        while self._waiting and len(batch) < _BATCH_PARCELS and size < _BATCH_BYTES:
+            parcel, future = item = self._waiting.popleft()
             size += len(parcel.envelope)
-            if count == _BATCH_PARCELS or size >= _BATCH_BYTES:
-                break
-        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+            if future is None or not future.cancelled():  # else its caller has given up
+                batch.append(item)
         self._bytes -= size
         if not self._waiting:
             self._filled.clear()
-        return [each for each in batch if each[1] is None or not each[1].cancelled()]  # whose caller has not given up
+        return batch
 
     def _refuse(self, future: asyncio.Future[None] | None, error: Exception) -> None:
         self._counters.publish_failures += 1
