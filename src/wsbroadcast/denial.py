@@ -83,7 +83,7 @@ async def refuse(websocket: WebSocket, status: int, code: int, reason: str) -> N
         pass
     finally:
         websocket.application_state = WebSocketState.DISCONNECTED
-        websocket.send = _ignore_close  # type: ignore[assignment, method-assign]
+        websocket.send = _ignore_close  # type: ignore[assignment, method-assign]  # as after `deny`
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> bool:

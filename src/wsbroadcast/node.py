@@ -59,10 +59,10 @@ class Node:
         Raises:
             LifecycleError: If an on_deliver hook has to wait.
         """
-        if self._hooks.has("on_deliver") and publication.close_code is None:
-            without_waiting(self.receive(publication), "an on_deliver hook has to wait, for this message or one before")
-        elif publication.close_code is not None:
+        if publication.close_code is not None:
             self._dismiss(publication, publication.close_code)
+        elif self._hooks.has("on_deliver"):
+            without_waiting(self.receive(publication), "an on_deliver hook has to wait, for this message or one before")
         else:
             self._deliver(publication)
 

@@ -138,10 +138,10 @@ class Engine(ABC):
         An engine that brings every publication to every node has nothing to do here.
         """
 
-    def unsubscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027
+    def unsubscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # likewise
         """No longer want publications to these audiences: nobody here is in them any more."""
 
-    async def confirmed(self, audiences: Iterable[Audience]) -> None:  # noqa: B027
+    async def confirmed(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # likewise
         """Return when every later publication to these wanted audiences, on any node, arrives here.
 
         During an outage it returns at once: the audiences are wanted, and subscribed when the broker is back. What was

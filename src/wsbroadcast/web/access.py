@@ -213,5 +213,5 @@ def end_quietly(websocket: WebSocket) -> WebSocketException:
     async def nowhere(event: MutableMapping[str, Any]) -> None:
         pass
 
-    websocket.send = nowhere  # type: ignore[assignment, method-assign]
+    websocket.send = nowhere  # type: ignore[assignment, method-assign]  # see above
     return WebSocketException(CloseCode.POLICY_VIOLATION)
