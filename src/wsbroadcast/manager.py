@@ -260,7 +260,8 @@ class ConnectionManager(HookDecorators):
         Returns once the engine has taken it. Connections receive it at most once, in the order in which the engine took
         the messages of the audience. Nothing sent to a connection afterwards overtakes it. A connection that is closed
         or slow never makes the call fail or wait; if more than half of the recipients here are behind, it waits until
-        that is no longer so, at most `send_timeout`.
+        that is no longer so, at most `send_timeout`. Those who take nothing, while others do, are waited for a quarter
+        of that.
 
         Args:
             message: `str` for a text frame, `bytes` for a binary one, anything else is sent as JSON.

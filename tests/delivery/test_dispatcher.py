@@ -24,11 +24,29 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
+        self.taken = 0
+        self.writer: asyncio.Task[None] | None = None
+        self.evictions = 0
 
     def deliver(self, batch: Batch[Any]) -> None:
         self.batches.append([message.data for message in batch.messages])
 
     is_half_full = False
+
+    def progress(self) -> int:
+        return self.taken
+
+    @property
+    def owner(self) -> Recorder:
+        return self
+
+    def evict(self, cause: str) -> None:
+        self.evictions += 1
+        self.abort()
+
+    def abort(self) -> None:
+        assert self.writer is not None
+        self.writer.cancel()
 
     @property
     def texts(self) -> list[Any]:
@@ -64,6 +82,19 @@ class Node:
     def fall_behind(self, *members: Member) -> None:
         for member in members:
             self.watch.fell_behind(member.sink)
+
+    def stall(self, *members: Member) -> None:
+        """Let members fall behind with a writer that gets nowhere."""
+        for member in members:
+            member.recorder.writer = self.watch.start_writer(member.sink, self._stalled(member))
+        self.fall_behind(*members)
+
+    async def _stalled(self, member: Member) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.watch.writer_ended(member.sink)
+            self.catch_up(member)
 
     def catch_up(self, member: Member) -> None:
         self.watch.caught_up(member.sink)
@@ -303,6 +334,54 @@ async def test_crowd_that_stays_behind_is_waited_for_no_longer_than_send_timeout
     async with asyncio.timeout(5):
         await node.dispatcher.ease(0, EVERYONE)
     assert time.monotonic() - began >= 0.04
+
+
+async def test_majority_that_takes_nothing_is_no_crowd() -> None:
+    everybody = members(5)
+    node = Node(everybody, send_timeout=0.4)
+    node.stall(*everybody[:4])
+    began = time.monotonic()
+    async with asyncio.timeout(5):
+        await node.dispatcher.ease(0, EVERYONE)
+    assert time.monotonic() - began >= 0.05  # each had its moment
+    async with asyncio.timeout(5):
+        await node.dispatcher.ease(0, EVERYONE)  # and it was the only one
+    assert not any(member.recorder.evictions for member in everybody)
+    node.fall_behind(everybody[4])
+    easing = start(node.dispatcher.ease(0, EVERYONE))
+    await turns()
+    assert not easing.done()  # who is left is the crowd
+    node.catch_up(everybody[4])
+    await easing
+    await node.watch.aclose()
+
+
+async def test_majority_that_takes_something_now_and_then_is_waited_for() -> None:
+    everybody = members(5)
+    node = Node(everybody, send_timeout=0.4)
+    node.stall(*everybody[:4])
+    easing = start(node.dispatcher.ease(0, EVERYONE))
+    async with asyncio.timeout(5):
+        while not easing.done():
+            for member in everybody[:4]:
+                member.recorder.taken += 1
+            await asyncio.sleep(0.001)
+    assert not any(node.watch.stands_still(member.sink) for member in everybody)
+    await node.watch.aclose()
+
+
+async def test_crowd_of_which_nobody_moves_is_waited_for_as_long_as_any() -> None:
+    everybody = members(2)
+    node = Node(everybody, send_timeout=0.4)
+    node.stall(*everybody)
+    async with asyncio.timeout(5):
+        while not all(node.watch.stands_still(each.sink) for each in everybody):  # noqa: ASYNC110  # ticks of a clock
+            await asyncio.sleep(0.001)
+    easing = start(node.dispatcher.ease(0, EVERYONE))
+    await turns()
+    assert not easing.done()
+    await easing
+    await node.watch.aclose()
 
 
 async def test_tight_loop_waits_for_the_tail_that_is_about_to_lose_messages() -> None:

@@ -164,6 +164,21 @@ async def test_tight_loop_evicts_nobody_and_starves_nothing(
     assert max(latencies) < 1
 
 
+@on(UVICORN)
+async def test_majority_that_never_reads_is_not_waited_for_until_it_is_evicted(
+    server: Server, room: str, connect_raw: ConnectRaw
+) -> None:
+    messages = 6 * KIB  # more than the kernel takes for anybody
+    async with swarm(server.port, f"{room}/listen", connections=10, messages=messages) as others:
+        for _ in range(40):
+            await connect_raw(server, f"{room}/listen", stalls=True)
+        await connections(server, room, 50)
+        await server.post(f"{room}/flood?messages={messages}&size={KIB}")
+        assert_complete(await others.result(), 10, messages)
+        stats = await connections(server, room, 10)
+    assert stats["evicted"] == {"backlog_full": 40}  # not "send_timeout", which is how long a crowd is waited for
+
+
 @pytest.mark.parametrize("flavour", [UVICORN, UVICORN_UVLOOP, UVICORN_WSPROTO], ids=str)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the memory of a process from /proc")
 async def test_stalled_client_costs_its_bound_and_nothing_else(

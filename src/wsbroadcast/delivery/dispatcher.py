@@ -111,8 +111,9 @@ class Dispatcher(Generic[R]):
     async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
         """Wait for a place in a turn, and until no more than half of an audience is behind; at most `send_timeout`.
 
-        The crowd sets the pace, a laggard never does. Only a caller that fills whole turns, as a tight loop does, also
-        gives the tail of the crowd a moment: see `Watch.tail`.
+        The crowd sets the pace, a laggard never does; those who have taken nothing for a quarter of `send_timeout`,
+        while others have, are laggards, be they the majority. Only a caller that fills whole turns, as a tight loop
+        does, also gives the tail of the crowd a moment: see `Watch.tail`.
 
         Args:
             size: How many bytes the caller is about to hand over.
@@ -149,8 +150,10 @@ class Dispatcher(Generic[R]):
         members = self._registry.members(audience)
         if 2 * len(behind) <= len(members) - len(exclude):
             return False  # nearly always, and without looking at each member
-        recipients = [member for member in members if member.id not in exclude]
-        return 2 * sum(member.sink in behind for member in recipients) > len(recipients)
+        sinks = [member.sink for member in members if member.id not in exclude]
+        # However many never read, those who do are the crowd. Where nobody moves, it may be the network's fault.
+        crowd = [sink for sink in sinks if not self._watch.stands_still(sink)] or sinks
+        return 2 * sum(sink in behind for sink in crowd) > len(crowd)
 
     def _is_tail_behind(self, audience: Audience, exclude: frozenset[str]) -> bool:
         tail = self._watch.tail()

@@ -13,8 +13,9 @@ from wsbroadcast.options import SlowConsumer
 # the loop itself is blocked there are none, so nobody is evicted for the app's own stall.
 _TICKS = 8
 
-# How much of `send_timeout` a tight loop waits for the tail of its crowd. Healthy clients of a busy machine were seen
-# to take nothing for more than a second: the kernel calls a full socket writable only when a third of it is free.
+# How much of `send_timeout` is waited for somebody who takes nothing, where others do: by a tight loop for the tail of
+# its crowd, by any broadcaster for those who are no crowd. Healthy clients of a busy machine were seen to take nothing
+# for more than a second: the kernel calls a full socket writable only when a third of it is free.
 _PATIENCE_PART = 4
 
 
@@ -111,6 +112,11 @@ class Watch:
                 tail.append(sink)
         return tail
 
+    def stands_still(self, sink: Waiting) -> bool:
+        """Tell whether a sink has something waiting, and its peer has taken nothing for a while."""
+        standstill = self.waiting.get(sink)
+        return standstill is not None and standstill.ticks * _PATIENCE_PART >= _TICKS
+
     async def wait_for_change(self, deadline: float) -> None:
         """Return after the next `wake`, or at the deadline."""
         waiter = asyncio.get_running_loop().create_future()
@@ -146,7 +152,8 @@ class Watch:
     def _look(self) -> None:
         self._tick = None
         for sink, standstill in list(self.waiting.items()):
-            if standstill.ticks() >= _TICKS:
+            standstill.look()
+            if standstill.ticks >= _TICKS:
                 sink.owner.evict("send_timeout")
         if self.waiting:
             loop = asyncio.get_running_loop()
@@ -156,17 +163,16 @@ class Watch:
 class _Standstill:
     """How long a waiting sink has made no progress."""
 
-    __slots__ = ("_progress", "_sink", "_ticks", "writer")
+    __slots__ = ("_progress", "_sink", "ticks", "writer")
 
     def __init__(self, sink: Waiting, writer: asyncio.Task[None]) -> None:
         self.writer = writer
         self._sink = sink
         self._progress = sink.progress()
-        self._ticks = 0
+        self.ticks = 0
 
-    def ticks(self) -> int:
+    def look(self) -> None:
         """Count one more tick, or begin again if the peer took something."""
         progress = self._sink.progress()
-        self._ticks = 0 if progress != self._progress else self._ticks + 1
+        self.ticks = 0 if progress != self._progress else self.ticks + 1
         self._progress = progress
-        return self._ticks
