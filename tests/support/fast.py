@@ -72,6 +72,7 @@ class WebSocketsSansIOProtocol:
             self.close_sent = True
             self.transport.write(b"\x88\x00")
             self.inbox.put_nowait({"type": "websocket.disconnect", "code": event["code"]})
+            asyncio.get_running_loop().call_soon(self.transport.close)  # the peer answers
         else:
             payload = event["text"].encode()
             assert len(payload) < 126
