@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import redis
+import trustme
 from redis.crc import key_slot
 
 from tests.engines.redis_links import Used, fake_redis, obliging, skip_without_shards, used
@@ -88,6 +90,23 @@ async def test_client_of_a_cluster_is_taken(cluster: list[RedisServer], prefix: 
             await hello(used_link, f"{prefix}:a")
             await used_link.letters.until(b"hello")
         assert await client.get("a") == b"b"
+
+
+async def test_link_goes_over_tls(tls_cluster: list[RedisServer], tmp_path: Path) -> None:
+    first, url = tls_cluster[0], url_of(tls_cluster).replace("redis", "rediss", 1)
+    names = [name_at(tls_cluster, node) for node in tls_cluster]
+    client = redis.asyncio.RedisCluster(host=first.host, port=first.port, ssl=True, ssl_ca_certs=str(first.ca))
+    engines = RedisEngine(f"{url}?ssl_ca_certs={first.ca}"), RedisEngine(client=client)
+    async with client, used(engines[0], *names) as one, used(engines[1], *names) as other:
+        await hello(one, *names)
+        for used_link in (one, other):
+            await eventually(lambda: _equals(len(used_link.letters.taken), len(names)))  # noqa: B023
+        await tls_cluster[1].killed()
+        assert isinstance(await one.lost(), OSError)
+    stranger = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(stranger)
+    with pytest.raises(ConfigurationError, match="has a certificate that isn't trusted"):
+        await _open(f"{url}?ssl_ca_certs={stranger}")
 
 
 async def test_order_of_a_name_is_kept(cluster: list[RedisServer], prefix: str) -> None:

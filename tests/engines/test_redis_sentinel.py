@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+import trustme
 from redis.asyncio.sentinel import Sentinel
 
 from tests.engines.redis_links import Answer, fake_redis, obliging, used
@@ -22,6 +24,10 @@ from wsbroadcast.engines.redis import RedisEngine
 
 def url_of(group: RedisSentinel) -> str:
     return f"redis+sentinel://{group.sentinel.host}:{group.sentinel.port}/{group.service}"
+
+
+def tls_url_of(group: RedisSentinel, ca: Path | None) -> str:
+    return f"{url_of(group).replace('redis', 'rediss', 1)}?ssl_ca_certs={ca}"
 
 
 async def test_link_goes_to_the_primary(own_sentinel: RedisSentinel) -> None:
@@ -40,8 +46,26 @@ async def test_client_of_a_sentinel_is_taken(own_sentinel: RedisSentinel) -> Non
     await client.aclose()
 
 
-async def test_next_link_goes_to_the_promoted_replica(own_sentinel: RedisSentinel) -> None:
-    url = url_of(own_sentinel)
+async def test_link_goes_over_tls(tls_sentinel: RedisSentinel, tmp_path: Path) -> None:
+    tls: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(tls_sentinel.sentinel.ca)}
+    make: Any = Sentinel
+    sentinels = [(tls_sentinel.sentinel.host, tls_sentinel.sentinel.port)]
+    client = make(sentinels, sentinel_kwargs=tls, **tls).master_for(tls_sentinel.service)
+    for engine in (RedisEngine(tls_url_of(tls_sentinel, tls_sentinel.sentinel.ca)), RedisEngine(client=client)):
+        async with used(engine, "a") as (link, letters, _):
+            await link.publish([Parcel("a", b"hello")])
+            await letters.until(b"hello")
+            assert "a" in tls_sentinel.primary.command("PUBSUB", "CHANNELS")
+    await client.aclose()
+    stranger = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(stranger)
+    with pytest.raises(ConfigurationError, match="has a certificate that isn't trusted"):
+        await _open(tls_url_of(tls_sentinel, stranger))
+
+
+async def test_next_link_goes_to_the_promoted_replica(tls_sentinel: RedisSentinel) -> None:
+    # Over TLS; `test_nodes_follow_the_sentinels` does it without.
+    url = tls_url_of(tls_sentinel, tls_sentinel.sentinel.ca)
 
     async def is_promoted() -> bool:
         # As the supervisor does: open until it goes.
@@ -49,13 +73,13 @@ async def test_next_link_goes_to_the_promoted_replica(own_sentinel: RedisSentine
             async with used(url, "a") as (link, letters, _):
                 await link.publish([Parcel("a", b"hello")])
                 await letters.until(b"hello")
-                channels: list[str] = own_sentinel.replica.command("PUBSUB", "CHANNELS")
+                channels: list[str] = tls_sentinel.replica.command("PUBSUB", "CHANNELS")
                 return "a" in channels
         except (OSError, redis.RedisError):
             return False
 
     async with used(url, "a") as before:
-        await own_sentinel.primary.killed()
+        await tls_sentinel.primary.killed()
         assert isinstance(await before.lost(), OSError)
         await eventually(is_promoted, timeout=20)
 

@@ -33,6 +33,8 @@ __all__ = [
     "postgres_template",
     "prefix",
     "redis_server",
+    "tls_cluster",
+    "tls_sentinel",
 ]
 
 B = TypeVar("B", bound=Broker)
@@ -100,6 +102,18 @@ def own_sentinel() -> Iterator[RedisSentinel]:
 def own_cluster() -> Iterator[list[RedisServer]]:
     """A Redis cluster of three primaries for this test alone; it takes three seconds to agree."""
     yield from _own_group("redis", redis_cluster())
+
+
+@pytest.fixture
+def tls_sentinel() -> Iterator[RedisSentinel]:
+    """Like `own_sentinel`, all of them over TLS only."""
+    yield from _own_group("redis", redis_sentinel(tls=True))
+
+
+@pytest.fixture
+def tls_cluster() -> Iterator[list[RedisServer]]:
+    """Like `own_cluster`, over TLS only."""
+    yield from _own_group("redis", redis_cluster(tls=True))
 
 
 @pytest.fixture

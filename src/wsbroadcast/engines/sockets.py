@@ -18,9 +18,10 @@ def no_linger(transport: asyncio.BaseTransport) -> None:
     The kernel then drops what it could not send yet. It is no use to a unix socket, whose peer has at once what was
     written, and not there on transports without a socket.
     """
-    sock = transport.get_extra_info("socket")
-    # Closed already: None or a closed socket, of which uvloop says ValueError and everybody else OSError.
-    with contextlib.suppress(OSError, ValueError):
+    # Closed already: None or a closed socket, of which uvloop says ValueError and everybody else OSError. Over
+    # TLS, once somebody has closed it twice, asyncio's `get_extra_info` itself says AttributeError.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
 

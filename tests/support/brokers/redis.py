@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +25,8 @@ class RedisServer(Broker):
         password: The password of the user `default`.
         users: Lines of an ACL file without their first word, such as `alice on >secret ~* &news:* +@all`.
         config: Further settings, such as `{"maxmemory": "1mb", "client-output-buffer-limit": "pubsub 1mb 512kb 2"}`.
-        tls: Speak TLS only; `ca` is the file that proves it, for the names `localhost` and `127.0.0.1`.
+        tls: Speak TLS only, to other servers too; `ca` is the file that proves it, for the names `localhost` and
+            `127.0.0.1`.
         arguments: What comes before the file of settings ends, such as `--sentinel`.
     """
 
@@ -71,7 +73,7 @@ class RedisServer(Broker):
         return settings | (self._tls_settings() if tls else {})
 
     def _tls_settings(self) -> dict[str, str]:
-        authority = trustme.CA()
+        authority = _authority()
         certificate = authority.issue_cert("localhost", HOST)
         self.ca = self.directory / "ca.pem"
         authority.cert_pem.write_to_path(self.ca)
@@ -83,6 +85,8 @@ class RedisServer(Broker):
             "tls-key-file": str(pair),
             "tls-ca-cert-file": str(self.ca),
             "tls-auth-clients": "no",
+            "tls-replication": "yes",  # a sentinel goes by it too
+            "tls-cluster": "yes",
         }
 
     def _command(self) -> Sequence[str | Path]:
@@ -106,3 +110,8 @@ class RedisServer(Broker):
         never = Retry(NoBackoff(), 0)
         with redis.Redis.from_url(self.unix_url, decode_responses=True, socket_timeout=5, retry=never) as client:
             return client.execute_command(*parts)
+
+
+@cache
+def _authority() -> trustme.CA:
+    return trustme.CA()  # one for all servers: those of a group must trust each other

@@ -30,24 +30,24 @@ class RedisSentinel:
 
 
 @contextmanager
-def redis_sentinel() -> Iterator[RedisSentinel]:
+def redis_sentinel(*, tls: bool = False) -> Iterator[RedisSentinel]:
     """Run a primary, a replica that has caught up, and a sentinel that knows both."""
     with ExitStack() as stack:
-        primary = stack.enter_context(RedisServer(config={"repl-diskless-sync-delay": "0"}))
-        replica = stack.enter_context(RedisServer(config={"replicaof": f"{primary.host} {primary.port}"}))
+        primary = stack.enter_context(RedisServer(config={"repl-diskless-sync-delay": "0"}, tls=tls))
+        replica = stack.enter_context(RedisServer(config={"replicaof": f"{primary.host} {primary.port}"}, tls=tls))
         wait_until(lambda: replica.command("INFO", "replication")["master_link_status"] == "up")
         settings = {
             "sentinel monitor main": f"{primary.host} {primary.port} 1",
             "sentinel down-after-milliseconds main": "1000",
             "sentinel failover-timeout main": "5000",
         }
-        sentinel = stack.enter_context(RedisServer(config=settings, arguments=["--sentinel"]))
+        sentinel = stack.enter_context(RedisServer(config=settings, tls=tls, arguments=["--sentinel"]))
         wait_until(lambda: bool(sentinel.command("SENTINEL", "REPLICAS", "main")))
         yield RedisSentinel(primary, replica, sentinel)
 
 
 @contextmanager
-def redis_cluster(nodes: int = 3) -> Iterator[list[RedisServer]]:
+def redis_cluster(nodes: int = 3, *, tls: bool = False) -> Iterator[list[RedisServer]]:
     """Run a cluster of primaries, each with its share of the slots; without one of them it serves the others' slots."""
     settings = {
         "cluster-enabled": "yes",
@@ -55,7 +55,7 @@ def redis_cluster(nodes: int = 3) -> Iterator[list[RedisServer]]:
         "cluster-require-full-coverage": "no",
     }
     with ExitStack() as stack:
-        servers = [stack.enter_context(RedisServer(config=settings)) for _ in range(nodes)]
+        servers = [stack.enter_context(RedisServer(config=settings, tls=tls)) for _ in range(nodes)]
         for number, server in enumerate(servers):
             # Nodes of one epoch would have to settle first who has which slot.
             server.command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
