@@ -7,9 +7,8 @@ import time
 from collections.abc import Awaitable, MutableMapping
 from enum import Enum
 from secrets import token_urlsafe
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic_core import from_json
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.admission import Place
@@ -19,8 +18,8 @@ from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_proto
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
-from wsbroadcast.message import Message
 from wsbroadcast.reading import Reading
+from wsbroadcast.receiving import Receiving
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -62,7 +61,7 @@ _SCOPE_KEY = "wsbroadcast.connection"
 _NO_CHANNELS: frozenset[str] = frozenset()
 
 
-class Connection:
+class Connection(Receiving):
     """One accepted WebSocket, as `ConnectionManager.connect` returns it.
 
     It takes over `websocket.send` and `websocket.receive`: what the app sends itself keeps its place among the
@@ -227,52 +226,6 @@ class Connection:
             raise self.closed_error()
         text: str | None = event.get("text")  # hypercorn sends both keys, one of them None
         return event["bytes"] if text is None else text
-
-    async def receive_text(self) -> str:
-        """Wait for a text message; a binary one closes this connection with 1003.
-
-        Raises:
-            ConnectionClosed: If the connection has ended, that way or another.
-        """
-        message = await self.receive()
-        if isinstance(message, str):
-            return message
-        raise await self._refuse(CloseCode.UNSUPPORTED_DATA, "expected a text message")
-
-    async def receive_bytes(self) -> bytes:
-        """Wait for a binary message; a text one closes this connection with 1003.
-
-        Raises:
-            ConnectionClosed: If the connection has ended, that way or another.
-        """
-        message = await self.receive()
-        if isinstance(message, bytes):
-            return message
-        raise await self._refuse(CloseCode.UNSUPPORTED_DATA, "expected a binary message")
-
-    async def receive_json(self) -> Any:
-        """Wait for a message that holds JSON, text or binary; anything else closes this connection with 1007.
-
-        Raises:
-            ConnectionClosed: If the connection has ended, that way or another.
-        """
-        message = await self.receive()
-        try:
-            value = from_json(message, allow_inf_nan=False)
-            Message.json(value)  # which 1e999 can't: it is read as infinity
-            return value
-        except ValueError:  # broken, too deep, or too large a number
-            raise await self._refuse(CloseCode.INVALID_DATA, "expected JSON") from None
-
-    def __aiter__(self) -> Self:
-        """Iterate over the peer's messages until the connection ends; there is no exception to catch."""
-        return self
-
-    async def __anext__(self) -> str | bytes:
-        try:
-            return await self.receive()
-        except ConnectionClosed:
-            raise StopAsyncIteration from None
 
     async def wait_closed(self) -> None:
         """Wait for the connection's end, for an endpoint that only sends.
@@ -444,10 +397,6 @@ class Connection:
     def closed_error(self) -> ConnectionClosed:
         """Make the error for using the connection after its end."""
         return ConnectionClosed(ABNORMAL if self.close_code is None else self.close_code, self.close_reason)
-
-    async def _refuse(self, code: CloseCode, reason: str) -> ConnectionClosed:
-        await self.close(code, reason)
-        return ConnectionClosed(code, reason)
 
 
 # What `wait_closed` gets when another task begins to read.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from starlette.websockets import WebSocket
 
@@ -21,6 +20,7 @@ from wsbroadcast.engines.base import Engine, Health, Publication, transactional
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineUnavailable, LifecycleError
 from wsbroadcast.expiry import ExpiresAt
 from wsbroadcast.hooks import Hook, HookChain
+from wsbroadcast.lifecycle import Lifecycle
 from wsbroadcast.loops import running_loop, submit, wait_in_thread, without_waiting
 from wsbroadcast.membership import CLOSED, Headers
 from wsbroadcast.message import Message
@@ -33,7 +33,7 @@ Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 _NOBODY: frozenset[str] = frozenset()
 
 
-class ConnectionManager(HookDecorators):
+class ConnectionManager(Lifecycle, HookDecorators):
     """Keeps the connections of an app and broadcasts to them.
 
     Made without any I/O, at import time if you like. It runs in the event loop where it is used first, or where
@@ -62,7 +62,6 @@ class ConnectionManager(HookDecorators):
         if not isinstance(limits, Limits) or not isinstance(slow_consumer, SlowConsumer):
             raise ConfigurationError("limits is a Limits(…), slow_consumer is a SlowConsumer(…)")
         check_positive("hook_timeout", hook_timeout)
-        self._engine = create_engine(engine)
         self._limits = limits
         self._slow_consumer = slow_consumer
         self._counters = Counters()
@@ -70,12 +69,7 @@ class ConnectionManager(HookDecorators):
         """The hooks by event; the decorators add to it."""
         for hook in hooks:
             self.hooks.add(hook)
-        # The loop it runs in, or begins to; `None` before that and after the end.
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_started = False
-        self._starts = 0
-        self._is_closed = False
-        self._node = self._new_node()
+        super().__init__(create_engine(engine))
 
     # Connections.
 
@@ -378,62 +372,7 @@ class ConnectionManager(HookDecorators):
         """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
         await self.send(websocket, message)
 
-    # Life.
-
-    async def start(self) -> None:
-        """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
-
-        Raises:
-            LifecycleError: If it runs in another event loop.
-        """
-        self._is_closed = False
-        await self._run_here()
-        self._starts += 1
-
-    async def aclose(self) -> None:
-        """End: send what was handed over, close the connections with 1001, wait for hooks, stop the engine.
-
-        Does nothing if `start` was called more often than `aclose`. Idempotent. Afterwards the manager refuses to work
-        until it is started again.
-
-        Raises:
-            LifecycleError: If it runs in another event loop.
-        """
-        if self._loop is not None and self._loop is not asyncio.get_running_loop() and self._loop.is_running():
-            raise LifecycleError("the manager runs in another event loop, where its connections live: close it there")
-        self._starts = max(0, self._starts - 1)
-        if self._starts or self._is_closed:
-            return
-        self._is_closed = True
-        try:
-            if self._loop is asyncio.get_running_loop():
-                await self._close_here()
-        finally:
-            self._loop = None
-            self._is_started = False
-            self._node = self._new_node()
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    @asynccontextmanager
-    async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
-        self.bind(app)
-        async with self:
-            yield
-
-    def bind(self, app: Any) -> None:
-        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too."""
-        managers = getattr(app.state, "wsbroadcast_managers", ())
-        if self not in managers:
-            app.state.wsbroadcast_managers = (*managers, self)
+    # State.
 
     def stats(self) -> Stats:
         """Return what this node holds now and has counted so far."""
@@ -493,35 +432,3 @@ class ConnectionManager(HookDecorators):
 
     def _new_node(self) -> Node:
         return Node(self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
-
-    async def _run_here(self) -> None:
-        if self._is_started and self._loop is running_loop():
-            return
-        self._settle_here()
-        async with self._node.starting:  # several first uses at the same time start the engine once
-            if not self._is_started:
-                await self._engine.start(self._node)
-                self._is_started = True
-
-    def _settle_here(self) -> None:
-        loop = running_loop()
-        if loop is None:
-            raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
-        if self._is_closed:
-            raise LifecycleError(CLOSED)
-        if self._loop is not None and self._loop is not loop:
-            if self._loop.is_running():
-                raise LifecycleError(
-                    "the manager runs in another event loop, where its connections live: "
-                    "from here use `manager.broadcast_threadsafe(…)`, in tests `with TestClient(app)`"
-                )
-            self._node = self._new_node()  # that loop has ended, and its connections with it
-            self._starts = 0
-            self._is_started = False
-        self._loop = loop
-
-    async def _close_here(self) -> None:
-        try:
-            await self._node.aclose()
-        finally:
-            await self._engine.aclose()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Awaitable, Iterable
 from typing import TYPE_CHECKING
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -19,6 +18,7 @@ from wsbroadcast.door import EXPIRED, Door
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
+from wsbroadcast.farewells import Farewells
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.options import Limits
 from wsbroadcast.registry import Registry
@@ -59,6 +59,9 @@ class Membership:
         self._hooks = hooks
         self._counters = watch.counters
         self._tasks = tasks
+        self._farewells = Farewells(hooks, tasks)
+        self.see_off = self._farewells.see_off
+        """Gives a connection's place back as soon as the server has let go of its socket."""
         self._wanted = Wanted(engine, registry)
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
@@ -142,7 +145,7 @@ class Membership:
 
     async def _announce(self, connection: Connection, channels: tuple[str, ...]) -> None:
         unannounced = list(reversed(channels))
-        with self._before_goodbye(connection):
+        with self._farewells.after(connection):
             try:
                 await self._hooks.observe("on_connect", connection)
                 while unannounced and self._hooks.has("on_subscribe"):
@@ -152,17 +155,6 @@ class Membership:
                 for channel in unannounced:  # on_unsubscribe is for those whose on_subscribe began
                     if not self._leave_channel(connection, channel):
                         connection.channels -= {channel}
-
-    @contextmanager
-    def _before_goodbye(self, connection: Connection) -> Generator[None]:
-        # What hooks are told of its coming ends before they are told of its going.
-        connection.hooks_running += 1
-        try:
-            yield
-        finally:
-            connection.hooks_running -= 1
-            if not connection.hooks_running and not connection.is_open:
-                self._say_goodbye(connection)
 
     async def subscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
         """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not.
@@ -184,7 +176,7 @@ class Membership:
             self.door.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it as well
             self._registry.subscribe(connection, channel)
             if self._hooks.has("on_subscribe"):
-                with self._before_goodbye(connection):
+                with self._farewells.after(connection):
                     await self._announce_channel(connection, channel)
                 if not connection.is_open:
                     raise connection.closed_error()
@@ -226,8 +218,7 @@ class Membership:
         self._watch.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection.enter(state, code, reason)
-        if not connection.hooks_running:
-            self._say_goodbye(connection)
+        self._farewells.tell(connection)
         return True
 
     def lost(self, connection: Connection, code: int, reason: str) -> None:
@@ -235,7 +226,7 @@ class Membership:
         connection.sink.end()
         if not self.leave(connection, code, reason) and connection.state is ConnectionState.CLOSING:
             connection.enter(ConnectionState.CLOSED, code, reason)
-        self.see_off(connection)
+        self._farewells.see_off(connection)
 
     def evict(self, connection: Connection, cause: str) -> None:
         """The peer doesn't take what it is sent: out at once, closed if that goes quickly, else aborted."""
@@ -249,13 +240,13 @@ class Membership:
         self._counters.evicted[cause] += 1
         logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
         connection.sink.discard()
-        self._finish(connection, code, reason)
+        self._farewells.close(connection, code, reason)
 
     def dismiss(self, connection: Connection, code: int, reason: str) -> None:
         """Close and remove without sending what waits; returns at once."""
         if self.leave(connection, code, reason, ConnectionState.CLOSING):
             connection.sink.discard()
-            self._finish(connection, code, reason)
+            self._farewells.close(connection, code, reason)
 
     def expire(self, connection: Connection) -> None:
         """The moment has come at which a connection has to be renewed, and wasn't."""
@@ -271,52 +262,16 @@ class Membership:
             raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
         self.leave(connection, code, reason, ConnectionState.CLOSING)
         if not connection.sink.is_ended:
-            self._finish(connection, code, reason)
+            self._farewells.close(connection, code, reason)
         if connection.closing is not None:
             await asyncio.shield(connection.closing)
-
-    def _finish(self, connection: Connection, code: int, reason: str) -> None:
-        connection.sink.is_ended = True  # now, not when the task begins: whoever closes next finds it closed
-
-        async def finish() -> None:
-            try:
-                await connection.sink.close(code, reason)
-            finally:
-                if connection.state is ConnectionState.CLOSING:
-                    connection.enter(ConnectionState.CLOSED, code, reason)
-                self.see_off(connection)
-
-        connection.closing = self._tasks.spawn(finish(), "close")
-
-    def see_off(self, connection: Connection) -> None:
-        """Its last word is said: give its place back as soon as the server has let go of its socket."""
-
-        async def wait() -> None:
-            try:
-                await connection.sink.see_off()
-            finally:
-                connection.place.release()
-
-        if connection.sink.is_freed:
-            connection.place.release()
-        else:
-            self._tasks.spawn(wait(), "see-off")  # whoever called `close` doesn't wait for it, `aclose` does
 
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
         self._is_ended = True
         for connection in self._registry.recipients(EVERYONE):
             if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
-                self._finish(connection, code, reason)
-
-    def _say_goodbye(self, connection: Connection) -> None:
-        if self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe"):
-            self._tasks.spawn(self._run_goodbye_hooks(connection), "on_disconnect hooks")
-
-    async def _run_goodbye_hooks(self, connection: Connection) -> None:
-        for channel in sorted(connection.channels):
-            await self._hooks.observe("on_unsubscribe", connection, channel)
-        await self._hooks.observe("on_disconnect", connection)
+                self._farewells.close(connection, code, reason)
 
     # What a connection asks.
 

@@ -1,0 +1,120 @@
+"""Where and for how long a manager runs: from its first use, or `start`, to `aclose`."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from wsbroadcast.engines.base import Engine
+from wsbroadcast.exceptions import LifecycleError
+from wsbroadcast.loops import running_loop
+from wsbroadcast.membership import CLOSED
+from wsbroadcast.node import Node
+
+
+class Lifecycle(ABC):
+    """The life of a manager: in one event loop at a time, with a node for each, and an engine that starts once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # The loop it runs in, or begins to; `None` before that and after the end.
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_started = False
+        self._starts = 0
+        self._is_closed = False
+        self._node = self._new_node()
+
+    @abstractmethod
+    def _new_node(self) -> Node:
+        """Make what the manager is in the next event loop."""
+
+    async def start(self) -> None:
+        """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
+
+        Raises:
+            LifecycleError: If it runs in another event loop.
+        """
+        self._is_closed = False
+        await self._run_here()
+        self._starts += 1
+
+    async def aclose(self) -> None:
+        """End: send what was handed over, close the connections with 1001, wait for hooks, stop the engine.
+
+        Does nothing if `start` was called more often than `aclose`. Idempotent. Afterwards the manager refuses to work
+        until it is started again.
+
+        Raises:
+            LifecycleError: If it runs in another event loop.
+        """
+        if self._loop is not None and self._loop is not asyncio.get_running_loop() and self._loop.is_running():
+            raise LifecycleError("the manager runs in another event loop, where its connections live: close it there")
+        self._starts = max(0, self._starts - 1)
+        if self._starts or self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            if self._loop is asyncio.get_running_loop():
+                await self._close_here()
+        finally:
+            self._loop = None
+            self._is_started = False
+            self._node = self._new_node()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
+        self.bind(app)
+        async with self:
+            yield
+
+    def bind(self, app: Any) -> None:
+        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too."""
+        managers = getattr(app.state, "wsbroadcast_managers", ())
+        if self not in managers:
+            app.state.wsbroadcast_managers = (*managers, self)
+
+    async def _run_here(self) -> None:
+        if self._is_started and self._loop is running_loop():
+            return
+        self._settle_here()
+        async with self._node.starting:  # several first uses at the same time start the engine once
+            if not self._is_started:
+                await self._engine.start(self._node)
+                self._is_started = True
+
+    def _settle_here(self) -> None:
+        loop = running_loop()
+        if loop is None:
+            raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
+        if self._is_closed:
+            raise LifecycleError(CLOSED)
+        if self._loop is not None and self._loop is not loop:
+            if self._loop.is_running():
+                raise LifecycleError(
+                    "the manager runs in another event loop, where its connections live: "
+                    "from here use `manager.broadcast_threadsafe(…)`, in tests `with TestClient(app)`"
+                )
+            self._node = self._new_node()  # that loop has ended, and its connections with it
+            self._starts = 0
+            self._is_started = False
+        self._loop = loop
+
+    async def _close_here(self) -> None:
+        try:
+            await self._node.aclose()
+        finally:
+            await self._engine.aclose()
