@@ -153,6 +153,14 @@ async def test_certificate_that_is_not_trusted_is_refused(own_redis: OwnRedis) -
         await _open(server.url)
 
 
+async def test_certificate_for_another_name_is_refused(own_redis: OwnRedis) -> None:
+    server = own_redis(tls=True, config={"bind": "127.0.0.1 127.0.0.2"})
+    with pytest.raises(
+        ConfigurationError, match=r"127\.0\.0\.2:\d+ has a certificate .*: it has to hold for that name"
+    ):
+        await _open(f"{server.url.replace('127.0.0.1', '127.0.0.2')}?ssl_ca_certs={server.ca}")
+
+
 async def test_certificate_files_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="ssl_…"):
         await _open(f"rediss://localhost:1?ssl_ca_certs={tmp_path / 'none.pem'}")

@@ -26,6 +26,9 @@ _WRONG_SERVER = {"ASK", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "READON
 # Answers of a server that doesn't let us.
 _REFUSED = {"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"}
 
+# OpenSSL's codes for a certificate that is good, for another host name or IP address.
+_OTHER_NAMES = {62, 64}
+
 
 class Wire(asyncio.Protocol, ABC):
     """What both kinds of connection have in common.
@@ -81,7 +84,11 @@ class Wire(asyncio.Protocol, ABC):
                 return self.explain(each)
             if isinstance(each, ssl.SSLCertVerificationError):
                 why = f"has a certificate that isn't trusted ({each.verify_message})"
-                return ConfigurationError(f"Redis at {self.where} {why}: the option ssl_ca_certs names whom to trust")
+                is_for_another = each.verify_code in _OTHER_NAMES
+                what = (
+                    "it has to hold for that name" if is_for_another else "the option ssl_ca_certs names whom to trust"
+                )
+                return ConfigurationError(f"Redis at {self.where} {why}: {what}")
         return None
 
     async def _greet(self, connection: Any) -> None:
