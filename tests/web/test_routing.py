@@ -49,6 +49,9 @@ def _app(manager: ConnectionManager, path: str = "/ws", prefix: str = "", **opti
         ("/ws/{a}", {"channel": "{0}"}, "channel pattern"),
         ("/ws/{a}", {"channel": "{a.__class__}"}, "channel pattern"),
         ("/ws/{a}", {"channel": "{a[0]}"}, "channel pattern"),
+        ("/ws/{a}", {"channel": "{a!r}"}, "channel pattern"),
+        ("/ws/{a}", {"channel": "{a:>9}"}, "channel pattern"),
+        ("/ws/{a}/{b}", {"channel": "{a}{b}"}, "needs a text between"),
     ],
 )
 @pytest.mark.parametrize("factory", [create_router, create_routes])
@@ -108,6 +111,9 @@ async def test_include_sender_false_leaves_the_sender_out() -> None:
         ),
         ("/ws/{tenant}/{room}", {"channel": "{tenant}:{room}"}, "/ws/acme/x", {"acme:x"}),
         ("/ws/{tenant}/{room}", {"channel": "{room}"}, "/ws/acme/x", {"x"}),
+        ("/ws/{tenant}/{room}", {"channel": "{tenant}:{room}"}, "/ws/acme/eu:x", {"acme:eu:x"}),
+        ("/ws/{tenant}/{room}", {"channel": "a-{tenant}-{room}-z"}, "/ws/acme/x-y", {"a-acme-x-y-z"}),
+        ("/ws/{room}", {"channel": "{{{room}}}"}, "/ws/x", {"{x}"}),
         ("/ws/{room}", {"channel": "fixed"}, "/ws/x", {"fixed"}),
         ("/ws", {"channel": "fixed"}, "/ws", {"fixed"}),
         ("/ws/{room}", {}, "/ws/é 😀", {"é 😀"}),
@@ -143,6 +149,24 @@ async def test_an_invalid_channel_in_the_url_is_refused_before_it_is_accepted(ur
             async with visit(app, url):
                 pass
         assert caught.value.code == 1008
+        assert manager.stats().connects == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "url"),
+    [
+        ("{tenant}:{room}", "/ws/acme:eu/plans"),
+        ("{tenant}::{room}", "/ws/acme:/plans"),
+        ("{room}/{tenant}/x", "/ws/a/b/c"),
+    ],
+)
+async def test_parameters_that_could_make_the_channel_of_others_are_refused(pattern: str, url: str) -> None:
+    manager = ConnectionManager()
+    app = _app(manager, "/ws/{tenant}/{room:path}", channel=pattern)
+    async with lifespan(app):
+        with pytest.raises(Refused):
+            async with visit(app, url):
+                pass
         assert manager.stats().connects == 0
 
 
@@ -349,12 +373,36 @@ async def test_a_router_works_nested_with_prefixes() -> None:
     assert manager.stats().connections == 0
 
 
-async def test_the_prefix_may_hold_the_parameter() -> None:
+@pytest.mark.parametrize("name", ["channel", "room"])
+async def test_the_prefix_may_hold_the_parameter(name: str) -> None:
     manager = ConnectionManager()
-    app = _app(manager, "/ws", prefix="/{channel}")
-    async with lifespan(app), visit(app, "/news/ws") as peer:
+    app = _app(manager, "/ws", prefix=f"/{{{name}}}")
+    async with lifespan(app), visit(app, "/news/ws") as peer, visit(app, "/sport/ws") as other:
         await manager.broadcast("hello", channel="news")
         assert await peer.next() == "hello"
+        assert other.messages == []
+
+
+async def test_the_path_of_a_mount_may_hold_the_parameter() -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    app.mount("/{room}", _app(manager, "/ws"))
+    async with visit(app, "/news/ws") as peer:
+        await manager.broadcast("hello", channel="news")
+        assert await peer.next() == "hello"
+    await manager.aclose()
+
+
+async def test_a_second_parameter_in_the_prefix_has_to_be_dealt_with() -> None:
+    manager = ConnectionManager()
+    app = _app(manager, "/ws/{room}", prefix="/{tenant}")
+    async with lifespan(app):
+        with pytest.raises(ConfigurationError, match="several parameters: say which"):
+            async with visit(app, "/acme/ws/general"):
+                pass
+    app = _app(manager, "/ws/{room}", prefix="/{tenant}", channel="{tenant}:{room}")
+    async with lifespan(app), visit(app, "/acme/ws/general"):
+        assert [connection.channels for connection in manager.connections] == [{"acme:general"}]
 
 
 async def test_a_router_included_twice_shares_its_manager_and_its_life() -> None:

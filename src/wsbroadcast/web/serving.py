@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from string import Formatter
 from typing import Any, Literal, get_args
 
 from fastapi import WebSocket, WebSocketException
-from starlette.routing import compile_path
 
-from wsbroadcast.audience import check_channel
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import refuse
@@ -25,6 +22,7 @@ from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.message import Message
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.commands import Commands
+from wsbroadcast.web.path_channel import PathChannel
 
 Inbound = Literal["broadcast", "commands", "handle", "ignore"]
 Accepts = Literal["any", "text", "bytes", "json"]
@@ -56,7 +54,7 @@ class Endpoint:
             raise ConfigurationError(f"commands are JSON: accepts must be json, not {accepts!r}")
         self._manager = manager
         self._access = access
-        self._pattern = _channel_pattern(path, channel)
+        self._channel = PathChannel(path, channel)
         self._inbound = inbound
         self._accepts = accepts
         self._commands = Commands(access, include_sender=include_sender)
@@ -65,7 +63,7 @@ class Endpoint:
     async def open(self, websocket: WebSocket) -> None:
         """Serve one connection from its handshake to its end."""
         try:
-            name = _channel_of(websocket, self._pattern)
+            name = self._channel.of(websocket.path_params)
             connection = await self._access.connect(self._manager, websocket, name)
         except (ConnectionClosed, WebSocketException):
             return  # gone, or refused and told so
@@ -122,32 +120,3 @@ _READERS: dict[str, Callable[[Connection], Any]] = {
     "bytes": Connection.receive_bytes,
     "json": Connection.receive_json,
 }
-
-
-def _channel_pattern(path: str, channel: str | None) -> str | None:
-    if channel is not None:
-        try:
-            fields = [field for _, field, _, _ in Formatter().parse(channel) if field is not None]
-        except ValueError as error:
-            raise ConfigurationError(f"channel pattern {channel!r}: {error}") from error
-        if not all(field.isidentifier() for field in fields):
-            raise ConfigurationError(f"channel pattern {channel!r} may name path parameters only, such as {{room}}")
-        return channel
-    names = list(compile_path(path)[2])
-    if "channel" in names:
-        return "{channel}"
-    if len(names) > 1:
-        raise ConfigurationError(f"{path} has several parameters: say which make the channel, channel='{{{names[0]}}}'")
-    return f"{{{names[0]}}}" if names else None
-
-
-def _channel_of(websocket: WebSocket, pattern: str | None) -> str | None:
-    parameters = websocket.path_params
-    if pattern is None:
-        # The path has none, but the prefix it was included under may.
-        value = parameters.get("channel")
-        return None if value is None else check_channel(str(value))
-    try:
-        return check_channel(pattern.format_map(parameters))
-    except KeyError as error:
-        raise ConfigurationError(f"channel pattern {pattern!r} names {error}, which is no path parameter") from error

@@ -1,0 +1,84 @@
+"""The channel that the parameters of a path make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from starlette.routing import compile_path
+
+from wsbroadcast.audience import check_channel
+from wsbroadcast.exceptions import ConfigurationError, InvalidChannel
+
+
+class PathChannel:
+    """Makes a channel of path parameters, those of a prefix or a mount too.
+
+    Args:
+        path: The path of the endpoint.
+        pattern: Such as `{tenant}:{room}`; by default the parameter `channel`, or else the only one there is.
+
+    Raises:
+        ConfigurationError: If the pattern makes no sense, or there is none and the path has several parameters.
+    """
+
+    def __init__(self, path: str, pattern: str | None) -> None:
+        self._pattern = pattern
+        self._fields: list[str] = []
+        # Before, between and after the fields.
+        self._texts: list[str] = []
+        if pattern is None:
+            _meant(dict.fromkeys(compile_path(path)[2]))
+        else:
+            self._parse(pattern)
+
+    def of(self, parameters: Mapping[str, Any]) -> str | None:
+        """Return the channel; `None` if there is no parameter to name one.
+
+        Raises:
+            InvalidChannel: If it breaks a rule for names, or other parameters could make the same.
+            ConfigurationError: If the pattern names what is no parameter, or there is none and several could be meant.
+        """
+        if self._pattern is None:
+            name = _meant(parameters)
+            return None if name is None else check_channel(str(parameters[name]))
+        channel, *texts = self._texts
+        for number, (field, text) in enumerate(zip(self._fields, texts, strict=True), 1):
+            if field not in parameters:
+                raise ConfigurationError(
+                    f"channel pattern {self._pattern!r} names {field!r}, which is no path parameter"
+                )
+            value = str(parameters[field])
+            channel += value + text
+            # Else `a` and `b:c` would be the same as `a:b` and `c`, which may be somebody else's.
+            if number < len(texts) and (value + text).index(text) < len(value):
+                raise InvalidChannel(channel, f"the parameter {field} must not hold {text!r}")
+        return check_channel(channel)
+
+    def _parse(self, pattern: str) -> None:
+        self._texts.append("")
+        try:
+            for text, field, spec, conversion in Formatter().parse(pattern):
+                self._texts[-1] += text
+                if field is not None:
+                    if not field.isidentifier() or spec or conversion:
+                        raise ValueError("may name path parameters only, such as {room}")
+                    self._fields.append(field)
+                    self._texts.append("")
+            if not all(self._texts[1:-1]):
+                raise ValueError("needs a text between two parameters, such as a colon")
+        except ValueError as error:
+            raise ConfigurationError(f"channel pattern {pattern!r}: {error}") from None
+
+
+def _meant(parameters: Mapping[str, Any]) -> str | None:
+    # The parameter that is the channel where no pattern says it.
+    if "channel" in parameters:
+        return "channel"
+    names = list(parameters)
+    if len(names) > 1:
+        raise ConfigurationError(
+            f"the path has several parameters: say which make the channel, channel='{{{names[0]}}}'"
+        )
+    return names[0] if names else None
