@@ -15,6 +15,7 @@ import pytest
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
+from tests.support.fast import WebSocketsSansIOProtocol
 from wsbroadcast import (
     Audience,
     CloseCode,
@@ -182,6 +183,46 @@ async def test_what_waits_is_not_sent_after_the_moment(manager: ConnectionManage
     with pytest.raises(ConnectionClosed):
         await own
     assert manager.stats().dropped == {"closed": 4}
+
+
+@pytest.mark.parametrize("is_expiry", [True, False])
+async def test_what_waits_for_a_close_is_not_sent_after_the_moment_either(
+    manager: ConnectionManager, is_expiry: bool
+) -> None:
+    peer = WebSocketsSansIOProtocol()
+    connection = await manager.connect(peer.websocket, user="ada", expires_at=time.time() + 0.05)
+    if not is_expiry:
+        connection.renew(None)
+    peer.stall()
+    await manager.broadcast("waits")
+    closing = asyncio.create_task(connection.close(4000))
+    await eventually(lambda: not connection.is_open)
+    if not is_expiry:
+        await manager.disconnect_user("ada")
+    await eventually(lambda: connection.sink.held_messages == 0)
+    peer.resume()
+    await closing
+    assert peer.messages == ["<close>"]
+    assert connection.close_code == 4000
+    assert manager.stats().dropped == {"closed": 1}
+
+
+async def test_what_waits_for_the_apps_own_close_is_not_sent_to_a_user_who_was_disconnected(
+    manager: ConnectionManager,
+) -> None:
+    peer, other = WebSocketsSansIOProtocol(), WebSocketsSansIOProtocol()
+    await manager.connect(peer.websocket, user="ada")
+    await manager.connect(other.websocket, user="bob")
+    peer.stall()
+    other.stall()
+    await manager.broadcast("waits")
+    closing = asyncio.gather(peer.websocket.close(4000), other.websocket.close(4000))
+    await eventually(lambda: not manager.connections)
+    await manager.disconnect_user("ada")
+    peer.resume()
+    other.resume()
+    await closing
+    assert (peer.messages, other.messages) == (["<close>"], ["waits", "<close>"])
 
 
 async def test_renewing_puts_the_moment_off(manager: ConnectionManager) -> None:

@@ -257,7 +257,7 @@ class Connection(Receiving):
         if self.close_code is None:
             self.close_code = code
             self.close_reason = reason
-        if self._expiry is not None:
+        if state is ConnectionState.CLOSED and self._expiry is not None:  # until then what waits is not sent after it
             self._expiry.cancel()
             self._expiry = None
         if state is ConnectionState.CLOSED and not self.sink.is_ended:

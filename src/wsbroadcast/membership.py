@@ -243,10 +243,21 @@ class Membership:
         self._farewells.close(connection, code, reason)
 
     def dismiss(self, connection: Connection, code: int, reason: str) -> None:
-        """Close and remove without sending what waits; returns at once."""
+        """Close and remove without sending what waits, also if it is being closed already; returns at once."""
         if self.leave(connection, code, reason, ConnectionState.CLOSING):
             connection.sink.discard()
             self._farewells.close(connection, code, reason)
+        else:
+            connection.sink.discard(keeps_close=True)
+
+    def dismiss_all(self, audience: Audience, exclude: frozenset[str], code: int, reason: str) -> None:
+        """Dismiss the members of an audience; those of a user also if they are being closed already."""
+        owners = [sink.owner for sink in self._watch.waiting] if audience.kind == "user" else []
+        for owner in owners:
+            if isinstance(owner, Connection) and owner.user_key == audience.name and owner.id not in exclude:
+                self.dismiss(owner, code, reason)
+        for connection in self._registry.recipients(audience, exclude):
+            self.dismiss(connection, code, reason)
 
     def expire(self, connection: Connection) -> None:
         """The moment has come at which a connection has to be renewed, and wasn't."""

@@ -120,8 +120,7 @@ class Node:
     def _dismiss(self, publication: Publication, code: int) -> None:
         # No hook is asked and nothing is waited for: whoever is no longer welcome doesn't get what waits either.
         reason = publication.message.payload.decode(errors="replace")
-        for connection in self.registry.recipients(publication.audience, publication.exclude):
-            self.membership.dismiss(connection, code, reason)
+        self.membership.dismiss_all(publication.audience, publication.exclude, code, reason)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         recipients = self.registry.recipients(publication.audience, publication.exclude)

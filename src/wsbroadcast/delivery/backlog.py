@@ -41,6 +41,11 @@ class Backlog:
         return iter(self._items.values())
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits, not even a turn."""
+        return not self._items
+
+    @property
     def is_past_high_water(self) -> bool:
         """Whether the connection is a slow consumer: an eighth of what may wait is waiting."""
         return self._holds_part(HIGH_WATER_PART)

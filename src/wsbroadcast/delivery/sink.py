@@ -32,6 +32,11 @@ class AppSend(Turn):
         self.event = event
         self.done = done
 
+    @property
+    def is_close(self) -> bool:
+        """Whether it closes the socket: nothing is taken after it."""
+        return bool(self.event["type"] == "websocket.close")
+
 
 class Close(Turn):
     """The close frame, after everything that was handed over before it."""
@@ -142,20 +147,19 @@ class Sink:
         """
         if self.is_ended:
             raise ConnectionClosed(ABNORMAL)
-        is_close = event["type"] == "websocket.close"
         backlog = self.backlog or self._open_backlog()
         turn = AppSend(event, asyncio.get_running_loop().create_future())
         backlog.push_turn(turn)
-        if is_close:
+        if turn.is_close:
             self.is_ended = True
         try:
             await turn.done
         except asyncio.CancelledError:
-            if not is_close:
+            if not turn.is_close:
                 backlog.remove_turn(turn)
             raise
         except ConnectionClosed:
-            if not is_close:  # a close of what is closed has nothing to complain about
+            if not turn.is_close:  # a close of what is closed has nothing to complain about
                 raise
 
     async def close(self, code: int, reason: str) -> None:
@@ -179,16 +183,25 @@ class Sink:
             self.abort()
             await asyncio.wait({writer}, timeout=options.close_timeout)
 
-    def discard(self) -> None:
-        """Throw away what waits; the messages are counted, the app's own sends learn of it."""
+    def discard(self, *, keeps_close: bool = False) -> None:
+        """Throw away what waits; the messages are counted, the app's own sends learn of it.
+
+        Args:
+            keeps_close: Whether a close that waits stays, and is now the next to go out.
+        """
         backlog = self.backlog
         if backlog is None:
             return
+        close: Turn | None = None
         while (item := backlog.pop()) is not None:
             if isinstance(item, Message):
                 self.count_lost(1)
+            elif keeps_close and (isinstance(item, Close) or (isinstance(item, AppSend) and item.is_close)):
+                close = item
             elif isinstance(item, AppSend) and not item.done.done():
                 item.done.set_exception(ConnectionClosed(ABNORMAL))
+        if close is not None:
+            backlog.push_turn(close)
 
     def count_lost(self, messages: int) -> None:
         """Count messages that were handed over and don't arrive, because the connection has ended."""
@@ -245,6 +258,9 @@ class Sink:
         """Return something that changes whenever the peer takes something."""
         return self.steps, 0 if self.transport is None else unsent_bytes(self.transport)
 
+    async def ready(self) -> None:
+        """Wait until the peer takes more, where that is known: what waits until then can still be thrown away."""
+
     async def write(self, message: Message) -> None:
         """Write one message from the backlog; wait as long as the peer can't take it."""
         await self._send(message.event)
@@ -262,7 +278,9 @@ class Sink:
 
     async def _drain(self, backlog: Backlog) -> None:
         try:
-            while (item := backlog.pop()) is not None:
+            while not backlog.is_empty:
+                await self.ready()
+                item = backlog.pop()
                 if isinstance(item, Message):
                     await self.write(item)
                 elif isinstance(item, AppSend):
@@ -292,8 +310,8 @@ class Sink:
         self._watch.caught_up(self)
 
     async def _run(self, turn: AppSend) -> None:
-        if turn.done.done() and turn.event["type"] != "websocket.close":
-            return  # withdrawn; a close stands, because nothing is taken after it
+        if turn.done.done() and not turn.is_close:
+            return  # withdrawn; a close stands
         try:
             await self.owner.app_send(dict(turn.event))
         except asyncio.CancelledError:

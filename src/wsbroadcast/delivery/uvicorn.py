@@ -53,11 +53,14 @@ class UvicornSink(Sink):
             self.is_ended = True
         await self.owner.app_send(dict(event))  # doesn't suspend while the transport takes more
 
-    async def write(self, message: Message) -> None:
-        """Write one message from the backlog as soon as the transport takes more."""
+    async def ready(self) -> None:
+        """Wait until the transport takes more."""
         await self._writable.wait()
         if self._protocol.close_sent or self._transport.is_closing():
             raise ConnectionResetError
+
+    async def write(self, message: Message) -> None:
+        """Write one message from the backlog, at once."""
         self._transport.write(self._form.frame(message))
 
 
