@@ -321,6 +321,19 @@ async def test_handshake_that_is_looked_into_counts_already() -> None:
     assert seats(manager) == {}
 
 
+async def test_socket_that_is_connected_takes_no_second_place() -> None:
+    manager = ConnectionManager(limits=Limits(max_connections=1))
+    peer = Peer()
+    async with manager.handshake(peer.websocket):
+        connection = await manager.connect(peer.websocket)
+        async with manager.handshake(peer.websocket):
+            assert await manager.connect(peer.websocket) is connection
+    assert connection.is_open
+    assert seats(manager) == {IN_ALL: {"": 1}}
+    manager.disconnect(peer.websocket)
+    assert seats(manager) == {}
+
+
 async def test_handshake_that_comes_to_nothing_gives_its_place_back() -> None:
     manager = ConnectionManager(limits=ALL)
     for _ in range(3):

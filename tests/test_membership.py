@@ -98,7 +98,7 @@ async def test_connect_keeps_the_user_as_it_was_given(manager: ConnectionManager
 async def test_connect_twice_returns_the_same_connection_and_subscribes_it(manager: ConnectionManager) -> None:
     peer = Peer()
     first = await manager.connect(peer.websocket, user="ada", channels=["a"])
-    second = await manager.connect(peer.websocket, user="bob", channels=["b"])
+    second = await manager.connect(peer.websocket, channels=["b"])
     assert first is second
     assert first.channels == {"a", "b"}
     assert first.user == "ada"
@@ -106,6 +106,27 @@ async def test_connect_twice_returns_the_same_connection_and_subscribes_it(manag
     await manager.broadcast("b", channel="b")
     assert await peer.wait_messages(2) == ["once", "b"]
     assert manager.stats().connects == 1
+
+
+@pytest.mark.parametrize("user", ["ada", None])
+async def test_connected_socket_does_not_become_another_users(manager: ConnectionManager, user: str | None) -> None:
+    connection = await manager.connect(Peer().websocket, user=user, channels=["a"])
+    with pytest.raises(ValueError, match="connected already, as another user or as nobody"):
+        await manager.connect(connection.websocket, user="bob", channels=["b"])
+    assert connection.user == user
+    assert connection.channels == {"a"}
+    assert connection.is_open
+
+
+async def test_connected_socket_expires_when_it_is_said_later(manager: ConnectionManager) -> None:
+    peer = Peer()
+    connection = await manager.connect(peer.websocket, user=5)
+    assert await manager.connect(peer.websocket, user="5", expires_at=2**33) is connection
+    assert connection.expires_at == 2**33
+    await manager.connect(peer.websocket)
+    assert connection.expires_at == 2**33
+    await manager.connect(peer.websocket, expires_at=0)
+    assert await peer.wait_close() == 4401
 
 
 async def test_connect_by_two_tasks_at_once_registers_the_socket_once(manager: ConnectionManager) -> None:

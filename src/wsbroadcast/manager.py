@@ -87,8 +87,8 @@ class ConnectionManager(Lifecycle, HookDecorators):
         """Accept a WebSocket, unless it is accepted already, and register it.
 
         Await it for the `Connection`, or use it with `async with`, which removes the connection on the way out. A
-        socket that is registered already stays what it is and is subscribed to the channels. If the call fails or is
-        cancelled, nothing is registered.
+        socket that is registered already stays what it is; it is subscribed to the channels, and expires when this call
+        says so. If the call fails or is cancelled, nothing is registered.
 
         Args:
             websocket: The endpoint's WebSocket. Its `send` and `receive` are taken over.
@@ -103,7 +103,8 @@ class ConnectionManager(Lifecycle, HookDecorators):
         Raises:
             ConnectionClosed: If the socket is closed, or its peer went away meanwhile.
             InvalidChannel: If a channel name breaks a rule.
-            ValueError: If the user is no id, or `expires_at` no moment.
+            ValueError: If the user is no id, or `expires_at` no moment; or if the socket is registered already, as
+                another user.
             PermissionDenied: If a hook refuses it; the socket is closed with 1008. Or if it has expired; the handshake
                 is refused with 401, or a socket that is accepted already closed with 4401.
             LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
@@ -199,6 +200,10 @@ class ConnectionManager(Lifecycle, HookDecorators):
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         self._settle_here()
+        known = find_connection(websocket, self)
+        if known is not None and known.is_open:
+            yield  # it has its place
+            return
         async with self._node.membership.door.handshake(websocket):
             await self._run_here()
             yield

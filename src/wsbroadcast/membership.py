@@ -86,7 +86,7 @@ class Membership:
         key = None if user is None else user_key(user)
         names = as_channels(channels)
         expires = unix_seconds(expires_at)
-        if (known := await self._known(websocket, manager, names)) is not None:
+        if (known := await self._known(websocket, manager, key, names, expires)) is not None:
             return known
         self._check_running()
         place = await self.door.admit(websocket, key, names, expires)
@@ -96,7 +96,7 @@ class Membership:
             async with self._wanted.expecting(_audiences(key, names)):
                 await _accept(websocket, subprotocol, headers)
                 self._check_running()
-                if (known := await self._known(websocket, manager, names)) is not None:
+                if (known := await self._known(websocket, manager, key, names, expires)) is not None:
                     place.release()
                     return known  # another task was connecting it meanwhile
                 connection = Connection(
@@ -126,12 +126,23 @@ class Membership:
             raise
 
     async def _known(
-        self, websocket: WebSocket, manager: ConnectionManager, channels: tuple[str, ...]
+        self,
+        websocket: WebSocket,
+        manager: ConnectionManager,
+        user_key: str | None,
+        channels: tuple[str, ...],
+        expires: float | None,
     ) -> Connection | None:
         known = find_connection(websocket, manager)
         if known is None:
             return None
         if known.is_open:
+            if user_key is not None and user_key != known.user_key:
+                raise ValueError(
+                    "the WebSocket is connected already, as another user or as nobody: disconnect it first"
+                )
+            if expires is not None:
+                known.renew(expires)
             await self.subscribe(known, channels)
             return known
         if known.sink.is_ended:
