@@ -33,6 +33,9 @@ logger = logging.getLogger("wsbroadcast")
 CLOSED = "the manager is closed: `start` or `async with manager` runs it again"
 """What an error says after `aclose`."""
 
+SUBPROTOCOL = "wsbroadcast.subprotocol"
+"""Where in its scope the subprotocol stands that a WebSocket is accepted with if `connect` names none."""
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -324,7 +327,7 @@ async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Header
     if websocket.application_state is WebSocketState.CONNECTED:
         return
     try:
-        await websocket.accept(subprotocol, headers)
+        await websocket.accept(subprotocol or websocket.scope.get(SUBPROTOCOL), headers)
     except WebSocketDisconnect as error:
         raise ConnectionClosed(error.code, error.reason) from error
     except (OSError, RuntimeError) as error:

@@ -15,7 +15,15 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, turns, visit
-from wsbroadcast import ConfigurationError, Connection, ConnectionManager, Limits, TokenFrom, create_router
+from wsbroadcast import (
+    ConfigurationError,
+    Connection,
+    ConnectionManager,
+    Limits,
+    TokenFrom,
+    connection_dependency,
+    create_router,
+)
 from wsbroadcast.web.tokens import MAX_TOKEN_CHARACTERS
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhZGEifQ.c2ln_bmF0dXJl-ZQ"
@@ -267,6 +275,44 @@ async def test_the_first_message_may_be_the_token_of_a_socket_that_is_accepted(i
             peer.say("hello")
             assert await peer.next() == "hello"
     assert [event["type"] for event in peer.sent].count("websocket.accept") == 1
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_the_first_message_serves_all_who_ask_for_the_token(is_first: bool) -> None:
+    manager = ConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    async def current_user(token: Annotated[str, Depends(TokenFrom(first_message=True))]) -> str:
+        return f"user of {token}"
+
+    User = Annotated[str, Depends(current_user)]  # noqa: N806
+    Member = Annotated[Connection, Depends(connection_dependency(authenticate=current_user))]  # noqa: N806
+
+    @app.websocket("/user-first")
+    async def user_first(user: User, connection: Member) -> None:
+        await connection.send([user, connection.user])
+
+    @app.websocket("/user-last")
+    async def user_last(connection: Member, user: User) -> None:
+        await connection.send([user, connection.user])
+
+    async with lifespan(app), visit(app, "/user-first" if is_first else "/user-last") as peer:
+        peer.say("ada")
+        assert await peer.next() == '["user of ada","user of ada"]'
+
+
+async def test_an_endpoint_that_connects_by_itself_accepts_with_the_name_before_the_token() -> None:
+    manager = ConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket, token: Annotated[str, Depends(EVERYWHERE)]) -> None:
+        async with manager.connect(websocket, user=token) as connection:
+            await connection.wait_closed()
+
+    async with lifespan(app), visit(app, "/ws", subprotocols=["bearer", JWT]) as peer:
+        assert peer.accepted is not None
+        assert peer.accepted["subprotocol"] == "bearer"
 
 
 async def test_a_token_of_the_handshake_is_not_waited_for() -> None:

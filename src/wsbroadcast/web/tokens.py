@@ -10,6 +10,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.membership import SUBPROTOCOL
 from wsbroadcast.options import check_positive
 
 MAX_TOKEN_CHARACTERS = 8192
@@ -18,8 +19,8 @@ MAX_TOKEN_CHARACTERS = 8192
 MAX_SUBPROTOCOLS = 32
 """As many of the subprotocols that a client offers are looked at."""
 
-SUBPROTOCOL = "wsbroadcast.subprotocol"
-"""Where in the scope the subprotocol stands that the connection is to be accepted with."""
+FIRST_MESSAGE = "wsbroadcast.first_message"
+"""Where in the scope a token that came as the first message stands, for whoever asks for it again."""
 
 
 class TokenFrom:
@@ -37,7 +38,7 @@ class TokenFrom:
         query: The name of a query parameter. Servers and proxies write it into their access logs.
         first_message: Seconds to wait for the token as the first message, as text; `True` is 10. The WebSocket is
             accepted then, if it wasn't before, and in no channel; one that says nothing in time, or something else, is
-            closed with 4401.
+            closed with 4401. Asked for again, it is the same token.
 
     Raises:
         ConfigurationError: If no place is named, or the seconds are none.
@@ -75,7 +76,10 @@ class TokenFrom:
         if token is not None:
             return token
         if self._deadline and isinstance(connection, WebSocket):
-            return await _first_message(connection, self._deadline)
+            if FIRST_MESSAGE not in connection.scope:
+                connection.scope[FIRST_MESSAGE] = await _first_message(connection, self._deadline)
+            first: str = connection.scope[FIRST_MESSAGE]
+            return first
         raise HTTPException(401, "no token", {"WWW-Authenticate": "Bearer"})
 
     def _from_handshake(self, connection: HTTPConnection) -> str | None:
