@@ -12,7 +12,17 @@ from typing import Annotated, Any
 from uuid import UUID
 
 import pytest
-from fastapi import Cookie, Depends, FastAPI, Header, HTTPException, Security, WebSocket, WebSocketException
+from fastapi import (
+    Cookie,
+    Depends,
+    FastAPI,
+    Header,
+    HTTPException,
+    Request,
+    Security,
+    WebSocket,
+    WebSocketException,
+)
 from fastapi.exceptions import FastAPIError
 from fastapi.security import SecurityScopes
 from starlette.applications import Starlette
@@ -528,6 +538,37 @@ def test_an_option_that_makes_no_sense_is_refused(options: dict[str, Any]) -> No
         connection_dependency(**options)
 
 
+@EVERY_APP
+def test_the_alias_of_a_dependency_is_that_dependency(make_app: MakeApp) -> None:
+    manager = ConnectionManager()
+    app = make_app(manager, authenticate=Annotated[str, Depends(_by_header)])
+    with TestClient(app) as client:
+        for url in ("/ws", "/ws?args=1&kwargs=2"):
+            with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect(url):
+                pass
+            assert refused.value.status_code == 401
+        with client.websocket_connect("/ws", headers={"x-user": "ada"}):
+            assert [connection.user for connection in manager.connections] == ["ada"]
+
+
+@pytest.mark.parametrize("alias", [Annotated[str, "ada"], Annotated[str, Depends()]])
+def test_an_alias_of_no_dependency_is_refused(alias: Any) -> None:
+    with pytest.raises(ConfigurationError, match="one Depends"):
+        create_router(ConnectionManager(), authenticate=alias)
+
+
+def test_a_dependency_that_wants_a_request_is_refused_and_told_what_to_take() -> None:
+    def session(request: Request) -> str:
+        return request.cookies["session"]
+
+    async def authenticate(session: Annotated[str, Depends(session)]) -> str:
+        return session
+
+    for dependency in (session, authenticate):
+        with pytest.raises(ConfigurationError, match="wants a Request: take an HTTPConnection"):
+            create_router(ConnectionManager(), authenticate=dependency)
+
+
 def test_a_dependency_that_makes_no_sense_to_fastapi_is_its_error_at_once() -> None:
     async def session() -> AsyncIterator[None]:
         yield
@@ -583,6 +624,33 @@ def test_authorize_denies_unless_it_says_yes(authorize: Any, text: str) -> None:
         with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws/news"):
             pass
         assert (refused.value.status_code, refused.value.text) == (403, text)
+
+
+@pytest.mark.parametrize(("detail", "text"), [("banned", "banned"), ({"why": "banned"}, '{"why":"banned"}')])
+def test_authorize_may_deny_as_fastapi_does(detail: Any, text: str) -> None:
+    def authorize(connection: Any, action: str, channel: str) -> bool:
+        raise HTTPException(404, detail)
+
+    with (
+        TestClient(_router_app(ConnectionManager(), "/ws/{channel}", authorize=authorize)) as client,
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("/ws/news"),
+    ):
+        pass
+    assert (refused.value.status_code, refused.value.text) == (403, text)
+
+
+def test_a_failure_that_authorize_has_a_status_for_is_the_answer() -> None:
+    def authorize(connection: Any, action: str, channel: str) -> bool:
+        raise HTTPException(503, "no database")
+
+    with (
+        TestClient(_router_app(ConnectionManager(), "/ws/{channel}", authorize=authorize)) as client,
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("/ws/news"),
+    ):
+        pass
+    assert refused.value.status_code == 503
 
 
 async def test_an_error_in_authorize_lets_nobody_in() -> None:

@@ -3,16 +3,18 @@
 # No postponed annotations here: FastAPI reads them, and `dependency` is a local name.
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 from weakref import WeakKeyDictionary, proxy
 
 from fastapi import Depends, WebSocket, params
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIWebSocketRoute
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocketState
 
 from wsbroadcast.exceptions import ConfigurationError
-from wsbroadcast.web.tokens import SUBPROTOCOL
+from wsbroadcast.membership import SUBPROTOCOL
+from wsbroadcast.web.tokens import FIRST_MESSAGE
 
 _RESULT = "wsbroadcast.authenticated"
 
@@ -24,17 +26,18 @@ class Authenticator:
     in its pool. `app.dependency_overrides` holds.
 
     Args:
-        dependency: A dependency as in `Depends(…)`, or the `Depends` or `Security` itself.
+        dependency: A dependency as in `Depends(…)`, the `Depends` or `Security` itself, or an `Annotated` with one.
 
     Raises:
-        ConfigurationError: If it is neither.
+        ConfigurationError: If it is none of them, or wants a `Request`.
     """
 
     def __init__(self, dependency: Callable[..., Any] | params.Depends) -> None:
-        self._depends = dependency if isinstance(dependency, params.Depends) else Depends(dependency)
+        self._depends = _depends_of(dependency)
         if not callable(self._depends.dependency):
             raise ConfigurationError(f"authenticate is a dependency, as in Depends(…), not {dependency!r:.200}")
-        self._make_route(self, "/")  # what FastAPI has to say about it, it says now
+        route = self._make_route(self, "/")  # what FastAPI has to say about it, it says now
+        _check_parameters(route.dependant)
         # By app, because each has overrides of its own, and by path parameters, which a dependency may ask for.
         self._routes: WeakKeyDictionary[Any, dict[tuple[str, ...], APIWebSocketRoute]] = WeakKeyDictionary()
 
@@ -54,8 +57,7 @@ class Authenticator:
         is_accepted = websocket.application_state is WebSocketState.CONNECTED
         receive, send = _from_the_beginning(websocket) if is_accepted else (websocket.receive, websocket.send)
         await self._route(websocket).handle(scope, receive, send)
-        if SUBPROTOCOL in scope:
-            websocket.scope[SUBPROTOCOL] = scope[SUBPROTOCOL]
+        websocket.scope.update((key, scope[key]) for key in (SUBPROTOCOL, FIRST_MESSAGE) if key in scope)
         return scope.get(_RESULT)
 
     def _route(self, websocket: WebSocket) -> APIWebSocketRoute:
@@ -72,6 +74,28 @@ class Authenticator:
 
         overrides = proxy(app) if hasattr(app, "dependency_overrides") else None  # plain Starlette has none
         return APIWebSocketRoute(path, keep, dependency_overrides_provider=overrides)
+
+
+def _depends_of(dependency: Any) -> params.Depends:
+    # `CurrentUser = Annotated[User, Depends(current_user)]` is how apps name theirs. It can be called, and would make a
+    # user of whatever a client writes into the query.
+    if get_origin(dependency) is Annotated:
+        found = [each for each in get_args(dependency) if isinstance(each, params.Depends)]
+        if len(found) != 1 or found[0].dependency is None:
+            raise ConfigurationError(f"authenticate is {dependency!r:.200}, which needs one Depends(…) with a function")
+        return found[0]
+    return dependency if isinstance(dependency, params.Depends) else Depends(dependency)
+
+
+def _check_parameters(dependant: Dependant) -> None:
+    # FastAPI has no `Request` to give for a WebSocket, and calls without it.
+    for each in dependant.dependencies:
+        if each.request_param_name is not None:
+            raise ConfigurationError(
+                f"authenticate runs for a WebSocket, and {each.call!r:.200} wants a Request: take an HTTPConnection, "
+                "which serves both, or a WebSocket; TokenFrom finds tokens"
+            )
+        _check_parameters(each)
 
 
 def _from_the_beginning(websocket: WebSocket) -> tuple[Receive, Send]:
