@@ -15,6 +15,11 @@ from wsbroadcast.loops import running_loop
 from wsbroadcast.membership import CLOSED
 from wsbroadcast.node import Node
 
+_FROM_A_THREAD = (
+    "from a thread use `manager.broadcast_threadsafe(…)`, for anything else in a sync endpoint "
+    "`anyio.from_thread.run(manager.disconnect_user, user)`"
+)
+
 
 class Lifecycle(ABC):
     """The life of a manager: in one event loop at a time, with a node for each, and an engine that starts once."""
@@ -99,14 +104,14 @@ class Lifecycle(ABC):
     def _settle_here(self) -> None:
         loop = running_loop()
         if loop is None:
-            raise LifecycleError("no event loop runs here: from a thread use `manager.broadcast_threadsafe(…)`")
+            raise LifecycleError(f"no event loop runs here: {_FROM_A_THREAD}")
         if self._is_closed:
             raise LifecycleError(CLOSED)
         if self._loop is not None and self._loop is not loop:
             if self._loop.is_running():
                 raise LifecycleError(
-                    "the manager runs in another event loop, where its connections live: "
-                    "from here use `manager.broadcast_threadsafe(…)`, in tests `with TestClient(app)`"
+                    f"the manager runs in another event loop, where its connections live: {_FROM_A_THREAD}, "
+                    "in tests `with TestClient(app)`"
                 )
             self._node = self._new_node()  # that loop has ended, and its connections with it
             self._starts = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -284,6 +284,24 @@ async def test_authorize_decides_by_connection_action_and_channel(is_async: bool
             (connection, "subscribe", "inbox"),
             (connection, "publish", "inbox"),
         ]
+
+
+async def test_authorize_may_deny_as_fastapi_does() -> None:
+    def authorize(connection: Any, action: str, channel: str) -> bool:
+        raise HTTPException(403, "muted")
+
+    async with visit(_app(ConnectionManager(), authorize=authorize), "/ws") as peer:
+        assert await _ask(peer, _command("publish", "news", data=1)) == FORBIDDEN | {"text": "muted"}
+
+
+async def test_a_failure_of_authorize_is_not_kept_quiet() -> None:
+    def authorize(connection: Any, action: str, channel: str) -> bool:
+        raise HTTPException(503, "no database")
+
+    with pytest.raises(RuntimeError, match="authorize failed with status 503"):  # noqa: PT012  # as the server sees it
+        async with visit(_app(ConnectionManager(), authorize=authorize), "/ws") as peer:
+            peer.say(json.dumps(_command("publish", "news", data=1)))
+            assert await peer.wait_close() == 1011
 
 
 async def test_nothing_of_a_channel_arrives_before_authorize_has_said_yes() -> None:

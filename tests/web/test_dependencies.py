@@ -19,6 +19,7 @@ from wsbroadcast import (
     ConnectionManager,
     ManagerDep,
     PermissionDenied,
+    connection_dependency,
     get_connection,
     get_manager,
 )
@@ -368,6 +369,22 @@ async def test_hooks_see_the_code_of_a_websocket_exception() -> None:
             await peer.wait_for(lambda: peer.close_code is not None)
             assert peer.close_code == 4001
         await eventually(lambda: seen == [(4001, "no such room")])
+
+
+async def test_a_connection_dependency_may_name_its_manager() -> None:
+    chat, news = ConnectionManager(), ConnectionManager()
+    app = FastAPI(lifespan=chat.lifespan)
+    news.bind(app)
+    Reader = Annotated[Connection, Depends(connection_dependency(news))]  # noqa: N806
+
+    async def endpoint(connection: Any) -> None:
+        await connection.wait_closed()
+
+    endpoint.__annotations__["connection"] = Reader  # which a postponed annotation could not name
+    app.websocket("/ws")(endpoint)
+    async with lifespan(app), visit(app, "/ws"):
+        assert (len(chat.connections), len(news.connections)) == (0, 1)
+    await news.aclose()
 
 
 async def test_two_managers_in_one_app_have_to_be_told_apart() -> None:

@@ -21,7 +21,7 @@ from wsbroadcast.throttle import Throttle
 from wsbroadcast.web.authentication import Authenticator
 from wsbroadcast.web.identity import Handshake, Identity, UserKey, identity_of
 from wsbroadcast.web.origin import AllowedOrigins
-from wsbroadcast.web.tokens import SUBPROTOCOL, choose_subprotocol
+from wsbroadcast.web.tokens import choose_subprotocol
 
 logger = logging.getLogger("wsbroadcast")
 
@@ -107,7 +107,6 @@ class Access:
                     info=identity.info,
                     expires_at=identity.expires_at,
                     channels=() if channel is None else (channel,),
-                    subprotocol=websocket.scope.get(SUBPROTOCOL),
                 )
         except (WebSocketException, ConnectionClosed):
             raise
@@ -130,13 +129,21 @@ class Access:
         """Ask `authorize`, which there has to be.
 
         Raises:
-            PermissionDenied: If it returns something false, or raises this itself.
+            PermissionDenied: If it returns something false, or raises this itself or an `HTTPException` of 4xx.
             ConnectionClosed: If the connection ended meanwhile.
         """
         assert self.authorize is not None
-        allowed = self.authorize(connection, action, channel)
-        if isinstance(allowed, Awaitable):
-            allowed = await allowed
+        try:
+            allowed = self.authorize(connection, action, channel)
+            if isinstance(allowed, Awaitable):
+                allowed = await allowed
+        except HTTPException as error:
+            if error.status_code < 500:
+                raise PermissionDenied(_text(error.detail)) from error
+            if isinstance(connection, Handshake):
+                raise  # which is its answer
+            # Starlette would keep it to itself: there is nobody to answer any more.
+            raise RuntimeError(f"authorize failed with status {error.status_code}") from error
         if isinstance(connection, Connection) and not connection.is_open:  # closed meanwhile: nobody acts for it now
             raise connection.closed_error()
         if not allowed:
@@ -170,9 +177,7 @@ class Access:
         try:
             found = await self._authenticate(websocket)
         except HTTPException as error:
-            detail: Any = error.detail  # FastAPI's may be anything that JSON can carry
-            text = detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()
-            await _refuse(websocket, error.status_code, text, error.headers or {})
+            await _refuse(websocket, error.status_code, _text(error.detail), error.headers or {})
         except PermissionDenied as denied:
             await _refuse(websocket, 403, str(denied))
         except WebSocketException as error:
@@ -197,6 +202,10 @@ async def _refuse(
         code = _CODES.get(status, CloseCode.POLICY_VIOLATION) if code is None else code
         await refuse(websocket, status, code if is_sendable(code) else CloseCode.POLICY_VIOLATION, text)
     raise end_quietly(websocket)
+
+
+def _text(detail: Any) -> str:
+    return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()  # FastAPI's may be any JSON
 
 
 def _encoded(name: str, value: str) -> tuple[bytes, bytes]:

@@ -27,7 +27,7 @@ async def get_manager(connection: HTTPConnection) -> ConnectionManager:
     if len(managers) > 1:
         raise ConfigurationError(
             f"{len(managers)} ConnectionManagers are bound to this app: say which, for example with "
-            "Annotated[ConnectionManager, Depends(lambda: chat)]"
+            "Annotated[ConnectionManager, Depends(lambda: chat)] or connection_dependency(chat)"
         )
     if not managers:
         raise ConfigurationError(
@@ -43,6 +43,7 @@ ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 
 
 def connection_dependency(
+    manager: ConnectionManager | None = None,
     *,
     allowed_origins: Iterable[str] | None = None,
     allow_missing_origin: bool = True,
@@ -55,6 +56,7 @@ def connection_dependency(
     Make it once: `Member = Annotated[Connection, Depends(connection_dependency(authenticate=current_user))]`.
 
     Args:
+        manager: Where connections are registered; by default the manager that is bound to the app.
         allowed_origins: The pages that may connect, exact in scheme, host and port; `"*"` for every page. By default
             the server's own.
         allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
@@ -73,7 +75,11 @@ def connection_dependency(
         subprotocols=subprotocols,
     )
 
-    async def get_connection(websocket: WebSocket, manager: ManagerDep) -> AsyncIterator[Connection]:
+    chosen = Depends(get_manager if manager is None else lambda: manager)
+
+    async def get_connection(
+        websocket: WebSocket, manager: Annotated[ConnectionManager, chosen]
+    ) -> AsyncIterator[Connection]:
         """Accept and register the WebSocket of an endpoint, and remove it on the way out, whatever way that is.
 
         An endpoint that returns closes the connection with 1000, one that raises `WebSocketException` with its code,
