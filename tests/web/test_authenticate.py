@@ -100,7 +100,6 @@ async def _by_header(x_user: Annotated[str, Header()] = "") -> str | None:
         (Identity("ada"), {"user_key": lambda _: "eve"}, "ada", False),
         (Identity(None, info="guest"), {}, None, True),
     ],
-    ids=str,
 )
 async def test_what_it_returns_is_the_connections_user(
     make_app: MakeApp, found: Any, options: dict[str, Any], user: Any, has_info: bool
@@ -136,7 +135,7 @@ def test_nobody_is_401_and_says_how(make_app: MakeApp) -> None:
 
 
 @EVERY_APP
-@pytest.mark.parametrize("found", [True, False, object(), {}, {"sub": None}, 1.5, User(None, "ada"), ["ada"]], ids=str)  # type: ignore[arg-type]
+@pytest.mark.parametrize("found", [True, False, object(), {}, {"sub": None}, 1.5, User(None, "ada"), ["ada"]])  # type: ignore[arg-type]
 async def test_a_result_that_is_nobody_is_the_apps_error(make_app: MakeApp, found: Any) -> None:
     manager = ConnectionManager()
 

@@ -198,9 +198,13 @@ def free_port() -> int:
 
     Systems give outgoing connections ports from 32768 or 49152 on, so one there may be somebody's when the broker
     comes back; and who tries such a port often enough connects to itself. 10000 above it Redis Cluster has its bus.
+    The processes of one test run have different ones, because between our look and the broker's start each could be
+    somebody else's.
     """
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        port = random.randrange(10_000, 22_000)
+        port = random.randrange(10_000 + process, 22_000, processes)
         if _is_free(port) and _is_free(port + 10_000):
             return port
 
