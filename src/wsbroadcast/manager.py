@@ -257,9 +257,10 @@ class ConnectionManager(Lifecycle, HookDecorators):
         """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
 
         Returns once the engine has taken it. Connections receive it at most once, in the order in which the engine took
-        the messages of the audience. Nothing sent to a connection afterwards overtakes it. A connection that is closed
-        or slow never makes the call fail or wait; if more than half of the recipients here are behind, it waits until
-        that is no longer so, at most `send_timeout`. Those who take nothing, while others do, are waited for a quarter
+        the messages of the audience. On `memory://` nothing that is sent to a connection afterwards overtakes it; over
+        a broker what goes to one connection directly, a close too, may be there first. A connection that is closed or
+        slow never makes the call fail or wait; if more than half of the recipients here are behind, it waits until that
+        is no longer so, at most `send_timeout`. Those who take nothing, while others do, are waited for a quarter
         of that.
 
         Args:
