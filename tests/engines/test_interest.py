@@ -16,9 +16,9 @@ def test_wanted_name_is_asked_for_once_and_held_when_confirmed() -> None:
     interest.want("a")
     interest.want("a")
     assert (interest.ask(), interest.ask()) == (["a"], [])
-    assert not interest.are_settled(["a"])
+    assert interest.first_unsettled(["b", "a"]) == "a"
     interest.confirm(["a"], 0.0)
-    assert interest.are_settled(["a"])
+    assert interest.first_unsettled(["a"]) is None
     assert interest.state_of("a") is Holding.HELD
 
 
@@ -44,7 +44,7 @@ def test_name_that_is_wanted_while_it_lingers_costs_the_broker_nothing() -> None
     interest.want("a")
     assert interest.ask() == []
     assert interest.release(5.0) == []
-    assert interest.are_settled(["a"])
+    assert interest.first_unsettled(["a"]) is None
 
 
 def test_name_that_comes_and_goes_lingers_from_its_last_going() -> None:
@@ -67,7 +67,7 @@ def test_name_that_is_wanted_again_while_it_is_released_is_asked_for_again() -> 
     assert interest.release(1.0) == ["a"]
     interest.want("a")
     assert interest.ask() == []
-    assert not interest.are_settled(["a"])
+    assert interest.first_unsettled(["b", "a"]) == "a"
     interest.released(["a"])
     assert interest.ask() == ["a"]
 
@@ -77,7 +77,7 @@ def test_name_that_nobody_waits_for_any_more_is_settled_and_released_after_its_c
     interest.want("a")
     asked = interest.ask()
     interest.unwant("a", 0.0)
-    assert interest.are_settled(["a"])
+    assert interest.first_unsettled(["a"]) is None
     interest.confirm(asked, 1.0)
     assert interest.release(2.0) == ["a"]
 
@@ -175,7 +175,7 @@ def test_broker_holds_what_is_wanted_once_all_is_done(steps: list[tuple[str, str
     for step, name in steps:
         do(step, name)
         assert wanted <= set(filter(interest.__contains__, "abc"))
-        if interest.are_settled(wanted):
+        if interest.first_unsettled(wanted) is None:
             assert wanted <= held
     for step in ("answer", "subscribe", "answer", "wait", "wait", "release", "answer", "subscribe", "answer"):
         do(step, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from wsbroadcast import Audience, Gap, Publication
 from wsbroadcast.engines.broker import BrokerEngine
@@ -33,6 +33,10 @@ class FakeBroker:
         """How long it takes to take a batch."""
         self.breaks_on_open: BaseException | None = None
         """What a driver raises that fails in a way of its own, once."""
+        self.on_subscribe: Callable[[Sequence[str]], Awaitable[None]] | None = None
+        """Awaited with the names while the answer to a subscription is on its way."""
+        self.on_unsubscribe: Callable[[Sequence[str]], Awaitable[None]] | None = None
+        """The same for the end of one."""
         self.batches: list[list[Parcel]] = []
         self.subscriptions: list[list[str]] = []
         self.releases: list[list[str]] = []
@@ -93,6 +97,8 @@ class FakeLink(Link):
     async def subscribe(self, names: Sequence[str]) -> None:
         self.broker.subscriptions.append(list(names))
         await self.broker.answer()
+        if self.broker.on_subscribe is not None:
+            await self.broker.on_subscribe(names)
         if self.broker.unsubscribable & set(names):
             raise ConfigurationError("the fake forbids one of these names")
         self.names.update(names)
@@ -100,6 +106,8 @@ class FakeLink(Link):
     async def unsubscribe(self, names: Sequence[str]) -> None:
         self.broker.releases.append(list(names))
         await self.broker.answer()
+        if self.broker.on_unsubscribe is not None:
+            await self.broker.on_unsubscribe(names)
         self.names.difference_update(names)
 
     async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:

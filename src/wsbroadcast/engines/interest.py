@@ -110,9 +110,9 @@ class Interest:
         """Return where a name stands; `None` if it is neither wanted nor held."""
         return self._states.get(name)
 
-    def are_settled(self, names: Iterable[str]) -> bool:
-        """Tell whether none of these is wanted and not yet confirmed by the broker."""
-        return not any(self._states.get(name) in _UNSETTLED for name in names)
+    def first_unsettled(self, names: Iterable[str]) -> str | None:
+        """Return the first of these that is wanted and not yet confirmed by the broker."""
+        return next((name for name in names if self._states.get(name) in _UNSETTLED), None)
 
     def want(self, name: str) -> None:
         """Somebody here wants it."""

@@ -157,16 +157,16 @@ class Session:
             name = self._names.of(audience)
             self._audiences[name] = audience
             self._interest.want(name)
-        self._supervisor.reconcile()
+        self._supervisor.wanted()
 
     def unsubscribe(self, audiences: Iterable[Audience]) -> None:
         """No longer want them."""
-        for audience in audiences:
-            name = self._names.of(audience)
+        names = [self._names.of(audience) for audience in audiences]
+        for name in names:
             self._audiences.pop(name, None)
             self._refusals.pop(name, None)
             self._interest.unwant(name, self._loop.time())
-        self._supervisor.reconcile()
+        self._supervisor.unwanted(names)
 
     async def confirmed(self, audiences: Iterable[Audience]) -> None:
         """Wait until the broker has confirmed, or is out of reach."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,8 +84,11 @@ class Supervisor:
         self._inlet = inlet
         self._keeper = keeper
         self._changed = asyncio.Event()
-        # Replaced each time something was confirmed or lost: whoever waits for a subscription looks again.
-        self._progress: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # Whether who joins waits for a confirmation: while a link is in use, and while it takes the last step there.
+        self._joins_wait = False
+        # Names that somebody waits for; done when the name is confirmed, refused or wanted no longer, or all are lost.
+        # One for each, because in a crowd that joins everybody would wake for everybody else's.
+        self._awaited: dict[str, asyncio.Future[None]] = {}
         self.link: Link | None = None
         """The link in use; `None` while there is none."""
 
@@ -112,7 +115,8 @@ class Supervisor:
                     backoff = _FIRST_BACKOFF
             finally:
                 self.link = None
-                self._advance()
+                self._joins_wait = False
+                self._wake(list(self._awaited))
                 if link is not None:
                     await _abort(link)
             await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311  # full jitter: nodes don't come back as one
@@ -123,16 +127,16 @@ class Supervisor:
             await link.open()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_read(link, self._inlet), name="wsbroadcast engine read")
-            while self._interest.is_waiting:
-                await self._subscribe(link)
+            await self._subscribe(link)  # among them our own name, for the echo
             tasks.create_task(self._outbox.send(link), name="wsbroadcast engine publish")
             await self._keeper.echo()  # a broker that lets us in and carries nothing is not back
-            while self._interest.is_waiting:
-                await self._subscribe(link)
+            # Who joins waits from here on, so this pass has all who didn't. One pass and no more, here as everywhere:
+            # names may come faster than confirmations, and what comes during a pass is for the next.
+            self._joins_wait = True
+            await self._subscribe(link)
             self.link = link
             tasks.create_task(self._reconcile(link), name="wsbroadcast engine subscriptions")
             self._keeper.up()
-            self._advance()
             tried(None)
             tasks.create_task(self._probe(), name="wsbroadcast engine probe")
 
@@ -144,25 +148,31 @@ class Supervisor:
 
     # Subscriptions.
 
-    def reconcile(self) -> None:
-        """Something is wanted, or no longer: make the broker hold what is."""
+    def wanted(self) -> None:
+        """More names are wanted: make the broker hold them."""
         self._changed.set()
+
+    def unwanted(self, names: Sequence[str]) -> None:
+        """These names are wanted no longer: make the broker end them after a while, and let nobody wait for them."""
+        self._changed.set()
+        self._wake(names)
 
     async def wait_settled(self, names: Sequence[str]) -> None:
         """Wait until the broker has confirmed those of these names that are wanted, or the link is lost."""
-        while self.link is not None and not self._interest.are_settled(names):
-            await asyncio.shield(self._progress)
+        loop = asyncio.get_running_loop()
+        while self._joins_wait and (unsettled := self._interest.first_unsettled(names)) is not None:
+            await asyncio.shield(self._awaited.setdefault(unsettled, loop.create_future()))
 
-    def _advance(self) -> None:
-        progress, self._progress = self._progress, asyncio.get_running_loop().create_future()
-        progress.set_result(None)
+    def _wake(self, names: Iterable[str]) -> None:
+        for name in names:
+            awaited = self._awaited.pop(name, None)
+            if awaited is not None:
+                awaited.set_result(None)
 
     async def _reconcile(self, link: Link) -> None:
         while True:
             await self._wait_for_change()
-            while self._interest.is_waiting:
-                await self._subscribe(link)
-            self._advance()
+            await self._subscribe(link)
             for names in _chunks(self._interest.release(asyncio.get_running_loop().time())):
                 async with Patience(self._timing.request_timeout):
                     await link.unsubscribe(names)
@@ -190,12 +200,14 @@ class Supervisor:
         except ConfigurationError as error:
             if len(names) == 1:
                 self._keeper.refused(names[0], error)
+                self._wake(names)
                 return
             middle = len(names) // 2  # one that is forbidden must not cost the others
             await self._ask(link, names[:middle])
             await self._ask(link, names[middle:])
         else:
             self._interest.confirm(names, asyncio.get_running_loop().time())
+            self._wake(names)
 
     # Probing.
 
