@@ -28,12 +28,24 @@ def test_name_that_nobody_wants_lingers_and_is_released() -> None:
     interest.confirm(interest.ask(), 0.0)
     interest.unwant("a", 10.0)
     assert interest.next_release == 11.0
-    assert interest.release(10.9) == []
-    assert interest.release(11.0) == ["a"]
+    assert interest.release(10.9, 9) == []
+    assert interest.release(11.0, 9) == ["a"]
     interest.released(["a"])
     assert "a" not in interest
     assert len(interest) == 0
     assert interest.next_release is None
+
+
+def test_names_are_released_a_few_at_a_time() -> None:
+    interest = Interest(LINGER)
+    for name in "abc":
+        interest.want(name)
+    interest.confirm(interest.ask(), 0.0)
+    for name in "abc":
+        interest.unwant(name, 10.0)
+    assert interest.release(11.0, 2) == ["a", "b"]
+    assert interest.next_release == 11.0
+    assert interest.release(11.0, 2) == ["c"]
 
 
 def test_name_that_is_wanted_while_it_lingers_costs_the_broker_nothing() -> None:
@@ -43,7 +55,7 @@ def test_name_that_is_wanted_while_it_lingers_costs_the_broker_nothing() -> None
     interest.unwant("a", 0.0)
     interest.want("a")
     assert interest.ask() == []
-    assert interest.release(5.0) == []
+    assert interest.release(5.0, 9) == []
     assert interest.first_unsettled(["a"]) is None
 
 
@@ -55,8 +67,8 @@ def test_name_that_comes_and_goes_lingers_from_its_last_going() -> None:
         interest.unwant("a", now)
         interest.want("a")
     interest.unwant("a", 0.9)
-    assert interest.release(1.8) == []
-    assert interest.release(1.9) == ["a"]
+    assert interest.release(1.8, 9) == []
+    assert interest.release(1.9, 9) == ["a"]
 
 
 def test_name_that_is_wanted_again_while_it_is_released_is_asked_for_again() -> None:
@@ -64,7 +76,7 @@ def test_name_that_is_wanted_again_while_it_is_released_is_asked_for_again() -> 
     interest.want("a")
     interest.confirm(interest.ask(), 0.0)
     interest.unwant("a", 0.0)
-    assert interest.release(1.0) == ["a"]
+    assert interest.release(1.0, 9) == ["a"]
     interest.want("a")
     assert interest.ask() == []
     assert interest.first_unsettled(["b", "a"]) == "a"
@@ -79,7 +91,7 @@ def test_name_that_nobody_waits_for_any_more_is_settled_and_released_after_its_c
     interest.unwant("a", 0.0)
     assert interest.first_unsettled(["a"]) is None
     interest.confirm(asked, 1.0)
-    assert interest.release(2.0) == ["a"]
+    assert interest.release(2.0, 9) == ["a"]
 
 
 def test_lost_connection_leaves_only_what_is_wanted_to_ask_for() -> None:
@@ -91,7 +103,7 @@ def test_lost_connection_leaves_only_what_is_wanted_to_ask_for() -> None:
     interest.unwant("doubted", 0.0)
     for name in ("releasing", "regretted"):
         interest.unwant(name, 0.0)
-    interest.release(1.0)
+    interest.release(1.0, 9)
     interest.want("regretted")
     interest.unwant("lingering", 2.0)
     interest.want("new")
@@ -161,7 +173,7 @@ def test_broker_holds_what_is_wanted_once_all_is_done(steps: list[tuple[str, str
             interest.unwant(name, now)
         elif step == "subscribe" and request is None and (names := interest.ask()):
             request = ("subscribe", names)
-        elif step == "release" and request is None and (names := interest.release(now)):
+        elif step == "release" and request is None and (names := interest.release(now, 9)):
             request = ("release", names)
         elif step == "answer":
             answer()

@@ -159,6 +159,29 @@ async def test_join_is_not_held_up_by_the_names_of_others() -> None:
         await asyncio.wait_for(waiting, 2)
 
 
+async def test_join_is_not_held_up_by_names_that_are_released() -> None:
+    broker = FakeBroker()
+    asked: list[int | str] = []
+    many = [Audience("channel", str(number)) for number in range(2500)]
+    async with started(broker, *many) as engine:
+
+        async def subscribed(names: Sequence[str]) -> None:
+            asked.extend(names)
+
+        async def unsubscribed(names: Sequence[str]) -> None:
+            asked.append(len(names))
+            engine.subscribe([NEWS])
+
+        broker.on_subscribe, broker.on_unsubscribe = subscribed, unsubscribed
+        engine.unsubscribe(many)
+
+        async def all_are_released() -> bool:
+            return broker.held == {name_of(NEWS)}
+
+        await eventually(all_are_released)
+        assert asked == [1000, name_of(NEWS), 1000, 500]
+
+
 async def test_nobody_waits_for_a_name_that_is_wanted_no_longer() -> None:
     broker, answers = FakeBroker(), asyncio.Event()
     async with started(broker) as engine:

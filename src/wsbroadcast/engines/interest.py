@@ -148,10 +148,10 @@ class Interest:
         """When `release` may next have something to return."""
         return self._queue[0][0] if self._queue else None
 
-    def release(self, now: float) -> list[str]:
-        """Return the names that have lingered long enough, each once: the broker shall end them."""
-        names = []
-        while self._queue and self._queue[0][0] <= now:
+    def release(self, now: float, at_most: int) -> list[str]:
+        """Return names that have lingered long enough, each once: the broker shall end them."""
+        names: list[str] = []
+        while self._queue and self._queue[0][0] <= now and len(names) < at_most:
             end, name = self._queue.popleft()
             if self._ends.get(name) == end:
                 self._step(name, _Step.RELEASE)

@@ -18,8 +18,9 @@ from wsbroadcast.options import check_positive
 
 logger = logging.getLogger("wsbroadcast")
 
-# Names in one call of `Link.subscribe`, so that its timeout is for something that can be done in time.
-_SUBSCRIBE_NAMES = 1000
+# Names in one call of `Link.subscribe` or `Link.unsubscribe`, so that its timeout is for something that can be done in
+# time.
+_ASK_NAMES = 1000
 
 _FIRST_BACKOFF = 0.05
 
@@ -173,7 +174,9 @@ class Supervisor:
         while True:
             await self._wait_for_change()
             await self._subscribe(link)
-            for names in _chunks(self._interest.release(asyncio.get_running_loop().time())):
+            # A part of them in each turn: whoever joins doesn't wait until all of a crowd that has left is released.
+            names = self._interest.release(asyncio.get_running_loop().time(), _ASK_NAMES)
+            if names:
                 async with Patience(self._timing.request_timeout):
                     await link.unsubscribe(names)
                 self._interest.released(names)
@@ -248,7 +251,7 @@ async def _read(link: Link, inlet: Inlet) -> None:
 
 
 def _chunks(names: list[str]) -> list[list[str]]:
-    return [names[start : start + _SUBSCRIBE_NAMES] for start in range(0, len(names), _SUBSCRIBE_NAMES)]
+    return [names[start : start + _ASK_NAMES] for start in range(0, len(names), _ASK_NAMES)]
 
 
 def _first(error: BaseException) -> Exception:
