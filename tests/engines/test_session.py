@@ -431,6 +431,27 @@ async def test_forbidden_name_is_asked_for_again_with_the_next_link(started: Sta
     await eventually(held)
 
 
+async def test_name_that_is_forbidden_no_longer_can_be_joined_after_the_next_link_although_a_member_has_stayed(
+    started: Started,
+) -> None:
+    started.broker.is_down = True
+    started.broker.drop_links()
+    await started.is_down()
+    started.engine.subscribe([SPORT])
+    await started.engine.confirmed([SPORT])  # at once, and it can't be taken back
+    started.broker.unsubscribable.add("wsbroadcast:channel:sport")
+    started.broker.is_down = False
+    await started.is_up()
+    with pytest.raises(ConfigurationError, match="forbids"):
+        await started.engine.confirmed([SPORT])
+    started.broker.unsubscribable.clear()
+    started.broker.drop_links()
+    await started.is_down()
+    await started.is_up()
+    await started.engine.confirmed([SPORT])
+    assert "wsbroadcast:channel:sport" in started.broker.held
+
+
 async def test_load_is_not_taken_for_an_outage(started: Started) -> None:
     started.broker.publish_seconds = QUICK.request_timeout / 4
     await asyncio.gather(*(started.engine.publish(news(str(number))) for number in range(4 * 512)))

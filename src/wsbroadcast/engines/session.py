@@ -68,7 +68,7 @@ class Session:
         self._node = token_urlsafe(9)
         self._published = 0
         self._audiences: dict[str, Audience] = {}
-        # Names that are wanted and that the broker forbids us.
+        # Names that are wanted and that the broker has forbidden us on this link.
         self._refusals: dict[str, ConfigurationError] = {}
         self._freshness = Freshness()
         self._inbox = Inbox(receiver, self.missed)
@@ -224,6 +224,7 @@ class Session:
 
     def down(self, why: str) -> None:
         """The link is lost, or could not be opened."""
+        self._refusals.clear()  # the next one will ask again
         self._outages.down(why)
         self._echoes.fail(why)
 
