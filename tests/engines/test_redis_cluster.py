@@ -14,11 +14,14 @@ from redis.crc import key_slot
 from tests.engines.redis_links import Used, fake_redis, obliging, skip_without_shards, used
 from tests.support.brokers import BrokerMissing, RedisServer, free_port
 from tests.support.brokers.redis_groups import redis_cluster
+from tests.support.fake_broker import FakeNode
 from tests.support.servers import eventually
-from wsbroadcast import ConfigurationError
+from wsbroadcast import Audience, ConfigurationError, Message, Publication
 from wsbroadcast.engines.link import Parcel
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.cluster import ClusterLink
+
+COMMANDS = ["+spublish", "+ssubscribe", "+sunsubscribe", "+ping", "+cluster|slots"]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ async def test_order_of_a_name_is_kept(cluster: list[RedisServer], prefix: str) 
 
 async def test_documented_permissions_are_enough(cluster: list[RedisServer], prefix: str) -> None:
     skip_without_shards(cluster[0])
-    needed = ["resetchannels", f"&{prefix}:*", "+spublish", "+ssubscribe", "+sunsubscribe", "+ping", "+cluster|slots"]
+    needed = ["resetchannels", f"&{prefix}:*", *COMMANDS]
     url = url_of(cluster).replace("://", f"://{prefix}:secret@") + f"?prefix={prefix}"
     for node in cluster:
         node.command("ACL", "SETUSER", prefix, "on", ">secret", *needed)
@@ -147,6 +150,29 @@ async def test_documented_permissions_are_enough(cluster: list[RedisServer], pre
     cluster[1].command("ACL", "DELUSER", prefix)
     with pytest.raises(ConfigurationError, match="invalid username-password"):
         await _open(url)
+
+
+async def test_names_that_are_forbidden_cost_the_others_nothing(cluster: list[RedisServer], prefix: str) -> None:
+    skip_without_shards(cluster[0])
+    rules = [f"&{prefix}:{names}*" for names in ("probe", "node:", "channel:ok")]
+    for node in cluster:
+        node.command("ACL", "SETUSER", prefix, "on", ">secret", "resetchannels", *rules, "-@all", *COMMANDS)
+    url = f"{url_of(cluster).replace('://', f'://{prefix}:secret@')}?prefix={prefix}"
+    engine, node_of_ours = RedisEngine.from_url(url), FakeNode()
+    good, bad = ([Audience("channel", f"{kind}{number}") for number in range(12)] for kind in ("ok", "bad"))
+    await engine.start(node_of_ours)
+    try:
+        engine.subscribe([audience for pair in zip(good, bad, strict=True) for audience in pair])
+        await engine.confirmed(good)
+        for audience in bad:
+            with pytest.raises(ConfigurationError, match="NOPERM"):
+                await engine.confirmed([audience])
+        for audience in good:
+            await engine.publish(Publication(Message.of(audience.name), audience))
+        await eventually(lambda: _equals(len(node_of_ours.received), len(good)))
+        assert (node_of_ours.gaps, engine.stats().reconnects, engine.stats().gaps) == ([], 0, 0)
+    finally:
+        await engine.aclose()
 
 
 async def test_single_redis_is_no_cluster(redis_server: RedisServer) -> None:

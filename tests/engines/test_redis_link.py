@@ -13,6 +13,7 @@ import pytest
 import redis.asyncio
 
 from tests.engines.redis_links import Letters, fake_redis, obliging, used
+from tests.support.asgi import turns
 from tests.support.brokers import Endpoint, RedisServer, free_port
 from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
@@ -502,6 +503,32 @@ def _listener() -> tuple[Listener, Letters, list[Exception]]:
     letters = Letters()
     listener.inlet = letters
     return listener, letters, losses
+
+
+class Mute(asyncio.Transport):
+    """What is written goes nowhere."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        pass
+
+
+async def test_refusal_of_one_command_is_raised_when_the_others_are_answered_too() -> None:
+    listener, letters, losses = _listener()
+    listener._transport = Mute()
+    subscribing = asyncio.create_task(listener.subscribe([["a", "b"], ["bad"], [], ["c"], ["worse"]]))
+    await turns(3)
+    for answer in (obliging([b"subscribe", b"a", b"b"]), b"-NOPERM bad\r\n", obliging([b"subscribe", b"c"])):
+        listener.data_received(answer)
+        await turns(3)
+        assert not subscribing.done()
+    listener.data_received(b"-NOPERM worse\r\n")
+    with pytest.raises(ConfigurationError, match="NOPERM bad"):
+        await subscribing
+    subscribing = asyncio.create_task(listener.subscribe([["a", "c"]]))
+    await turns(3)
+    listener.data_received(obliging([b"subscribe", b"a", b"c"]))
+    await subscribing
+    assert (letters.reasons, losses) == ([], [])
 
 
 def test_repeated_confirmation_is_a_gap() -> None:

@@ -6,8 +6,8 @@ import asyncio
 import random
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Coroutine, Sequence
+from typing import Any, NamedTuple
 
 from wsbroadcast.engines.link import Inlet, Link, Parcel
 from wsbroadcast.engines.redis.driver import key_slot
@@ -16,6 +16,7 @@ from wsbroadcast.engines.redis.pair import Pair, together
 from wsbroadcast.engines.redis.replies import ErrorReply, pack
 from wsbroadcast.engines.redis.target import Host, Target
 from wsbroadcast.engines.redis.wire import Listener
+from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.loops import Patience
 
 
@@ -68,7 +69,10 @@ class ClusterLink(RedisLink):
 
     async def subscribe(self, names: Sequence[str]) -> None:
         """Subscribe with one command for each slot, and wait for each confirmation."""
-        await together(*(pair.listener.subscribe(groups) for pair, groups in self._grouped(names)))
+        grouped = self._grouped(names)
+        refusals = await together(*(_refusal(pair.listener.subscribe(groups)) for pair, groups in grouped))
+        for refusal in filter(None, refusals):
+            raise refusal
 
     async def unsubscribe(self, names: Sequence[str]) -> None:
         """Unsubscribe with one command for each slot, and wait for each confirmation."""
@@ -113,6 +117,15 @@ class ClusterLink(RedisLink):
         for group in by_slot.values():
             by_pair[self._pair_of(group[0])].append(group)
         return list(by_pair.items())
+
+
+async def _refusal(subscribing: Coroutine[Any, Any, None]) -> ConfigurationError | None:
+    # Returned, because an error would end what the other nodes are asked, and their answers would come all the same.
+    try:
+        await subscribing
+    except ConfigurationError as refusal:
+        return refusal
+    return None
 
 
 def _slots(answer: Answer) -> list[Slots]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -215,16 +216,18 @@ class Listener(Wire):
         self._unsubscribe = letter + b"unsubscribe"
         self.inlet: Inlet | None = None
         """Where messages go."""
-        # Which confirmations are to come.
+        # Which confirmations are to come: of each command those of its names, or one error for all of them.
         self._awaited = b""
-        self._unconfirmed: set[bytes] = set()
+        self._unconfirmed: deque[set[bytes]] = deque()
+        # The first of these errors.
+        self._first_error: ErrorReply | None = None
         self._pong = asyncio.Event()
 
     async def subscribe(self, groups: Iterable[Sequence[str]]) -> None:
         """Subscribe to groups of names, with one command for each group; return when each name is confirmed.
 
         Raises:
-            ConfigurationError: If the server forbids a name.
+            ConfigurationError: If the server forbids a name, when every other group is answered too.
             Exception: If the connection is lost.
         """
         await self._change(self._subscribe, groups)
@@ -243,17 +246,17 @@ class Listener(Wire):
         await self._pong.wait()
 
     async def _change(self, verb: bytes, groups: Iterable[Sequence[str]]) -> None:
-        commands = [(verb, *dict.fromkeys(name.encode() for name in group)) for group in groups]  # each name once
-        self._awaited = verb
-        self._unconfirmed = {name for command in commands for name in command[1:]}
-        if not self._unconfirmed:
+        commands = [(verb, *dict.fromkeys(name.encode() for name in group)) for group in groups if group]  # each once
+        if not commands:
             return
+        self._awaited, self._first_error = verb, None
+        self._unconfirmed = deque(set(command[1:]) for command in commands)
         try:
             await self._send(b"".join(pack(*command) for command in commands))
         except ErrorReply as error:
             raise self.explain(error) from None
         finally:
-            self._unconfirmed = set()
+            self._unconfirmed.clear()
 
     def _take(self, reply: Reply) -> None:
         # Every arriving message comes through here.
@@ -268,19 +271,29 @@ class Listener(Wire):
             else:
                 self._confirm(kind, cast(bytes, reply[1]))
         elif isinstance(reply, ErrorReply):
-            if self._waiting is None:
+            if not self._unconfirmed:
                 raise self.explain(reply)
-            self._refuse(reply)
+            self._first_error = self._first_error or reply
+            self._end_command()
         else:
             self._pong.set()  # the answer while nothing is subscribed
 
     def _confirm(self, kind: Reply, name: bytes) -> None:
-        if kind == self._awaited and name in self._unconfirmed:
-            self._unconfirmed.discard(name)
-            if not self._unconfirmed:
-                self._answer(None)
+        if kind == self._awaited and self._unconfirmed and name in self._unconfirmed[0]:
+            self._unconfirmed[0].discard(name)
+            if not self._unconfirmed[0]:
+                self._end_command()
         elif kind == self._subscribe and self.inlet is not None:
             # Something between us and Redis has reconnected and subscribed again.
             self.inlet.missed("the broker confirmed a subscription again")
         elif kind == self._unsubscribe:
             raise ConnectionResetError(f"Redis at {self.where} ended a subscription")  # its slot moved, in a cluster
+
+    def _end_command(self) -> None:
+        # Not at the first error: what the others are answered would be taken for answers to the next question.
+        self._unconfirmed.popleft()
+        if not self._unconfirmed:
+            if self._first_error is None:
+                self._answer(None)
+            else:
+                self._refuse(self._first_error)
