@@ -34,6 +34,7 @@ def attributes(access: Access | None, *names: str) -> list[Any]:
         ("redis://[::1]:7000", "server", "[::1]:7000"),
         ("unix:///run/redis.sock", "server", "/run/redis.sock"),
         ("redis+unix://app:pw@/run/redis.sock?db=1", "server", "/run/redis.sock"),
+        ("unix://app:p%2Fw@/run/redis%40main.sock", "server", "/run/redis@main.sock"),
         ("redis+sentinel://a,b:7000,[::1]/main", "sentinel", "a:26379,b:7000,[::1]:26379/main"),
         ("rediss+sentinel://a/main", "sentinel", "a:26379/main"),
         ("redis+cluster://a,b:7000", "cluster", "a:6379,b:7000"),
@@ -116,7 +117,11 @@ def test_query_has_options_of_the_engine() -> None:
         ("redis://cache:99999", "name:port"),
         ("redis+sentinel://cache", "name of a service"),
         ("redis://cache?sentinel_password=x", "no option 'sentinel_password'"),
+        ("redis://dead:1,alive:2", "redis:// has one host; several are those of sentinels or of a cluster"),
+        ("rediss://dead,", "rediss:// has one host"),
         ("unix://", "unix:///path"),
+        ("unix://localhost/run/redis.sock", "it has no host"),
+        ("unix:///run/redis@main.sock", "an @ after its first /: it is written %40"),
         ("rediss://cache?ssl_cert_reqs=perhaps", "redis-py refuses"),
         ("rediss://cache?ssl_colour=red", "redis-py refuses"),
         ("redis://cache?ssl_cert_reqs=none", "redis-py refuses"),
@@ -128,7 +133,7 @@ def test_bad_url_is_explained_in_a_line(url: str, error: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("character", "#/?@:[%&= ")
+@pytest.mark.parametrize("character", [*"#/?@:[%&= ,", "12/", "?fail_fast=", "?prefix=", "#?prefix=", "@/", "@b/"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_bad_url_never_repeats_a_password(scheme: str, character: str) -> None:
     # A password that wasn't quoted may end up in any part of a URL.
@@ -137,6 +142,7 @@ def test_bad_url_never_repeats_a_password(scheme: str, character: str) -> None:
         f"{scheme}://app:{PASSWORD}{character}@cache:6379/0?colour=red",
         f"{scheme}://:{character}{PASSWORD}@cache:port/x?colour=red",
         f"{scheme}://app:{PASSWORD}@cache:port/main?fail_fast=x",
+        f"{scheme}://:{character}{PASSWORD}@/run/redis.sock?colour=red",
     ):
         with pytest.raises(ConfigurationError) as raised:
             RedisEngine.from_url(url)
@@ -145,6 +151,15 @@ def test_bad_url_never_repeats_a_password(scheme: str, character: str) -> None:
         assert error is not None
         assert error.__cause__ is None
         assert error.__suppress_context__ or error.__context__ is None
+
+
+@pytest.mark.parametrize("begin", ["/", "12/", "?", "?fail_fast=", "?prefix=", "#", "#?prefix=", "@/", "@b/", "1,2/"])
+@pytest.mark.parametrize("place", ["cache:6379", "cache:6379/0", "cache/main", "/run/redis.sock"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_url_whose_password_ends_too_early_is_refused(scheme: str, place: str, begin: str) -> None:
+    with pytest.raises(ConfigurationError) as raised:
+        RedisEngine.from_url(f"{scheme}://app:{begin}{PASSWORD}@{place}")
+    assert "Sup3r" not in str(raised.value)
 
 
 def test_engine_shows_no_password() -> None:

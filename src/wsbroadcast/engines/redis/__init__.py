@@ -10,7 +10,7 @@ from wsbroadcast.engines.link import Link
 from wsbroadcast.engines.names import DEFAULT_PREFIX
 from wsbroadcast.engines.redis.cluster import ClusterLink
 from wsbroadcast.engines.redis.link import ServerLink
-from wsbroadcast.engines.redis.options import target_from_client, target_from_url
+from wsbroadcast.engines.redis.options import split_url, target_from_client, target_from_url
 from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError
 
@@ -87,6 +87,7 @@ class RedisEngine(BrokerEngine):
         Raises:
             ConfigurationError: If it makes no sense.
         """
+        split_url(url)  # else what is named here as wrong may be a part of a password
         place, _, query = url.partition("?")
         ours: dict[str, Any] = {}
         theirs = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from wsbroadcast.engines.redis.driver import (
     AbstractConnection,
@@ -65,6 +65,31 @@ _UNUSED = {
 _OF_SENTINELS = {"sentinel_password", "sentinel_username"}
 
 
+def split_url(url: str) -> SplitResult:
+    """Split a URL into its parts, none of which can be a part of a password.
+
+    Raises:
+        ConfigurationError: If it isn't one of Redis, or a character stands where it may have ended user and password
+            too early. Neither the URL nor a part of it is repeated: a password that isn't quoted may be in any of them.
+    """
+    try:
+        parts = urlsplit(url)
+        SCHEMES[parts.scheme]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ConfigurationError(
+            f"a URL of Redis begins with one of {', '.join(f'{name}://' for name in SCHEMES)}"
+        ) from None
+    if parts.fragment:
+        raise ConfigurationError("the URL of Redis has a # in it: in a user or a password it is written %23")
+    if "@" in parts.query:
+        raise ConfigurationError("the URL of Redis has an @ after its ?: in a user or a password these are %40 and %3F")
+    if "@" in parts.path:
+        raise ConfigurationError(
+            "the URL of Redis has an @ after its first /: it is written %40 there, and / in a user or a password %2F"
+        )
+    return parts
+
+
 def target_from_url(url: str, options: Mapping[str, Any]) -> Target:
     """Read a URL.
 
@@ -73,27 +98,21 @@ def target_from_url(url: str, options: Mapping[str, Any]) -> Target:
         options: More options of redis-py, which a URL can't hold.
 
     Raises:
-        ConfigurationError: If it makes no sense. Neither the URL nor a part of it is repeated: a password that isn't
-            quoted may end up in any of them.
+        ConfigurationError: If it makes no sense. Neither the URL nor a part of it is repeated.
     """
-    try:
-        parts = urlsplit(url)
-        kind, scheme, port = SCHEMES[parts.scheme]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ConfigurationError(
-            f"a URL of Redis begins with one of {', '.join(f'{name}://' for name in SCHEMES)}"
-        ) from None
-    if parts.fragment:
-        raise ConfigurationError("the URL of Redis has a # in it: in a user or a password it is written %23")
-    if "@" in parts.query:  # else a part of a password would be taken for an option, and named as unknown
-        raise ConfigurationError("the URL of Redis has an @ after its ?: in a user or a password these are %40 and %3F")
+    parts = split_url(url)
+    kind, scheme, port = SCHEMES[parts.scheme]
     login, _, places = parts.netloc.rpartition("@")
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if kind == "sentinel":
-        return _of_sentinels(scheme, login, _hosts(places, port), parts.path, query, options)
-    if scheme == "unix" and not parts.path:
-        raise ConfigurationError("the URL of a unix socket is unix:///path/of/the/socket")
+    if scheme == "unix" and (places or not parts.path):
+        raise ConfigurationError(
+            "the URL of a unix socket is unix:///path/of/the/socket: it has no host, and / in a password is %2F"
+        )
     hosts = _hosts(places, port) if scheme != "unix" else ()
+    if kind == "server" and len(hosts) > 1:
+        raise ConfigurationError(f"{parts.scheme}:// has one host; several are those of sentinels or of a cluster")
+    if kind == "sentinel":
+        return _of_sentinels(scheme, login, hosts, parts.path, query, options)
     return Target(kind=kind, access=_access(scheme, login, parts.path, query, options), hosts=hosts)
 
 
