@@ -18,6 +18,9 @@ from tests.engines.nats_links import INFO, failure, let_in, serving, used
 from tests.support.brokers import Endpoint, NATSServer, free_port
 from wsbroadcast import ConfigurationError, EngineUnavailable
 from wsbroadcast.engines.nats import NATSEngine
+from wsbroadcast.engines.nats.target import Host
+from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.loops import Patience
 from wsbroadcast.testing.recorder import Recorder
 
 OwnNATS = Callable[..., NATSServer]
@@ -133,6 +136,26 @@ async def test_servers_are_tried_until_one_lets_us_in(own_nats: OwnNATS) -> None
                 await link.publish("a", b"1")
 
 
+async def test_given_servers_that_hang_hide_neither_one_that_was_discovered_nor_the_last(own_nats: OwnNATS) -> None:
+    server = own_nats()
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with serving(hang) as first, serving(hang) as second, serving(hang) as third:
+        engine = NATSEngine([first, second, third])
+        engine._target.discover([f"127.0.0.1:{server.port}"])  # as a server's greeting does
+        for _ in range(2):
+            link = engine.new_link()
+            try:
+                async with Patience(Timing().connect_timeout):
+                    await link.open()
+            finally:
+                await link.abort()
+            assert engine._target.last == Host("127.0.0.1", server.port)
+            engine._target.discover([])
+
+
 async def test_refusal_is_final_whichever_server_says_it(own_nats: OwnNATS) -> None:
     server = own_nats(user="alice", password="secret")
     for _ in range(5):
@@ -154,9 +177,9 @@ async def test_server_tells_of_others_when_it_greets_and_later() -> None:
         engine = NATSEngine(url)
         target = engine.__dict__["_target"]
         async with used(engine) as link:
-            assert [str(host) for host in target.route()[1:]] == ["10.0.0.1:1"]
+            assert {str(host) for host in target.route()} == {engine.address, "10.0.0.1:1"}
             await link.publish("a", b"1")
-            assert [str(host) for host in target.route()[1:]] == ["10.0.0.2:2"]
+            assert {str(host) for host in target.route()} == {engine.address, "10.0.0.2:2"}
 
 
 async def test_what_comes_behind_the_greeting_is_read() -> None:

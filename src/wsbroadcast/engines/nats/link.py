@@ -136,6 +136,7 @@ class NATSLink(Link):
             self._login = Login(self._target, host, timeout)
             try:
                 await self._begin(self._login)
+                self._target.last = host
                 return
             except ConfigurationError:
                 raise

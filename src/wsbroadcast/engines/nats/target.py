@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -78,6 +78,8 @@ class Target:
     must_encrypt: bool
     """Whether a server that offers no TLS gets nothing from us."""
     options: Mapping[str, Any] = field(repr=False)
+    last: Host | None = field(default=None, repr=False)
+    """The one that let us in last."""
     # Those that the server we were connected to last has told of, by their names in its cluster.
     _discovered: list[Host] = field(default_factory=list, repr=False)
 
@@ -102,9 +104,17 @@ class Target:
         return not _SIGNING.isdisjoint(self.options)
 
     def route(self) -> list[Host]:
-        """Return the servers in the order in which to try them: at random, but those that were given first."""
-        given = random.sample(self.hosts, len(self.hosts))
-        return given + random.sample(self._discovered, len(self._discovered))
+        """Return the servers in the order in which to try them, at random.
+
+        There may be time for three only, if they hang. So among the first three are the last one that let us in, one
+        that was given and one that was discovered: neither kind can hide the other.
+        """
+        given, found = _shuffled(self.hosts), _shuffled(self._discovered)
+        last = [] if self.last is None else [self.last]
+        first = dict.fromkeys((*last, *given[:1], *found[:1]))
+        others = [host for host in (*given, *found) if host not in first]
+        # The last one has no place of its own: it may let us in again and carry nothing.
+        return _shuffled(first) + _shuffled(others)
 
     def discover(self, addresses: Iterable[str]) -> None:
         """Remember the other servers of the cluster that a server tells of, and no others.
@@ -186,6 +196,10 @@ def _check(options: Mapping[str, Any]) -> None:
 def _found(host: Host, given: Host) -> Host:
     # Servers tell of each other by IP address, while their certificates hold the name that they share.
     return host._replace(tls_hostname=given.name) if _is_ip(host.name) and not _is_ip(given.name) else host
+
+
+def _shuffled(hosts: Collection[Host]) -> list[Host]:
+    return random.sample([*hosts], len(hosts))
 
 
 def _is_ip(name: str) -> bool:
