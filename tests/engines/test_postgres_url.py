@@ -100,6 +100,8 @@ def test_options_of_asyncpg_are_passed_on() -> None:
         f"postgres://ann:{SECRET}@ho[st/app",
         f"postgres://ann:{SECRET}@a:b:c/app",
         f"postgres://ann:{SECRET}@host/app?host=a&port=x{SECRET}",
+        f"postgres://ann:a?{SECRET}@host/app",
+        f"postgres://ann:a?prefix={SECRET}@host/app",
         f"postgres://ann:{SECRET}@host/app?prefx=shop",
         f"postgres://ann:{SECRET}@host/app?prefix=a b",
         f"postgres://ann:{SECRET}@host/app?schema=",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from wsbroadcast.engines.postgres.driver import ARGUMENTS, Connection, connect
 from wsbroadcast.exceptions import ConfigurationError
@@ -94,10 +94,7 @@ def split_url(url: str, ours: set[str]) -> tuple[str, dict[str, str]]:
     Raises:
         ConfigurationError: If the URL can't be parsed.
     """
-    try:
-        parts = urlsplit(url)
-    except (AttributeError, TypeError, ValueError):
-        raise ConfigurationError("the URL of Postgres can't be parsed") from None
+    parts = _parsed(url)
     query = parse_qsl(parts.query, keep_blank_values=True)
     rest = urlencode([(name, value) for name, value in query if name not in ours])
     return parts._replace(query=rest).geturl(), {name: value for name, value in query if name in ours}
@@ -116,14 +113,7 @@ def read_url(url: str, more: Mapping[str, Any]) -> Target:
         ConfigurationError: If it makes no sense. Neither the URL nor a part of it but the name of an option is
             repeated: a password that isn't quoted may end up in any of them.
     """
-    try:
-        parts = urlsplit(url)
-    except (AttributeError, TypeError, ValueError):
-        raise ConfigurationError("the URL of Postgres can't be parsed") from None
-    if parts.scheme not in SCHEMES:
-        raise ConfigurationError(f"a URL of Postgres begins with {', '.join(f'{each}://' for each in SCHEMES)}")
-    if parts.fragment or "@" in parts.path:
-        raise ConfigurationError("the URL of Postgres has a #, / or @ that must be written %23, %2F or %40")
+    parts = _parsed(url)
     query = _query(parts.query)
     login, _, places = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
@@ -136,6 +126,18 @@ def read_url(url: str, more: Mapping[str, Any]) -> Target:
         "port": _port(port) if port and not hosts else None,
     }
     return _target(hosts, {name: value for name, value in options.items() if value}, query, more)
+
+
+def _parsed(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+    except (AttributeError, TypeError, ValueError):
+        raise ConfigurationError("the URL of Postgres can't be parsed") from None
+    if parts.scheme not in SCHEMES:
+        raise ConfigurationError(f"a URL of Postgres begins with {', '.join(f'{each}://' for each in SCHEMES)}")
+    if parts.fragment or "@" in parts.path or "@" in parts.query:  # else a part of a password could be one of these
+        raise ConfigurationError("the URL of Postgres has a #, /, ? or @ that must be written %23, %2F, %3F or %40")
+    return parts
 
 
 def _query(text: str) -> dict[str, str]:
