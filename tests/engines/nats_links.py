@@ -26,7 +26,7 @@ class Letters:
         self.taken.append((name, envelope))
         self._changed.set()
 
-    def missed(self, why: str) -> None:
+    def missed(self, why: str, since: float | None = None) -> None:
         raise AssertionError(f"a NATS link misses nothing: {why}")
 
     async def until(self, envelope: bytes) -> list[tuple[str, bytes]]:

@@ -31,7 +31,7 @@ class Letters:
         self.taken.append((name, envelope))
         self._changed.set()
 
-    def missed(self, why: str) -> None:
+    def missed(self, why: str, since: float | None = None) -> None:
         self.reasons.append(why)
 
     async def until(self, envelope: bytes) -> list[tuple[str, bytes]]:

@@ -225,6 +225,46 @@ async def test_more_than_can_be_held_back_is_missed(life: Life, monkeypatch: pyt
     assert life.pile.misses == ["large messages come faster than they can be read"]
 
 
+async def test_what_is_held_back_when_the_link_is_lost_is_missed_from_its_arrival_on(life: Life, run: Run) -> None:
+    await life.link.subscribe([life.name("news"), life.name("other")])
+    loop = asyncio.get_running_loop()
+    async with life.link._listener._lock:  # nothing can be read
+        began = loop.time()
+        await life.publish(("news", LARGE), ("news", b"behind it"))
+        await life.publish(("other", b"x"))
+        await life.arrives("other", b"x")
+        await run("SELECT pg_terminate_backend($1)", life.link._listener._connection.get_server_pid())
+        await until(lambda: life.link._listener._connection.is_closed())
+    assert await life.lost() is not None
+    assert life.pile.of(life.name("news")) == []
+    assert life.pile.misses == ["large messages were not read before the connection was lost"]
+    (since,) = life.pile.missed_since
+    assert since is not None
+    assert since <= began
+
+
+async def test_row_that_is_gone_is_missed_from_its_arrival_on(life: Life) -> None:
+    await life.link.subscribe([life.name("news"), life.name("other")])
+    async with life.link._listener._lock:
+        began = asyncio.get_running_loop().time()
+        await life.publish(("news", LARGE), ("other", b"x"))
+        await life.arrives("other", b"x")
+        await life.link._notifier._connection.execute(f"DELETE FROM {life.prefix}_spill")
+    await until(lambda: life.pile.misses != [])
+    (since,) = life.pile.missed_since
+    assert since is not None
+    assert since <= began
+
+
+async def test_link_that_is_lost_with_nothing_held_back_has_missed_nothing(life: Life, run: Run) -> None:
+    await life.link.subscribe([life.name("news")])
+    await life.publish(("news", LARGE))
+    await life.arrives("news", LARGE)
+    await run("SELECT pg_terminate_backend($1)", life.link._listener._connection.get_server_pid())
+    await life.lost()
+    assert life.pile.misses == []
+
+
 # The table.
 
 

@@ -505,6 +505,36 @@ async def test_messages_that_are_missed_before_the_link_is_lost_are_one_gap_with
     assert started.engine.stats().gaps == 1
 
 
+async def test_gap_begins_when_the_first_of_the_missed_came(started: Started) -> None:
+    inlet = started.broker.links[0].inlet
+    assert inlet is not None
+    now = asyncio.get_running_loop().time()
+    inlet.missed("was held back", now - 100)
+    inlet.missed("was held back longer", now - 200)
+    inlet.missed("a buffer was full")
+    started.broker.send(NAME, b'{"v":1}\na sign of life')
+    await started.got(b"a sign of life")
+    started.broker.drop_links()
+    await started.is_down()
+    await started.is_up()
+    await asyncio.sleep(0)
+    (gap,) = started.node.gaps
+    assert 200 <= gap.seconds < 300
+
+
+async def test_what_is_missed_at_the_end_is_reported_to_nobody(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsbroadcast.engines.outages._MISSED_SECONDS", 0)
+    inlet = started.broker.links[0].inlet
+    assert inlet is not None
+    await started.engine.aclose()
+    inlet.missed("was held back")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert started.engine.stats().gaps == 0
+
+
 async def test_failures_of_many_that_nobody_awaits_are_one_line(
     started: Started, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,12 +32,14 @@ class Pile:
     def __init__(self) -> None:
         self.parcels: list[Parcel] = []
         self.misses: list[str] = []
+        self.missed_since: list[float | None] = []
 
     def take(self, name: str, envelope: bytes) -> None:
         self.parcels.append(Parcel(name, envelope))
 
-    def missed(self, why: str) -> None:
+    def missed(self, why: str, since: float | None = None) -> None:
         self.misses.append(why)
+        self.missed_since.append(since)
 
     def of(self, name: str) -> list[bytes]:
         return [parcel.envelope for parcel in self.parcels if parcel.name == name]

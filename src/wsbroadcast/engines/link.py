@@ -22,8 +22,14 @@ class Inlet(Protocol):
     def take(self, name: str, envelope: bytes) -> None:
         """Take one envelope, in the order in which the broker sent them."""
 
-    def missed(self, why: str) -> None:
-        """Take note that messages are missing although the link lives on, such as those a full buffer dropped."""
+    def missed(self, why: str, since: float | None = None) -> None:
+        """Take note that messages are missing: those that a full buffer dropped, or that a lost link had yet to read.
+
+        Args:
+            why: What happened to them, for the log.
+            since: When, by the event loop's clock, something last came before the first of them; the last `take`
+                unless it is given.
+        """
 
 
 class Link(ABC):

@@ -38,6 +38,7 @@ class Outages:
         self._is_announced = False
         # The timer of a gap that is about to be reported, and since when messages are missing.
         self._missed: tuple[asyncio.TimerHandle, float] | None = None
+        self._is_ended = False
 
     def announce(self) -> None:
         """The engine has started, degraded perhaps: from now on trouble is logged, because no error tells of it."""
@@ -69,19 +70,25 @@ class Outages:
         if is_new and self._is_announced:
             self._log()
 
-    def missed(self, why: str) -> None:
-        """Messages are missing although the link lives on; many such calls are one gap."""
+    def missed(self, why: str, since: float | None = None) -> None:
+        """Messages are missing although the link lives on; many such calls are one gap, from the earliest on."""
+        if self._is_ended:
+            return
+        began = self.last_sign if since is None else since
         if self._missed is None:
-            since = self.last_sign
+            self._missed = (self._loop.call_later(_MISSED_SECONDS, self._tell_missed, why), began)
+        else:
+            timer, earlier = self._missed
+            self._missed = (timer, min(earlier, began))
 
-            def tell() -> None:
-                self._missed = None
-                self._tell(since, why)
-
-            self._missed = (self._loop.call_later(_MISSED_SECONDS, tell), since)
+    def _tell_missed(self, why: str) -> None:
+        if self._missed is not None:
+            (_, since), self._missed = self._missed, None
+            self._tell(since, why)
 
     def end(self) -> None:
         """Report nothing any more."""
+        self._is_ended = True
         if self._missed is not None:
             self._missed[0].cancel()
 

@@ -212,9 +212,9 @@ class Session:
             self._warned_at = now
             logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)
 
-    def missed(self, why: str) -> None:
+    def missed(self, why: str, since: float | None = None) -> None:
         """Report messages that are missing although the link lives on; many such reports are one gap."""
-        self._outages.missed(why)
+        self._outages.missed(why, since)
 
     # How well: what the supervisor says, and asks.
 

@@ -39,14 +39,17 @@ class Listener:
         self._names: set[str] = set()
         # How many of our names are on each channel that we listen to.
         self._channels: Counter[str] = Counter()
-        # By name, the notes behind a large envelope, with its own first.
-        self._held_back: dict[str, deque[Note]] = {}
+        # By name, the notes behind a large envelope, with its own first; each with the time of what came before it.
+        self._held_back: dict[str, deque[tuple[float, Note]]] = {}
+        # When the last notification came.
+        self._heard_at = 0.0
         # Names whose first note is to be read from the table, or why the connection was lost.
         self._to_read: asyncio.Queue[str | Exception] = asyncio.Queue()
 
     async def open(self, connection: Connection) -> None:
         """Use this connection, and listen to what other programs publish."""
         self._connection = connection
+        self._heard_at = asyncio.get_running_loop().time()
         await connection.add_listener(self._prefix, self._on_notification)
 
     def close(self) -> None:
@@ -84,12 +87,20 @@ class Listener:
                     await self._connection.remove_listener(channel, self._on_notification)
 
     async def read(self, inlet: Inlet) -> None:
-        """Hand over what comes, until the connection is lost.
+        """Hand over what comes, until the connection is lost; what is held back then is missed.
 
         Raises:
             Exception: Why it was lost.
         """
         self._inlet = inlet
+        try:
+            await self._read(inlet)
+        finally:
+            if self._held_back:
+                since = min(notes[0][0] for notes in self._held_back.values())
+                inlet.missed("large messages were not read before the connection was lost", since)
+
+    async def _read(self, inlet: Inlet) -> None:
         while True:
             name = await self._to_read.get()
             if isinstance(name, Exception):
@@ -98,33 +109,33 @@ class Listener:
             if notes is not None:
                 await self._read_first(name, notes, inlet)
 
-    async def _read_first(self, name: str, notes: deque[Note], inlet: Inlet) -> None:
-        row = notes[0].row
-        assert row is not None
-        envelope = await self._read_row(row, inlet)
+    async def _read_first(self, name: str, notes: deque[tuple[float, Note]], inlet: Inlet) -> None:
+        since, note = notes[0]
+        assert note.row is not None
+        envelope = await self._read_row(note.row, since, inlet)
         if self._held_back.get(name) is not notes:
             return  # unsubscribed meanwhile
         notes.popleft()
         if envelope is not None:
             inlet.take(name, envelope)
-        while notes and notes[0].row is None:
-            inlet.take(name, notes.popleft().envelope)
+        while notes and notes[0][1].row is None:
+            inlet.take(name, notes.popleft()[1].envelope)
         if notes:
             self._to_read.put_nowait(name)  # behind the other names that wait
         else:
             del self._held_back[name]
 
-    async def _read_row(self, row: UUID, inlet: Inlet) -> bytes | None:
+    async def _read_row(self, row: UUID, since: float, inlet: Inlet) -> bytes | None:
         try:
             async with self._lock:
                 found = await self._connection.fetchrow(self._table.read, row, MAX_ENVELOPE_BYTES)
         except PostgresError as error:
             if is_loss(error, self._connection):
                 raise
-            inlet.missed(f"a large message can't be read: {said(error)}")
+            inlet.missed(f"a large message can't be read: {said(error)}", since)
             return None
         if found is None:
-            inlet.missed("a large message was gone from the table before it was read")
+            inlet.missed("a large message was gone from the table before it was read", since)
             return None
         return found[0] or b""  # an empty envelope, as for one that is too large, is dropped and counted
 
@@ -133,6 +144,7 @@ class Listener:
         inlet = self._inlet
         if inlet is None:
             return
+        before, self._heard_at = self._heard_at, asyncio.get_running_loop().time()
         name = payload.partition(" ")[0]
         if name not in self._names:
             if not name.startswith(f"{self._prefix}:"):  # else somebody else's audience
@@ -146,15 +158,15 @@ class Listener:
             self._seen_row()
         notes = self._held_back.get(name)
         if notes is not None:
-            self._hold_back(note, notes, inlet)
+            self._hold_back(before, note, notes, inlet)
         elif note.row is None:
             inlet.take(name, note.envelope)
         else:
-            self._held_back[name] = deque([note])
+            self._held_back[name] = deque([(before, note)])
             self._to_read.put_nowait(name)
 
-    def _hold_back(self, note: Note, notes: deque[Note], inlet: Inlet) -> None:
+    def _hold_back(self, before: float, note: Note, notes: deque[tuple[float, Note]], inlet: Inlet) -> None:
         if len(notes) < _MAX_HELD_BACK:
-            notes.append(note)
+            notes.append((before, note))
         else:
             inlet.missed("large messages come faster than they can be read")
