@@ -12,9 +12,10 @@ import asyncpg
 import pytest
 
 from tests.support.brokers import Endpoint
-from tests.support.postgres import Life, Run, drop_database, holding, living, new_link, until
+from tests.support.postgres import Life, Node, Run, drop_database, holding, living, new_link, until
 from tests.support.servers import eventually
 from wsbroadcast.engines.link import Parcel
+from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.driver import Connection
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import Notifier
@@ -285,8 +286,7 @@ async def test_table_is_made_by_several_at_once(postgres_server: Endpoint, prefi
 async def test_rows_are_removed_when_everybody_has_read_them(
     life: Life, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
-    monkeypatch.setattr("wsbroadcast.engines.postgres.spill._CLEAN_UP_ROWS", 64)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
     for _ in range(40):
         await life.publish(*[("news", LARGE)] * 4)
     table = f"{life.prefix}_spill"
@@ -305,25 +305,65 @@ async def test_rows_are_removed_when_everybody_has_read_them(
 async def test_rows_are_removed_by_who_only_reads(
     postgres_server: Endpoint, prefix: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
     async with living(postgres_server.url, prefix) as reader, living(postgres_server.url, prefix) as writer:
+        await reader.publish(("news", b"echo"))  # when the first clean-up is due
+        monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
         await reader.link.subscribe([reader.name("news")])
-        await writer.publish(("news", LARGE))
-        await reader.arrives("news", LARGE)
+        await writer.publish(("nobody", LARGE), ("news", b"after"))
+        await reader.arrives("news", b"after")
         assert await run(f"SELECT count(*) FROM {prefix}_spill") == 1
         await run(f"UPDATE {prefix}_spill SET expires = clock_timestamp()")
         await reader.publish(("news", b"echo"))
         assert await run(f"SELECT count(*) FROM {prefix}_spill") == 0
 
 
+async def test_rows_are_removed_that_processes_before_this_one_left(
+    postgres_server: Endpoint, prefix: str, run: Run
+) -> None:
+    async with living(postgres_server.url, prefix) as before:
+        await before.publish(("news", LARGE))
+    await run(f"UPDATE {prefix}_spill SET expires = clock_timestamp()")
+    async with living(postgres_server.url, prefix) as after:
+        await after.publish(("news", b"echo"))
+        assert await run(f"SELECT count(*) FROM {prefix}_spill") == 0
+
+
+async def test_rows_are_removed_after_an_outage(
+    postgres_server: Endpoint, prefix: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Node(PostgresEngine(postgres_server.url, prefix=prefix)) as node:
+        monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+        await node.publish("x" * 20_000)
+        lost = node.engine._link
+        assert lost is not None
+        await run("SELECT pg_terminate_backend($1)", lost._listener._connection.get_server_pid())
+        await until(lambda: node.receiver.gaps != [])
+        assert node.engine._link is not lost
+        assert await run(f"SELECT count(*) FROM {prefix}_spill") == 1
+        await run(f"UPDATE {prefix}_spill SET expires = clock_timestamp()")
+        await node.publish("echo")
+        assert await run(f"SELECT count(*) FROM {prefix}_spill") == 0
+
+
 async def test_clean_up_that_fails_is_only_logged(
     life: Life, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    await life.publish(("news", LARGE))
+    await run(f"ALTER TABLE {life.prefix}_spill RENAME expires TO elapses")
+    assert await life.publish(("news", b"echo")) == [None]
+    assert "can't be removed" in caplog.text
+
+
+async def test_clean_up_without_a_table_is_nothing_to_be_logged(
+    life: Life, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    assert await life.publish(("news", b"echo")) == [None]
     await life.publish(("news", LARGE))
     await run(f"DROP TABLE {life.prefix}_spill")
     assert await life.publish(("news", b"echo")) == [None]
-    assert "can't be removed" in caplog.text
+    assert caplog.records == []
 
 
 @pytest.fixture

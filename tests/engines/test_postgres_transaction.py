@@ -18,7 +18,7 @@ import sqlalchemy.orm
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint
 from tests.support.postgres import NEWS, Node, holding
-from wsbroadcast import ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
+from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
 from wsbroadcast.engines.base import Transactional
 from wsbroadcast.engines.envelope import encode
 from wsbroadcast.engines.postgres import PostgresEngine
@@ -202,6 +202,36 @@ async def test_rows_of_a_transaction_outlive_it(postgres_server: Endpoint, node:
         query = f"SELECT expires > clock_timestamp() + interval '10 minutes' FROM {prefix}_spill"
         assert await connection.fetchval(query) is True
     await node.receives(LARGE)
+
+
+async def test_rows_of_a_transaction_are_removed(
+    postgres_server: Endpoint, node: Node, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    nobody = Audience("channel", "nobody")
+    async with asyncpg_connection(postgres_server.url) as connection:
+        await node.engine.publish_in(connection, Publication(Message.of(LARGE), nobody))
+        await node.publish("the clean-up with this one sees no row")
+    connection = await asyncpg.connect(postgres_server.url)
+    assert await connection.fetchval(f"SELECT count(*) FROM {prefix}_spill") == 1
+    await connection.execute(f"UPDATE {prefix}_spill SET expires = clock_timestamp()")
+    await node.publish("but the clean-up with this one")
+    assert await connection.fetchval(f"SELECT count(*) FROM {prefix}_spill") == 0
+    await connection.close()
+
+
+async def test_row_of_a_transaction_is_expected_by_an_engine_that_does_not_hear_of_it(
+    postgres_server: Endpoint, node: Node, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncpg_connection(postgres_server.url) as connection:
+        await node.publish_in(connection, LARGE)  # so that there is a table
+        engine = PostgresEngine(postgres_server.url, prefix=prefix)
+        assert engine._table.begin_clean_up()
+        engine._table.end_clean_up(is_behind=False, has_more=False)
+        monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+        assert not engine._table.begin_clean_up()
+        await engine.publish_in(connection, Publication(Message.of(LARGE), NEWS))
+        assert engine._table.begin_clean_up()
 
 
 async def test_transaction_in_another_database_is_refused(postgres_server: Endpoint, node: Node) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsbroadcast.engines.link import Parcel
-from wsbroadcast.engines.postgres.wire import MAX_NOTE_BYTES, Note, channel_of, pack, pack_row, unpack
+from wsbroadcast.engines.postgres.wire import MAX_NOTE_BYTES, Note, channel_of, is_row, pack, pack_row, unpack
 
 NAME = "wsbroadcast:channel:a%2E%3E*"
 
@@ -56,6 +56,12 @@ def test_note_needs_no_number_from_others() -> None:
 def test_note_names_a_row() -> None:
     row = uuid4()
     assert unpack(pack_row(NAME, row)) == Note(NAME, row=row)
+    assert is_row(pack_row(NAME, row))
+
+
+@pytest.mark.parametrize("note", ["", "table", "a:everyone", "a:everyone text table 7", "table text x"])
+def test_note_that_names_no_row_is_not_taken_for_one(note: str) -> None:
+    assert not is_row(note)
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,10 @@ class PostgresEngine(BrokerEngine):
         link = self._link
         parcel = Parcel(self.names.of(publication.audience), envelope)
         note = pack(parcel, takes_unicode=link is not None and link.takes_unicode)
+        channel = channel_of(parcel.name, self._prefix)
         if note is None:
-            note = await self._spill(running, parcel)
-        values = {"channel": channel_of(parcel.name, self._prefix), "note": note}
+            channel, note = self._prefix, await self._spill(running, parcel)
+        values = {"channel": channel, "note": note}
         row = await running.fetch(_NOTIFY, values)
         if link is not None and link.database is not None and (row is None or row[0] != link.database):
             raise ConfigurationError(
@@ -130,6 +131,7 @@ class PostgresEngine(BrokerEngine):
         if await running.fetch(self._table.exists, {}) != (True,):
             await self._create_table()
         row = uuid4()
+        self._table.expect_commit()
         await running.fetch(self._table.insert, {"id": row.hex, "envelope": parcel.envelope})
         return pack_row(parcel.name, row)
 

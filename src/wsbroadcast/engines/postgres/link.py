@@ -48,7 +48,7 @@ class PostgresLink(Link):
         self._role = ""
         self._is_aborted = False
         self._notifier = Notifier(prefix, table, where)
-        self._listener = Listener(prefix, table, self._notifier.expect_clean_up)
+        self._listener = Listener(prefix, table)
         self.is_open = False
         """Whether it was opened and isn't aborted."""
         self.database: str | None = None

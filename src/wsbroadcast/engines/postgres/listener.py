@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 from wsbroadcast.engines.link import Inlet
 from wsbroadcast.engines.postgres.driver import Connection, PostgresError, is_loss, said
 from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
-from wsbroadcast.engines.postgres.wire import Note, channel_of, unpack
+from wsbroadcast.engines.postgres.wire import Note, channel_of, is_row, unpack
 
 # Notes that wait for a large envelope of the same name, at most.
 _MAX_HELD_BACK = 10_000
@@ -25,13 +25,11 @@ class Listener:
     Args:
         prefix: The engine's prefix.
         table: Where large envelopes are.
-        seen_row: Called when somebody has put an envelope there.
     """
 
-    def __init__(self, prefix: str, table: SpillTable, seen_row: Callable[[], None]) -> None:
+    def __init__(self, prefix: str, table: SpillTable) -> None:
         self._prefix = prefix
         self._table = table
-        self._seen_row = seen_row
         self._connection: Connection = None
         # asyncpg allows one operation at a time on a connection.
         self._lock = asyncio.Lock()
@@ -145,6 +143,8 @@ class Listener:
         if inlet is None:
             return
         before, self._heard_at = self._heard_at, asyncio.get_running_loop().time()
+        if is_row(payload):
+            self._table.expect_clean_up()  # whoever it is for: somebody has to remove it
         name = payload.partition(" ")[0]
         if name not in self._names:
             if not name.startswith(f"{self._prefix}:"):  # else somebody else's audience
@@ -154,8 +154,6 @@ class Listener:
             note = unpack(payload)
         except ValueError:
             note = Note(name)  # an empty envelope, which is dropped and counted
-        if note.row is not None:
-            self._seen_row()
         notes = self._held_back.get(name)
         if notes is not None:
             self._hold_back(before, note, notes, inlet)

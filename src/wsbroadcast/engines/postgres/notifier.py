@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
@@ -22,7 +21,7 @@ from wsbroadcast.engines.postgres.driver import (
     refusal,
     said,
 )
-from wsbroadcast.engines.postgres.spill import KEPT_SECONDS, NOTIFY, NOTIFY_ONE, SpillTable
+from wsbroadcast.engines.postgres.spill import NOTIFY, NOTIFY_ONE, SpillTable
 from wsbroadcast.engines.postgres.wire import channel_of, pack, pack_row
 from wsbroadcast.exceptions import ConfigurationError, EngineError
 
@@ -56,8 +55,6 @@ class Notifier:
         self._takes_unicode = False
         # asyncpg allows one operation at a time on a connection.
         self._lock = asyncio.Lock()
-        # When rows will be old enough to be removed, by the monotonic clock; `None` if we know of none.
-        self._clean_up_at: float | None = None
 
     def open(self, connection: Connection, *, role: str, takes_unicode: bool) -> None:
         """Use this connection, which is open for this role."""
@@ -109,12 +106,11 @@ class Notifier:
         return publish_error(error, self._where)
 
     def _letter(self, parcel: Parcel) -> _Letter:
-        channel = channel_of(parcel.name, self._prefix)
         note = pack(parcel, takes_unicode=self._takes_unicode)
         if note is not None:
-            return _Letter(channel, note)
+            return _Letter(channel_of(parcel.name, self._prefix), note)
         row = uuid4()
-        return _Letter(channel, pack_row(parcel.name, row), row, parcel.envelope)
+        return _Letter(self._prefix, pack_row(parcel.name, row), row, parcel.envelope)
 
     async def _publish(self, letters: list[_Letter], large: list[_Letter]) -> list[Exception | None]:
         if not large:
@@ -148,7 +144,7 @@ class Notifier:
             if not is_forbidden(error):
                 raise
             raise self._not_permitted(error) from error
-        self.expect_clean_up()
+        self._table.expect_clean_up()
 
     async def create_table(self) -> None:
         """Make the table for large envelopes.
@@ -178,24 +174,16 @@ class Notifier:
             f" {self._table.permit} {self._role}"
         )
 
-    def expect_clean_up(self) -> None:
-        """Take note that somebody has put a row into the table."""
-        if self._clean_up_at is None:
-            self._clean_up_at = time.monotonic() + KEPT_SECONDS + 1
-
     async def _clean_up(self, published: int) -> None:
         # With a publish, because there is always a next one: the engine's own echo.
-        if self._clean_up_at is None or time.monotonic() < self._clean_up_at:
+        if not self._table.begin_clean_up():
             return
-        self._clean_up_at = None
+        is_behind = has_more = False
         try:
-            is_behind, has_more = await self._connection.fetchrow(self._table.clean_up, 2 * published)
+            if await self._connection.fetchval(self._table.exists):
+                is_behind, has_more = await self._connection.fetchrow(self._table.clean_up, 2 * published)
         except PostgresError as error:
             if is_loss(error, self._connection):
                 raise
             logger.warning("%s: old rows of %s can't be removed: %s", self._where, self._table.name, said(error))
-            return
-        if is_behind:
-            self._clean_up_at = time.monotonic()
-        elif has_more:
-            self.expect_clean_up()
+        self._table.end_clean_up(is_behind=is_behind, has_more=has_more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 from wsbroadcast.exceptions import ConfigurationError
 
@@ -34,6 +35,9 @@ class SpillTable:
     """One table per prefix. It is made when the first envelope needs it.
 
     It is unlogged: its rows live for a minute, and needn't be in the write-ahead log, in a backup or on a standby.
+
+    Every node is told of every row, whoever it is for, and removes what has had its time. When that is to be is known
+    here, and not to a link, because rows outlive links.
 
     Args:
         prefix: The engine's prefix.
@@ -70,8 +74,45 @@ class SpillTable:
         )
         """Takes channels, texts, ids and envelopes."""
         self.exists = f"SELECT to_regclass('{self.name}') IS NOT NULL"
+        """Tells whether the table is there, which is no error in the server's log if it isn't."""
         self.insert = (
             f"INSERT INTO {self.name} (id, expires, envelope) VALUES (CAST({{id}} AS uuid), clock_timestamp()"  # noqa: S608
             f" + interval '{KEPT_IN_TRANSACTION_SECONDS} s', {{envelope}})"
         )
         """For the app's own transaction: takes `id` and `envelope`, which each driver writes in its own way."""
+        # By the monotonic clock. The first clean-up is for what processes before this one have left; `None` if we know
+        # of no rows.
+        self._clean_up_at: float | None = time.monotonic()
+        # Until then there may be rows that a clean-up can't see: their transaction has not ended.
+        self._unseen_until = 0.0
+
+    def expect_clean_up(self) -> None:
+        """Take note that there is a row in the table."""
+        if self._clean_up_at is None:
+            self._clean_up_at = time.monotonic() + KEPT_SECONDS + 1
+
+    def expect_commit(self) -> None:
+        """Take note that there will be one if and when a transaction is committed."""
+        self._unseen_until = time.monotonic() + KEPT_IN_TRANSACTION_SECONDS + 1
+        self.expect_clean_up()
+
+    def begin_clean_up(self) -> bool:
+        """Return whether it is time to remove rows; somebody who then doesn't get to it tries again later."""
+        now = time.monotonic()
+        if self._clean_up_at is None or now < self._clean_up_at:
+            return False
+        self._clean_up_at = now + KEPT_SECONDS + 1
+        return True
+
+    def end_clean_up(self, *, is_behind: bool, has_more: bool) -> None:
+        """Say when to begin the next one.
+
+        Args:
+            is_behind: Whether there are more rows that have had their time.
+            has_more: Whether there are more rows at all.
+        """
+        now = time.monotonic()
+        if is_behind:
+            self._clean_up_at = now
+        elif not has_more and now >= self._unseen_until:
+            self._clean_up_at = None

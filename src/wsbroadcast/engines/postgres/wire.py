@@ -40,7 +40,8 @@ class Note(NamedTuple):
 def channel_of(name: str, prefix: str) -> str:
     """Return the channel of Postgres on which a name is published.
 
-    Every node listens to the channel `prefix` too, so that no other program has to know this rule.
+    Every node listens to the channel `prefix` too, so that no other program has to know this rule. There it also hears
+    of rows, which somebody has to remove even if nobody reads them.
     """
     return f"{prefix}:{crc32(name.encode()) % _CHANNELS}"
 
@@ -67,6 +68,11 @@ def pack(parcel: Parcel, *, takes_unicode: bool) -> str | None:
 def pack_row(name: str, row: UUID) -> str:
     """Return the notification that says in which row the envelope is."""
     return f"{name} table {row.hex}"
+
+
+def is_row(note: str) -> bool:
+    """Tell whether a notification says in which row an envelope is."""
+    return note.startswith("table ", note.find(" ") + 1)
 
 
 def unpack(payload: str) -> Note:
