@@ -276,6 +276,22 @@ async def test_message_that_is_too_large_is_refused(postgres_server: Endpoint, n
     await node.receives("still usable")
 
 
+async def test_message_that_the_nodes_would_drop_is_refused_before_any_sql(
+    postgres_server: Endpoint, prefix: str
+) -> None:
+    async with Node(PostgresEngine(postgres_server.url, prefix=prefix, max_message_bytes=1000)) as node:
+        async with asyncpg_connection(postgres_server.url) as connection:
+            await connection.execute("SAVEPOINT here")
+            with suppress(asyncpg.PostgresError):
+                await connection.execute("from now on every statement is refused")
+            with pytest.raises(MessageTooLarge) as caught:
+                await node.publish_in(connection, "x" * 1001)
+            assert (caught.value.size, caught.value.limit) == (1001, 1000)
+            await connection.execute("ROLLBACK TO SAVEPOINT here")
+            await node.publish_in(connection, "x" * 1000)
+        await node.receives("x" * 1000)
+
+
 async def test_engine_that_is_not_started_needs_the_table_to_be_there(postgres_server: Endpoint, prefix: str) -> None:
     engine = PostgresEngine(postgres_server.url, prefix=prefix)
     async with asyncpg_connection(postgres_server.url) as connection:

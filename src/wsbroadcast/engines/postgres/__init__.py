@@ -105,11 +105,13 @@ class PostgresEngine(BrokerEngine):
 
         Raises:
             ConfigurationError: If the transaction is none of these, or in another database, where nobody listens.
-            MessageTooLarge: If it is larger than Postgres takes.
+            MessageTooLarge: If it is larger than Postgres takes, or than `max_message_bytes`.
             EngineUnavailable: If the table isn't there and can't be made now.
             Exception: Whatever the driver of the transaction raises.
         """
         running = Transaction(transaction)
+        if publication.message.size > self._max_message_bytes:  # the nodes would drop it
+            raise MessageTooLarge(publication.message.size, self._max_message_bytes)
         envelope = encode(publication, None)
         if len(envelope) > MAX_ENVELOPE_BYTES:
             overhead = len(envelope) - publication.message.size
