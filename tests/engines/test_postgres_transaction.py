@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -323,6 +324,19 @@ async def test_manager_broadcasts_in_a_transaction(postgres_server: Endpoint, pr
             await manager.broadcast("at once", channel="news")
             assert await peer.wait_messages(1) == ["at once"]
         assert await peer.wait_messages(2) == ["at once", "committed"]
+
+
+def test_publisher_makes_the_table_in_its_own_thread(postgres_server: Endpoint, prefix: str) -> None:
+    """A transaction belongs to the event loop of the app, the connection that makes the table to the publisher's."""
+    with Publisher(f"{postgres_server.url}?prefix={prefix}") as publisher:
+
+        async def use() -> None:
+            async with asyncpg_connection(postgres_server.url) as connection:
+                await publisher.broadcast(LARGE, channel="news", transaction=connection)
+                assert await connection.fetchval(f"SELECT count(*) FROM {prefix}_spill") == 1
+
+        asyncio.run(use())
+        publisher.broadcast_threadsafe(LARGE, channel="news")
 
 
 async def test_publisher_s_message_goes_out_with_the_commit(postgres_server: Endpoint, prefix: str) -> None:

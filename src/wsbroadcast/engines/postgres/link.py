@@ -12,7 +12,7 @@ from wsbroadcast.engines.postgres.listener import Listener
 from wsbroadcast.engines.postgres.notifier import Notifier
 from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
-from wsbroadcast.loops import Patience
+from wsbroadcast.loops import Patience, submit, wait_elsewhere
 
 # For a notification to ourselves.
 _ROUND_TRIP_SECONDS = 0.7
@@ -45,6 +45,8 @@ class PostgresLink(Link):
         self._prefix = prefix
         self._where = where
         self._connections: list[Connection] = []
+        # Where the connections live, once it was opened.
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._role = ""
         self._is_aborted = False
         self._notifier = Notifier(prefix, table, where)
@@ -58,6 +60,7 @@ class PostgresLink(Link):
 
     async def open(self) -> None:
         """Connect both at once, listen to the channel of other programs, and see whether a notification comes back."""
+        self._loop = asyncio.get_running_loop()
         opened = await asyncio.gather(self._open_one(), self._open_one(), return_exceptions=True)
         for each in opened:
             if isinstance(each, Exception) and is_refusal(each):
@@ -126,11 +129,16 @@ class PostgresLink(Link):
     async def create_table(self) -> None:
         """Make the table for large envelopes, before somebody else's transaction needs it.
 
+        That transaction may run in another event loop than the link, of another thread.
+
         Raises:
             ConfigurationError: If our role may not.
-            Exception: If the connection is lost.
+            Exception: If the connection is lost, or the link's event loop has ended.
         """
-        await self._notifier.create_table()
+        if self._loop is None or self._loop is asyncio.get_running_loop():
+            await self._notifier.create_table()
+        else:
+            await wait_elsewhere(submit(self._notifier.create_table(), self._loop), self._loop)
 
     async def abort(self) -> None:
         """Close both with a reset."""
