@@ -290,6 +290,18 @@ async def switch_on_tls(server: PostgresServer, authority: trustme.CA) -> None:
         await connection.close()
 
 
+@pytest.mark.parametrize("sslmode", ["require", "verify-full"])
+async def test_server_without_tls_that_must_have_it_is_told(own_postgres: Own, tmp_path: Path, sslmode: str) -> None:
+    server = own_postgres(password=SECRET)
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    engine = PostgresEngine.from_url(f"{server.url}?sslmode={sslmode}&sslrootcert={tmp_path}/ca.pem")
+    with pytest.raises(ConfigurationError) as caught:
+        await engine.start(Receiver())
+    expected = f"postgres at 127.0.0.1:{server.port}/postgres offers no TLS: write sslmode=prefer if it may be without"
+    assert str(caught.value) == expected
+    assert not any("s3cr3t" in text for text in texts(caught.value))
+
+
 async def test_tls(own_postgres: Own, prefix: str, tmp_path: Path) -> None:
     server = own_postgres()
     authority = trustme.CA()

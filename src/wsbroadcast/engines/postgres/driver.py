@@ -69,7 +69,11 @@ async def connect(**options: Any) -> Connection:
 
 def is_refusal(error: BaseException) -> bool:
     """Say whether the server turned us away, which trying again doesn't mend."""
-    return isinstance(error, _REFUSALS)
+    return isinstance(error, _REFUSALS) or _is_without_tls(error)
+
+
+def _is_without_tls(error: BaseException) -> bool:
+    return isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error)  # asyncpg has no class for it
 
 
 def is_loss(error: BaseException, connection: Connection) -> bool:
@@ -91,6 +95,8 @@ def is_full(error: BaseException) -> bool:
 
 def refusal(error: Exception, where: str) -> ConfigurationError:
     """Return what to tell about a server that turned us away; neither its texts nor asyncpg's have the password."""
+    if _is_without_tls(error):
+        return ConfigurationError(f"{where} offers no TLS: write sslmode=prefer if it may be without")
     return ConfigurationError(f"{where} can't be used: {said(error)}")
 
 
