@@ -535,6 +535,37 @@ async def test_what_is_missed_at_the_end_is_reported_to_nobody(
     assert started.engine.stats().gaps == 0
 
 
+def test_engine_whose_event_loop_cancels_what_is_left_may_be_started_elsewhere() -> None:
+    engine = FakeEngine(FakeBroker())
+
+    async def elsewhere() -> None:
+        await engine.start(FakeNode())
+        await engine.publish(news())
+        await engine.aclose()
+
+    async def outlive() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            running = engine._session._running  # type: ignore[union-attr]
+            assert running is not None
+            await asyncio.wait([running])
+            with pytest.raises(EngineUnavailable, match=r"out of reach \(its event loop ends\); nothing was sent"):
+                await engine.publish(news())
+            await asyncio.to_thread(asyncio.run, elsewhere())
+            outlived.append(True)
+
+    async def use() -> asyncio.Task[None]:
+        await engine.start(FakeNode())
+        last = asyncio.create_task(outlive())
+        await asyncio.sleep(0)
+        return last  # and it is cancelled, together with what the engine runs
+
+    outlived: list[bool] = []
+    asyncio.run(use())
+    assert outlived == [True]
+
+
 async def test_failures_of_many_that_nobody_awaits_are_one_line(
     started: Started, caplog: pytest.LogCaptureFixture
 ) -> None:

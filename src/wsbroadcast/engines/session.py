@@ -83,8 +83,12 @@ class Session:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its event loop still runs; a process that was forked off has only a copy, which doesn't."""
-        return self._process == os.getpid() and self._loop.is_running()
+        """Whether its event loop still runs; a process that was forked off has only a copy, which doesn't.
+
+        At its end `asyncio.run` cancels what is left, and for that runs the loop again.
+        """
+        is_cancelled = self._running is not None and self._running.cancelling() > 0
+        return self._process == os.getpid() and self._loop.is_running() and not is_cancelled
 
     async def start(self, *, fail_fast: bool) -> None:
         """Try to reach the broker once, and go on trying; what `Engine.start` promises."""
@@ -141,7 +145,8 @@ class Session:
         link = self._supervisor.link
         if link is None:
             self._counters.publish_failures += 1
-            raise EngineUnavailable(f"{self._where} is out of reach ({self._outages.trouble}); nothing was sent")
+            why = self._outages.trouble or "its event loop ends"
+            raise EngineUnavailable(f"{self._where} is out of reach ({why}); nothing was sent")
         if publication.message.size > self._max_message_bytes:  # the other nodes would drop it
             raise MessageTooLarge(publication.message.size, self._max_message_bytes)
         self._published += 1
