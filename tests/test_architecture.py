@@ -31,7 +31,7 @@ LAYERS = [
     {"door", "hooks"},
     {"connection"},
     {"admission", "blocking", "reading", "receiving", "wanted"},
-    {"delivery", "engines"},
+    {"calls", "delivery", "engines"},
     {"counters", "expiry", "loops", "registry", "tasks", "throttle"},
     {"message"},
     {"denial"},

@@ -11,9 +11,14 @@ import pytest
 
 from tests.support.fake_broker import FakeBroker, FakeEngine
 from wsbroadcast import Audience, EngineUnavailable, Gap, Health, LifecycleError, Message, Publication
+from wsbroadcast.calls import HasEnded, Ticket
 from wsbroadcast.home import Home, Nobody, OwnHome
 
 PUBLICATION = Publication(Message.of("text"), Audience("everyone"))
+
+
+async def publish(home: Home, ticket: Ticket) -> None:
+    await home.publish(PUBLICATION, ticket)
 
 
 async def test_nobody_takes_everything_and_does_nothing() -> None:
@@ -65,6 +70,52 @@ async def test_engine_that_fails_on_its_way_is_no_error_nobody_looked_at(
     del home
     gc.collect()
     assert caplog.records == []
+
+
+async def test_engine_is_started_when_the_home_before_is_over() -> None:
+    broker, before = FakeBroker(), OwnHome(FakeEngine(FakeBroker()))
+    home = Home(FakeEngine(broker), asyncio.get_running_loop(), before)
+    publishing = asyncio.create_task(home.publish(PUBLICATION))
+    await asyncio.sleep(0)
+    assert not home.is_over
+    assert broker.opened == 0
+    before.stop()
+    await publishing
+    assert broker.opened == 1
+    await home.end()
+    assert home.is_over
+
+
+async def test_home_that_ends_while_it_waits_for_the_one_before_starts_nothing() -> None:
+    broker, before = FakeBroker(), OwnHome(FakeEngine(FakeBroker()))
+    home = Home(FakeEngine(broker), asyncio.get_running_loop(), before)
+    publishing = asyncio.create_task(home.publish(PUBLICATION))
+    await asyncio.sleep(0)
+    await home.end()
+    with pytest.raises(HasEnded):
+        await publishing
+    assert not home.is_over  # because the one before isn't
+    await asyncio.to_thread(before.end_threadsafe)
+    assert home.is_over
+    assert broker.opened == 0
+
+
+def test_call_to_an_event_loop_that_is_closed_was_not_made() -> None:
+    loop = asyncio.new_event_loop()
+    home = Home(FakeEngine(FakeBroker()), loop)
+    loop.close()
+    assert home.has_ended
+    with pytest.raises(HasEnded):
+        home.do_threadsafe(publish)
+    home.stop()
+    home.end_threadsafe()
+
+
+async def test_call_to_a_home_that_has_ended_was_not_made() -> None:
+    home = Home(FakeEngine(FakeBroker()), asyncio.get_running_loop())
+    await home.end()
+    with pytest.raises(HasEnded):
+        await asyncio.to_thread(home.do_threadsafe, publish)
 
 
 def test_own_home_may_be_told_to_stop_again() -> None:

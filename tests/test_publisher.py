@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
@@ -327,6 +327,7 @@ async def test_publisher_moves_on_from_an_app_that_ended_without_closing_it(
     publisher: Publisher, broker: FakeBroker
 ) -> None:
     with loop_in_thread() as run:
+        run(publisher.start())
         run(publisher.broadcast("there"))
         await publisher.broadcast("there, from here")
         assert broker.opened == 1
@@ -334,6 +335,127 @@ async def test_publisher_moves_on_from_an_app_that_ended_without_closing_it(
     await publisher.broadcast("here")
     assert broker.opened == 2
     await publisher.aclose()
+
+
+def test_event_loop_that_may_end_without_a_word_is_left_for_a_thread(publisher: Publisher, broker: FakeBroker) -> None:
+    with loop_in_thread() as run:
+        run(publisher.broadcast("there"))
+        assert threads() == []
+        asyncio.run(publisher.broadcast("from another event loop"))
+        assert threads() == ["wsbroadcast publisher"]
+        assert (broker.opened, len(broker.links)) == (2, 1)
+        run(publisher.broadcast("there again"))
+    publisher.broadcast_threadsafe("from a thread")
+    assert broker.opened == 2
+    assert [payload for _, payload in published(broker)] == [
+        b"there",
+        b"from another event loop",
+        b"there again",
+        b"from a thread",
+    ]
+
+
+def test_event_loop_that_was_not_running_when_it_was_closed_may_use_it_again(
+    publisher: Publisher, broker: FakeBroker
+) -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(publisher.broadcast("one"))
+    publisher.close()
+    loop.run_until_complete(publisher.start())
+    loop.run_until_complete(publisher.broadcast("two"))
+    assert (broker.opened, len(broker.links), threads()) == (2, 1, [])
+    loop.run_until_complete(publisher.aclose())
+    loop.close()
+    assert [payload for _, payload in published(broker)] == [b"one", b"two"]
+
+
+def test_thread_does_not_trust_an_event_loop_either(publisher: Publisher, broker: FakeBroker) -> None:
+    with loop_in_thread() as run:
+        run(publisher.broadcast("there"))
+        publisher.broadcast_threadsafe("from a thread")
+        assert threads() == ["wsbroadcast publisher"]
+    assert [payload for _, payload in published(broker)] == [b"there", b"from a thread"]
+
+
+async def test_event_loop_that_closes_it_hands_it_over(publisher: Publisher, broker: FakeBroker) -> None:
+    async with publisher:
+        await publisher.aclose()
+    with loop_in_thread() as run:
+        run(publisher.start())
+        async with publisher:
+            await publisher.broadcast("there")
+            assert (broker.opened, threads()) == (2, [])
+            run(publisher.aclose())
+            assert broker.links == []
+            await publisher.broadcast("in a thread of its own")
+            assert (broker.opened, threads()) == (3, ["wsbroadcast publisher"])
+    assert threads() == []
+    assert [payload for _, payload in published(broker)] == [b"there", b"in a thread of its own"]
+
+
+class Late(FakeBroker):
+    """Answers when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.asked = threading.Event()
+
+    async def answer(self) -> None:
+        while not self.may_answer.is_set():  # in whichever event loop
+            self.asked.set()
+            await asyncio.sleep(0.001)
+
+    def hang(self) -> None:
+        """Answer nobody until it may, and take note of who asks."""
+        self.asked.clear()
+        self.may_answer.clear()
+
+
+def test_call_that_the_end_of_an_event_loop_cuts_off_tells_what_is_not_known() -> None:
+    broker = Late()
+    publisher = Publisher(FakeEngine(broker, timing=PATIENT))
+
+    async def use() -> Future[None]:
+        await publisher.start()
+        broker.hang()
+        call = pool.submit(publisher.broadcast_threadsafe, "lost?")
+        await asyncio.to_thread(broker.asked.wait, 5)
+        return call  # and the event loop ends, without a word to the publisher
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(EngineUnavailable, match=r"event loop .* ended; whether the broker took the message isn't known"),
+    ):
+        asyncio.run(use()).result(5)
+    broker.may_answer.set()
+    publisher.broadcast_threadsafe("in a thread of its own")
+    assert [payload for _, payload in published(broker)] == [b"in a thread of its own"]
+    publisher.close()
+
+
+def test_call_that_was_not_made_when_an_event_loop_ended_is_made_elsewhere() -> None:
+    broker = Late()
+    publisher = Publisher(FakeEngine(broker, timing=PATIENT))
+
+    async def use() -> Future[None]:
+        start = asyncio.create_task(publisher.start())
+        broker.hang()
+        await asyncio.to_thread(broker.asked.wait, 5)
+        call = pool.submit(publisher.broadcast_threadsafe, "late")
+        while not publisher._home._calls._tasks:  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert not start.done()
+        return call
+
+    with ThreadPoolExecutor(1) as pool:
+        call = asyncio.run(use())
+        assert not call.done()
+        broker.may_answer.set()
+        call.result(5)
+    assert [payload for _, payload in published(broker)] == [b"late"]
+    publisher.close()
 
 
 async def test_start_counts(publisher: Publisher, broker: FakeBroker) -> None:

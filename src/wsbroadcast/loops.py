@@ -10,9 +10,15 @@ from typing import Any, TypeVar
 
 from wsbroadcast.exceptions import LifecycleError
 
-T = TypeVar("T")
 
-_ENDED = "the other thread's event loop ended before the call was done"
+class LoopEnded(LifecycleError):
+    """Raised when the other thread's event loop ends before a call there is done."""
+
+    def __init__(self) -> None:
+        super().__init__("the other thread's event loop ended before the call was done")
+
+
+T = TypeVar("T")
 
 
 def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
@@ -74,29 +80,29 @@ def submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -
     """Run a coroutine in the loop of another thread.
 
     Raises:
-        LifecycleError: If that loop is closed.
+        LoopEnded: If that loop is closed.
     """
     try:
         return asyncio.run_coroutine_threadsafe(coroutine, loop)
     except RuntimeError:
         coroutine.close()
-        raise LifecycleError(_ENDED) from None
+        raise LoopEnded from None
 
 
 def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop) -> T:
     """Block until a future of another thread's loop is done.
 
     Raises:
-        LifecycleError: If that loop ends first.
+        LoopEnded: If that loop ends first.
     """
     while not wait([future], timeout=1).done:
         if not loop.is_running():
             future.cancel()
-            raise LifecycleError(_ENDED)
+            raise LoopEnded
     try:
         return future.result()
     except CancelledError:  # by `asyncio.run`, at whose end everything that is left is cancelled
-        raise LifecycleError(_ENDED) from None
+        raise LoopEnded from None
     finally:
         del future  # an error would hold this frame, which holds the future, which holds the error
 
@@ -105,16 +111,16 @@ async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop) -> 
     """Wait until a future of another thread's loop is done; cancelled, if this is.
 
     Raises:
-        LifecycleError: If that loop ends first.
+        LoopEnded: If that loop ends first.
     """
     here = asyncio.wrap_future(future)
     try:
         while not here.done():
             await asyncio.wait([here], timeout=1)
             if not here.done() and not loop.is_running():
-                raise LifecycleError(_ENDED)
+                raise LoopEnded
         if here.cancelled():
-            raise LifecycleError(_ENDED)
+            raise LoopEnded
         return here.result()
     finally:
         here.cancel()

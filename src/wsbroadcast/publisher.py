@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 from weakref import WeakSet, finalize
 
 from wsbroadcast.audience import UNSET, Unset, UserId
+from wsbroadcast.calls import CLOSED, HasEnded, Ticket
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.base import Engine, Health, Publication, transactional
 from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
-from wsbroadcast.home import CLOSED, Home, OwnHome
-from wsbroadcast.loops import running_loop, submit, wait_elsewhere, wait_in_thread
+from wsbroadcast.home import Call, Home, OwnHome
+from wsbroadcast.loops import running_loop
 from wsbroadcast.options import Limits
 
 T = TypeVar("T")
@@ -28,7 +29,9 @@ class Publisher:
 
     Made without any I/O, at import time if you like, and safe to use from several threads and event loops. It connects
     when it is used first, in the event loop where that is; `broadcast_threadsafe`, where none runs, gives it one in a
-    thread of its own. A process that was forked off connects for itself.
+    thread of its own. Others use the event loop in which it was started, until that closes it. An event loop in which
+    it was not is left for a thread of its own as soon as somebody else comes, because it may end without a word. A
+    process that was forked off connects for itself.
 
     Args:
         engine: The URL of a broker, the one that the ConnectionManager of the app has; or an engine of its own.
@@ -51,6 +54,10 @@ class Publisher:
         # Guards what follows; held for moments only, except while a thread begins.
         self._lock = threading.Lock()
         self._home: Home | None = None
+        # The last one that was left; it may be about to end.
+        self._left: Home | None = None
+        # Whether several use it, of which one has gone or may go at any time: then it lives in a thread of its own.
+        self._is_shared = False
         self._abandoning: finalize[[], Publisher] | None = None
         self._starts = 0
         self._is_closed = False
@@ -92,7 +99,7 @@ class Publisher:
         if transaction is not None:  # it belongs to this event loop, wherever our own connection is
             await transactional(self._engine).publish_in(transaction, publication)
             return
-        await self._run(lambda home: home.publish(publication))
+        await self._run(lambda home, ticket: home.publish(publication, ticket))
 
     def broadcast_nowait(
         self,
@@ -133,11 +140,13 @@ class Publisher:
             LifecycleError: If the publisher is closed, or the call comes from the event loop that it runs in.
         """
         publication = Publication.of(message, channel, user, key, self._limits)
-        self._run_threadsafe(lambda home: home.publish(publication), "broadcast_threadsafe", "broadcast")
+        self._run_threadsafe(
+            lambda home, ticket: home.publish(publication, ticket), "broadcast_threadsafe", "broadcast"
+        )
 
     async def health(self) -> Health:
         """Tell whether messages reach the broker and come back."""
-        return await self._run(lambda home: home.health())
+        return await self._run(lambda home, ticket: home.health())
 
     # Life.
 
@@ -150,7 +159,7 @@ class Publisher:
             ConfigurationError: If the broker refuses us.
         """
         with self._counted_start():
-            await self._run(lambda home: home.start())
+            await self._run(lambda home, ticket: home.start(), is_start=True)
 
     async def aclose(self) -> None:
         """Disconnect; until the next `start` it is closed. Idempotent; nothing if `start` was called more often."""
@@ -185,7 +194,7 @@ class Publisher:
 
     def __enter__(self) -> Self:
         with self._counted_start():
-            self._run_threadsafe(lambda home: home.start(), "with", "async with")
+            self._run_threadsafe(lambda home, ticket: home.start(), "with", "async with")
         return self
 
     def __exit__(
@@ -198,30 +207,53 @@ class Publisher:
 
     # Inside.
 
-    async def _run(self, call: Callable[[Home], Coroutine[Any, Any, T]]) -> T:
+    async def _run(self, call: Call[T], *, is_start: bool = False) -> T:
         here = asyncio.get_running_loop()
-        home = self._find_home(here)
-        if home.loop is here:
-            return await call(home)
-        return await wait_elsewhere(submit(call(home), home.loop), home.loop)
+        while True:
+            home = self._find_home(here, is_start=is_start)
+            try:
+                return await (call(home, Ticket()) if home.loop is here else home.do_elsewhere(call))
+            except HasEnded:  # and the call was not made
+                self._is_shared = True
 
-    def _run_threadsafe(self, call: Callable[[Home], Coroutine[Any, Any, T]], name: str, instead: str) -> T:
-        home = self._find_home(None)
-        if home.loop is running_loop():
-            raise LifecycleError(_blocking(name, instead))
-        return wait_in_thread(submit(call(home), home.loop), home.loop)
+    def _run_threadsafe(self, call: Call[T], name: str, instead: str) -> T:
+        here = running_loop()
+        while True:
+            home = self._find_home(here, blocks=True)
+            if home.loop is here:
+                raise LifecycleError(_blocking(name, instead))
+            try:
+                return home.do_threadsafe(call)
+            except HasEnded:  # as above
+                self._is_shared = True
 
-    def _find_home(self, loop: asyncio.AbstractEventLoop | None) -> Home:
-        # Where it runs already; else in this event loop; else, if there is none, in one of its own.
+    def _find_home(
+        self, here: asyncio.AbstractEventLoop | None, *, is_start: bool = False, blocks: bool = False
+    ) -> Home:
+        # Where it runs already, if that is safe; else in this event loop, if there is one and it isn't to be blocked;
+        # else in one of its own.
         with self._lock:
             if self._is_closed:
                 raise LifecycleError(CLOSED)
-            if self._home is None or self._home.has_ended:
-                self._home = OwnHome(self._engine) if loop is None else Home(self._engine, loop)
-                if isinstance(self._home, OwnHome):
-                    self._abandoning = finalize(self, self._home.stop)
-                    self._abandoning.atexit = False
+            home = self._home
+            if home is not None and (home.has_ended or not home.serves(here)):
+                left = self._leave_home()
+                if left is not None:
+                    self._is_shared = True
+                    left.stop()
+            if self._home is None:
+                self._home = self._new_home(None if blocks or self._is_shared else here)
+            if is_start and self._home.loop is here:
+                self._home.starts += 1
             return self._home
+
+    def _new_home(self, loop: asyncio.AbstractEventLoop | None) -> Home:
+        if loop is not None:
+            return Home(self._engine, loop, self._left)
+        home = OwnHome(self._engine, self._left)
+        self._abandoning = finalize(self, home.stop)
+        self._abandoning.atexit = False
+        return home
 
     @contextmanager
     def _counted_start(self) -> Generator[None]:
@@ -233,30 +265,47 @@ class Publisher:
             yield
         except BaseException:
             with self._lock:
-                self._starts = max(0, self._starts - 1)
+                self._count_down()
             raise
 
-    def _leave(self) -> Home | None:
-        # Returns what the last one has to end.
-        with self._lock:
-            self._starts = max(0, self._starts - 1)
-            if self._starts or self._is_closed:
-                return None
-            self._is_closed = True
-            return self._forget_home()
+    def _count_down(self) -> None:
+        self._starts = max(0, self._starts - 1)
+        if self._home is not None and self._home.loop is running_loop():
+            self._home.starts = max(0, self._home.starts - 1)
 
-    def _forget_home(self) -> Home | None:
+    def _leave(self) -> Home | None:
+        # Returns what has to be ended: by the last one, and by an event loop that leaves while it runs there.
+        with self._lock:
+            self._count_down()
+            if not self._starts and not self._is_closed:
+                self._is_closed, self._is_shared = True, False
+                return self._leave_home()
+            if self._home is not None and self._home.loop is running_loop() and not self._home.starts:
+                self._is_shared = True
+                return self._leave_home()
+            return None
+
+    def _leave_home(self) -> Home | None:
         home, self._home = self._home, None
+        self._abandon_nothing()
+        if home is None:
+            return None
+        self._left = home
+        if not home.has_ended:
+            return home
+        home.stop()  # should its event loop run once more
+        return None
+
+    def _abandon_nothing(self) -> None:
         if self._abandoning is not None:
             self._abandoning.detach()
             self._abandoning = None
-        return None if home is None or home.has_ended else home
 
     def _begin_after_fork(self) -> None:
         self._lock = threading.Lock()  # the other may be held for ever, by a thread that exists in the parent only
-        if self._home is not None:
-            _of_parents.append(self._home)
-            self._forget_home()
+        _of_parents.extend(home for home in (self._home, self._left) if home is not None)
+        self._home = self._left = None
+        self._abandon_nothing()
 
 
 def _blocking(name: str, instead: str) -> str:
