@@ -24,6 +24,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.asyncio_debug = True
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run in one process more than there are cores: mostly they wait, for brokers, browsers and timeouts."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, LoopFactory]:
     """Run the suite in asyncio's own loop, or in uvloop's with WSBROADCAST_TEST_LOOP=uvloop."""
     name = os.environ.get("WSBROADCAST_TEST_LOOP", "asyncio")
