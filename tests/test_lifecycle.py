@@ -48,6 +48,28 @@ async def test_broadcast_nowait_starts_the_manager() -> None:
     await manager.aclose()
 
 
+async def test_start_waits_for_the_end_that_has_begun() -> None:
+    may_end = asyncio.Event()
+    manager = ConnectionManager()
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        await may_end.wait()
+
+    await manager.start()
+    await connected(manager, 1)
+    ending = asyncio.create_task(manager.aclose())
+    await turns()
+    starting = asyncio.create_task(manager.start())
+    await turns()
+    assert not ending.done()
+    assert not starting.done()
+    may_end.set()
+    await asyncio.gather(ending, starting)
+    await asyncio.to_thread(manager.broadcast_threadsafe, "it runs")
+    await manager.aclose()
+
+
 async def test_aclose_sends_what_was_handed_over_and_closes_with_1001() -> None:
     ended: list[Connection] = []
     manager = ConnectionManager()

@@ -31,11 +31,13 @@ class Lifecycle(ABC):
         self._is_started = False
         self._starts = 0
         self._is_closed = False
+        # Set at its end; there while the manager ends.
+        self._ending: asyncio.Event | None = None
         self._node = self._new_node()
 
     @abstractmethod
     def _new_node(self) -> Node:
-        """Make what the manager is in the next event loop."""
+        """Make what the manager is in the next event loop; the constructor does so, too."""
 
     async def start(self) -> None:
         """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
@@ -43,6 +45,8 @@ class Lifecycle(ABC):
         Raises:
             LifecycleError: If it runs in another event loop.
         """
+        if self._ending is not None and self._loop is asyncio.get_running_loop():
+            await self._ending.wait()
         self._is_closed = False
         await self._run_here()
         self._starts += 1
@@ -62,6 +66,7 @@ class Lifecycle(ABC):
         if self._starts or self._is_closed:
             return
         self._is_closed = True
+        ending = self._ending = asyncio.Event()
         try:
             if self._loop is asyncio.get_running_loop():
                 await self._close_here()
@@ -69,6 +74,8 @@ class Lifecycle(ABC):
             self._loop = None
             self._is_started = False
             self._node = self._new_node()
+            self._ending = None
+            ending.set()
 
     async def __aenter__(self) -> Self:
         await self.start()

@@ -69,7 +69,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         """The hooks by event; the decorators add to it."""
         for hook in hooks:
             self.hooks.add(hook)
-        super().__init__(create_engine(engine))
+        super().__init__(create_engine(engine))  # last: it makes the first node, of all that is above
 
     # Connections.
 
