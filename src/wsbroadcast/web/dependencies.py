@@ -1,5 +1,7 @@
 """The manager and the connection as FastAPI dependencies."""
 
+# No postponed annotations here: FastAPI reads them, and `chosen` is a local name.
+
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated
 
@@ -27,7 +29,8 @@ async def get_manager(connection: HTTPConnection) -> ConnectionManager:
     if len(managers) > 1:
         raise ConfigurationError(
             f"{len(managers)} ConnectionManagers are bound to this app: say which, for example with "
-            "Annotated[ConnectionManager, Depends(lambda: chat)] or connection_dependency(chat)"
+            "Annotated[ConnectionManager, Depends(get_chat)] with a function that returns it, or "
+            "connection_dependency(chat)"
         )
     if not managers:
         raise ConfigurationError(
@@ -75,7 +78,10 @@ def connection_dependency(
         subprotocols=subprotocols,
     )
 
-    chosen = Depends(get_manager if manager is None else lambda: manager)
+    async def get_given() -> ConnectionManager | None:  # `async`, or each handshake would need a thread
+        return manager
+
+    chosen = Depends(get_manager if manager is None else get_given)
 
     async def get_connection(
         websocket: WebSocket, manager: Annotated[ConnectionManager, chosen]
