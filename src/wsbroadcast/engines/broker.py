@@ -19,6 +19,20 @@ from wsbroadcast.options import check_positive
 DEFAULT_TIMING = Timing()
 
 
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def truth(option: str, value: str, broker: str) -> bool:
+    """Return what an option in a URL says.
+
+    Raises:
+        ConfigurationError: If it says neither true nor false.
+    """
+    if value.lower() not in _TRUTH:
+        raise ConfigurationError(f"{option} in the URL of {broker} is true or false, not {value!r:.80}")
+    return _TRUTH[value.lower()]
+
+
 class BrokerEngine(Engine):
     """An engine whose nodes are linked by a broker.
 

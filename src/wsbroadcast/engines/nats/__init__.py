@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import parse_qsl
 
-from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine
+from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.link import Link
 from wsbroadcast.engines.names import DEFAULT_PREFIX
 from wsbroadcast.engines.nats.link import NATSLink
 from wsbroadcast.engines.nats.target import NATS_PORT, Target
 from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError
-
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 # Options that a URL can hold.
 _TEXTS = {"name", "nkeys_seed", "prefix", "tls_hostname", "user_credentials"}
@@ -91,10 +89,7 @@ class NATSEngine(BrokerEngine):
             known = ", ".join(sorted(_TEXTS | _SWITCHES))
             raise ConfigurationError(f"the URL of NATS has an option {name!r:.80}; it takes {known}")
         for name in options.keys() & _SWITCHES:
-            value = str(options[name]).lower()
-            if value not in _TRUTH:
-                raise ConfigurationError(f"{name} in the URL of NATS is true or false, not {value!r:.80}")
-            options[name] = _TRUTH[value]
+            options[name] = truth(name, options[name], "NATS")
         return cls(servers, **options)
 
     def new_link(self) -> Link:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from wsbroadcast.engines.base import Publication
-from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine
+from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.envelope import encode
 from wsbroadcast.engines.link import Parcel
 from wsbroadcast.engines.names import DEFAULT_PREFIX
@@ -20,8 +20,6 @@ from wsbroadcast.engines.postgres.wire import channel_of, pack, pack_row
 from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.loops import Patience
-
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 _NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"
 
@@ -82,9 +80,7 @@ class PostgresEngine(BrokerEngine):
         url, ours = split_url(url, {"prefix", "schema", "fail_fast"})
         options: dict[str, Any] = dict(ours)
         if "fail_fast" in options:
-            if options["fail_fast"].lower() not in _TRUTH:
-                raise ConfigurationError("fail_fast in the URL of Postgres is true or false")
-            options["fail_fast"] = _TRUTH[options["fail_fast"].lower()]
+            options["fail_fast"] = truth("fail_fast", options["fail_fast"], "Postgres")
         return cls(url, **options)
 
     def new_link(self) -> PostgresLink:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 from urllib.parse import unquote
 
-from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine
+from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.link import Link
 from wsbroadcast.engines.names import DEFAULT_PREFIX
 from wsbroadcast.engines.redis.cluster import ClusterLink
@@ -13,8 +13,6 @@ from wsbroadcast.engines.redis.link import ServerLink
 from wsbroadcast.engines.redis.options import split_url, target_from_client, target_from_url
 from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError
-
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 # What an envelope may have around its payload.
 _HEADER_BYTES = 1024 * 1024
@@ -96,9 +94,7 @@ class RedisEngine(BrokerEngine):
             if name == "prefix":
                 ours[name] = unquote(value)
             elif name == "fail_fast":
-                if value.lower() not in _TRUTH:
-                    raise ConfigurationError(f"fail_fast in the URL of Redis is true or false, not {value!r:.80}")
-                ours[name] = _TRUTH[value.lower()]
+                ours[name] = truth(name, value, "Redis")
             else:
                 theirs.append(option)
         return cls(f"{place}?{'&'.join(theirs)}", **ours)
