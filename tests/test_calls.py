@@ -6,26 +6,12 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
+from tests.support.loops import loop_in_thread
 from wsbroadcast import EngineUnavailable
 from wsbroadcast.calls import Calls, HasEnded, Ticket
-
-
-@contextmanager
-def loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 async def answer(ticket: Ticket) -> str:

@@ -4,12 +4,11 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 
 import pytest
 
+from tests.support.loops import loop_in_thread
 from wsbroadcast import LifecycleError
 from wsbroadcast.loops import running_loop, submit, wait_elsewhere, wait_in_thread, without_waiting
 
@@ -55,19 +54,6 @@ def test_no_loop_runs_in_a_plain_thread() -> None:
 async def test_running_loop_is_the_one_of_this_thread() -> None:
     assert running_loop() is asyncio.get_running_loop()
     assert await asyncio.to_thread(running_loop) is None
-
-
-@contextmanager
-def loop_in_thread() -> Iterator[asyncio.AbstractEventLoop]:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 def test_wait_in_thread_returns_the_result() -> None:
