@@ -51,7 +51,7 @@ class Keeper(Protocol):
     """What the supervisor tells the engine."""
 
     def up(self) -> None:
-        """Every wanted name is subscribed, and what is published goes out."""
+        """Every name is subscribed but those that somebody waits for, and what is published goes out."""
 
     def down(self, why: str) -> None:
         """The link is lost."""
