@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint, RedisServer
-from tests.support.fake_broker import FakeBroker, FakeEngine
+from tests.support.fake_broker import FakeBroker, FakeEngine, FakeLink
 from tests.support.servers import ROOT, eventually
 from wsbroadcast import (
     ConfigurationError,
@@ -33,6 +33,7 @@ from wsbroadcast import (
     MessageTooLarge,
     Publisher,
 )
+from wsbroadcast.engines.link import Link
 from wsbroadcast.engines.supervisor import Timing
 
 PATIENT = Timing(connect_timeout=30, request_timeout=30)
@@ -273,7 +274,7 @@ def test_event_loop_uses_the_thread_that_is_there(publisher: Publisher, broker: 
         with pytest.raises(MessageTooLarge):
             await publisher.broadcast("x" * 5000)
         assert (await publisher.health()).is_ok
-        with pytest.raises(LifecycleError, match="isn't started in this event loop"):
+        with pytest.raises(LifecycleError, match="runs in another event loop"):
             publisher.broadcast_nowait("text")
         publisher.broadcast_threadsafe("blocks this loop, but no other")
         await publisher.aclose()
@@ -309,7 +310,8 @@ async def test_what_would_block_its_own_event_loop_is_refused(publisher: Publish
             publisher.close()
         with pytest.raises(LifecycleError, match=r"with would block.*use `async with`"), publisher:
             pass
-        await publisher.broadcast("still open")
+        await asyncio.to_thread(publisher.broadcast_threadsafe, "from a thread")
+        publisher.broadcast_nowait("still open, and here")
 
 
 def test_broadcast_nowait_needs_a_started_event_loop(publisher: Publisher) -> None:
@@ -321,6 +323,32 @@ def test_broadcast_nowait_needs_a_started_event_loop(publisher: Publisher) -> No
             publisher.broadcast_nowait("text")
 
     asyncio.run(use())
+
+
+def test_broadcast_nowait_says_that_the_publisher_runs_elsewhere(publisher: Publisher) -> None:
+    publisher.broadcast_threadsafe("in a thread of its own")
+
+    async def use() -> None:
+        async with publisher:
+            with pytest.raises(LifecycleError, match="or a thread of its own: await `broadcast`"):
+                publisher.broadcast_nowait("text")
+
+    asyncio.run(use())
+
+
+async def test_cancelled_close_ends_it_though_every_thread_is_busy(publisher: Publisher) -> None:
+    await asyncio.to_thread(publisher.broadcast_threadsafe, "in a thread of its own")
+    loop, may_end = asyncio.get_running_loop(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        loop.set_default_executor(pool)
+        busy = loop.run_in_executor(None, may_end.wait)
+        closing = asyncio.create_task(publisher.aclose())
+        await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.wait([closing])
+        may_end.set()
+        await busy
+        await asyncio.to_thread(soon, lambda: threads() == [])
 
 
 async def test_publisher_moves_on_from_an_app_that_ended_without_closing_it(
@@ -432,6 +460,41 @@ def test_call_that_the_end_of_an_event_loop_cuts_off_tells_what_is_not_known() -
     broker.may_answer.set()
     publisher.broadcast_threadsafe("in a thread of its own")
     assert [payload for _, payload in published(broker)] == [b"in a thread of its own"]
+    publisher.close()
+
+
+def test_publisher_begins_anew_while_an_event_loop_that_began_is_ending() -> None:
+    broker = Late()
+    broker.hang()
+    is_ending, may_end = threading.Event(), threading.Event()
+
+    class Slow(FakeLink):
+        async def abort(self) -> None:
+            await super().abort()
+            is_ending.set()
+            while not may_end.is_set():  # noqa: ASYNC110  # it is set in another thread
+                await asyncio.sleep(0.001)
+
+    class SlowEngine(FakeEngine):
+        def new_link(self) -> Link:
+            return FakeLink(broker) if is_ending.is_set() else Slow(broker)
+
+    publisher = Publisher(SlowEngine(broker, timing=PATIENT))
+
+    async def use() -> None:
+        call = asyncio.create_task(publisher.broadcast("cut off"))
+        await asyncio.to_thread(broker.asked.wait, 5)
+        assert not call.done()
+
+    thread = threading.Thread(target=lambda: asyncio.run(use()))
+    thread.start()
+    assert is_ending.wait(5)
+    broker.may_answer.set()
+    publisher.broadcast_threadsafe("meanwhile")
+    may_end.set()
+    thread.join()
+    publisher.broadcast_threadsafe("afterwards")
+    assert [payload for _, payload in published(broker)] == [b"meanwhile", b"afterwards"]
     publisher.close()
 
 

@@ -114,13 +114,15 @@ class Publisher:
         If the broker doesn't take it, that is logged.
 
         Raises:
-            LifecycleError: If called outside the event loop that the publisher was started in.
+            LifecycleError: If called outside the event loop that the publisher runs in, which may be one of its own.
         """
         publication = Publication.of(message, channel, user, key, self._limits)
         loop, home = running_loop(), self._home
         if loop is None:
             raise LifecycleError("no event loop runs here: use `broadcast_threadsafe`")
-        if home is None or home.loop is not loop or not home.is_started:
+        if home is not None and home.loop is not loop and not home.has_ended:
+            raise LifecycleError("the publisher runs in another event loop, or a thread of its own: await `broadcast`")
+        if home is None or not home.is_started:
             raise LifecycleError("the publisher isn't started in this event loop: await `start` or `broadcast` first")
         home.publish_nowait(publication)
 
@@ -162,13 +164,17 @@ class Publisher:
             await self._run(lambda home, ticket: home.start(), is_start=True)
 
     async def aclose(self) -> None:
-        """Disconnect; until the next `start` it is closed. Idempotent; nothing if `start` was called more often."""
+        """Disconnect; it is closed until the next `start`, be it one that fails.
+
+        Idempotent; does nothing if `start` was called more often.
+        """
         home = self._leave()
         if home is None:
             return
         if home.loop is asyncio.get_running_loop():
             await home.end()
         else:
+            home.stop()  # now: who is cancelled while all threads are busy never gets to the next line
             await asyncio.to_thread(home.end_threadsafe)
 
     def close(self) -> None:
@@ -177,8 +183,7 @@ class Publisher:
         Raises:
             LifecycleError: If the call comes from the event loop that the publisher runs in.
         """
-        if self._home is not None and self._home.loop is running_loop():
-            raise LifecycleError(_blocking("close", "aclose"))
+        self._check_not_here("close", "aclose")
         home = self._leave()
         if home is not None:
             home.end_threadsafe()
@@ -193,6 +198,7 @@ class Publisher:
         await self.aclose()
 
     def __enter__(self) -> Self:
+        self._check_not_here("with", "async with")
         with self._counted_start():
             self._run_threadsafe(lambda home, ticket: home.start(), "with", "async with")
         return self
@@ -254,6 +260,10 @@ class Publisher:
         self._abandoning = finalize(self, home.stop)
         self._abandoning.atexit = False
         return home
+
+    def _check_not_here(self, name: str, instead: str) -> None:
+        if self._home is not None and self._home.loop is running_loop():
+            raise LifecycleError(_blocking(name, instead))
 
     @contextmanager
     def _counted_start(self) -> Generator[None]:

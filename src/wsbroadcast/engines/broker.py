@@ -99,7 +99,8 @@ class BrokerEngine(Engine):
         try:
             await session.start(fail_fast=self._fail_fast)
         except BaseException:
-            self._session = None
+            if self._session is session:  # else another event loop has begun anew meanwhile
+                self._session = None
             raise
 
     async def aclose(self) -> None:

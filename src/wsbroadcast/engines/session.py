@@ -87,8 +87,8 @@ class Session:
 
         At its end `asyncio.run` cancels what is left, and for that runs the loop again.
         """
-        is_cancelled = self._running is not None and self._running.cancelling() > 0
-        return self._process == os.getpid() and self._loop.is_running() and not is_cancelled
+        is_running = self._running is not None and not self._running.cancelling()  # `None` while it ends, too
+        return self._process == os.getpid() and self._loop.is_running() and is_running
 
     async def start(self, *, fail_fast: bool) -> None:
         """Try to reach the broker once, and go on trying; what `Engine.start` promises."""
