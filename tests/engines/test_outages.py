@@ -35,6 +35,9 @@ HANG_SECONDS = 30 if FULL else 3
 # What `Timing` promises for the return of a broker, and some room for a busy machine.
 RECOVERY_SECONDS = 2.0 + 1.0
 
+# What blocks the loop does so for a timeout, of 1.5 s or more; a busy machine was seen to take half a second away.
+LAG_SECONDS = 1.0
+
 
 @dataclass
 class Node:
@@ -113,7 +116,7 @@ class Story:
             assert node.manager.stats().engine.gaps == 1
         assert self.refused, "nobody noticed"
         assert max(self.refused) < 2.5
-        assert self.max_lag < 0.5, "the app's other tasks were blocked"
+        assert self.max_lag < LAG_SECONDS, "the app's other tasks were blocked"
 
 
 @asynccontextmanager

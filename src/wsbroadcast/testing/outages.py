@@ -35,8 +35,8 @@ class BrokerContract(EngineContract):
     """In which a call is answered while the broker is away, an error included."""
     recovery_seconds: ClassVar[float] = 2.0
     """In which all is well again after `start_broker` has returned."""
-    lag_seconds: ClassVar[float] = 0.5
-    """For which the event loop may be busy with an outage, at most."""
+    lag_seconds: ClassVar[float] = 1.0
+    """For which the event loop may be late in an outage, at most; what blocks it waits for a timeout, and is longer."""
     outage_seconds: ClassVar[float] = 0.3
     """How long an outage is at least."""
 
