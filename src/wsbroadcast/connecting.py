@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any
 
@@ -12,11 +12,11 @@ from wsbroadcast.connection import Connection
 class Connecting(Coroutine[Any, Any, Connection]):
     """What `ConnectionManager.connect` returns: a coroutine, and an async context manager."""
 
-    __slots__ = ("_connect", "_connection", "_disconnect")
+    __slots__ = ("_connect", "_connection", "_part")
 
-    def __init__(self, connect: Coroutine[Any, Any, Connection], disconnect: Callable[[Connection], None]) -> None:
+    def __init__(self, connect: Coroutine[Any, Any, Connection], part: Callable[[Connection], Awaitable[None]]) -> None:
         self._connect = connect
-        self._disconnect = disconnect
+        self._part = part
 
     def __await__(self) -> Generator[Any, None, Connection]:
         return self._connect.__await__()
@@ -42,4 +42,4 @@ class Connecting(Coroutine[Any, Any, Connection]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._disconnect(self._connection)
+        await self._part(self._connection)  # a server may close as soon as the endpoint returns

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, MutableMapping
+from contextvars import copy_context
 from enum import Enum
 from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,13 +15,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.admission import Place
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
-from wsbroadcast.delivery.sink import Event, Sink
+from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_protocol, find_transport
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.reading import Reading
 from wsbroadcast.receiving import Receiving
+from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_untouched, take_over
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -52,7 +55,7 @@ class Keeper(Protocol):
     def leave(self, connection: Connection, code: int, reason: str, state: ConnectionState) -> bool: ...  # noqa: D102
     def see_off(self, connection: Connection) -> None: ...  # noqa: D102
     def before_app_send(self) -> None: ...  # noqa: D102
-    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None: ...  # noqa: D102
+    def observe_message(self, connection: Connection, message: str | bytes) -> asyncio.Task[None] | None: ...  # noqa: D102
 
 
 # Where in its scope a WebSocket's connection stands; whoever wraps `websocket.send` later doesn't hide it there.
@@ -74,12 +77,14 @@ class Connection(Receiving):
         "_expiry",
         "_found",
         "_keeper",
+        "_kept",
         "_reading",
         "_state",
         "channels",
         "close_code",
         "close_reason",
         "closing",
+        "context",
         "expires_at",
         "fast_path_refused",
         "hooks_running",
@@ -141,16 +146,18 @@ class Connection(Receiving):
         self._closed: asyncio.Event | None = None
         # Who is inside `receive`, to be interrupted when the connection ends by our side.
         self._reading: Reading | None = None
-        self.closing: asyncio.Task[None] | None = None
-        """The task that sends the close frame, once there is one."""
-        # The `send` and `receive` that were there, if they were not simply the WebSocket's own methods.
-        self._found = None if _is_untouched(websocket) else (websocket.send, websocket.receive)
-        self.previous: Connection | None = websocket.scope.get(_SCOPE_KEY)
+        # Messages whose hooks still ran when the read was cancelled; the next read gets them.
+        self._kept: deque[tuple[MutableMapping[str, Any], asyncio.Task[None]]] | None = None
+        self.closing: asyncio.Future[None] | None = None
+        """Done when the close frame is out or the peer was given up; `None` while nobody closes."""
+        self.context = copy_context()
+        """That of its `connect`; what is done about the connection later runs in a copy of it."""
+        self.previous: Connection | Ended | None = websocket.scope.get(_SCOPE_KEY)
         """The connection that the WebSocket had before, of another manager."""
         websocket.scope[_SCOPE_KEY] = self
         self.sink, self.fast_path_refused = _make_sink(self, websocket, watch)
-        websocket.send = self._send_for_app  # type: ignore[method-assign]  # one owner of what a socket is sent
-        websocket.receive = self._receive_for_app  # type: ignore[method-assign]  # every end is noticed
+        # Whoever writes, one owner keeps the order; whoever reads, every end is noticed.
+        self._found = take_over(websocket, self)
 
     # What the application uses.
 
@@ -163,6 +170,11 @@ class Connection(Receiving):
     def is_open(self) -> bool:
         """Whether it is registered and receives what its audiences are sent."""
         return self._state is ConnectionState.OPEN
+
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody waits for a message of the peer now."""
+        return self._reading is not None
 
     async def send(self, message: object) -> None:
         """Send a message to this connection only, after everything handed over before.
@@ -213,7 +225,7 @@ class Connection(Receiving):
         self.expires_at = seconds
         if seconds is not None:
             delay = max(0.0, seconds - time.time())
-            self._expiry = asyncio.get_running_loop().call_later(delay, self._keeper.expire, self)
+            self._expiry = asyncio.get_running_loop().call_later(delay, self._keeper.expire, self, context=self.context)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message of the peer: `str` for a text frame, `bytes` for a binary one.
@@ -221,7 +233,7 @@ class Connection(Receiving):
         Raises:
             ConnectionClosed: If the peer is gone, or the connection was closed from here.
         """
-        event = await self._receive_for_app()
+        event = await self.receive_for_app()
         if event["type"] == "websocket.disconnect":
             raise self.closed_error()
         text: str | None = event.get("text")  # hypercorn sends both keys, one of them None
@@ -236,7 +248,7 @@ class Connection(Receiving):
         event: MutableMapping[str, Any] | None = None
         while self._state is not ConnectionState.CLOSED:
             if self._reading is None and self._state is ConnectionState.OPEN and event is not _STEPPED_ASIDE:
-                event = await self._receive_for_app(throws_away=True)
+                event = await self.receive_for_app(throws_away=True)
             else:
                 await self._wait_closed()
 
@@ -290,7 +302,9 @@ class Connection(Receiving):
             raise
 
     def _pass_on(self, event: MutableMapping[str, Any]) -> Awaitable[None]:
-        return type(self.websocket).send(self.websocket, event) if self._found is None else self._found[0](event)
+        websocket = self.websocket
+        assert isinstance(websocket, TakenOver)
+        return websocket.kind.send(websocket, event) if self._found is None else self._found[0](event)
 
     async def _pass_close_on(self, event: MutableMapping[str, Any], code: int) -> None:
         *codes, last = fallback_codes(code)
@@ -305,18 +319,30 @@ class Connection(Receiving):
 
     def give_back(self) -> None:
         """Undo the taking over, before the WebSocket is connected anew; not while something waits to be written."""
-        if self.sink.backlog is None and getattr(self.websocket.send, "__self__", None) is self:
-            if self._found is None:
-                del self.websocket.send, self.websocket.receive  # its own methods show again
-            else:
-                self.websocket.send, self.websocket.receive = self._found
+        if self.sink.backlog is None and has(self, self.websocket):
+            hand_on(self.websocket, None, self._found)
             self.websocket.scope[_SCOPE_KEY] = self.previous
+            self.sink.is_ended = True  # what is left of it closes nothing
+
+    def let_go(self) -> None:
+        """The socket is gone: give the place back, and hold nothing that holds this connection."""
+        self.place.release()
+        self.sink.owner = _NOBODY
+        ended = Ended(self.manager, ABNORMAL if self.close_code is None else self.close_code, self.close_reason)
+        if has(self, self.websocket):
+            hand_on(self.websocket, ended, None)
+        if self.websocket.scope.get(_SCOPE_KEY) is self:
+            self.websocket.scope[_SCOPE_KEY] = ended
 
     # What `websocket.send` and `websocket.receive` are while the connection lives.
 
-    async def _send_for_app(self, message: MutableMapping[str, Any]) -> None:
+    async def send_for_app(self, event: MutableMapping[str, Any]) -> None:
+        """Send an event of the app, in its place among the broadcasts.
+
+        Raises:
+            ConnectionClosed: If the connection has ended.
+        """
         self._keeper.before_app_send()
-        event: Event = message
         if event["type"] == "websocket.close":
             if self.sink.is_ended:
                 return  # closed already: nothing to complain about
@@ -336,52 +362,76 @@ class Connection(Receiving):
                     self.enter(ConnectionState.CLOSED, CloseCode.NORMAL)
                 self._keeper.see_off(self)
 
-    async def _receive_for_app(self, *, throws_away: bool = False) -> MutableMapping[str, Any]:
-        if self._is_over:
-            await self._wait_closed()
-            return self._disconnect_event()
+    async def receive_for_app(self, *, throws_away: bool = False) -> MutableMapping[str, Any]:
+        """Return the next event of the peer, or that it is disconnected. A read that is cancelled loses nothing."""
+        if self._state is not ConnectionState.OPEN:
+            return await self._receive_after_the_end()
+        if self._kept:
+            return await self._observed(*self._kept.popleft())
         if self._reading is not None and self._reading.throws_away:
             self._reading.interrupt()
         reading = self._reading = Reading(throws_away)
+        spares = self.sink.begin_reading()
         try:
-            event = await self._app_receive()
+            event = await self._receive_below()
         except asyncio.CancelledError:
             if not reading.take_back():
                 raise
-            if not self.is_open:
-                await self._wait_closed()  # an endpoint that ends earlier makes the server cut off the close frame
-            return _STEPPED_ASIDE if self.is_open else self._disconnect_event()
+            return _STEPPED_ASIDE if self.is_open else await self._receive_after_the_end()
         except (OSError, RuntimeError):
             # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
             event = self._disconnect_event()
         finally:
+            if spares:
+                self.sink.end_reading()
             reading.finish()
             if self._reading is reading:
                 self._reading = None
         if event["type"] == "websocket.disconnect":
             self.lost(event.get("code") or ABNORMAL, event.get("reason") or "")
-        elif self.is_open:  # else it is another connection's to observe, or nobody's
-            text = event.get("text")
-            try:
-                observed = self._keeper.observe_message(self, event["bytes"] if text is None else text)
-            except LimitExceeded as error:
-                self.sink.hangs_up = True
-                await self.close(error.code, error.reason)
-                return self._disconnect_event()
-            if observed is not None:
-                await observed
-                if self._is_over:
-                    return self._disconnect_event()
-        return event
+            return event
+        if self._state is not ConnectionState.OPEN:
+            return event if self._is_anothers else await self._receive_after_the_end()
+        text = event.get("text")
+        try:
+            observing = self._keeper.observe_message(self, event["bytes"] if text is None else text)
+        except LimitExceeded as error:
+            self.sink.hangs_up = True
+            await self.close(error.code, error.reason)
+            return self._disconnect_event()
+        return event if observing is None else await self._observed(event, observing)
+
+    async def _observed(
+        self, event: MutableMapping[str, Any], observing: asyncio.Task[None]
+    ) -> MutableMapping[str, Any]:
+        try:
+            await asyncio.wait({observing})
+        except asyncio.CancelledError:
+            if self._kept is None:
+                self._kept = deque()
+            self._kept.append((event, observing))
+            raise
+        observing.result()
+        return event if self.is_open else self._disconnect_event()
+
+    async def _receive_after_the_end(self) -> MutableMapping[str, Any]:
+        # Who is out of the registry is out of reach for limits, hooks and `disconnect_user`: nobody hears it any more,
+        # although its close frame may still have to wait for its turn.
+        if self._is_anothers:
+            return await self._receive_below()
+        await self._wait_closed()  # an endpoint that ends earlier makes the server cut off the close frame
+        return self._disconnect_event()
 
     @property
-    def _is_over(self) -> bool:
-        # Nobody hears any more what the peer says, although the close frame may still have to wait for its turn.
-        return self.sink.is_ended and not self.is_open
+    def _is_anothers(self) -> bool:
+        # Out of this manager's registry, and the connection of another one, which reads through this one.
+        return not self.sink.is_ended and self.websocket.scope.get(_SCOPE_KEY) is not self
 
-    def _app_receive(self) -> Awaitable[MutableMapping[str, Any]]:
+    def _receive_below(self) -> Awaitable[MutableMapping[str, Any]]:
         # Not a coroutine of its own: one frame less for each connection that waits here.
-        return type(self.websocket).receive(self.websocket) if self._found is None else self._found[1]()
+        websocket = self.websocket
+        assert isinstance(websocket, TakenOver)
+        return websocket.kind.receive(websocket) if self._found is None else self._found[1]()
 
     async def _wait_closed(self) -> None:
         if self._state is ConnectionState.CLOSED:
@@ -403,20 +453,50 @@ class Connection(Receiving):
 _STEPPED_ASIDE: MutableMapping[str, Any] = {"type": "wsbroadcast.stepped_aside"}
 
 
+class _Nobody:
+    """The owner of the sink of a connection that is gone."""
+
+    def lost(self, code: int, reason: str) -> None:
+        """Nobody is left."""
+
+    def evict(self, cause: str) -> None:
+        """Nobody is left."""
+
+    async def app_send(self, event: MutableMapping[str, Any]) -> None:
+        """Nobody is left."""
+
+
+_NOBODY = _Nobody()
+
+
 def find_connection(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | None:
-    """Find a manager's connection behind a WebSocket; `None` if it never had one."""
-    connection = websocket if isinstance(websocket, Connection) else websocket.scope.get(_SCOPE_KEY)
-    while connection is not None and connection.manager is not manager:
-        connection = connection.previous
-    return connection
+    """Find a manager's connection behind a WebSocket; `None` if it never had one, or its socket is gone."""
+    found = find_known(websocket, manager)
+    return found if isinstance(found, Connection) else None
 
 
-def _is_untouched(websocket: WebSocket) -> bool:
-    return getattr(websocket.send, "__self__", None) is websocket
+def find_open(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | None:
+    """Find a manager's connection behind a WebSocket; `None` if it never had one.
+
+    Raises:
+        ConnectionClosed: If it has ended.
+    """
+    found = find_known(websocket, manager)
+    if found is None or (isinstance(found, Connection) and found.is_open):
+        return found
+    raise found.closed_error()
+
+
+def find_known(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | Ended | None:
+    """Find a manager's connection behind a WebSocket, or what is left of it."""
+    found = websocket if isinstance(websocket, Connection) else websocket.scope.get(_SCOPE_KEY)
+    while found is not None and found.manager is not manager:
+        found = found.previous
+    return found
 
 
 def _make_sink(connection: Connection, websocket: WebSocket, watch: Watch) -> tuple[Sink, str]:
-    if not _is_untouched(websocket):
+    if not is_untouched(websocket):
         # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
         return Sink(connection, watch, websocket.send), "send is taken over"
     # Ours go to the server directly: Starlette's state then says only what the app itself did.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -19,7 +20,9 @@ class Farewells:
 
     def close(self, connection: Connection, code: int, reason: str) -> None:
         """Send what waits, then a close frame; `connection.closing` ends when it is out or the peer was given up."""
-        connection.sink.is_ended = True  # now, not when the task begins: whoever closes next finds it closed
+        # Both now, not when the task begins: whoever closes next finds it closed.
+        connection.sink.is_ended = True
+        closing = connection.closing = asyncio.get_running_loop().create_future()
 
         async def close() -> None:
             try:
@@ -27,23 +30,24 @@ class Farewells:
             finally:
                 if connection.state is ConnectionState.CLOSING:
                     connection.enter(ConnectionState.CLOSED, code, reason)
+                closing.set_result(None)
                 self.see_off(connection)
 
-        connection.closing = self._tasks.spawn(close(), "close")
+        self._tasks.spawn(close(), "close", connection.context)
 
     def see_off(self, connection: Connection) -> None:
-        """Its last word is said: give its place back as soon as the server has let go of its socket."""
+        """Its last word is said: let it go as soon as the server has let go of its socket."""
 
         async def wait() -> None:
             try:
                 await connection.sink.see_off()
             finally:
-                connection.place.release()
+                connection.let_go()
 
         if connection.sink.is_freed:
-            connection.place.release()
-        else:
-            self._tasks.spawn(wait(), "see-off")  # whoever called `close` doesn't wait for it, `aclose` does
+            connection.let_go()
+        else:  # whoever called `close` doesn't wait for it, `aclose` does
+            self._tasks.spawn(wait(), "see-off", connection.context)
 
     @contextmanager
     def after(self, connection: Connection) -> Generator[None]:
@@ -59,9 +63,12 @@ class Farewells:
     def tell(self, connection: Connection) -> None:
         """Tell the hooks that it has gone; while one is still told of its coming, the end of that block does."""
         if not connection.hooks_running and (self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe")):
-            self._tasks.spawn(self._run_hooks(connection), "on_disconnect hooks")
+            self._tasks.spawn(self._run_hooks(connection), "on_disconnect hooks", connection.context)
 
     async def _run_hooks(self, connection: Connection) -> None:
-        for channel in sorted(connection.channels):
-            await self._hooks.observe("on_unsubscribe", connection, channel)
+        if self._hooks.has("on_unsubscribe"):
+            # One budget for all channels: a hook that hangs holds up `on_disconnect` once, not once for each.
+            deadline = asyncio.get_running_loop().time() + self._hooks.timeout
+            for channel in sorted(connection.channels):
+                await self._hooks.observe("on_unsubscribe", connection, channel, deadline=deadline)
         await self._hooks.observe("on_disconnect", connection)

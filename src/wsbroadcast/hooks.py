@@ -131,7 +131,8 @@ class HookChain:
     """The hooks of one manager by event, and the rules under which they run."""
 
     def __init__(self, timeout: float, counters: Counters) -> None:
-        self._timeout = timeout
+        self.timeout = timeout
+        """Seconds after which a hook is cut off."""
         self._counters = counters
         self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
 
@@ -152,15 +153,21 @@ class HookChain:
         """Tell whether any hook is there for an event."""
         return bool(self._functions[event])
 
-    async def observe(self, event: HookEvent, *args: object) -> None:
+    async def observe(self, event: HookEvent, *args: object, deadline: float | None = None) -> None:
         """Run the observers of an event, each whatever the others did.
+
+        Args:
+            event: What happened.
+            args: What they are told.
+            deadline: When they are cut off at the latest, by the event loop's clock, where several calls have one
+                budget. Past it a hook still runs up to where it has to wait.
 
         Raises:
             PermissionDenied: If one of them refuses on purpose; those after it don't run.
         """
         for function in self._functions[event]:
             try:
-                await self._call(event, function, args)
+                await self._call(event, function, args, deadline)
             except PermissionDenied as error:
                 if event in _REFUSABLE:
                     raise
@@ -199,7 +206,9 @@ class HookChain:
             delivery.is_running = False
             _delivery.reset(token)
 
-    async def _call(self, event: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+    async def _call(
+        self, event: str, function: Callable[..., Any], args: tuple[object, ...], deadline: float | None = None
+    ) -> Any:
         name = f"{event} hook {_name(function)}"
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
@@ -212,12 +221,13 @@ class HookChain:
                 return result
             if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
                 return await Stepped(result, watch)
-            async with asyncio.timeout(self._timeout) as limit:
+            ends = asyncio.get_running_loop().time() + self.timeout
+            async with asyncio.timeout_at(ends if deadline is None else min(ends, deadline)) as limit:
                 return await Stepped(result, watch)
         except TimeoutError as error:
             if limit is None or not limit.expired():
                 raise  # the hook's own
-            raise TimeoutError(f"{name} was cut off after {self._timeout:g} s") from error
+            raise TimeoutError(f"{name} was cut off after {self.timeout:g} s") from error
         except asyncio.CancelledError as error:
             if task is not None and task.cancelling() > cancelling:
                 raise

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import LifecycleError
+from wsbroadcast.exit_stack import WithExitStack, has_exit_stack
 from wsbroadcast.loops import running_loop
 from wsbroadcast.membership import CLOSED
 from wsbroadcast.node import Node
@@ -90,6 +91,9 @@ class Lifecycle(ABC):
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
         """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
         self.bind(app)
+        layers = getattr(app, "middleware_stack", None)
+        if layers is not None and not has_exit_stack(layers):  # Starlette's: FastAPI has one
+            app.middleware_stack = WithExitStack(layers)
         async with self:
             yield
 

@@ -12,7 +12,7 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, is_sendable
 from wsbroadcast.connecting import Connecting
-from wsbroadcast.connection import Connection, find_connection
+from wsbroadcast.connection import Connection, find_connection, find_open
 from wsbroadcast.counters import Counters, Stats
 from wsbroadcast.decorators import HookDecorators
 from wsbroadcast.engines import create_engine
@@ -120,11 +120,14 @@ class ConnectionManager(Lifecycle, HookDecorators):
             headers=headers,
             expires_at=expires_at,
         )
-        return Connecting(connect, self.disconnect)
+        return Connecting(connect, self._part)
 
     async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
         await self._run_here()
         return await self._node.membership.join(websocket, self, **options)
+
+    async def _part(self, connection: Connection) -> None:
+        await self._node.membership.part(connection)
 
     def disconnect(self, websocket: WebSocket | Connection) -> None:
         """Remove a connection whose peer is gone. Synchronous and idempotent; the socket isn't closed."""
@@ -411,11 +414,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return frozenset(connection.id for connection in found if connection is not None)
 
     def _find_open(self, websocket: WebSocket | Connection) -> Connection:
-        connection = find_connection(websocket, self)
+        connection = find_open(websocket, self)
         if connection is None:
             raise ConnectionClosed(ABNORMAL, "it is not connected to this manager")
-        if not connection.is_open:
-            raise connection.closed_error()
         return connection
 
     async def _prepare(self, publication: Publication) -> Publication | None:

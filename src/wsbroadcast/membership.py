@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
+from contextvars import Context, copy_context
+from types import TracebackType
 from typing import TYPE_CHECKING
 
+from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.audience import EVERYONE, Audience, as_channels, user_key
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
-from wsbroadcast.connection import Connection, ConnectionState, find_connection
+from wsbroadcast.connection import Connection, ConnectionState, find_known
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.door import EXPIRED, Door
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
+from wsbroadcast.exit_stack import exit_stack_of
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.farewells import Farewells
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.options import Limits
 from wsbroadcast.registry import Registry
+from wsbroadcast.takeover import Ended
 from wsbroadcast.tasks import Tasks
 from wsbroadcast.wanted import Wanted
 
@@ -37,6 +42,26 @@ SUBPROTOCOL = "wsbroadcast.subprotocol"
 """Where in its scope the subprotocol stands that a WebSocket is accepted with if `connect` names none."""
 
 Headers = Iterable[tuple[bytes, bytes]]
+
+
+# How often sockets are looked for that are gone without anybody noticing: one look for all connections.
+_LOOK_SECONDS = 5.0
+
+
+class EndpointGuard:
+    """Ends a connection with the ASGI call of its endpoint, on that call's exit stack."""
+
+    __slots__ = ("_connection", "_membership")
+
+    def __init__(self, membership: Membership, connection: Connection) -> None:
+        self._membership = membership
+        self._connection = connection
+
+    async def __call__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End it; an error of the endpoint's goes on."""
+        await self._membership.endpoint_ended(self._connection, error)
 
 
 class Membership:
@@ -68,6 +93,10 @@ class Membership:
         self._wanted = Wanted(engine, registry)
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
+        # The next look for sockets that are gone, while there are connections.
+        self._look: asyncio.TimerHandle | None = None
+        # Those whose socket was gone at the last look.
+        self._gone: set[Connection] = set()
         self.door = Door(limits, watch.counters)
         """Who may come in, and what they may do there."""
 
@@ -116,6 +145,10 @@ class Membership:
         self._dispatcher.flush()
         self._registry.add(connection)
         self._counters.connects += 1
+        if (stack := exit_stack_of(connection.websocket.scope)) is not None:
+            stack.push_async_exit(EndpointGuard(self, connection))
+        if self._look is None:
+            self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_around, context=Context())
         try:
             connection.renew(expires)
             await self._announce(connection, channels)
@@ -136,9 +169,11 @@ class Membership:
         channels: tuple[str, ...],
         expires: float | None,
     ) -> Connection | None:
-        known = find_connection(websocket, manager)
+        known = find_known(websocket, manager)
         if known is None:
             return None
+        if isinstance(known, Ended):
+            raise known.closed_error()
         if known.is_open:
             if user_key is not None and user_key != known.user_key:
                 raise ValueError(
@@ -200,7 +235,8 @@ class Membership:
             await self._hooks.observe("on_subscribe", connection, channel)
         except BaseException:
             if self._leave_channel(connection, channel):
-                self._tasks.spawn(self._hooks.observe("on_unsubscribe", connection, channel), "on_unsubscribe hooks")
+                observing = self._hooks.observe("on_unsubscribe", connection, channel)
+                self._tasks.spawn(observing, "on_unsubscribe hooks", connection.context)
             raise
 
     async def unsubscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
@@ -291,12 +327,35 @@ class Membership:
         if connection.closing is not None:
             await asyncio.shield(connection.closing)
 
+    async def part(self, connection: Connection) -> None:
+        """Remove without closing; return when what was handed over is out, or the peer has taken too long."""
+        self.leave(connection, ABNORMAL, "")
+        await connection.sink.drained()
+
+    async def endpoint_ended(self, connection: Connection, error: BaseException | None) -> None:
+        """Its endpoint is done: send what was handed over, then close, whatever the server would do."""
+        await self.close(connection, CloseCode.NORMAL if error is None else _code_of(error), "")
+        await connection.sink.drained()  # a close of the app's own, in another task
+
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
         self._is_ended = True
+        if self._look is not None:
+            self._look.cancel()
         for connection in self._registry.recipients(EVERYONE):
             if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
                 self._farewells.close(connection, code, reason)
+
+    def _look_around(self) -> None:
+        # An endpoint that neither reads nor writes doesn't notice that its peer is gone; the server's transport does.
+        # One that reads learns it from the server, after the last message, so it is given a while to come to that.
+        self._look = None
+        gone = {each for each in self._registry.by_id.values() if each.sink.is_lost and not each.is_read}
+        for connection in gone & self._gone:
+            self.lost(connection, ABNORMAL, "")
+        self._gone = gone - self._gone
+        if self._registry.by_id:
+            self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_around, context=Context())
 
     # What a connection asks.
 
@@ -304,8 +363,10 @@ class Membership:
         """The app is about to send something itself: what was handed over before goes first."""
         self._dispatcher.flush()
 
-    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None:
-        """Return what to await before the endpoint gets a message, or `None` if there is nothing.
+    def observe_message(self, connection: Connection, message: str | bytes) -> asyncio.Task[None] | None:
+        """Return what the endpoint gets a message after, or `None` if there is nothing.
+
+        A task, because the read may be cancelled: the hooks run on, and the message is there for the next read.
 
         Raises:
             LimitExceeded: If the message is too large, or one too many; nobody has looked into it then.
@@ -313,7 +374,14 @@ class Membership:
         self.door.check_message(connection, message)
         if not self._hooks.has("on_message"):
             return None
-        return self._hooks.observe("on_message", connection, message)
+        return self._tasks.begin(
+            self._hooks.observe("on_message", connection, message), "on_message hooks", copy_context()
+        )
+
+
+def _code_of(error: BaseException) -> int:
+    code = error.code if isinstance(error, WebSocketException) else CloseCode.INTERNAL_ERROR
+    return code if is_sendable(code) else CloseCode.INTERNAL_ERROR
 
 
 def _audiences(user_key: str | None, channels: Iterable[str]) -> list[Audience]:

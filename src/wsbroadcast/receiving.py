@@ -16,6 +16,7 @@ class Receiver(Protocol):
 
     async def receive(self) -> str | bytes: ...  # noqa: D102
     async def close(self, code: int, reason: str) -> None: ...  # noqa: D102
+    async def refuse(self, code: int, reason: str) -> ConnectionClosed: ...  # noqa: D102
 
 
 class Receiving:
@@ -32,7 +33,7 @@ class Receiving:
         message = await self.receive()
         if isinstance(message, str):
             return message
-        raise await _refuse(self, CloseCode.UNSUPPORTED_DATA, "expected a text message")
+        raise await self.refuse(CloseCode.UNSUPPORTED_DATA, "expected a text message")
 
     async def receive_bytes(self: Receiver) -> bytes:
         """Wait for a binary message; a text one closes this connection with 1003.
@@ -43,7 +44,7 @@ class Receiving:
         message = await self.receive()
         if isinstance(message, bytes):
             return message
-        raise await _refuse(self, CloseCode.UNSUPPORTED_DATA, "expected a binary message")
+        raise await self.refuse(CloseCode.UNSUPPORTED_DATA, "expected a binary message")
 
     async def receive_json(self: Receiver) -> Any:
         """Wait for a message that holds JSON, text or binary; anything else closes this connection with 1007.
@@ -57,7 +58,12 @@ class Receiving:
             Message.json(value)  # which 1e999 can't: it is read as infinity
             return value
         except ValueError:  # broken, too deep, or too large a number
-            raise await _refuse(self, CloseCode.INVALID_DATA, "expected JSON") from None
+            raise await self.refuse(CloseCode.INVALID_DATA, "expected JSON") from None
+
+    async def refuse(self: Receiver, code: int, reason: str) -> ConnectionClosed:
+        """Close because of what the peer sent; return the error for whoever wanted to read it."""
+        await self.close(code, reason)
+        return ConnectionClosed(code, reason)
 
     def __aiter__(self) -> Self:
         """Iterate over the peer's messages until the connection ends; there is no exception to catch."""
@@ -68,8 +74,3 @@ class Receiving:
             return await self.receive()
         except ConnectionClosed:
             raise StopAsyncIteration from None
-
-
-async def _refuse(receiver: Receiver, code: CloseCode, reason: str) -> ConnectionClosed:
-    await receiver.close(code, reason)
-    return ConnectionClosed(code, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextvars import Context
 from typing import Any
 
 logger = logging.getLogger("wsbroadcast")
@@ -19,11 +20,33 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Run a coroutine in the background; an error that escapes it is logged."""
-        task = asyncio.get_running_loop().create_task(coroutine, name=f"wsbroadcast {name}")
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None = None
+    ) -> asyncio.Task[None]:
+        """Run a coroutine in the background; an error that escapes it is logged.
+
+        Args:
+            coroutine: What is to be done.
+            name: Of the task, for who looks at the tasks of a process.
+            context: The context variables that it sees, such as those of the connection that it is about. By default
+                none: nothing of whoever happened to cause it.
+        """
+        task = self._start(coroutine, name, context)
+        task.add_done_callback(_log_error)
+        return task
+
+    def begin(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context) -> asyncio.Task[None]:
+        """Run a coroutine whose outcome the caller looks at, unless the caller is cancelled."""
+        task = self._start(coroutine, name, context)
+        task.add_done_callback(_look_at)
+        return task
+
+    def _start(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None) -> asyncio.Task[None]:
+        # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
+        context = Context() if context is None else context.copy()
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"wsbroadcast {name}", context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task.add_done_callback(self._tasks.discard)
         return task
 
     async def join(self) -> None:
@@ -37,7 +60,12 @@ class Tasks:
             task.cancel()
         await self.join()
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("%s failed", task.get_name(), exc_info=error)
+
+def _log_error(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # else asyncio complains where the caller was cancelled

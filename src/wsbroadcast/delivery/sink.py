@@ -162,6 +162,18 @@ class Sink:
             if not turn.is_close:  # a close of what is closed has nothing to complain about
                 raise
 
+    def begin_reading(self) -> bool:
+        """The app is about to wait for a message; return whether `end_reading` wants to be called afterwards."""
+        return False
+
+    def end_reading(self) -> None:
+        """The app has its message, or waits no longer."""
+
+    async def drained(self) -> None:
+        """Wait until nothing waits any more, at most `close_timeout`."""
+        if self._writer is not None:
+            await asyncio.wait({self._writer}, timeout=self._watch.options.close_timeout)
+
     async def close(self, code: int, reason: str) -> None:
         """Send what waits and then a close frame. Ends within `close_timeout` when the peer takes nothing.
 
@@ -226,6 +238,11 @@ class Sink:
     def is_freed(self) -> bool:
         """Whether the server has let go of the socket; where that can't be known, it is taken for granted."""
         return self.transport is None or (self.transport.is_closing() and unsent_bytes(self.transport) == 0)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server is letting go of the socket, where that can be known."""
+        return self.transport is not None and self.transport.is_closing()
 
     async def see_off(self) -> None:
         """Wait until the server has let go of the socket; cut it off if the peer does nothing for `close_timeout`.

@@ -1,0 +1,46 @@
+"""The end of an endpoint, as an event: what is pushed onto its exit stack runs when the ASGI call ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+# FastAPI's own, which ends after the `yield` dependencies and the route's exception handlers. It isn't documented, so
+# it is looked at like every attribute of somebody else's; a test says whether the installed FastAPI has it.
+_FASTAPI = "fastapi_middleware_astack"
+# Ours, where an app is no FastAPI.
+_OURS = "wsbroadcast.exit_stack"
+
+
+def exit_stack_of(scope: Mapping[str, Any]) -> AsyncExitStack | None:
+    """Return the stack that ends with the ASGI call, if there is one."""
+    stack = scope.get(_FASTAPI) or scope.get(_OURS)
+    return stack if isinstance(stack, AsyncExitStack) else None
+
+
+def has_exit_stack(app: object) -> bool:
+    """Tell whether one of the layers of an app gives its calls an exit stack."""
+    while app is not None:
+        if isinstance(app, WithExitStack) or getattr(app, "context_name", None) == _FASTAPI:
+            return True
+        app = getattr(app, "app", None)
+    return False
+
+
+class WithExitStack:
+    """An ASGI app whose WebSocket calls have an exit stack."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the app; a stack that is there already serves."""
+        if scope["type"] != "websocket" or _OURS in scope:
+            await self.app(scope, receive, send)
+            return
+        async with AsyncExitStack() as stack:
+            scope[_OURS] = stack
+            await self.app(scope, receive, send)
