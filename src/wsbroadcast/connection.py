@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, MutableMapping
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from enum import Enum
 from secrets import token_urlsafe
 from typing import TYPE_CHECKING, Any, Protocol
@@ -455,6 +455,8 @@ _STEPPED_ASIDE: MutableMapping[str, Any] = {"type": "wsbroadcast.stepped_aside"}
 
 class _Nobody:
     """The owner of the sink of a connection that is gone."""
+
+    context = Context()
 
     def lost(self, code: int, reason: str) -> None:
         """Nobody is left."""

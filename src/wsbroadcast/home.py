@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from contextvars import Context
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -105,9 +106,11 @@ class Home:
         if self.has_ended:
             raise HasEnded
         if self._life is None:
-            self._life = self.loop.create_task(self._live(), name="wsbroadcast publisher")
+            self._life = self.loop.create_task(self._live(), name="wsbroadcast publisher", context=Context())
         if self._start is None or self._has_failed():
-            self._start = self.loop.create_task(self._start_engine(), name="wsbroadcast publisher start")
+            self._start = self.loop.create_task(
+                self._start_engine(), name="wsbroadcast publisher start", context=Context()
+            )
             self._start.add_done_callback(_look_at)
         if not self._start.done():
             await self._wait_for(self._start)

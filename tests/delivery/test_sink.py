@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
+from contextvars import Context
 from typing import Any, cast
 
 import pytest
@@ -93,6 +94,8 @@ class Wire:
         self.sink = Sink(self, self.watch, self.peer.send, cast("asyncio.Transport | None", transport))
         self.losses: list[tuple[int, str]] = []
         self.evictions: list[str] = []
+
+    context = Context()
 
     def lost(self, code: int, reason: str) -> None:
         self.losses.append((code, reason))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextvars import Context
 from typing import Any
 
 import pytest
@@ -61,6 +62,8 @@ class WebSocketsSansIOProtocol:
 
 
 class Owner:
+    context = Context()
+
     def __init__(self, protocol: WebSocketsSansIOProtocol) -> None:
         self.protocol = protocol
         self.app_sent: list[dict[str, Any]] = []

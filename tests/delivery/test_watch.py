@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, MutableMapping
+from contextvars import Context
 from typing import Any, cast
 
 import pytest
@@ -47,6 +48,8 @@ class Waiting:
         assert cause == "send_timeout"
         self.evictions += 1
         self.abort()
+
+    context = Context()
 
     def lost(self, code: int, reason: str) -> None:
         self.losses += 1

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, WebSocket, WebSocketDisconnect, WebSocketException
 from fastapi.responses import HTMLResponse
 
 from wsbroadcast import Connection, ConnectionManager, SlowConsumer
@@ -246,3 +246,69 @@ async def lived_endpoint(websocket: WebSocket) -> None:
     connection = await lived_manager.connect(websocket)
     async for message in connection:
         await lived_manager.broadcast(message)
+
+
+# --- What an endpoint says last --------------------------------------------------------------------------------------
+
+
+class EndpointFailed(Exception):
+    """What an endpoint of these tests fails with."""
+
+
+async def say(manager: ConnectionManager, websocket: WebSocket, how: str, text: str) -> None:
+    """Hand a message for the endpoint's own connection over, and no more: nothing gives way to other tasks."""
+    match how:
+        case "send":
+            await manager.send(websocket, text)
+        case "personal":
+            await manager.send_personal_message(text, websocket)
+        case "broadcast":
+            await manager.broadcast(text)
+        case "channel":
+            await manager.broadcast(text, channel="room")
+        case "user":
+            await manager.broadcast(text, user="ann")
+        case "nowait":
+            manager.broadcast_nowait(text)
+        case "own":
+            await websocket.send_text(text)
+
+
+async def connect_by(manager: ConnectionManager, websocket: WebSocket, way: str) -> None:
+    """Connect in the endpoint's own task, or in one that ends at once."""
+    connecting = manager.connect(websocket, user="ann", channels=["room"])
+    match way:
+        case "wait_for":
+            await asyncio.wait_for(connecting, 5)
+        case "gather":
+            await asyncio.gather(connecting)
+        case "group":
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(connecting)
+        case _:
+            await connecting
+
+
+@app.websocket("/m/{name}/last/{end}/{way}/{how}")
+async def last_word(websocket: WebSocket, name: str, end: str, way: str, how: str, size: int = 0) -> None:
+    """Say three things and end, some way or other. `disconnect` is never called, except where `end` says so."""
+    manager = room_of(name).manager
+    if end == "with":
+        async with manager.connect(websocket, user="ann", channels=["room"]):
+            await say(manager, websocket, how, "last")
+        return
+    await connect_by(manager, websocket, way)
+    if size:
+        await manager.send(websocket, "x" * size)
+    try:
+        for text in ("first", "second", "last"):
+            await say(manager, websocket, how, text)
+        if end == "raise":
+            raise EndpointFailed
+        if end == "code":
+            raise WebSocketException(4008, "says the endpoint")
+        if end == "cancelled":
+            raise asyncio.CancelledError
+    finally:
+        if end == "finally":
+            manager.disconnect(websocket)

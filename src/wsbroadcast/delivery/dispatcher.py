@@ -13,7 +13,7 @@ from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.delivery.watch import NOBODYS, Watch
 from wsbroadcast.message import Message
 from wsbroadcast.registry import Member, Registry
 
@@ -74,10 +74,10 @@ class Dispatcher(Generic[R]):
             self.flush()
             if not self._is_turn_full:
                 self._is_turn_full = True
-                asyncio.get_running_loop().call_soon(self._begin_turn)
+                asyncio.get_running_loop().call_soon(self._begin_turn, context=NOBODYS)
         elif not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._end_turn)
+            asyncio.get_running_loop().call_soon(self._end_turn, context=NOBODYS)
 
     def flush(self) -> None:
         """Deliver what was collected, now."""
@@ -175,4 +175,4 @@ class Dispatcher(Generic[R]):
                 size += place_size
         if self._queue:
             self._is_turn_full = True
-            asyncio.get_running_loop().call_soon(self._begin_turn)
+            asyncio.get_running_loop().call_soon(self._begin_turn, context=NOBODYS)

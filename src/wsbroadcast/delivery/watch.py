@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, MutableMapping
+from contextvars import Context
 from typing import Any, Protocol
 
 from wsbroadcast.counters import Counters
@@ -19,6 +20,10 @@ _TICKS = 8
 _PATIENCE_PART = 4
 
 
+NOBODYS = Context()
+"""Without any variables, for callbacks of the event loop that are about nobody in particular. None nests in another."""
+
+
 class Owner(Protocol):
     """Whom a sink tells what became of its socket."""
 
@@ -27,6 +32,10 @@ class Owner(Protocol):
 
     def evict(self, cause: str) -> None:
         """The peer doesn't take what it is sent."""
+
+    @property
+    def context(self) -> Context:
+        """The context variables that what is done about the socket sees."""
 
     async def app_send(self, event: MutableMapping[str, Any]) -> None:
         """Send an event of the app through Starlette, whose state follows what the app does."""
@@ -74,10 +83,11 @@ class Watch:
     def start_writer(self, sink: Waiting, drain: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a sink's writer; it ends by itself when nothing waits any more, and `writer_ended` follows."""
         loop = asyncio.get_running_loop()
-        writer = loop.create_task(drain, name="wsbroadcast writer")
+        # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
+        writer = loop.create_task(drain, name="wsbroadcast writer", context=sink.owner.context.copy())
         self.waiting[sink] = _Standstill(sink, writer)
         if self._tick is None:
-            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look)
+            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
         return writer
 
     def writer_ended(self, sink: Waiting) -> None:
@@ -93,7 +103,7 @@ class Watch:
         self.behind.pop(sink, None)
         if self._waiters and not self._is_wake_scheduled:
             self._is_wake_scheduled = True
-            asyncio.get_running_loop().call_soon(self.wake)  # once for all that catch up in one turn
+            asyncio.get_running_loop().call_soon(self.wake, context=NOBODYS)  # once for all that catch up in one turn
 
     def tail(self) -> list[Waiting]:
         """Return the slow consumers that a tight loop should give a moment, because they are about to lose messages.
@@ -157,7 +167,7 @@ class Watch:
                 sink.owner.evict("send_timeout")
         if self.waiting:
             loop = asyncio.get_running_loop()
-            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look)
+            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
 
 
 class _Standstill:

@@ -1,0 +1,78 @@
+"""What an endpoint says before it ends arrives, and then its connection is closed and gone, on every server."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from websockets.asyncio.client import connect
+
+from tests.integration.test_servers import connections, on_every_server, receive_all
+from tests.support.servers import DAPHNE, Server, eventually
+
+HOWS = ["send", "personal", "broadcast", "channel", "user", "nowait", "own"]
+CODES = {"return": 1000, "finally": 1000, "raise": 1011, "code": 4008, "with": 1000, "cancelled": 1011}
+
+
+async def last_words(server: Server, path: str, code: int) -> list[str | bytes]:
+    """Return what arrives until the close, which has to come with this code."""
+    async with connect(server.url(path), max_size=None) as client:
+        messages = await receive_all(client)
+        if server.flavour is DAPHNE and 1000 < code < 3000:
+            code += 3000  # which refuses the registered codes
+        assert client.close_code == code
+    return messages
+
+
+async def expect_tracebacks(server: Server, times: int) -> None:
+    """Wait until the server has logged the endpoints' failures, and forget them: they are the app's."""
+
+    async def all_there() -> bool:
+        return server.log().count("EndpointFailed") >= times
+
+    await eventually(all_there)
+    server.mark()
+
+
+@on_every_server
+@pytest.mark.parametrize("end", ["return", "raise", "finally", "code"])
+async def test_what_an_endpoint_says_last_arrives(server: Server, room: str, end: str) -> None:
+    for how in HOWS:
+        messages = await last_words(server, f"{room}/last/{end}/plain/{how}", CODES[end])
+        assert messages == ["first", "second", "last"], how
+    await connections(server, room, 0, timeout=2)
+    if end == "raise":
+        await expect_tracebacks(server, len(HOWS))
+
+
+@on_every_server
+async def test_what_is_said_in_a_with_block_arrives(server: Server, room: str) -> None:
+    for how in HOWS:
+        assert await last_words(server, f"{room}/last/with/plain/{how}", 1000) == ["last"], how
+    await connections(server, room, 0, timeout=2)
+
+
+@on_every_server
+@pytest.mark.parametrize("way", ["wait_for", "gather", "group"])
+async def test_connecting_in_another_task_is_the_same(server: Server, room: str, way: str) -> None:
+    messages = await last_words(server, f"{room}/last/return/{way}/broadcast", 1000)
+    assert messages == ["first", "second", "last"]
+    await connections(server, room, 0, timeout=2)
+
+
+@on_every_server
+async def test_a_large_message_before_it_arrives_too(server: Server, room: str) -> None:
+    size = 3_000_000 if server.flavour is not DAPHNE else 1_000_000  # which sends no larger ones
+    [large, *last] = await last_words(server, f"{room}/last/return/plain/send?size={size}", 1000)
+    assert (len(large), last) == (size, ["first", "second", "last"])
+
+
+@on_every_server
+async def test_observers_get_everything_and_stay(server: Server, room: str) -> None:
+    async with connect(server.url(f"{room}/listen")) as observer:
+        await connections(server, room, 1)
+        for _ in range(3):
+            await last_words(server, f"{room}/last/return/plain/broadcast", 1000)
+        await connections(server, room, 1, timeout=2)
+        async with asyncio.timeout(5):
+            assert [await observer.recv() for _ in range(9)] == ["first", "second", "last"] * 3
