@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
@@ -30,15 +31,25 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, LoopFactory]:
-    """Run the suite in asyncio's own loop, or in uvloop's with WSBROADCAST_TEST_LOOP=uvloop."""
+    """Run the suite in asyncio's own loop, in uvloop's, or with tasks that start at once; see CONTRIBUTING.md."""
     name = os.environ.get("WSBROADCAST_TEST_LOOP", "asyncio")
     if name == "uvloop":
         import uvloop
 
         return {name: uvloop.new_event_loop}
+    if name == "eager":
+        return {name: _eager_loop}
     if name != "asyncio":
-        raise pytest.UsageError(f"WSBROADCAST_TEST_LOOP must be asyncio or uvloop, not {name!r}")
+        raise pytest.UsageError(f"WSBROADCAST_TEST_LOOP must be asyncio, uvloop or eager, not {name!r}")
     return {name: asyncio.new_event_loop}
+
+
+def _eager_loop() -> asyncio.AbstractEventLoop:
+    if sys.version_info < (3, 12):
+        raise pytest.UsageError("tasks start eagerly from Python 3.12 on")
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)
+    return loop
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from starlette.websockets import WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
 from wsbroadcast import (
@@ -140,6 +140,131 @@ async def test_a_message_of_the_wrong_kind_closes_that_connection_alone(
     assert connection.close_code == code
     await manager.broadcast("still here")
     assert await healthy.next() == "still here"
+
+
+@pytest.mark.parametrize("has_both_keys", [False, True])
+@pytest.mark.parametrize(
+    ("name", "data", "code"),
+    [
+        ("receive_text", b"bytes", 1003),
+        ("receive_text", b"", 1003),
+        ("receive_bytes", "text", 1003),
+        ("receive_bytes", "", 1003),
+        ("receive_json", b"{}", 1003),
+        ("receive_json", "{", 1007),
+        ("receive_json", "", 1007),
+        ("receive_json", "[" * 60_000, 1007),
+        ("receive_json binary", "{}", 1003),
+        ("receive_json binary", b"{", 1007),
+        ("receive_json binary", b"\xff", 1007),
+        ("iter_text", b"bytes", 1003),
+        ("iter_bytes", "text", 1003),
+        ("iter_json", "{", 1007),
+    ],
+)
+async def test_starlettes_readers_close_that_connection_too(
+    manager: ConnectionManager, name: str, data: str | bytes, code: int, has_both_keys: bool
+) -> None:
+    [(healthy, _)] = await connected(manager, 1)
+    peer = Peer(has_both_keys=has_both_keys)
+    connection = await manager.connect(peer.websocket)
+    method, _, mode = name.partition(" ")
+    reader = getattr(peer.websocket, method)
+    peer.say(data)
+    if method.startswith("iter"):
+        assert [each async for each in reader()] == []
+    else:
+        with pytest.raises(WebSocketDisconnect) as caught:  # which every endpoint catches
+            await (reader(mode=mode) if mode else reader())
+        assert (caught.value.code, bool(caught.value.reason)) == (code, True)
+    assert (peer.close_code, connection.close_code) == (code, code)
+    assert [each.websocket for each in manager.connections] == [healthy.websocket]
+
+
+async def test_starlettes_readers_read_what_they_should(manager: ConnectionManager) -> None:
+    [(peer, _)] = await connected(manager, 1)
+    websocket = peer.websocket
+    for data in ("text", b"bytes", '{"a": NaN}', b"[1]"):
+        peer.say(data)
+    assert await websocket.receive_text() == "text"
+    assert await websocket.receive_bytes() == b"bytes"
+    assert str(await websocket.receive_json()) == "{'a': nan}"  # the standard library's reader, as Starlette has it
+    assert await websocket.receive_json(mode="binary") == [1]
+    with pytest.raises(RuntimeError, match="mode"):
+        await websocket.receive_json(mode="yaml")
+
+
+async def test_an_apps_own_readers_stay(manager: ConnectionManager) -> None:
+    class Shouting(WebSocket):
+        async def receive_text(self) -> str:
+            return (await super().receive_text()).upper()
+
+    peer = Peer()
+    websocket = Shouting(peer.scope, peer.receive, peer.send)
+    connection = await manager.connect(websocket)
+    peer.say("hello")
+    assert await websocket.receive_text() == "HELLO"
+    assert isinstance(websocket, Shouting)
+    peer.say("hello")
+    assert await connection.receive_text() == "hello"
+
+
+# Reads that are cancelled.
+
+
+@pytest.mark.parametrize("name", [*READERS, "async for", "wait_closed first"])
+async def test_cancelled_read_loses_no_message_to_a_slow_hook(manager: ConnectionManager, name: str) -> None:
+    seen: list[str | bytes] = []
+    releases: list[asyncio.Event] = []
+
+    @manager.on_message
+    async def slow(connection: Connection, message: str | bytes) -> None:
+        releases.append(asyncio.Event())
+        await releases[-1].wait()
+        seen.append(message)
+
+    [(peer, connection)] = await connected(manager, 1)
+    first = {"async for": connection.__anext__, "wait_closed first": connection.wait_closed}.get(
+        name, lambda: READERS[name](connection)
+    )
+    again = READERS.get(name, READERS["receive"])
+    for number in range(5):
+        data: str | bytes = b"%d" % number if name.endswith("bytes") else str(number)
+        peer.say(data)
+        for _ in range(3):  # cancelled again and again, the hook runs on
+            reading = asyncio.ensure_future(first())
+            await eventually(lambda number=number: len(releases) == number + 1)  # type: ignore[misc]
+            await turns()
+            reading.cancel()
+            await asyncio.wait({reading})
+            assert reading.cancelled()
+        releases[-1].set()
+        result = await again(connection)
+        assert data == (result.get("text", result.get("bytes")) if isinstance(result, dict) else type(data)(result))
+    assert len(seen) == len(releases) == 5
+
+
+async def test_message_whose_read_was_cancelled_is_refused_by_its_hook_all_the_same(
+    manager: ConnectionManager,
+) -> None:
+    release = asyncio.Event()
+
+    @manager.on_message
+    async def refuse(connection: Connection, message: str | bytes) -> None:
+        await release.wait()
+        raise PermissionDenied("no")
+
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("hello")
+    reading = asyncio.ensure_future(connection.receive())
+    await turns()
+    reading.cancel()
+    await asyncio.wait({reading})
+    release.set()
+    await turns()
+    with pytest.raises(PermissionDenied):
+        await connection.receive()
+    assert connection.is_open
 
 
 # The end.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Coroutine, Iterable
+from contextvars import Context
 from typing import Any, cast
 
 import pytest
@@ -32,6 +33,7 @@ class Recorder:
         self.batches.append([message.data for message in batch.messages])
 
     is_half_full = False
+    context = Context()
 
     def progress(self) -> int:
         return self.taken

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 
 from tests.integration.test_servers import connections, on_every_server, receive_all
-from tests.support.servers import DAPHNE, Server, eventually
+from tests.support.rawclient import RawClient
+from tests.support.servers import DAPHNE, Server, eventually, serve_here
+from wsbroadcast import Connection, ConnectionManager, Limits, membership
 
 HOWS = ["send", "personal", "broadcast", "channel", "user", "nowait", "own"]
 CODES = {"return": 1000, "finally": 1000, "raise": 1011, "code": 4008, "with": 1000, "cancelled": 1011}
@@ -76,3 +79,37 @@ async def test_observers_get_everything_and_stay(server: Server, room: str) -> N
         await connections(server, room, 1, timeout=2)
         async with asyncio.timeout(5):
             assert [await observer.recv() for _ in range(9)] == ["first", "second", "last"] * 3
+
+
+@pytest.mark.parametrize("way", ["close", "vanish"])
+async def test_peer_that_goes_while_its_endpoint_only_waits_is_noticed(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uvicorn only: elsewhere nothing but `receive` tells."""
+    monkeypatch.setattr(membership, "_LOOK_SECONDS", 0.05)
+    ended: list[Connection] = []
+    is_over = asyncio.Event()
+    app = FastAPI()
+    async with ConnectionManager(limits=Limits(max_connections=1)) as manager:
+        manager.on_disconnect(ended.append)
+
+        @app.websocket("/ws")
+        async def waits(websocket: WebSocket) -> None:
+            await manager.connect(websocket, channels=["room"])
+            await is_over.wait()
+
+        async with serve_here(app) as port:
+            for _ in range(2):  # the place of the first is free
+                client = await RawClient.connect(port, "/ws")
+                assert len(manager.connections) == 1
+                if way == "close":
+                    client.close()
+                else:
+                    client.vanish()
+
+                async def gone() -> bool:
+                    return manager.connections == []
+
+                await eventually(gone)
+            is_over.set()
+        assert len(ended) == 2

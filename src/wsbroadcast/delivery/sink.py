@@ -94,7 +94,7 @@ class Sink:
         self._watch = watch
         # The server's own `send`, for what we send.
         self._send = send
-        # Exists exactly as long as the backlog.
+        # Exists as long as the backlog, but for the moment in which that gets its first item.
         self._writer: asyncio.Task[None] | None = None
         self._is_behind = False
 
@@ -136,6 +136,8 @@ class Sink:
         if not self._is_behind and backlog.is_past_high_water:
             self._is_behind = True
             self._watch.fell_behind(self)
+        if self._writer is None:
+            self._start_writer(backlog)
 
     async def send_event(self, event: Event) -> None:
         """Send what the app itself sends: after everything handed over before, and before everything after.
@@ -152,6 +154,8 @@ class Sink:
         backlog.push_turn(turn)
         if turn.is_close:
             self.is_ended = True
+        if self._writer is None:
+            self._start_writer(backlog)
         try:
             await turn.done
         except asyncio.CancelledError:
@@ -183,8 +187,7 @@ class Sink:
         self.is_ended = True
         backlog = self.backlog or self._open_backlog()
         backlog.push_turn(Close(code, reason))
-        writer = self._writer
-        assert writer is not None  # it lives as long as the backlog
+        writer = self._writer or self._start_writer(backlog)
         deadline = asyncio.get_running_loop().time() + options.send_timeout
         progress = None
         while not writer.done() and progress != (progress := self.progress()):
@@ -290,8 +293,13 @@ class Sink:
 
     def _open_backlog(self) -> Backlog:
         self.backlog = Backlog(self._watch.options)
-        self._writer = self._watch.start_writer(self, self._drain(self.backlog))
         return self.backlog
+
+    def _start_writer(self, backlog: Backlog) -> asyncio.Task[None]:
+        # With something in the backlog, because an eager task factory runs the writer at once; it may have ended then.
+        writer = self._watch.start_writer(self, self._drain(backlog))
+        self._writer = None if writer.done() else writer
+        return writer
 
     async def _drain(self, backlog: Backlog) -> None:
         try:

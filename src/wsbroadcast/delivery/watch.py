@@ -83,11 +83,12 @@ class Watch:
     def start_writer(self, sink: Waiting, drain: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a sink's writer; it ends by itself when nothing waits any more, and `writer_ended` follows."""
         loop = asyncio.get_running_loop()
-        # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
-        writer = loop.create_task(drain, name="wsbroadcast writer", context=sink.owner.context.copy())
-        self.waiting[sink] = _Standstill(sink, writer)
+        standstill = self.waiting[sink] = _Standstill(sink)
         if self._tick is None:
             self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
+        # A copy of the context, because an eager task factory enters it at once, and it may be entered already.
+        writer = loop.create_task(drain, name="wsbroadcast writer", context=sink.owner.context.copy())
+        standstill.writer = writer
         return writer
 
     def writer_ended(self, sink: Waiting) -> None:
@@ -153,7 +154,7 @@ class Watch:
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        writers = [standstill.writer for standstill in self.waiting.values()]
+        writers = [standstill.writer for standstill in self.waiting.values() if standstill.writer is not None]
         for sink in list(self.waiting):
             sink.abort()
         if writers:
@@ -175,8 +176,8 @@ class _Standstill:
 
     __slots__ = ("_progress", "_sink", "ticks", "writer")
 
-    def __init__(self, sink: Waiting, writer: asyncio.Task[None]) -> None:
-        self.writer = writer
+    def __init__(self, sink: Waiting) -> None:
+        self.writer: asyncio.Task[None] | None = None
         self._sink = sink
         self._progress = sink.progress()
         self.ticks = 0
