@@ -112,7 +112,7 @@ class Home:
                 self._start_engine(), name="wsbroadcast publisher start", context=Context()
             )
             self._start.add_done_callback(_look_at)
-        if not self._start.done():
+        if not self.is_started:
             await self._wait_for(self._start)
         return self.is_started
 

@@ -46,12 +46,13 @@ class Inbox:
         if self._bytes >= _MAX_BYTES or self._publications >= _MAX_PUBLICATIONS:
             self._missed("more came from the broker than the connections here take")
             return
-        if lane is None:
-            lane = self._lanes[audience] = deque()
-            self._tasks.spawn(self._run(audience, lane), f"deliveries to {audience.kind}")
-        lane.append(publication)
         self._publications += 1
         self._bytes += publication.message.size
+        if lane is not None:
+            lane.append(publication)
+        else:  # with the first in it: an eager task factory runs the task at once
+            lane = self._lanes[audience] = deque((publication,))
+            self._tasks.spawn(self._run(audience, lane), f"deliveries to {audience.kind}")
 
     async def aclose(self) -> None:
         """Forget what waits."""
