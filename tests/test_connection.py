@@ -244,6 +244,28 @@ async def test_cancelled_read_loses_no_message_to_a_slow_hook(manager: Connectio
     assert len(seen) == len(releases) == 5
 
 
+async def test_cancelled_read_loses_no_message_to_a_plain_hook_that_returns_an_awaitable(
+    manager: ConnectionManager,
+) -> None:
+    release = asyncio.Event()
+    seen: list[str | bytes] = []
+
+    async def slow(message: str | bytes) -> None:
+        await release.wait()
+        seen.append(message)
+
+    manager.on_message(lambda connection, message: slow(message))
+    [(peer, connection)] = await connected(manager, 1)
+    peer.say("hello")
+    reading = asyncio.ensure_future(connection.receive())
+    await turns()
+    reading.cancel()
+    await asyncio.wait({reading})
+    release.set()
+    assert await asyncio.wait_for(connection.receive(), 5) == "hello"
+    assert seen == ["hello"]
+
+
 async def test_message_whose_read_was_cancelled_is_refused_by_its_hook_all_the_same(
     manager: ConnectionManager,
 ) -> None:

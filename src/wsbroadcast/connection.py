@@ -55,7 +55,7 @@ class Keeper(Protocol):
     def leave(self, connection: Connection, code: int, reason: str, state: ConnectionState) -> bool: ...  # noqa: D102
     def see_off(self, connection: Connection) -> None: ...  # noqa: D102
     def before_app_send(self) -> None: ...  # noqa: D102
-    def observe_message(self, connection: Connection, message: str | bytes) -> asyncio.Task[None] | None: ...  # noqa: D102
+    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None: ...  # noqa: D102
 
 
 # Where in its scope a WebSocket's connection stands; whoever wraps `websocket.send` later doesn't hide it there.
@@ -146,8 +146,8 @@ class Connection(Receiving):
         self._closed: asyncio.Event | None = None
         # Who is inside `receive`, to be interrupted when the connection ends by our side.
         self._reading: Reading | None = None
-        # Messages whose hooks still ran when the read was cancelled; the next read gets them.
-        self._kept: deque[tuple[MutableMapping[str, Any], asyncio.Task[None]]] | None = None
+        # Messages whose hooks had not ended when the read was cancelled; the next read gets them.
+        self._kept: deque[tuple[MutableMapping[str, Any], Awaitable[None] | None]] | None = None
         self.closing: asyncio.Future[None] | None = None
         """Done when the close frame is out or the peer was given up; `None` while nobody closes."""
         self.context = copy_context()
@@ -321,7 +321,10 @@ class Connection(Receiving):
         """Undo the taking over, before the WebSocket is connected anew; not while something waits to be written."""
         if self.sink.backlog is None and has(self, self.websocket):
             hand_on(self.websocket, None, self._found)
-            self.websocket.scope[_SCOPE_KEY] = self.previous
+            if self.previous is None:
+                del self.websocket.scope[_SCOPE_KEY]
+            else:
+                self.websocket.scope[_SCOPE_KEY] = self.previous
             self.sink.is_ended = True  # what is left of it closes nothing
 
     def let_go(self) -> None:
@@ -392,26 +395,34 @@ class Connection(Receiving):
             return event
         if self._state is not ConnectionState.OPEN:
             return event if self._is_anothers else await self._receive_after_the_end()
-        text = event.get("text")
         try:
-            observing = self._keeper.observe_message(self, event["bytes"] if text is None else text)
+            observing = self._observe(event)
         except LimitExceeded as error:
             self.sink.hangs_up = True
             await self.close(error.code, error.reason)
             return self._disconnect_event()
         return event if observing is None else await self._observed(event, observing)
 
+    def _observe(self, event: MutableMapping[str, Any]) -> Awaitable[None] | None:
+        text = event.get("text")
+        return self._keeper.observe_message(self, event["bytes"] if text is None else text)
+
     async def _observed(
-        self, event: MutableMapping[str, Any], observing: asyncio.Task[None]
+        self, event: MutableMapping[str, Any], observing: Awaitable[None] | None
     ) -> MutableMapping[str, Any]:
+        observing = observing or self._observe(event)
         try:
-            await asyncio.wait({observing})
+            if isinstance(observing, asyncio.Task):
+                await asyncio.wait({observing})  # which doesn't cancel it
+                observing.result()
+            elif observing is not None:
+                await observing
         except asyncio.CancelledError:
             if self._kept is None:
                 self._kept = deque()
-            self._kept.append((event, observing))
+            # Hooks that were not expected to wait have been cancelled, and run again.
+            self._kept.append((event, observing if isinstance(observing, asyncio.Task) else None))
             raise
-        observing.result()
         return event if self.is_open else self._disconnect_event()
 
     async def _receive_after_the_end(self) -> MutableMapping[str, Any]:
@@ -487,6 +498,11 @@ def find_open(websocket: WebSocket | Connection, manager: ConnectionManager) -> 
     if found is None or (isinstance(found, Connection) and found.is_open):
         return found
     raise found.closed_error()
+
+
+def is_known(websocket: WebSocket) -> bool:
+    """Tell whether a WebSocket was connected before, to whichever manager."""
+    return _SCOPE_KEY in websocket.scope
 
 
 def find_known(websocket: WebSocket | Connection, manager: ConnectionManager) -> Connection | Ended | None:

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from inspect import iscoroutinefunction
+from types import FunctionType, MethodType
 from typing import Any, Literal, TypeVar, get_args
 
 from wsbroadcast.audience import Audience
@@ -134,6 +136,7 @@ class HookChain:
         self.timeout = timeout
         """Seconds after which a hook is cut off."""
         self._counters = counters
+        self._waiting: set[str] = set()
         self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
 
     def add(self, hook: Hook) -> None:
@@ -147,11 +150,17 @@ class HookChain:
     def add_function(self, event: HookEvent, function: F) -> F:
         """Append a function, `async def` or `def`, for one event."""
         self._functions[event] = (*self._functions[event], function)
+        if not isinstance(function, (FunctionType, MethodType)) or iscoroutinefunction(function):
+            self._waiting.add(event)
         return function
 
     def has(self, event: HookEvent) -> bool:
         """Tell whether any hook is there for an event."""
         return bool(self._functions[event])
+
+    def may_wait(self, event: HookEvent) -> bool:
+        """Tell whether a hook of an event is expected to wait for something: all but plain functions are."""
+        return event in self._waiting
 
     async def observe(self, event: HookEvent, *args: object, deadline: float | None = None) -> None:
         """Run the observers of an event, each whatever the others did.

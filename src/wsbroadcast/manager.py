@@ -123,7 +123,8 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return Connecting(connect, self._part)
 
     async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
-        await self._run_here()
+        if not self._is_started or self._loop is not asyncio.get_running_loop():
+            await self._run_here()
         return await self._node.membership.join(websocket, self, **options)
 
     async def _part(self, connection: Connection) -> None:

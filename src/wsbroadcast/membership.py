@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from contextvars import Context, copy_context
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.audience import EVERYONE, Audience, as_channels, user_key
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
-from wsbroadcast.connection import Connection, ConnectionState, find_known
+from wsbroadcast.connection import Connection, ConnectionState, find_known, is_known
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.door import EXPIRED, Door
@@ -116,25 +116,34 @@ class Membership:
     ) -> Connection:
         """Accept and register; what `ConnectionManager.connect` promises."""
         key = None if user is None else user_key(user)
-        names = as_channels(channels)
+        names = as_channels(channels) if channels else ()
         expires = unix_seconds(expires_at)
-        if (known := await self._known(websocket, manager, key, names, expires)) is not None:
+        if is_known(websocket) and (known := await self._known(websocket, manager, key, names, expires)) is not None:
             return known
         self._check_running()
         place = await self.door.admit(websocket, key, names, expires)
         connection: Connection | None = None
+        wanted = self._wanted.audiences(key, names)
         try:
             # Before it is accepted, so that messages arrive as soon as the peer sees that it is.
-            async with self._wanted.expecting(_audiences(key, names)):
+            if wanted:
+                await self._wanted.expect(wanted)
+            try:
                 await _accept(websocket, subprotocol, headers)
                 self._check_running()
-                if (known := await self._known(websocket, manager, key, names, expires)) is not None:
+                # Another task was connecting it meanwhile.
+                if is_known(websocket) and (
+                    (known := await self._known(websocket, manager, key, names, expires)) is not None
+                ):
                     place.release()
-                    return known  # another task was connecting it meanwhile
+                    return known
                 connection = Connection(
                     websocket, manager, self, self._watch, place, user=user, user_key=key, channels=names, info=info
                 )
                 await self._enter(connection, names, expires)
+            finally:
+                if wanted:
+                    self._wanted.expected(wanted)
         except BaseException:
             if connection is None:  # else the place is its own, and goes with the socket
                 place.release()
@@ -150,10 +159,12 @@ class Membership:
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_around, context=Context())
         try:
-            connection.renew(expires)
-            await self._announce(connection, channels)
-            if not connection.is_open:
-                raise connection.closed_error()
+            if expires is not None:
+                connection.renew(expires)
+            if self._hooks.has("on_connect") or self._hooks.has("on_subscribe"):
+                await self._announce(connection, channels)
+                if not connection.is_open:
+                    raise connection.closed_error()
         except PermissionDenied as denied:
             await self.close(connection, CloseCode.POLICY_VIOLATION, str(denied))
             raise
@@ -363,10 +374,11 @@ class Membership:
         """The app is about to send something itself: what was handed over before goes first."""
         self._dispatcher.flush()
 
-    def observe_message(self, connection: Connection, message: str | bytes) -> asyncio.Task[None] | None:
-        """Return what the endpoint gets a message after, or `None` if there is nothing.
+    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None:
+        """Return what to await before the endpoint gets a message, or `None` if there is nothing.
 
-        A task, because the read may be cancelled: the hooks run on, and the message is there for the next read.
+        Hooks that may wait run in a task, because the read may be cancelled: they run on, and the message is there for
+        the next read.
 
         Raises:
             LimitExceeded: If the message is too large, or one too many; nobody has looked into it then.
@@ -374,19 +386,15 @@ class Membership:
         self.door.check_message(connection, message)
         if not self._hooks.has("on_message"):
             return None
-        return self._tasks.begin(
-            self._hooks.observe("on_message", connection, message), "on_message hooks", copy_context()
-        )
+        observing = self._hooks.observe("on_message", connection, message)
+        if not self._hooks.may_wait("on_message"):
+            return observing
+        return self._tasks.begin(observing, "on_message hooks", copy_context())
 
 
 def _code_of(error: BaseException) -> int:
     code = error.code if isinstance(error, WebSocketException) else CloseCode.INTERNAL_ERROR
     return code if is_sendable(code) else CloseCode.INTERNAL_ERROR
-
-
-def _audiences(user_key: str | None, channels: Iterable[str]) -> list[Audience]:
-    audiences = [EVERYONE, *(Audience("channel", channel) for channel in channels)]
-    return audiences if user_key is None else [*audiences, Audience("user", user_key)]
 
 
 async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Headers | None) -> None:

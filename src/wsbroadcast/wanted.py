@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-from wsbroadcast.audience import Audience
+from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.registry import Registry
 
@@ -24,6 +24,17 @@ class Wanted:
         self._registry = registry
         # Audiences that are about to get a member, by how many.
         self._expected: dict[Audience, int] = {}
+        # Whether the engine wants to know; one that brings everything to every node doesn't.
+        self._is_asked = (
+            type(engine).subscribe is not Engine.subscribe or type(engine).confirmed is not Engine.confirmed
+        )
+
+    def audiences(self, user_key: str | None, channels: Iterable[str]) -> list[Audience]:
+        """Return what a new connection has to be expected in; nothing where the engine doesn't want to know."""
+        if not self._is_asked:
+            return []
+        audiences = [EVERYONE, *(Audience("channel", channel) for channel in channels)]
+        return audiences if user_key is None else [*audiences, Audience("user", user_key)]
 
     def expecting(self, audiences: Sequence[Audience]) -> Expecting:
         """Return a block inside which audiences are wanted and confirmed, whoever leaves them meanwhile.
