@@ -286,3 +286,32 @@ async def test_removed_connection_is_read_no_longer(manager: ConnectionManager, 
         assert await peer.wait_close() == 1000
         await turns()
     assert [text for text in published if not text.startswith("out")] == ["one"]
+
+
+# Hooks that are told.
+
+
+@pytest.mark.parametrize("ends", ["disconnect", "aclose"])
+async def test_hook_that_hangs_for_each_channel_holds_up_the_end_once(ends: str) -> None:
+    """20 channels and a timeout of half a second: not ten seconds."""
+    told: list[str] = []
+    manager = ConnectionManager(hook_timeout=0.5)
+    await manager.start()
+
+    @manager.on_unsubscribe
+    async def hangs(connection: Connection, channel: str) -> None:
+        told.append(channel)
+        await asyncio.Event().wait()
+
+    manager.on_disconnect(lambda connection: told.append("on_disconnect"))
+    names = [f"channel-{number:02}" for number in range(20)]
+    await manager.connect(Peer().websocket, channels=names)
+    async with asyncio.timeout(5):
+        if ends == "aclose":
+            await manager.aclose()
+        else:
+            manager.disconnect(manager.connections[0])
+            await eventually(lambda: told[-1:] == ["on_disconnect"])
+    assert told == [*names, "on_disconnect"]  # each was told, and cut off where it waits
+    assert manager.stats().hook_errors == 20
+    await manager.aclose()
