@@ -13,7 +13,9 @@ from tests.support.asgi import Peer, connected, eventually
 from tests.support.fast import WebSocketsSansIOProtocol
 from wsbroadcast import Connection, ConnectionManager, SlowConsumer
 
-FACTORIES = [None] if sys.version_info < (3, 12) else [None, asyncio.eager_task_factory]
+FACTORIES: list[Any] = [None]
+if sys.version_info >= (3, 12):
+    FACTORIES.append(asyncio.eager_task_factory)
 
 
 @pytest.fixture(params=FACTORIES, ids=lambda factory: "eager" if factory else "usual")
