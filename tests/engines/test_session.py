@@ -296,6 +296,43 @@ async def test_envelope_in_our_name_that_is_not_ours_is_dropped(started: Started
     assert started.engine.stats().bad_envelopes == {"forged": 1, "stale": 1, "echo": 1}
 
 
+@pytest.mark.parametrize("forged", [b"", b"0", b"01", b"-1", b"+1", b"1 ", b"1_0", b"9" * 5000, "\u0661".encode()])
+async def test_echo_that_was_never_sent_is_counted(started: Started, forged: bytes) -> None:
+    await started.is_up()
+    name = started.broker.subscriptions[0][0]
+    started.broker.send(name, forged)
+    started.broker.send(NAME, b'{"v":1}\ngood')
+    await started.got(b"good")
+    assert started.engine.stats().bad_envelopes == {"echo": 1}
+
+
+async def test_echo_that_comes_too_late_is_no_bad_envelope(started: Started, caplog: pytest.LogCaptureFixture) -> None:
+    """Something else came in its time, so the link lives on."""
+    late: list[tuple[str, bytes]] = []
+    send = started.broker.send
+
+    def delay_echoes(name: str, envelope: bytes) -> None:
+        if ":node:" in name:
+            late.append((name, envelope))
+        send(NAME, b'{"v":1}\nsomething else')
+
+    started.broker.send = delay_echoes  # type: ignore[method-assign]
+    assert (await started.engine.health()).is_ok
+    started.broker.send = send  # type: ignore[method-assign]
+    for name, envelope in late:
+        send(name, envelope)
+    send(NAME, b'{"v":1}\nlast')
+
+    async def last_came() -> bool:
+        return started.node.payloads[-1:] == [b"last"]
+
+    await eventually(last_came)
+    assert late
+    assert started.broker.opened == 1
+    assert started.engine.stats().bad_envelopes == {}
+    assert caplog.records == []
+
+
 async def test_name_that_was_never_asked_for_is_counted(started: Started) -> None:
     started.broker.links[0].names.add("another:channel:news")
     started.broker.send("another:channel:news", b'{"v":1}\nx')
