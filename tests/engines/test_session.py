@@ -92,6 +92,80 @@ async def test_larger_message_than_the_broker_takes_is_refused_at_the_publisher(
     await started.engine.publish(news("x" * caught.value.limit))
 
 
+async def test_limit_that_was_raised_is_seen_by_the_message_that_needs_it(started: Started) -> None:
+    started.broker.max_envelope_bytes = 8192
+    await started.engine.publish(news("x" * 5000))
+    await started.engine.publish(news("y" * 5000))
+    await started.got(b"x" * 5000, b"y" * 5000)
+    assert started.broker.limits_read == 1
+
+
+async def test_limit_that_was_raised_is_seen_after_publish_nowait(started: Started) -> None:
+    started.broker.max_envelope_bytes = 8192
+    with pytest.raises(MessageTooLarge):
+        started.engine.publish_nowait(news("x" * 5000))
+
+    async def is_taken() -> bool:
+        try:
+            started.engine.publish_nowait(news("x" * 5000))
+        except MessageTooLarge:
+            return False
+        return True
+
+    await eventually(is_taken)
+    await started.got(b"x" * 5000)
+    assert started.broker.limits_read == 1
+
+
+async def test_messages_that_are_too_large_ask_for_the_limit_together(started: Started) -> None:
+    calls = [started.engine.publish(news("x" * 5000)) for _ in range(100)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, MessageTooLarge) for outcome in outcomes)
+    assert started.broker.limits_read == 1
+    began = time.monotonic()
+    with pytest.raises(MessageTooLarge):
+        await started.engine.publish(news("x" * 5000))
+    assert started.broker.limits_read == 2
+    assert time.monotonic() - began > 0.1  # who sends them one after the other doesn't flood the broker
+
+
+async def test_limit_of_our_own_is_not_asked_for() -> None:
+    broker = FakeBroker()
+    engine = FakeEngine(broker, max_message_bytes=100)
+    await engine.start(FakeNode())
+    with pytest.raises(MessageTooLarge) as caught:
+        await engine.publish(news("x" * 101))
+    assert (caught.value.size, caught.value.limit) == (101, 100)
+    assert broker.limits_read == 0
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("fault", ["down", "hung"])
+async def test_limit_that_can_not_be_asked_for_stays(started: Started, fault: str) -> None:
+    started.broker.is_down = fault == "down"
+    if fault == "hung":
+        started.broker.is_hung.set()
+    with pytest.raises((MessageTooLarge, EngineUnavailable)):
+        await started.engine.publish(news("x" * 5000))
+    started.broker.is_down = False
+    started.broker.is_hung.clear()
+    await started.is_up()
+    with pytest.raises(MessageTooLarge):
+        await started.engine.publish(news("x" * 5000))
+
+
+async def test_who_waits_for_the_limit_when_the_engine_stops_is_told() -> None:
+    broker = FakeBroker()
+    engine = FakeEngine(broker)
+    await engine.start(FakeNode())
+    publishing = asyncio.create_task(engine.publish(news("x" * 5000)))
+    await asyncio.sleep(0)
+    await engine.aclose()
+    with pytest.raises((MessageTooLarge, EngineUnavailable)):
+        await publishing
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_refusal_of_one_publication_leaves_the_others_alone(started: Started) -> None:
     started.broker.forbidden.add("wsbroadcast:channel:sport")
     good = asyncio.create_task(started.engine.publish(news()))

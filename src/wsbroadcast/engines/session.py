@@ -30,6 +30,9 @@ logger = logging.getLogger("wsbroadcast")
 # One warning about bad envelopes in this many seconds: whoever sends garbage sends much.
 _WARN_SECONDS = 60.0
 
+# Seconds between two looks at the broker's limits, because some clients send what is too large again and again.
+_LOOK_SECONDS = 0.25
+
 
 class Session:
     """One node's life at a broker, in one event loop.
@@ -79,6 +82,9 @@ class Session:
         self._echoes = Echoes(names.of_node(self._node), self._outbox, timing.request_timeout)
         self._outages = Outages(where, counters, self._report_gap)
         self._warned_at = -_WARN_SECONDS
+        # Looks whether the broker takes more than it did; shared by all whose message is too large meanwhile.
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = -_LOOK_SECONDS
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -125,6 +131,8 @@ class Session:
         finally:
             running, self._running = self._running, None
             running.cancel()
+            if self._looking is not None:
+                self._looking.cancel()
             self._outages.end()
             self._outbox.fail(f"the {self._engine} engine was stopped")
             self._echoes.fail("stopped")
@@ -135,11 +143,23 @@ class Session:
 
     async def publish(self, publication: Publication) -> None:
         """Return once the broker has taken it."""
-        await self._outbox.put(self._parcel(publication))
+        try:
+            parcel = self._parcel(publication)
+        except MessageTooLarge as error:
+            if error.size > self._max_message_bytes:
+                raise
+            await asyncio.wait([self._look_at_limits()])
+            parcel = self._parcel(publication)
+        await self._outbox.put(parcel)
 
     def publish_nowait(self, publication: Publication) -> None:
         """Hand it over; that it failed is counted and logged."""
-        self._outbox.put_nowait(self._parcel(publication))
+        try:
+            self._outbox.put_nowait(self._parcel(publication))
+        except MessageTooLarge as error:
+            if error.size <= self._max_message_bytes:
+                self._look_at_limits()  # for the next one
+            raise
 
     def _parcel(self, publication: Publication) -> Parcel:
         link = self._supervisor.link
@@ -155,6 +175,24 @@ class Session:
             overhead = len(envelope) - publication.message.size
             raise MessageTooLarge(publication.message.size, link.max_envelope_bytes - overhead)
         return Parcel(self._names.of(publication.audience), envelope)
+
+    def _look_at_limits(self) -> asyncio.Task[None]:
+        if self._looking is None:
+            self._looking = self._tasks.spawn(self._read_limits(), f"{self._engine} engine limits")
+        return self._looking
+
+    async def _read_limits(self) -> None:
+        try:
+            await asyncio.sleep(self._looked_at + _LOOK_SECONDS - self._loop.time())
+            link = self._supervisor.link
+            if link is not None:
+                async with Patience(self._timing.connect_timeout):
+                    await link.read_limits()
+        except Exception as error:  # whoever publishes is told of the limit that is known
+            logger.info("%s doesn't say whether its limits have changed: %s", self._where, error)
+        finally:
+            self._looked_at = self._loop.time()
+            self._looking = None
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:
         """Want publications to these audiences."""
