@@ -123,3 +123,10 @@ def shorten(value: object, limit: int = 80) -> str:
     except Exception:  # a repr of the app's, or an int or a nesting that is too long for one
         text = object.__repr__(value)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def kind_of(value: object) -> str:
+    """Name the type of a value that isn't what was expected; with its module, which tells equal names apart."""
+    kind = value if isinstance(value, type) else type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"the class {name}" if isinstance(value, type) else name

@@ -275,6 +275,38 @@ async def test_server_that_is_no_redis_can_not_be_reached() -> None:
         assert not isinstance(raised.value, ConfigurationError)
 
 
+async def test_connection_without_a_socket_is_refused(redis_server: Endpoint) -> None:
+    class Writer:
+        """What a connection of the user's own may have instead of asyncio's."""
+
+        async def wait_closed(self) -> None:
+            """It is."""
+
+        def close(self) -> None:
+            """There is nothing to close."""
+
+    class Unreal(redis.asyncio.Connection):
+        async def _connect(self) -> None:
+            self._reader = asyncio.StreamReader()
+            self._writer = Writer()  # type: ignore[assignment]
+
+    pool = redis.asyncio.ConnectionPool(connection_class=Unreal)
+    with pytest.raises(ConfigurationError, match="Unreal is no connection to a server"):
+        await _open(RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)))
+
+
+@pytest.mark.parametrize("option", ["credential_provider", "socket_keepalive_options"])
+async def test_option_of_the_wrong_type_is_no_outage(redis_server: Endpoint, option: str) -> None:
+    options: dict[str, Any] = {option: 5}
+    with pytest.raises(AttributeError, match="'int' object has no attribute"):
+        await _open(RedisEngine(redis_server.url, **options))
+
+
+async def test_option_that_redis_py_can_not_send_is_refused(redis_server: Endpoint) -> None:
+    with pytest.raises(ConfigurationError, match="redis-py refuses the options: Invalid input"):
+        await _open(RedisEngine(redis_server.url, password=object()))
+
+
 async def test_closed_port_can_not_be_reached() -> None:
     with pytest.raises(redis.ConnectionError, match=r"Connect call failed|refused"):
         await _open(f"redis://:hunter2@127.0.0.1:{free_port()}")
@@ -569,8 +601,8 @@ def test_answer_that_nobody_asked_for_loses_the_link() -> None:
     assert "nobody asked for" in str(losses[0])
 
 
-async def _open(url: str) -> None:
-    link = RedisEngine.from_url(url).new_link()
+async def _open(where: str | RedisEngine) -> None:
+    link = (RedisEngine.from_url(where) if isinstance(where, str) else where).new_link()
     try:
         async with asyncio.timeout(5):
             await link.open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 
@@ -23,6 +24,7 @@ from wsbroadcast import (
 from wsbroadcast.engines import inbox, outbox
 from wsbroadcast.engines.envelope import Origin, encode
 from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.exceptions import EngineError
 
 NEWS, SPORT = Audience("channel", "news"), Audience("channel", "sport")
 NAME = "wsbroadcast:channel:news"
@@ -580,17 +582,106 @@ async def test_driver_that_fails_in_a_way_of_its_own_is_survived(started: Starte
     await started.got(b"text")
 
 
-async def test_link_that_can_not_be_made_is_an_error_at_the_start(
-    started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
+BUGS = [
+    AssertionError("a bug"),
+    AttributeError("a bug"),
+    ImportError("a bug"),
+    KeyError("a bug"),
+    NotImplementedError("a bug"),
+    TypeError("a bug"),
+    ZeroDivisionError("a bug"),
+]
+
+OUTAGES = [OSError("gone"), EOFError("gone"), ValueError("gone"), RuntimeError("gone"), TimeoutError("gone")]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=repr)
+async def test_error_that_is_no_outage_comes_out_at_the_start(bug: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    broker = FakeBroker()
+    broker.breaks_on_open = bug
+    engine = FakeEngine(broker)
+    with pytest.raises(
+        EngineError, match=rf"fake at nowhere:1 can't be used: {type(bug).__name__}: .*a bug.* no outage"
+    ) as caught:
+        await engine.start(FakeNode())
+    assert not isinstance(caught.value, (EngineUnavailable, ConfigurationError))
+    assert caught.value.__cause__ is bug
+    assert caplog.records == []  # the error tells
+    await engine.start(FakeNode())
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=repr)
+async def test_error_that_may_be_an_outage_is_one(outage: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    broker, node = FakeBroker(), FakeNode()
+    broker.breaks_on_open = outage
+    engine = FakeEngine(broker)
+    await engine.start(node)
+    await Started(broker, engine, node).is_up()
+    assert "out of reach" in caplog.text
+    assert all(record.levelname == "WARNING" for record in caplog.records)
+    await engine.aclose()
+
+
+async def test_link_that_can_not_be_made_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> FakeLink:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(started.engine, "new_link", broken)
-    engine = FakeEngine(started.broker, fail_fast=True)
+    engine = FakeEngine(FakeBroker())
     monkeypatch.setattr(engine, "new_link", broken)
-    with pytest.raises(EngineUnavailable, match="ZeroDivisionError"):
+    with pytest.raises(EngineError, match="can't be used: ZeroDivisionError: a bug"):
         await engine.start(FakeNode())
+
+
+async def test_error_that_is_no_outage_is_seen_later_too(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    async def broken(link: FakeLink) -> None:
+        nonlocal tries
+        tries += 1
+        raise AttributeError("'NoneType' object has no attribute 'transport'")
+
+    async def tried_often() -> bool:
+        return tries > 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeLink, "open", broken)
+        started.broker.drop_links()
+        await eventually(tried_often)
+        health = await started.engine.health()
+        assert not health.is_ok
+        assert re.match("AttributeError: 'NoneType' object .* no outage but a wrong option", health.detail)
+        with pytest.raises(EngineUnavailable, match=r"AttributeError: .* no outage.*nothing was sent"):
+            await started.engine.publish(news())
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]  # once, with a traceback
+    assert "fake at nowhere:1 can't be used (AttributeError: 'NoneType'" in told.message
+    assert told.exc_info is not None
+    await started.is_up()
+
+
+async def test_link_that_can_not_be_dropped_cleanly_is_logged_once_a_minute(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    abort, tries = FakeLink.abort, 0
+
+    async def broken(link: FakeLink) -> None:
+        nonlocal tries
+        tries += 1
+        await abort(link)
+        raise KeyError("a driver's")
+
+    async def tried_often() -> bool:
+        return tries > 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeLink, "abort", broken)
+        started.broker.is_down = True
+        started.broker.drop_links()
+        await eventually(tried_often)
+    started.broker.is_down = False
+    assert len([record for record in caplog.records if "dropped cleanly" in record.message]) == 1
 
 
 async def test_forged_place_in_the_order_does_not_silence_a_node(started: Started) -> None:

@@ -18,7 +18,7 @@ from wsbroadcast.engines.inbox import Inbox
 from wsbroadcast.engines.interest import Interest
 from wsbroadcast.engines.link import Link, Parcel
 from wsbroadcast.engines.names import AudienceNames
-from wsbroadcast.engines.outages import Outages
+from wsbroadcast.engines.outages import Outages, is_bug
 from wsbroadcast.engines.outbox import Outbox
 from wsbroadcast.engines.supervisor import Supervisor, Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MessageTooLarge
@@ -111,10 +111,12 @@ class Session:
         except BaseException:
             await self.aclose()
             raise
-        if error is not None and (fail_fast or isinstance(error, ConfigurationError)):
+        if error is not None and (fail_fast or isinstance(error, ConfigurationError) or is_bug(error)):
             await self.aclose()
             if isinstance(error, ConfigurationError):
                 raise error
+            if is_bug(error):
+                raise EngineError(f"{self._where} can't be used: {self._outages.trouble}") from error
             raise EngineUnavailable(f"{self._where} can't be reached: {self._outages.trouble}") from error
         self._outages.announce()
 
@@ -265,10 +267,10 @@ class Session:
         """The link is in use."""
         self._outages.up()
 
-    def down(self, why: str) -> None:
+    def down(self, why: str, error: Exception) -> None:
         """The link is lost, or could not be opened."""
         self._refusals.clear()  # the next one will ask again
-        self._outages.down(why)
+        self._outages.down(why, error)
         self._echoes.fail(why)
 
     def _report_gap(self, seconds: float) -> None:

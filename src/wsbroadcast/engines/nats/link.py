@@ -263,6 +263,8 @@ class NATSLink(Link):
 
     def _note(self, info: Mapping[str, Any]) -> None:
         # What the server says of itself, when we come and later.
+        if not isinstance(info, dict):
+            raise ValueError(f"the server says of itself {type(info).__name__}, which isn't the protocol of NATS")
         self._target.discover(info.get("connect_urls") or ())
         self._server_id = str(info.get("server_id", self._server_id))
         if type(limit := info.get("max_payload")) is int and limit > 0:

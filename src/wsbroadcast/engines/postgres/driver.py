@@ -34,6 +34,7 @@ _REFUSALS = (
     asyncpg.InvalidParameterValueError,
     asyncpg.ClientConfigurationError,
     ssl.SSLCertVerificationError,
+    ValueError,
 )
 
 _FORBIDDEN = (asyncpg.InsufficientPrivilegeError, asyncpg.InvalidSchemaNameError)
@@ -68,7 +69,7 @@ async def connect(**options: Any) -> Connection:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Say whether the server turned us away, which trying again doesn't mend."""
+    """Say whether the server turned us away, or asyncpg our options, which trying again doesn't mend."""
     return isinstance(error, _REFUSALS) or _is_without_tls(error)
 
 

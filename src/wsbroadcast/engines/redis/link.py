@@ -175,7 +175,7 @@ async def _check_master(asker: Asker) -> None:
     (role,) = await asker.ask(pack("ROLE"))
     if isinstance(role, ErrorReply):
         raise asker.explain(role)
-    if not isinstance(role, list) or role[0] != b"master":
+    if not isinstance(role, list) or role[:1] != [b"master"]:
         raise ConnectionError(f"Redis at {asker.where} is not the master")
 
 

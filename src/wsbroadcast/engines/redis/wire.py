@@ -15,9 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from wsbroadcast.engines.link import Inlet
-from wsbroadcast.engines.redis.driver import AuthenticationError, AuthorizationError, RedisError, ResponseError
+from wsbroadcast.engines.outages import is_bug
+from wsbroadcast.engines.redis.driver import (
+    AuthenticationError,
+    AuthorizationError,
+    DataError,
+    RedisError,
+    ResponseError,
+)
 from wsbroadcast.engines.redis.replies import ErrorReply, Reply, ReplyReader, pack
-from wsbroadcast.engines.redis.target import Access, Host
+from wsbroadcast.engines.redis.target import Access, Host, unreal
 from wsbroadcast.engines.sockets import no_linger, reset
 from wsbroadcast.exceptions import ConfigurationError, EngineError
 
@@ -73,14 +80,19 @@ class Wire(asyncio.Protocol, ABC):
             if refusal is None:
                 raise
         else:
-            assert self._transport is not None
+            if self._transport is None:
+                raise unreal(self._connection)
             self._transport.set_protocol(self)
             return
         raise refusal  # out here, where redis-py's error isn't its context: who prints that prints the server's words
 
     def _refusal(self, error: RedisError) -> Exception | None:
-        # Over a unix socket redis-py hides the error in another.
+        # Over a unix socket redis-py hides the error in another; while it connects, every error.
         for each in (error, error.__cause__, error.__context__):
+            if isinstance(each, Exception) and is_bug(each):
+                return each
+            if isinstance(each, DataError):
+                return ConfigurationError(f"redis-py refuses the options: {each}")
             if isinstance(each, (AuthenticationError, AuthorizationError, ResponseError)):
                 return self.explain(each)
             if isinstance(each, ssl.SSLCertVerificationError):
@@ -94,9 +106,11 @@ class Wire(asyncio.Protocol, ABC):
 
     async def _greet(self, connection: Any) -> None:
         # redis-py calls this when there is a socket, before it authenticates. No public name leads to the transport.
-        self._transport = cast(asyncio.Transport, connection._writer.transport)
-        no_linger(self._transport)
-        await connection.on_connect()
+        transport = getattr(connection._writer, "transport", None)
+        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are none of asyncio's classes
+            self._transport = cast(asyncio.Transport, transport)
+            no_linger(self._transport)
+            await connection.on_connect()
 
     async def drop(self) -> None:
         """End it now; nothing that is still in a buffer is sent. Idempotent."""
