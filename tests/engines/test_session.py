@@ -14,6 +14,7 @@ from tests.support.servers import eventually
 from wsbroadcast import (
     Audience,
     ConfigurationError,
+    EncodeError,
     EngineUnavailable,
     Health,
     LifecycleError,
@@ -171,10 +172,45 @@ async def test_who_waits_for_the_limit_when_the_engine_stops_is_told() -> None:
 async def test_refusal_of_one_publication_leaves_the_others_alone(started: Started) -> None:
     started.broker.forbidden.add("wsbroadcast:channel:sport")
     good = asyncio.create_task(started.engine.publish(news()))
-    with pytest.raises(PermissionError):
+    with pytest.raises(EngineError):
         await started.engine.publish(news("x", SPORT))
     await good
     assert started.engine.stats().publish_failures == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told", "text"),
+    [
+        (ConfigurationError("the fake forbids it"), EngineUnavailable, "the fake forbids it; nothing was sent"),
+        (PermissionError("no"), EngineUnavailable, "no; nothing was sent"),
+        (EngineUnavailable("full"), EngineUnavailable, "full"),
+        (EngineError("nonsense"), EngineError, "nonsense"),
+        (EncodeError("not that"), EncodeError, "not that"),
+        (MessageTooLarge(5, 4), MessageTooLarge, "larger than the limit of 4 bytes"),
+        (ValueError("bad"), EngineError, r"the broker refuses the message \(ValueError: bad\)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_refusal_becomes_an_error_that_publish_documents(
+    started: Started, refusal: Exception, told: type[Exception], text: str
+) -> None:
+    started.broker.forbidden.add(NAME)
+    started.broker.refusal = refusal
+    with pytest.raises(told, match=text) as caught:
+        await started.engine.publish(news())
+    assert type(caught.value) is told
+    assert caught.value is refusal or caught.value.__cause__ is refusal
+    assert started.broker.opened == 1
+
+
+async def test_refusals_that_nobody_awaits_are_no_flood(started: Started, caplog: pytest.LogCaptureFixture) -> None:
+    started.broker.forbidden.add(NAME)
+    for _ in range(10):
+        for number in range(10):
+            started.engine.publish_nowait(news(str(number)))
+        await started.engine.publish(news("x", SPORT))
+    assert started.engine.stats().publish_failures == 100
+    assert [record.message for record in caplog.records] == ["not published, of broadcast_nowait: 1, because no"]
 
 
 async def test_outage_is_survived_announced_once_and_ends_by_itself(started: Started) -> None:
@@ -518,7 +554,7 @@ async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(s
     many = [Audience("channel", str(number)) for number in range(30)]
     started.broker.unsubscribable.add("wsbroadcast:channel:7")
     started.engine.subscribe(many)
-    with pytest.raises(ConfigurationError, match="forbids"):
+    with pytest.raises(EngineUnavailable, match="forbids"):
         await started.engine.confirmed([many[7]])
     await started.engine.confirmed(many[:7] + many[8:])
     await started.engine.publish(news("text", many[29]))
@@ -533,7 +569,7 @@ async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(s
 async def test_forbidden_name_is_asked_for_again_with_the_next_link(started: Started) -> None:
     started.broker.unsubscribable.add("wsbroadcast:channel:sport")
     started.engine.subscribe([SPORT])
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(EngineUnavailable):
         await started.engine.confirmed([SPORT])
     started.broker.unsubscribable.clear()
     started.broker.drop_links()
@@ -555,7 +591,7 @@ async def test_name_that_is_forbidden_no_longer_can_be_joined_after_the_next_lin
     started.broker.unsubscribable.add("wsbroadcast:channel:sport")
     started.broker.is_down = False
     await started.is_up()
-    with pytest.raises(ConfigurationError, match="forbids"):
+    with pytest.raises(EngineUnavailable, match="forbids"):
         await started.engine.confirmed([SPORT])
     started.broker.unsubscribable.clear()
     started.broker.drop_links()

@@ -27,6 +27,8 @@ class FakeBroker:
         self.refuses: ConfigurationError | None = None
         self.forbidden: set[str] = set()
         """Names that nobody may publish to."""
+        self.refusal: Exception = PermissionError("no")
+        """What that is told with."""
         self.unsubscribable: set[str] = set()
         """Names that nobody may subscribe to."""
         self.publish_seconds = 0.0
@@ -121,7 +123,7 @@ class FakeLink(Link):
         for parcel in parcels:
             if parcel.name not in self.broker.forbidden:
                 self.broker.send(*parcel)
-        return [PermissionError("no") if parcel.name in self.broker.forbidden else None for parcel in parcels]
+        return [self.broker.refusal if parcel.name in self.broker.forbidden else None for parcel in parcels]
 
     async def read_limits(self) -> None:
         self.broker.limits_read += 1

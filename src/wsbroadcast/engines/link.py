@@ -80,7 +80,9 @@ class Link(ABC):
         """Publish in this order, in one go; returns once the broker has taken them. Never called concurrently.
 
         Returns:
-            For each parcel what the broker refused it with, or `None`.
+            For each parcel `None`, or what the broker refused it with: a `ConfigurationError` if it forbids us to
+            publish it, an `OSError` such as `EngineUnavailable` if it takes nothing now, `MessageTooLarge`, or any
+            other error if trying again with this very parcel doesn't help.
 
         Raises:
             Exception: If the connection was lost; whether the broker took them isn't known.

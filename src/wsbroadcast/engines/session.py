@@ -214,13 +214,17 @@ class Session:
         self._supervisor.unwanted(names)
 
     async def confirmed(self, audiences: Iterable[Audience]) -> None:
-        """Wait until the broker has confirmed, or is out of reach."""
+        """Wait until the broker has confirmed, or is out of reach.
+
+        Raises:
+            EngineUnavailable: If it forbids us one of them.
+        """
         names = [self._names.of(audience) for audience in audiences]
         await self._supervisor.wait_settled(names)
         if self._refusals:
             for name in names:
                 if name in self._refusals:
-                    raise self._refusals[name]
+                    raise EngineUnavailable(str(self._refusals[name])) from self._refusals[name]
 
     # From the broker: the inlet of its link.
 

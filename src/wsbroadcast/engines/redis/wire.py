@@ -26,10 +26,13 @@ from wsbroadcast.engines.redis.driver import (
 from wsbroadcast.engines.redis.replies import ErrorReply, Reply, ReplyReader, pack
 from wsbroadcast.engines.redis.target import Access, Host, unreal
 from wsbroadcast.engines.sockets import no_linger, reset
-from wsbroadcast.exceptions import ConfigurationError, EngineError
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 
 # Answers of a server that can't do it now, or is no longer the right one: look for it again.
 _WRONG_SERVER = {"ASK", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "READONLY", "TRYAGAIN"}
+
+# Answers of a server that does nothing now, and is the right one.
+_BUSY = {"BUSY", "MISCONF", "NOREPLICAS", "OOM"}
 
 # Answers of a server that doesn't let us.
 _REFUSED = {"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"}
@@ -119,7 +122,7 @@ class Wire(asyncio.Protocol, ABC):
             await self._connection.disconnect(nowait=True)  # else it says when collected that it wasn't closed
 
     def explain(self, error: Exception) -> Exception:
-        """Say what an error of the server means to us."""
+        """Say what an error of the server means to us; a `ConnectionError` means that it is the wrong one by now."""
         code = error.code if isinstance(error, ErrorReply) else ""
         text = str(error).partition(", with args")[0]  # of an unknown command they are repeated, a password too
         if code in _WRONG_SERVER or "max number of clients" in text:
@@ -127,6 +130,8 @@ class Wire(asyncio.Protocol, ABC):
         if code in _REFUSED or not code:
             user = f"the user {self._access.user!r}"
             return ConfigurationError(f"Redis at {self.where} refuses {user} ({text}), who needs {self._needs}")
+        if code in _BUSY:
+            return EngineUnavailable(f"Redis at {self.where} answers {text}; nothing was sent")
         return EngineError(f"Redis at {self.where} answers {text}")
 
     # What the transport calls.
