@@ -25,6 +25,7 @@ from wsbroadcast import (
     ConnectionState,
     Delivery,
     Engine,
+    EngineError,
     EngineUnavailable,
     Health,
     LifecycleError,
@@ -48,6 +49,7 @@ class Wire:
     def __init__(self) -> None:
         self.receivers: list[Receiver] = []
         self.is_cut = False
+        self.error: type[EngineError] = EngineUnavailable
 
 
 class WireEngine(Engine):
@@ -74,7 +76,7 @@ class WireEngine(Engine):
 
     async def publish(self, publication: Publication) -> None:
         if self._wire.is_cut:
-            raise EngineUnavailable("the wire is cut")
+            raise self._wire.error("the wire is cut")
         for receiver in self._wire.receivers:
             await receiver.receive(publication)
 
@@ -392,13 +394,15 @@ async def test_user_is_disconnected_on_every_node() -> None:
         assert bob.close is None
 
 
-async def test_broker_that_is_out_of_reach_leaves_none_of_this_node() -> None:
+@pytest.mark.parametrize("error", [EngineUnavailable, EngineError])
+async def test_broker_that_does_not_take_it_leaves_none_of_this_node(error: type[EngineError]) -> None:
     wire = Wire()
+    wire.error = error
     async with ConnectionManager(WireEngine(wire)) as here, ConnectionManager(WireEngine(wire)) as there:
         ((near, _),) = await connected(here, 1, user="ann")
         await connected(there, 1, user="ann")
         wire.is_cut = True
-        with pytest.raises(EngineUnavailable):
+        with pytest.raises(error):
             await here.disconnect_user("ann")
         assert await near.wait_close() == 4401
         assert len(there.connections) == 1

@@ -10,8 +10,8 @@ WSBroadcastError
 ├── LifecycleError(RuntimeError)          not running, or running in another event loop
 ├── PermissionDenied(WebSocketException)  raised by hooks and access checks
 ├── LimitExceeded(WebSocketException)     .limit
-└── EngineError
-    └── EngineUnavailable(OSError)        out of reach; a retry is sensible
+└── EngineError                           a retry doesn't help, except for:
+    └── EngineUnavailable(OSError)        out of reach, or takes nothing now; a retry is sensible
 """
 
 from __future__ import annotations
@@ -106,11 +106,14 @@ class LimitExceeded(WSBroadcastError, WebSocketException):
 
 
 class EngineError(WSBroadcastError):
-    """Raised when an engine fails."""
+    """Raised when an engine fails.
+
+    If it is no `EngineUnavailable`, a retry doesn't help: the broker refuses this very message, or there is a bug.
+    """
 
 
 class EngineUnavailable(EngineError, OSError):
-    """Raised when the broker can't be reached; a retry is sensible.
+    """Raised when the broker can't be reached, takes no messages now, or forbids us to send them; a retry is sensible.
 
     Nothing was sent, unless the text says that it isn't known: the broker was asked and did not answer in time.
     """
@@ -123,3 +126,10 @@ def shorten(value: object, limit: int = 80) -> str:
     except Exception:  # a repr of the app's, or an int or a nesting that is too long for one
         text = object.__repr__(value)
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def kind_of(value: object) -> str:
+    """Name the type of a value that isn't what was expected; with its module, which tells equal names apart."""
+    kind = value if isinstance(value, type) else type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"the class {name}" if isinstance(value, type) else name

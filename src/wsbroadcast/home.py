@@ -154,7 +154,7 @@ class Home:
 
         Raises:
             HasEnded: If it has; nothing was sent.
-            EngineUnavailable: If the broker can't be reached, or doesn't answer in time.
+            EngineError: If the broker doesn't take it, mostly `EngineUnavailable`.
         """
         if not await self._is_ready():
             raise EngineUnavailable(f"the {self._engine.name} engine finds no broker so quickly; nothing was sent")

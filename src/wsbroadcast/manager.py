@@ -17,7 +17,7 @@ from wsbroadcast.counters import Counters, Stats
 from wsbroadcast.decorators import HookDecorators
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.base import Engine, Health, Publication, transactional
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineUnavailable, LifecycleError
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineError, LifecycleError
 from wsbroadcast.expiry import ExpiresAt
 from wsbroadcast.hooks import Hook, HookChain
 from wsbroadcast.lifecycle import Lifecycle
@@ -109,6 +109,8 @@ class ConnectionManager(Lifecycle, HookDecorators):
                 is refused with 401, or a socket that is accepted already closed with 4401.
             LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
                 socket that is accepted already closed with 1008 or 1013.
+            EngineUnavailable: If the broker forbids us to subscribe to it. One that is out of reach is no error: what
+                is missed is announced as a gap.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         connect = self._connect(
@@ -176,7 +178,8 @@ class ConnectionManager(Lifecycle, HookDecorators):
 
         Raises:
             ValueError: If the user is no id, or the code can't be sent.
-            EngineUnavailable: If the broker can't be reached: those of this node were closed, those of others not.
+            EngineError: If the broker didn't take it, mostly `EngineUnavailable`: those of this node were closed, those
+                of others not.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         if not is_sendable(code):
@@ -186,7 +189,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         await self._run_here()
         try:
             await self._engine.publish(publication)
-        except EngineUnavailable:
+        except EngineError:
             self._node.receive_nowait(publication)
             raise
 
@@ -221,6 +224,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
             LimitExceeded: If they are more than `max_channels_per_connection`; none of them is subscribed, and the
                 connection stays.
             PermissionDenied: If a hook refuses a channel; that one and those after it are not subscribed.
+            EngineUnavailable: If the broker forbids us one of them; none of them is subscribed.
         """
         names = as_channels(channels)
         await self._node.membership.subscribe(self._find_open(connection), names)
@@ -279,11 +283,14 @@ class ConnectionManager(Lifecycle, HookDecorators):
         Raises:
             EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
             ValueError: If the channel (`InvalidChannel`) or user is none; `None` is never "everybody".
-            EngineUnavailable: If the broker can't be reached and nothing was sent; or if it doesn't answer in time, and
-                whether it took the message isn't known: the text says which.
-            ConfigurationError: If the engine can't publish inside a transaction.
+            EngineUnavailable: If the broker can't be reached, takes no messages now, or no longer lets us publish:
+                nothing was sent; or if it doesn't answer in time, and whether it took the message isn't known: the text
+                says which.
+            EngineError: If the broker refuses this very message: to try again doesn't help.
+            ConfigurationError: If the engine can't publish inside a transaction, or in this one.
             LifecycleError: If the manager is closed, or runs in another event loop.
-            Exception: What an `on_broadcast` or `on_deliver` hook raises; nobody gets the message.
+            Exception: What an `on_broadcast` or `on_deliver` hook raises, or the driver of the transaction; nobody gets
+                the message.
         """
         publication = self._publication(message, channel, user, exclude, key)
         prepared = await self._prepare(publication)
@@ -323,6 +330,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
         It sets no pace: what a connection can't take, and its backlog can't hold, is the slow-consumer policy's affair.
 
         Raises:
+            EngineUnavailable: If the broker is known to be out of reach, or too much waits for it. What it refuses
+                later is logged.
+            EncodeError: As for `broadcast`.
             LifecycleError: If called outside the event loop, before the start of an engine that needs one, or with a
                 broadcast hook that has to wait, be it for this message or for one before it.
         """

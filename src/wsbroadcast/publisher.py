@@ -90,10 +90,13 @@ class Publisher:
         Raises:
             EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
             ValueError: If the channel (`InvalidChannel`) or user is none; `None` is never "everybody".
-            EngineUnavailable: If the broker can't be reached, or doesn't answer within 2 s; its text says which.
-            ConfigurationError: If the broker refuses us: a wrong password, a missing permission; or if the engine
-                can't publish inside a transaction.
+            EngineUnavailable: If the broker can't be reached, takes no messages now, or no longer lets us publish; or
+                if it doesn't answer within 2 s: its text says whether anything may have been sent.
+            EngineError: If the broker refuses this very message: to try again doesn't help.
+            ConfigurationError: If the broker refuses us when we connect: a wrong password, a missing permission; or if
+                the engine can't publish inside a transaction, or in this one.
             LifecycleError: If the publisher is closed.
+            Exception: What the driver of the transaction raises.
         """
         publication = Publication.of(message, channel, user, key, self._limits)
         if transaction is not None:  # it belongs to this event loop, wherever our own connection is
@@ -114,6 +117,8 @@ class Publisher:
         If the broker doesn't take it, that is logged.
 
         Raises:
+            EngineUnavailable: If the broker is known to be out of reach, or too much waits for it.
+            EncodeError: As for `broadcast`.
             LifecycleError: If called outside the event loop that the publisher runs in, which may be one of its own.
         """
         publication = Publication.of(message, channel, user, key, self._limits)
@@ -136,7 +141,7 @@ class Publisher:
     ) -> None:
         """Send a message like `broadcast`, from a program or a thread without an event loop.
 
-        Blocks until the broker has taken it.
+        Blocks until the broker has taken it. Raises what `broadcast` raises.
 
         Raises:
             LifecycleError: If the publisher is closed, or the call comes from the event loop that it runs in.
@@ -159,6 +164,7 @@ class Publisher:
 
         Raises:
             ConfigurationError: If the broker refuses us.
+            EngineError: If the engine fails in a way that no broker causes; `EngineUnavailable` if it fails fast.
         """
         with self._counted_start():
             await self._run(lambda home, ticket: home.start(), is_start=True)

@@ -147,6 +147,58 @@ async def test_envelope_over_the_limit_is_refused_alone(own_nats: OwnNATS, prefi
         assert await link.letters.until(b"x") == [parcels[0], parcels[2]]
 
 
+@pytest.mark.parametrize("size", [2000, 500])
+async def test_limit_that_was_changed_is_read_again(own_nats: OwnNATS, size: int) -> None:
+    server = own_nats(config="max_payload: 1000")
+    async with used(server.url, "a") as link:
+        await asyncio.to_thread(server.set_max_payload, size)
+        await link.publish("a", b"small")
+        await link.link.read_limits()
+        assert link.link.max_envelope_bytes == size
+        await link.publish("a", b"x" * size)
+        await link.letters.until(b"x" * size)
+        assert not link.reading.done()
+
+
+async def test_limit_of_another_server_behind_the_same_address_says_nothing() -> None:
+    ids = iter(["one", "another"])
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        name = next(ids)
+        size = {"one": 1000, "another": 2000}[name]
+        writer.write(b'INFO {"server_id":"%b","max_payload":%d}\r\n' % (name.encode(), size))
+        while await reader.readuntil(b"PING\r\n"):
+            writer.write(b"PONG\r\n")
+
+    async with serving(serve) as url, used(url) as link:
+        await link.link.read_limits()
+        assert link.link.max_envelope_bytes == 1000
+
+
+@pytest.mark.parametrize(("told", "limit"), [("2000", 2000), ("true", 1000), ("-1", 1000), ('"x"', 1000)])
+async def test_limit_that_a_server_tells_of_is_kept_if_it_is_one(told: str, limit: int) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"max_payload":1000}\r\n')
+        while await reader.readuntil(b"PING\r\n"):
+            writer.write(b'INFO {"max_payload":%b}\r\nPONG\r\n' % told.encode())
+
+    async with serving(serve) as url, used(url) as link:
+        await link.link.publish([])
+        assert link.link.max_envelope_bytes == limit
+
+
+async def test_limit_is_not_read_over_a_link_that_is_gone(own_nats: OwnNATS) -> None:
+    server = own_nats()
+    await NATSEngine(server.url).new_link().read_limits()
+    async with used(server.url) as link:
+        await server.stopped()
+        with pytest.raises(ConnectionError):
+            await link.link.read_limits()
+        await link.link.abort()
+        await link.link.read_limits()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_denied_publications_are_told_apart(own_nats: OwnNATS) -> None:
     async with used(permitted(own_nats(config=PERMISSIONS)), "app.channel.a", "read.b") as link:
         parcels = [

@@ -5,6 +5,7 @@ import ssl
 from typing import Any
 
 import pytest
+from nats.aio.client import Client
 
 from wsbroadcast import ConfigurationError, MissingDependency
 from wsbroadcast.engines import create_engine
@@ -123,6 +124,13 @@ def test_url_that_makes_no_sense_is_refused_without_repeating_secrets(url: str, 
         ({"password": "secret"}, "user and password together"),
         ({"allow_reconnect": True}, "no option 'allow_reconnect'"),
         ({"tls": True}, "an ssl.SSLContext, not bool"),
+        ({"user": 5, "password": "secret"}, "user is a str, or a function that returns one, not int"),
+        ({"user": "alice", "password": 5}, "password is a str, or a function that returns one, not int"),
+        ({"token": 5}, "token is a str, or a function"),
+        ({"name": 5}, "name is a str, not int"),
+        ({"tls_hostname": b"a"}, "tls_hostname is a str, not bytes"),
+        ({"tls_handshake_first": "no"}, "tls_handshake_first is True or False, not str"),
+        ({"signature_cb": "x"}, "signature_cb is a function, not str"),
     ],
 )
 def test_option_that_makes_no_sense_is_refused(options: dict[str, Any], what: str) -> None:
@@ -135,9 +143,14 @@ def test_user_stands_in_the_url_or_in_options() -> None:
         NATSEngine("nats://alice:secret@a", user="alice", password="secret")
 
 
-def test_servers_are_text() -> None:
-    with pytest.raises(ConfigurationError, match="servers are URLs"):
-        NATSEngine([4222])  # type: ignore[list-item]
+@pytest.mark.parametrize(
+    ("servers", "what"),
+    [([4222], "list"), (4222, "int"), (Client(), r"nats\.aio\.client\.Client")],
+    ids=["list", "number", "client"],
+)
+def test_servers_are_text(servers: Any, what: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"servers are URLs, not {what}"):
+        NATSEngine(servers)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nkeys") is not None, reason="nkeys is installed")

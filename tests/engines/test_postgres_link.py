@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import re
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -416,8 +417,8 @@ async def test_database_that_became_read_only_takes_small_messages(life: Life) -
     await life.link.create_table()
     await life.link._notifier._connection.execute("SET default_transaction_read_only = on")
     (error,) = await life.publish(("news", LARGE))
-    assert isinstance(error, EngineError)
-    assert "read-only" in str(error)
+    assert isinstance(error, EngineUnavailable)
+    assert re.search("takes no message now: .* read-only transaction; nothing was sent", str(error))
     assert await life.publish(("news", b"small")) == [None]
     assert not life.reading.done()
 
@@ -428,17 +429,18 @@ async def test_statement_that_is_refused_leaves_the_link_alive(life: Life, postg
     await life.link._notifier._connection.execute("SET statement_timeout = '300 ms'")
     async with holding(postgres_server.url, f"LOCK TABLE {life.prefix}_spill"):
         errors = await life.publish(("news", LARGE), ("news", b"small"))
-    assert [type(error) for error in errors] == [EngineError] * 2
-    assert "refuses the message: canceling statement due to statement timeout" in str(errors[0])
+    assert [type(error) for error in errors] == [EngineUnavailable] * 2
+    assert "takes no message now: canceling statement due to statement timeout; nothing was sent" in str(errors[0])
     assert await life.publish(("news", LARGE)) == [None]
     await life.arrives("news", LARGE)
 
 
 class Full:
-    """A connection to a server whose queue is full."""
+    """A connection to a server whose queue is full, or that refuses what it is told for another reason."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.statements: list[str] = []
+        self._error = error or asyncpg.ProgramLimitExceededError("too many notifications in the NOTIFY queue")
 
     def is_closed(self) -> bool:
         return False
@@ -446,7 +448,35 @@ class Full:
     async def execute(self, statement: str, *values: object) -> None:
         self.statements.append(statement)
         if "pg_notify" in statement:
-            raise asyncpg.ProgramLimitExceededError("too many notifications in the NOTIFY queue")
+            raise self._error
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        (asyncpg.ReadOnlySQLTransactionError, EngineUnavailable),
+        (asyncpg.QueryCanceledError, EngineUnavailable),
+        (asyncpg.DiskFullError, EngineUnavailable),
+        (asyncpg.OutOfMemoryError, EngineUnavailable),
+        (asyncpg.LockNotAvailableError, EngineUnavailable),
+        (asyncpg.DeadlockDetectedError, EngineUnavailable),
+        (asyncpg.SerializationError, EngineUnavailable),
+        (asyncpg.InsufficientPrivilegeError, EngineUnavailable),
+        (asyncpg.UndefinedFunctionError, EngineUnavailable),
+        (asyncpg.UntranslatableCharacterError, EngineError),
+        (asyncpg.NullValueNotAllowedError, EngineError),
+    ],
+    ids=lambda value: value.__name__,
+)
+async def test_refusal_is_of_the_message_or_of_all_messages(
+    prefix: str, refusal: type[Exception], told: type[EngineError]
+) -> None:
+    notifier = Notifier(prefix, SpillTable(prefix, "public"), "postgres at host:5432")
+    notifier.open(Full(refusal("not now\nDETAIL: secret")), role="app", takes_unicode=True)
+    (error,) = await notifier.publish([Parcel("a", b"x")])
+    assert type(error) is told
+    assert "not now" in str(error)
+    assert "secret" not in str(error)
 
 
 async def test_full_queue_of_notifications_is_unavailable_and_emptied(prefix: str) -> None:

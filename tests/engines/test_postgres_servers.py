@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -36,10 +37,10 @@ async def run(postgres_server: Endpoint) -> AsyncIterator[Run]:
         await connection.close()
 
 
-async def refusal(url: str, prefix: str) -> Exception:
+async def refusal(url: str, prefix: str, **options: Any) -> Exception:
     """Open a link and return what it raises; nothing is left behind."""
     before = asyncio.all_tasks()
-    link = new_link(url, prefix)
+    link = new_link(url, prefix, **options)
     try:
         await link.open()
     except Exception as error:
@@ -79,6 +80,16 @@ async def test_wrong_credentials_are_told_without_the_password(own_postgres: Own
         assert reason in str(error)
         assert error.__cause__ is error.__context__ is None
         assert not any("s3cr3t" in text for text in texts(error))
+
+
+async def test_option_that_asyncpg_refuses_is_told(postgres_server: Endpoint, prefix: str) -> None:
+    error = await refusal(postgres_server.url, prefix, command_timeout="x")
+    assert isinstance(error, ConfigurationError)
+    assert "can't be used: invalid command_timeout value" in str(error)
+
+
+async def test_option_of_the_wrong_type_is_no_outage(postgres_server: Endpoint, prefix: str) -> None:
+    assert isinstance(await refusal(postgres_server.url, prefix, statement_cache_size="x"), TypeError)
 
 
 @pytest.mark.parametrize(

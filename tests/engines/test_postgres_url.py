@@ -6,7 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.url import Target, read_url
@@ -119,10 +121,25 @@ def test_bad_url_is_refused_without_a_part_of_it(url: str) -> None:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-@pytest.mark.parametrize("url", [None, 7, b"postgres://host"])
-def test_url_that_is_no_text_is_refused(url: Any) -> None:
-    with pytest.raises(ConfigurationError):
+@pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        (None, "NoneType"),
+        (7, "int"),
+        (b"postgres://host", "bytes"),
+        (asyncpg.Pool.__new__(asyncpg.Pool), r"asyncpg\.pool\.Pool"),
+        (create_async_engine("postgresql+asyncpg://host"), r"sqlalchemy\..*AsyncEngine"),
+    ],
+    ids=["nothing", "number", "bytes", "pool", "SQLAlchemy"],
+)
+def test_url_that_is_no_text_is_refused(url: Any, what: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"a str, not {what}: the engine makes connections of its own"):
         PostgresEngine(url)
+
+
+def test_server_settings_are_a_dict() -> None:
+    with pytest.raises(ConfigurationError, match="server_settings is a dict, not int"):
+        PostgresEngine(server_settings=5)
 
 
 def test_engine_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from wsbroadcast.engines.link import Link, Parcel
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.options import target_from_url
 from wsbroadcast.engines.redis.wire import Asker, Listener
-from wsbroadcast.exceptions import EngineError
+from wsbroadcast.exceptions import EngineError, EngineUnavailable
 
 OwnRedis = Callable[..., RedisServer]
 
@@ -249,7 +249,7 @@ async def test_forbidden_name_is_refused_for_itself(own_redis: OwnRedis) -> None
     engine = RedisEngine.from_url(f"redis://app:secret@{server.host}:{server.port}?prefix=t")
     async with used(engine, "t:a") as (link, letters, _):
         refusals = await link.publish([Parcel("t:a", b"1"), Parcel("u:a", b"2"), Parcel("t:a", b"3")])
-        assert [type(refusal) for refusal in refusals] == [type(None), EngineError, type(None)]
+        assert [type(refusal) for refusal in refusals] == [type(None), ConfigurationError, type(None)]
         assert "NOPERM" in str(refusals[1])
         assert [envelope for _, envelope in await letters.until(b"3")] == [b"1", b"3"]
         with pytest.raises(ConfigurationError, match=r"'app' \(NOPERM .* needs &t:\*"):
@@ -275,6 +275,38 @@ async def test_server_that_is_no_redis_can_not_be_reached() -> None:
         assert not isinstance(raised.value, ConfigurationError)
 
 
+async def test_connection_without_a_socket_is_refused(redis_server: Endpoint) -> None:
+    class Writer:
+        """What a connection of the user's own may have instead of asyncio's."""
+
+        async def wait_closed(self) -> None:
+            """It is."""
+
+        def close(self) -> None:
+            """There is nothing to close."""
+
+    class Unreal(redis.asyncio.Connection):
+        async def _connect(self) -> None:
+            self._reader = asyncio.StreamReader()
+            self._writer = Writer()  # type: ignore[assignment]
+
+    pool = redis.asyncio.ConnectionPool(connection_class=Unreal)
+    with pytest.raises(ConfigurationError, match="Unreal is no connection to a server"):
+        await _open(RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)))
+
+
+@pytest.mark.parametrize("option", ["credential_provider", "socket_keepalive_options"])
+async def test_option_of_the_wrong_type_is_no_outage(redis_server: Endpoint, option: str) -> None:
+    options: dict[str, Any] = {option: 5}
+    with pytest.raises(AttributeError, match="'int' object has no attribute"):
+        await _open(RedisEngine(redis_server.url, **options))
+
+
+async def test_option_that_redis_py_can_not_send_is_refused(redis_server: Endpoint) -> None:
+    with pytest.raises(ConfigurationError, match="redis-py refuses the options: Invalid input"):
+        await _open(RedisEngine(redis_server.url, password=object()))
+
+
 async def test_closed_port_can_not_be_reached() -> None:
     with pytest.raises(redis.ConnectionError, match=r"Connect call failed|refused"):
         await _open(f"redis://:hunter2@127.0.0.1:{free_port()}")
@@ -295,6 +327,30 @@ async def test_answer_to_a_publish_that_makes_no_sense_loses_the_link() -> None:
     async with fake_redis(answer) as address, used(f"redis://{address}") as (link, _, _):
         with pytest.raises(ValueError, match="answers a publish with bytes"):
             await link.publish([Parcel("a", b"1")])
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("NOPERM this user has no permissions to run the 'publish' command", ConfigurationError),
+        ("OOM command not allowed when used memory > 'maxmemory'", EngineUnavailable),
+        ("MISCONF Redis is configured to save RDB snapshots", EngineUnavailable),
+        ("BUSY Redis is busy running a script", EngineUnavailable),
+        ("NOREPLICAS Not enough good replicas to write.", EngineUnavailable),
+        ("ERR unknown command 'PUBLISH'", EngineError),
+    ],
+)
+async def test_server_that_takes_no_message_is_no_lost_link(answer: str, told: type[Exception]) -> None:
+    refused = b"-%b\r\n" % answer.encode()
+    async with (
+        fake_redis(lambda command: refused if command[1:2] == [b"a"] else obliging(command)) as address,
+        used(f"redis://{address}") as (link, _, reading),
+    ):
+        first, second = await link.publish([Parcel("a", b"1"), Parcel("b", b"2")])
+        assert type(first) is told
+        assert answer[:20] in str(first)
+        assert second is None
+        assert not reading.done()
 
 
 @pytest.mark.parametrize("code", ["LOADING", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "MOVED 7 a:1", "TRYAGAIN"])
@@ -569,8 +625,8 @@ def test_answer_that_nobody_asked_for_loses_the_link() -> None:
     assert "nobody asked for" in str(losses[0])
 
 
-async def _open(url: str) -> None:
-    link = RedisEngine.from_url(url).new_link()
+async def _open(where: str | RedisEngine) -> None:
+    link = (RedisEngine.from_url(where) if isinstance(where, str) else where).new_link()
     try:
         async with asyncio.timeout(5):
             await link.open()

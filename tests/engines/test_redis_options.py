@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 import redis.asyncio
 from redis.asyncio.sentinel import Sentinel
 
-from wsbroadcast import ConfigurationError
+from wsbroadcast import ConfigurationError, ConnectionManager
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.options import SCHEMES, target_from_client, target_from_url
 from wsbroadcast.engines.redis.target import Access, Host
@@ -213,10 +214,81 @@ def test_client_of_a_cluster_is_understood() -> None:
     assert attributes(target.access, "ssl_context")[0].check_hostname is False
 
 
-@pytest.mark.parametrize("client", [object(), redis.Redis(), "redis://localhost"])
-def test_client_must_be_one_of_asyncio(client: object) -> None:
-    with pytest.raises(ConfigurationError, match=r"redis\.asyncio\.Redis"):
+@pytest.mark.parametrize(
+    ("client", "what"),
+    [
+        (object(), "not object"),
+        (redis.Redis(), r"not redis\.client\.Redis, which blocks the event loop"),
+        (redis.asyncio.Redis, r"not the class redis\.asyncio\.client\.Redis"),
+        (redis.asyncio.ConnectionPool(), r"ConnectionPool: take redis\.asyncio\.Redis\(connection_pool=…\)"),
+        (cast(Any, Sentinel)([("a", 1)]), "Sentinel: take what its `master_for` returns"),
+        ("redis://localhost", "not str: a URL is the first argument"),
+        (MagicMock(), "MagicMock"),
+    ],
+    ids=["object", "sync", "class", "pool", "sentinel", "URL", "mock"],
+)
+def test_client_must_be_one_of_asyncio(client: object, what: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"must be a redis\.asyncio\.Redis or RedisCluster.*{what}"):
         RedisEngine(client=client)
+
+
+def test_client_is_no_url() -> None:
+    with pytest.raises(ConfigurationError, match=r"not redis\.asyncio\.client\.Redis; a client is given by client=…"):
+        RedisEngine(redis.asyncio.Redis())  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"not redis\.asyncio\.client\.Redis.*RedisEngine\(client=…\)"):
+        ConnectionManager(redis.asyncio.Redis())  # type: ignore[arg-type]
+
+
+class Unreal(redis.asyncio.Connection):
+    """A connection as fakeredis makes it: to nothing but an object of this process."""
+
+    async def _connect(self) -> None:
+        """Connect to nothing."""
+
+    async def read_response(self, *args: Any, **options: Any) -> Any:
+        """Read what nobody has sent."""
+
+
+NO_CONNECTION = "no connection to a server, which RedisEngine needs; in tests use memory://"
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        redis.asyncio.Redis(connection_pool=redis.asyncio.ConnectionPool(connection_class=Unreal)),
+        redis.asyncio.Redis(connection_pool=redis.asyncio.ConnectionPool(connection_class=cast(Any, dict))),
+        MagicMock(spec=redis.asyncio.Redis()),
+        MagicMock(spec=redis.asyncio.RedisCluster),
+    ],
+    ids=["fake", "something else", "mock", "mock of a cluster"],
+)
+def test_client_that_connects_to_no_server_is_refused(client: object) -> None:
+    with pytest.raises(ConfigurationError, match=NO_CONNECTION):
+        RedisEngine(client=client)
+
+
+@pytest.mark.parametrize(
+    "client",
+    [MagicMock(spec=redis.asyncio.Redis), cast(Any, Sentinel)([]).master_for("main")],
+    ids=["mock", "no sentinel"],
+)
+def test_client_that_does_not_say_where_is_refused(client: object) -> None:
+    with pytest.raises(ConfigurationError, match="where the client connects to can't be seen"):
+        RedisEngine(client=client)
+
+
+def test_connection_of_the_users_own_is_taken() -> None:
+    class Tunnelled(redis.asyncio.Connection):
+        async def _connect(self) -> None:
+            """Connect by a way of one's own, with streams of asyncio."""
+
+    class Counted(redis.asyncio.Connection):
+        async def read_response(self, *args: Any, **options: Any) -> Any:
+            """Read, and count."""
+
+    for kind in (Tunnelled, Counted):
+        pool = redis.asyncio.ConnectionPool(connection_class=kind, host="cache")
+        assert RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)).address == "cache:6379"
 
 
 def test_engine_takes_a_client_or_a_url() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 
@@ -13,6 +14,7 @@ from tests.support.servers import eventually
 from wsbroadcast import (
     Audience,
     ConfigurationError,
+    EncodeError,
     EngineUnavailable,
     Health,
     LifecycleError,
@@ -23,6 +25,7 @@ from wsbroadcast import (
 from wsbroadcast.engines import inbox, outbox
 from wsbroadcast.engines.envelope import Origin, encode
 from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.exceptions import EngineError
 
 NEWS, SPORT = Audience("channel", "news"), Audience("channel", "sport")
 NAME = "wsbroadcast:channel:news"
@@ -92,13 +95,122 @@ async def test_larger_message_than_the_broker_takes_is_refused_at_the_publisher(
     await started.engine.publish(news("x" * caught.value.limit))
 
 
+async def test_limit_that_was_raised_is_seen_by_the_message_that_needs_it(started: Started) -> None:
+    started.broker.max_envelope_bytes = 8192
+    await started.engine.publish(news("x" * 5000))
+    await started.engine.publish(news("y" * 5000))
+    await started.got(b"x" * 5000, b"y" * 5000)
+    assert started.broker.limits_read == 1
+
+
+async def test_limit_that_was_raised_is_seen_after_publish_nowait(started: Started) -> None:
+    started.broker.max_envelope_bytes = 8192
+    with pytest.raises(MessageTooLarge):
+        started.engine.publish_nowait(news("x" * 5000))
+
+    async def is_taken() -> bool:
+        try:
+            started.engine.publish_nowait(news("x" * 5000))
+        except MessageTooLarge:
+            return False
+        return True
+
+    await eventually(is_taken)
+    await started.got(b"x" * 5000)
+    assert started.broker.limits_read == 1
+
+
+async def test_messages_that_are_too_large_ask_for_the_limit_together(started: Started) -> None:
+    calls = [started.engine.publish(news("x" * 5000)) for _ in range(100)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, MessageTooLarge) for outcome in outcomes)
+    assert started.broker.limits_read == 1
+    began = time.monotonic()
+    with pytest.raises(MessageTooLarge):
+        await started.engine.publish(news("x" * 5000))
+    assert started.broker.limits_read == 2
+    assert time.monotonic() - began > 0.1  # who sends them one after the other doesn't flood the broker
+
+
+async def test_limit_of_our_own_is_not_asked_for() -> None:
+    broker = FakeBroker()
+    engine = FakeEngine(broker, max_message_bytes=100)
+    await engine.start(FakeNode())
+    with pytest.raises(MessageTooLarge) as caught:
+        await engine.publish(news("x" * 101))
+    assert (caught.value.size, caught.value.limit) == (101, 100)
+    assert broker.limits_read == 0
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("fault", ["down", "hung"])
+async def test_limit_that_can_not_be_asked_for_stays(started: Started, fault: str) -> None:
+    started.broker.is_down = fault == "down"
+    if fault == "hung":
+        started.broker.is_hung.set()
+    with pytest.raises((MessageTooLarge, EngineUnavailable)):
+        await started.engine.publish(news("x" * 5000))
+    started.broker.is_down = False
+    started.broker.is_hung.clear()
+    await started.is_up()
+    with pytest.raises(MessageTooLarge):
+        await started.engine.publish(news("x" * 5000))
+
+
+async def test_who_waits_for_the_limit_when_the_engine_stops_is_told() -> None:
+    broker = FakeBroker()
+    engine = FakeEngine(broker)
+    await engine.start(FakeNode())
+    publishing = asyncio.create_task(engine.publish(news("x" * 5000)))
+    await asyncio.sleep(0)
+    await engine.aclose()
+    with pytest.raises((MessageTooLarge, EngineUnavailable)):
+        await publishing
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_refusal_of_one_publication_leaves_the_others_alone(started: Started) -> None:
     started.broker.forbidden.add("wsbroadcast:channel:sport")
     good = asyncio.create_task(started.engine.publish(news()))
-    with pytest.raises(PermissionError):
+    with pytest.raises(EngineError):
         await started.engine.publish(news("x", SPORT))
     await good
     assert started.engine.stats().publish_failures == 1
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told", "text"),
+    [
+        (ConfigurationError("the fake forbids it"), EngineUnavailable, "the fake forbids it; nothing was sent"),
+        (PermissionError("no"), EngineUnavailable, "no; nothing was sent"),
+        (EngineUnavailable("full"), EngineUnavailable, "full"),
+        (EngineError("nonsense"), EngineError, "nonsense"),
+        (EncodeError("not that"), EncodeError, "not that"),
+        (MessageTooLarge(5, 4), MessageTooLarge, "larger than the limit of 4 bytes"),
+        (ValueError("bad"), EngineError, r"the broker refuses the message \(ValueError: bad\)"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_refusal_becomes_an_error_that_publish_documents(
+    started: Started, refusal: Exception, told: type[Exception], text: str
+) -> None:
+    started.broker.forbidden.add(NAME)
+    started.broker.refusal = refusal
+    with pytest.raises(told, match=text) as caught:
+        await started.engine.publish(news())
+    assert type(caught.value) is told
+    assert caught.value is refusal or caught.value.__cause__ is refusal
+    assert started.broker.opened == 1
+
+
+async def test_refusals_that_nobody_awaits_are_no_flood(started: Started, caplog: pytest.LogCaptureFixture) -> None:
+    started.broker.forbidden.add(NAME)
+    for _ in range(10):
+        for number in range(10):
+            started.engine.publish_nowait(news(str(number)))
+        await started.engine.publish(news("x", SPORT))
+    assert started.engine.stats().publish_failures == 100
+    assert [record.message for record in caplog.records] == ["not published, of broadcast_nowait: 1, because no"]
 
 
 async def test_outage_is_survived_announced_once_and_ends_by_itself(started: Started) -> None:
@@ -296,6 +408,43 @@ async def test_envelope_in_our_name_that_is_not_ours_is_dropped(started: Started
     assert started.engine.stats().bad_envelopes == {"forged": 1, "stale": 1, "echo": 1}
 
 
+@pytest.mark.parametrize("forged", [b"", b"0", b"01", b"-1", b"+1", b"1 ", b"1_0", b"9" * 5000, "\u0661".encode()])
+async def test_echo_that_was_never_sent_is_counted(started: Started, forged: bytes) -> None:
+    await started.is_up()
+    name = started.broker.subscriptions[0][0]
+    started.broker.send(name, forged)
+    started.broker.send(NAME, b'{"v":1}\ngood')
+    await started.got(b"good")
+    assert started.engine.stats().bad_envelopes == {"echo": 1}
+
+
+async def test_echo_that_comes_too_late_is_no_bad_envelope(started: Started, caplog: pytest.LogCaptureFixture) -> None:
+    """Something else came in its time, so the link lives on."""
+    late: list[tuple[str, bytes]] = []
+    send = started.broker.send
+
+    def delay_echoes(name: str, envelope: bytes) -> None:
+        if ":node:" in name:
+            late.append((name, envelope))
+        send(NAME, b'{"v":1}\nsomething else')
+
+    started.broker.send = delay_echoes  # type: ignore[method-assign]
+    assert (await started.engine.health()).is_ok
+    started.broker.send = send  # type: ignore[method-assign]
+    for name, envelope in late:
+        send(name, envelope)
+    send(NAME, b'{"v":1}\nlast')
+
+    async def last_came() -> bool:
+        return started.node.payloads[-1:] == [b"last"]
+
+    await eventually(last_came)
+    assert late
+    assert started.broker.opened == 1
+    assert started.engine.stats().bad_envelopes == {}
+    assert caplog.records == []
+
+
 async def test_name_that_was_never_asked_for_is_counted(started: Started) -> None:
     started.broker.links[0].names.add("another:channel:news")
     started.broker.send("another:channel:news", b'{"v":1}\nx')
@@ -405,7 +554,7 @@ async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(s
     many = [Audience("channel", str(number)) for number in range(30)]
     started.broker.unsubscribable.add("wsbroadcast:channel:7")
     started.engine.subscribe(many)
-    with pytest.raises(ConfigurationError, match="forbids"):
+    with pytest.raises(EngineUnavailable, match="forbids"):
         await started.engine.confirmed([many[7]])
     await started.engine.confirmed(many[:7] + many[8:])
     await started.engine.publish(news("text", many[29]))
@@ -420,7 +569,7 @@ async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(s
 async def test_forbidden_name_is_asked_for_again_with_the_next_link(started: Started) -> None:
     started.broker.unsubscribable.add("wsbroadcast:channel:sport")
     started.engine.subscribe([SPORT])
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(EngineUnavailable):
         await started.engine.confirmed([SPORT])
     started.broker.unsubscribable.clear()
     started.broker.drop_links()
@@ -442,7 +591,7 @@ async def test_name_that_is_forbidden_no_longer_can_be_joined_after_the_next_lin
     started.broker.unsubscribable.add("wsbroadcast:channel:sport")
     started.broker.is_down = False
     await started.is_up()
-    with pytest.raises(ConfigurationError, match="forbids"):
+    with pytest.raises(EngineUnavailable, match="forbids"):
         await started.engine.confirmed([SPORT])
     started.broker.unsubscribable.clear()
     started.broker.drop_links()
@@ -469,17 +618,106 @@ async def test_driver_that_fails_in_a_way_of_its_own_is_survived(started: Starte
     await started.got(b"text")
 
 
-async def test_link_that_can_not_be_made_is_an_error_at_the_start(
-    started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
+BUGS = [
+    AssertionError("a bug"),
+    AttributeError("a bug"),
+    ImportError("a bug"),
+    KeyError("a bug"),
+    NotImplementedError("a bug"),
+    TypeError("a bug"),
+    ZeroDivisionError("a bug"),
+]
+
+OUTAGES = [OSError("gone"), EOFError("gone"), ValueError("gone"), RuntimeError("gone"), TimeoutError("gone")]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=repr)
+async def test_error_that_is_no_outage_comes_out_at_the_start(bug: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    broker = FakeBroker()
+    broker.breaks_on_open = bug
+    engine = FakeEngine(broker)
+    with pytest.raises(
+        EngineError, match=rf"fake at nowhere:1 can't be used: {type(bug).__name__}: .*a bug.* no outage"
+    ) as caught:
+        await engine.start(FakeNode())
+    assert not isinstance(caught.value, (EngineUnavailable, ConfigurationError))
+    assert caught.value.__cause__ is bug
+    assert caplog.records == []  # the error tells
+    await engine.start(FakeNode())
+    await engine.aclose()
+
+
+@pytest.mark.parametrize("outage", OUTAGES, ids=repr)
+async def test_error_that_may_be_an_outage_is_one(outage: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    broker, node = FakeBroker(), FakeNode()
+    broker.breaks_on_open = outage
+    engine = FakeEngine(broker)
+    await engine.start(node)
+    await Started(broker, engine, node).is_up()
+    assert "out of reach" in caplog.text
+    assert all(record.levelname == "WARNING" for record in caplog.records)
+    await engine.aclose()
+
+
+async def test_link_that_can_not_be_made_is_an_error_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> FakeLink:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(started.engine, "new_link", broken)
-    engine = FakeEngine(started.broker, fail_fast=True)
+    engine = FakeEngine(FakeBroker())
     monkeypatch.setattr(engine, "new_link", broken)
-    with pytest.raises(EngineUnavailable, match="ZeroDivisionError"):
+    with pytest.raises(EngineError, match="can't be used: ZeroDivisionError: a bug"):
         await engine.start(FakeNode())
+
+
+async def test_error_that_is_no_outage_is_seen_later_too(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tries = 0
+
+    async def broken(link: FakeLink) -> None:
+        nonlocal tries
+        tries += 1
+        raise AttributeError("'NoneType' object has no attribute 'transport'")
+
+    async def tried_often() -> bool:
+        return tries > 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeLink, "open", broken)
+        started.broker.drop_links()
+        await eventually(tried_often)
+        health = await started.engine.health()
+        assert not health.is_ok
+        assert re.match("AttributeError: 'NoneType' object .* no outage but a wrong option", health.detail)
+        with pytest.raises(EngineUnavailable, match=r"AttributeError: .* no outage.*nothing was sent"):
+            await started.engine.publish(news())
+    (told,) = [record for record in caplog.records if record.levelname == "ERROR"]  # once, with a traceback
+    assert "fake at nowhere:1 can't be used (AttributeError: 'NoneType'" in told.message
+    assert told.exc_info is not None
+    await started.is_up()
+
+
+async def test_link_that_can_not_be_dropped_cleanly_is_logged_once_a_minute(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    abort, tries = FakeLink.abort, 0
+
+    async def broken(link: FakeLink) -> None:
+        nonlocal tries
+        tries += 1
+        await abort(link)
+        raise KeyError("a driver's")
+
+    async def tried_often() -> bool:
+        return tries > 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeLink, "abort", broken)
+        started.broker.is_down = True
+        started.broker.drop_links()
+        await eventually(tried_often)
+    started.broker.is_down = False
+    assert len([record for record in caplog.records if "dropped cleanly" in record.message]) == 1
 
 
 async def test_forged_place_in_the_order_does_not_silence_a_node(started: Started) -> None:

@@ -27,10 +27,16 @@ class FakeBroker:
         self.refuses: ConfigurationError | None = None
         self.forbidden: set[str] = set()
         """Names that nobody may publish to."""
+        self.refusal: Exception = PermissionError("no")
+        """What that is told with."""
         self.unsubscribable: set[str] = set()
         """Names that nobody may subscribe to."""
         self.publish_seconds = 0.0
         """How long it takes to take a batch."""
+        self.max_envelope_bytes = 4096
+        """What it takes. Links know what it was when they were opened, and ask on demand."""
+        self.limits_read = 0
+        """How often it was asked for that."""
         self.breaks_on_open: BaseException | None = None
         """What a driver raises that fails in a way of its own, once."""
         self.on_subscribe: Callable[[Sequence[str]], Awaitable[None]] | None = None
@@ -62,8 +68,6 @@ class FakeBroker:
 
 
 class FakeLink(Link):
-    max_envelope_bytes = 4096
-
     def __init__(self, broker: FakeBroker) -> None:
         self.broker = broker
         self.names: set[str] = set()
@@ -82,6 +86,7 @@ class FakeLink(Link):
             raise self.broker.refuses
         if self.broker.is_down:
             raise ConnectionRefusedError("nobody listens")
+        self.max_envelope_bytes = self.broker.max_envelope_bytes
         self.broker.opened += 1
         self.broker.links.append(self)
 
@@ -118,7 +123,14 @@ class FakeLink(Link):
         for parcel in parcels:
             if parcel.name not in self.broker.forbidden:
                 self.broker.send(*parcel)
-        return [PermissionError("no") if parcel.name in self.broker.forbidden else None for parcel in parcels]
+        return [self.broker.refusal if parcel.name in self.broker.forbidden else None for parcel in parcels]
+
+    async def read_limits(self) -> None:
+        self.broker.limits_read += 1
+        await self.broker.answer()
+        if self.broker.is_down:
+            raise ConnectionRefusedError("nobody listens")
+        self.max_envelope_bytes = self.broker.max_envelope_bytes
 
     async def abort(self) -> None:
         if self in self.broker.links:
@@ -128,8 +140,15 @@ class FakeLink(Link):
 class FakeEngine(BrokerEngine):
     name = "fake"
 
-    def __init__(self, broker: FakeBroker, *, fail_fast: bool = False, timing: Timing = QUICK) -> None:
-        super().__init__(address="nowhere:1", fail_fast=fail_fast, timing=timing)
+    def __init__(
+        self,
+        broker: FakeBroker,
+        *,
+        fail_fast: bool = False,
+        timing: Timing = QUICK,
+        max_message_bytes: int = 16 * 1024 * 1024,
+    ) -> None:
+        super().__init__(address="nowhere:1", fail_fast=fail_fast, timing=timing, max_message_bytes=max_message_bytes)
         self.broker = broker
 
     @classmethod

@@ -6,7 +6,7 @@ from importlib import import_module
 from urllib.parse import urlsplit
 
 from wsbroadcast.engines.base import Engine
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 # The module and class by scheme. A module is imported when its scheme is used, because it imports a driver.
 _SCHEMES = {
@@ -38,7 +38,10 @@ def create_engine(engine: str | Engine) -> Engine:
     if isinstance(engine, Engine):
         return engine
     if not isinstance(engine, str):
-        raise ConfigurationError(f"engine must be a URL or an Engine, not {type(engine).__name__}")
+        raise ConfigurationError(
+            f"engine must be a URL or an Engine, not {kind_of(engine)}; "
+            "a client that you have may be given to RedisEngine(client=…)"
+        )
     try:
         scheme = urlsplit(engine).scheme
     except ValueError:

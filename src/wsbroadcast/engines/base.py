@@ -126,6 +126,7 @@ class Engine(ABC):
         Raises:
             ConfigurationError: If the broker refuses us: a wrong password, a missing permission.
             EngineUnavailable: If the broker can't be reached and the engine fails fast.
+            EngineError: If the engine fails in a way that no broker causes: a driver that doesn't fit, a bug.
         """
 
     @abstractmethod
@@ -146,6 +147,9 @@ class Engine(ABC):
 
         During an outage it returns at once: the audiences are wanted, and subscribed when the broker is back. What was
         missed until then is announced as a gap.
+
+        Raises:
+            EngineUnavailable: If the broker forbids us one of them.
         """
 
     @abstractmethod
@@ -153,7 +157,10 @@ class Engine(ABC):
         """Return once the engine has taken the publication.
 
         Raises:
-            EngineUnavailable: If the broker can't be reached; nothing was sent, or the text says that it isn't known.
+            EngineUnavailable: If the broker can't be reached, takes no messages now, or forbids us to publish: nothing
+                was sent, or the text says that it isn't known.
+            MessageTooLarge: If it is larger than the broker takes.
+            EngineError: If the broker refuses this very publication, so that to try again doesn't help.
         """
 
     @abstractmethod
@@ -162,6 +169,7 @@ class Engine(ABC):
 
         Raises:
             EngineUnavailable: If the broker is known to be out of reach; nothing was sent.
+            MessageTooLarge: If it is larger than the broker takes.
         """
 
     def stats(self) -> EngineStats:

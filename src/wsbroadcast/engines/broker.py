@@ -119,15 +119,21 @@ class BrokerEngine(Engine):
             self._session.unsubscribe(audiences)
 
     def confirmed(self, audiences: Iterable[Audience]) -> Coroutine[Any, Any, None]:
-        """Return when the broker has confirmed these wanted audiences, or at once while it is out of reach."""
+        """Return when the broker has confirmed these wanted audiences, or at once while it is out of reach.
+
+        Raises:
+            EngineUnavailable: If it forbids us one of them.
+        """
         return self._started().confirmed(audiences)
 
     def publish(self, publication: Publication) -> Coroutine[Any, Any, None]:
         """Return once the broker has taken the publication; publications of one turn of the loop go out together.
 
         Raises:
-            EngineUnavailable: If the broker is out of reach, or doesn't answer in time.
+            EngineUnavailable: If the broker is out of reach, doesn't answer in time, takes no messages now, or forbids
+                us to publish.
             MessageTooLarge: If it is larger than the broker takes.
+            EngineError: If the broker refuses this very publication.
         """
         return self._started().publish(publication)
 

@@ -9,6 +9,9 @@ from wsbroadcast.engines.outbox import Outbox
 from wsbroadcast.exceptions import EngineUnavailable
 from wsbroadcast.loops import Patience
 
+# More than the number of any echo has; the bytes of others may be long.
+_MAX_DIGITS = 18
+
 
 class Echoes:
     """Sends them, and recognises them when they are back.
@@ -45,11 +48,18 @@ class Echoes:
             self._awaited.pop(token, None)
 
     def take(self, envelope: bytes) -> bool:
-        """Take what came under our name; return whether it is one of ours."""
+        """Take what came under our name; return whether it is one of ours, be it late."""
         echo = self._awaited.pop(envelope, None)
-        if echo is not None and not echo.done():
+        if echo is None:
+            return self._was_sent(envelope)
+        if not echo.done():
             echo.set_result(None)
-        return echo is not None
+        return True
+
+    def _was_sent(self, envelope: bytes) -> bool:
+        # By its number: to remember each one that nobody waits for any more would want an end for those that are lost.
+        number = int(envelope) if envelope.isdigit() and len(envelope) <= _MAX_DIGITS else 0
+        return 0 < number <= self._sent and envelope == b"%d" % number
 
     def fail(self, why: str) -> None:
         """None of them will come back."""

@@ -41,7 +41,7 @@ class Link(ABC):
     """
 
     max_envelope_bytes: int = 512 * 1024 * 1024
-    """The largest envelope the broker takes; read once the link is open."""
+    """The largest envelope the broker takes, once the link is open."""
 
     @abstractmethod
     async def open(self) -> None:
@@ -80,10 +80,19 @@ class Link(ABC):
         """Publish in this order, in one go; returns once the broker has taken them. Never called concurrently.
 
         Returns:
-            For each parcel what the broker refused it with, or `None`.
+            For each parcel `None`, or what the broker refused it with: a `ConfigurationError` if it forbids us to
+            publish it, an `OSError` such as `EngineUnavailable` if it takes nothing now, `MessageTooLarge`, or any
+            other error if trying again with this very parcel doesn't help.
 
         Raises:
             Exception: If the connection was lost; whether the broker took them isn't known.
+        """
+
+    async def read_limits(self) -> None:  # noqa: B027  # most brokers say what has changed, or change nothing
+        """Find out whether `max_envelope_bytes` is still right; called when somebody publishes more than that.
+
+        Raises:
+            Exception: If the broker doesn't say it now; that is no loss of the link.
         """
 
     @abstractmethod

@@ -7,11 +7,30 @@ import logging
 from collections.abc import Callable
 
 from wsbroadcast.counters import EngineCounters
+from wsbroadcast.exceptions import WSBroadcastError
 
 logger = logging.getLogger("wsbroadcast")
 
 # Messages that are missed while the link lives on are reported as one gap, this long after the first.
 _MISSED_SECONDS = 1.0
+
+
+# What neither a broker nor the way to it raises, nor a driver about them.
+_BUGS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+)
+
+
+def is_bug(error: BaseException | None) -> bool:
+    """Tell whether an error is no outage: a driver or an option that doesn't fit, or a bug. Trying again mends none."""
+    return isinstance(error, _BUGS) and not isinstance(error, WSBroadcastError)
 
 
 class Outages:
@@ -56,8 +75,10 @@ class Outages:
             self._tell(since, why)
         self._was_up = True
 
-    def down(self, why: str) -> None:
-        """The link is lost, or could not be opened."""
+    def down(self, why: str, error: Exception | None = None) -> None:
+        """The link is lost, or could not be opened; because of an error, if there is one to look at."""
+        if is_bug(error):
+            why = f"{why}, which is no outage but a wrong option, a driver that doesn't fit, or a bug"
         self._has_failed = True
         if self._since is None:
             self._since = self.last_sign
@@ -68,7 +89,7 @@ class Outages:
             self._since = min(self._since, since)
         is_new, self.trouble = why != self.trouble, why
         if is_new and self._is_announced:
-            self._log()
+            self._log(error if is_bug(error) else None)
 
     def missed(self, why: str, since: float | None = None) -> None:
         """Messages are missing although the link lives on; many such calls are one gap, from the earliest on."""
@@ -92,8 +113,11 @@ class Outages:
         if self._missed is not None:
             self._missed[0].cancel()
 
-    def _log(self) -> None:
-        logger.warning("%s is out of reach (%s); trying again until it is back", self._where, self.trouble)
+    def _log(self, bug: Exception | None = None) -> None:
+        if bug is None:
+            logger.warning("%s is out of reach (%s); trying again until it is back", self._where, self.trouble)
+        else:
+            logger.error("%s can't be used (%s)", self._where, self.trouble, exc_info=bug)
 
     def _tell(self, since: float, why: str) -> None:
         seconds = self._loop.time() - since

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from wsbroadcast.counters import EngineCounters
 from wsbroadcast.engines.link import Link, Parcel
-from wsbroadcast.exceptions import EngineUnavailable
+from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable
 from wsbroadcast.loops import Patience
+from wsbroadcast.throttle import Throttle
 
 logger = logging.getLogger("wsbroadcast")
 
@@ -40,6 +41,9 @@ class Outbox:
         self._bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
+        self._throttle = Throttle()
+        # Of `broadcast_nowait`, refused since the log was told last.
+        self._refused = 0
 
     def put(self, parcel: Parcel) -> asyncio.Future[None]:
         """Put a parcel at the end; the future is done when the broker has taken it."""
@@ -126,10 +130,25 @@ class Outbox:
 
     def _refuse(self, future: asyncio.Future[None] | None, error: Exception) -> None:
         self._counters.publish_failures += 1
-        if future is None:
-            logger.error("not published, of broadcast_nowait: 1, because %s", error)
-        else:
-            _tell(future, error)
+        if future is not None:
+            _tell(future, _documented(error))
+            return
+        self._refused += 1
+        if self._throttle.is_due("refused"):
+            count, self._refused = self._refused, 0
+            logger.error("not published, of broadcast_nowait: %d, because %s", count, error)
+
+
+def _documented(error: Exception) -> Exception:
+    # Whoever publishes handles few kinds of errors: this message is wrong, or no message goes out now.
+    if isinstance(error, (EngineError, EncodeError)):
+        return error
+    if isinstance(error, (ConfigurationError, OSError)):
+        told: EngineError = EngineUnavailable(f"{error}; nothing was sent")
+    else:
+        told = EngineError(f"the broker refuses the message ({type(error).__name__}: {error})")
+    told.__cause__ = error
+    return told
 
 
 def _tell(future: asyncio.Future[None] | None, error: Exception) -> None:

@@ -18,7 +18,7 @@ from wsbroadcast.engines.inbox import Inbox
 from wsbroadcast.engines.interest import Interest
 from wsbroadcast.engines.link import Link, Parcel
 from wsbroadcast.engines.names import AudienceNames
-from wsbroadcast.engines.outages import Outages
+from wsbroadcast.engines.outages import Outages, is_bug
 from wsbroadcast.engines.outbox import Outbox
 from wsbroadcast.engines.supervisor import Supervisor, Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MessageTooLarge
@@ -29,6 +29,9 @@ logger = logging.getLogger("wsbroadcast")
 
 # One warning about bad envelopes in this many seconds: whoever sends garbage sends much.
 _WARN_SECONDS = 60.0
+
+# Seconds between two looks at the broker's limits, because some clients send what is too large again and again.
+_LOOK_SECONDS = 0.25
 
 
 class Session:
@@ -79,6 +82,9 @@ class Session:
         self._echoes = Echoes(names.of_node(self._node), self._outbox, timing.request_timeout)
         self._outages = Outages(where, counters, self._report_gap)
         self._warned_at = -_WARN_SECONDS
+        # Looks whether the broker takes more than it did; shared by all whose message is too large meanwhile.
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = -_LOOK_SECONDS
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -105,10 +111,12 @@ class Session:
         except BaseException:
             await self.aclose()
             raise
-        if error is not None and (fail_fast or isinstance(error, ConfigurationError)):
+        if error is not None and (fail_fast or isinstance(error, ConfigurationError) or is_bug(error)):
             await self.aclose()
             if isinstance(error, ConfigurationError):
                 raise error
+            if is_bug(error):
+                raise EngineError(f"{self._where} can't be used: {self._outages.trouble}") from error
             raise EngineUnavailable(f"{self._where} can't be reached: {self._outages.trouble}") from error
         self._outages.announce()
 
@@ -125,6 +133,8 @@ class Session:
         finally:
             running, self._running = self._running, None
             running.cancel()
+            if self._looking is not None:
+                self._looking.cancel()
             self._outages.end()
             self._outbox.fail(f"the {self._engine} engine was stopped")
             self._echoes.fail("stopped")
@@ -135,11 +145,23 @@ class Session:
 
     async def publish(self, publication: Publication) -> None:
         """Return once the broker has taken it."""
-        await self._outbox.put(self._parcel(publication))
+        try:
+            parcel = self._parcel(publication)
+        except MessageTooLarge as error:
+            if error.size > self._max_message_bytes:
+                raise
+            await asyncio.wait([self._look_at_limits()])
+            parcel = self._parcel(publication)
+        await self._outbox.put(parcel)
 
     def publish_nowait(self, publication: Publication) -> None:
         """Hand it over; that it failed is counted and logged."""
-        self._outbox.put_nowait(self._parcel(publication))
+        try:
+            self._outbox.put_nowait(self._parcel(publication))
+        except MessageTooLarge as error:
+            if error.size <= self._max_message_bytes:
+                self._look_at_limits()  # for the next one
+            raise
 
     def _parcel(self, publication: Publication) -> Parcel:
         link = self._supervisor.link
@@ -155,6 +177,24 @@ class Session:
             overhead = len(envelope) - publication.message.size
             raise MessageTooLarge(publication.message.size, link.max_envelope_bytes - overhead)
         return Parcel(self._names.of(publication.audience), envelope)
+
+    def _look_at_limits(self) -> asyncio.Task[None]:
+        if self._looking is None:
+            self._looking = self._tasks.spawn(self._read_limits(), f"{self._engine} engine limits")
+        return self._looking
+
+    async def _read_limits(self) -> None:
+        try:
+            await asyncio.sleep(self._looked_at + _LOOK_SECONDS - self._loop.time())
+            link = self._supervisor.link
+            if link is not None:
+                async with Patience(self._timing.connect_timeout):
+                    await link.read_limits()
+        except Exception as error:  # whoever publishes is told of the limit that is known
+            logger.info("%s doesn't say whether its limits have changed: %s", self._where, error)
+        finally:
+            self._looked_at = self._loop.time()
+            self._looking = None
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:
         """Want publications to these audiences."""
@@ -174,13 +214,17 @@ class Session:
         self._supervisor.unwanted(names)
 
     async def confirmed(self, audiences: Iterable[Audience]) -> None:
-        """Wait until the broker has confirmed, or is out of reach."""
+        """Wait until the broker has confirmed, or is out of reach.
+
+        Raises:
+            EngineUnavailable: If it forbids us one of them.
+        """
         names = [self._names.of(audience) for audience in audiences]
         await self._supervisor.wait_settled(names)
         if self._refusals:
             for name in names:
                 if name in self._refusals:
-                    raise self._refusals[name]
+                    raise EngineUnavailable(str(self._refusals[name])) from self._refusals[name]
 
     # From the broker: the inlet of its link.
 
@@ -227,10 +271,10 @@ class Session:
         """The link is in use."""
         self._outages.up()
 
-    def down(self, why: str) -> None:
+    def down(self, why: str, error: Exception) -> None:
         """The link is lost, or could not be opened."""
         self._refusals.clear()  # the next one will ask again
-        self._outages.down(why)
+        self._outages.down(why, error)
         self._echoes.fail(why)
 
     def _report_gap(self, seconds: float) -> None:

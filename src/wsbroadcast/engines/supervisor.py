@@ -15,6 +15,7 @@ from wsbroadcast.engines.outbox import Outbox
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.loops import Patience
 from wsbroadcast.options import check_positive
+from wsbroadcast.throttle import Throttle
 
 logger = logging.getLogger("wsbroadcast")
 
@@ -53,8 +54,8 @@ class Keeper(Protocol):
     def up(self) -> None:
         """Every name is subscribed but those that somebody waits for, and what is published goes out."""
 
-    def down(self, why: str) -> None:
-        """The link is lost."""
+    def down(self, why: str, error: Exception) -> None:
+        """The link is lost, or could not be opened."""
 
     def refused(self, name: str, error: ConfigurationError) -> None:
         """The broker forbids us a name. Raises the error if nothing works without that."""
@@ -90,6 +91,7 @@ class Supervisor:
         # Names that somebody waits for; done when the name is confirmed, refused or wanted no longer, or all are lost.
         # One for each, because in a crowd that joins everybody would wake for everybody else's.
         self._awaited: dict[str, asyncio.Future[None]] = {}
+        self._throttle = Throttle()
         self.link: Link | None = None
         """The link in use; `None` while there is none."""
 
@@ -119,7 +121,7 @@ class Supervisor:
                 self._joins_wait = False
                 self._wake(list(self._awaited))
                 if link is not None:
-                    await _abort(link)
+                    await self._abort(link)
             await asyncio.sleep(random.uniform(0, backoff))  # noqa: S311  # full jitter: nodes don't come back as one
             backoff = min(2 * backoff, self._timing.max_backoff)
 
@@ -141,11 +143,19 @@ class Supervisor:
             tried(None)
             tasks.create_task(self._probe(), name="wsbroadcast engine probe")
 
+    async def _abort(self, link: Link) -> None:
+        try:
+            async with asyncio.timeout(_ABORT_SECONDS):
+                await link.abort()
+        except Exception:  # a driver's, on a connection that is given up anyway
+            if self._throttle.is_due("abort"):
+                logger.exception("a connection to the broker could not be dropped cleanly")
+
     def _lose(self, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__
         self._interest.lost()
         self._outbox.fail(f"the connection to the broker is lost ({why})")
-        self._keeper.down(why)
+        self._keeper.down(why, error)
 
     # Subscriptions.
 
@@ -218,14 +228,6 @@ class Supervisor:
         while True:
             await asyncio.sleep(self._timing.probe_interval)
             await self._keeper.probe()
-
-
-async def _abort(link: Link) -> None:
-    try:
-        async with asyncio.timeout(_ABORT_SECONDS):
-            await link.abort()
-    except Exception:  # a driver's, on a connection that is given up anyway
-        logger.exception("a connection to the broker could not be dropped cleanly")
 
 
 async def _end_of(using: Coroutine[Any, Any, None]) -> Exception:

@@ -271,6 +271,19 @@ class EngineContract(Nodes):
                 assert (health.engine, health.is_ok, health.detail) == (node.engine.name, True, "")
                 assert node.recorder.publications == []
 
+    async def test_cancelled_health_leaves_no_trace(self) -> None:
+        """A `health` that is cancelled counts as nothing: its answer may come when nobody waits for it any more."""
+        async with self.nodes() as nodes:
+            for number in range(40):
+                asking = asyncio.ensure_future(nodes[0].engine.health())
+                for _ in range(number % 20):
+                    await asyncio.sleep(0)
+                asking.cancel()
+                await asyncio.wait([asking])
+            for node in nodes:
+                assert (await node.engine.health()).is_ok
+                assert node.engine.stats() == EngineStats()
+
     async def test_nothing_arrives_after_aclose(self) -> None:
         """Once `aclose` has returned, nothing is received; what was published before it still reaches other nodes."""
         async with self.nodes(NEWS) as nodes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,18 @@ class NATSServer(Broker):
 
     def _answers(self) -> bool:
         return bool(self.info())
+
+    def set_max_payload(self, size: int) -> None:
+        """Change its setting `max_payload`, as an administrator does while it runs; return when it is in force."""
+        path = self.directory / "nats.conf"
+        rest = re.sub(r"max_payload: \d+\n", "", path.read_text())
+        path.write_text(f"{rest}max_payload: {size}\n")
+        assert self._process is not None, "it does not run"
+        self._process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while self.info()["max_payload"] != size:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.01)
 
     def info(self) -> dict[str, Any]:
         """Return what it says of itself to whoever connects: `version`, `max_payload`, `server_id` …

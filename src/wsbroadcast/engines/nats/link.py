@@ -7,11 +7,12 @@ import itertools
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from wsbroadcast.engines.link import Inlet, Link, Parcel
 from wsbroadcast.engines.nats.login import Login
-from wsbroadcast.engines.nats.target import Target
+from wsbroadcast.engines.nats.target import Host, Target
 from wsbroadcast.engines.nats.wire import PING, PONG, REFUSAL, Reader, pub, sub, unsub
 from wsbroadcast.engines.sockets import reset
 from wsbroadcast.exceptions import ConfigurationError, MessageTooLarge
@@ -112,6 +113,9 @@ class NATSLink(Link):
         self._target = target
         self._connect_timeout = connect_timeout
         self._login: Login | None = None
+        # The server that let us in, as the target names it and as it names itself.
+        self._host: Host | None = None
+        self._server_id = ""
         self._talk: Conversation | None = None
         self._inlet: Inlet | None = None
         # What arrived before there was an inlet.
@@ -133,9 +137,8 @@ class NATSLink(Link):
         route = self._target.route()
         timeout = self._connect_timeout / min(len(route), _TRIES)
         for tries, host in enumerate(route, 1):
-            self._login = Login(self._target, host, timeout)
             try:
-                await self._begin(self._login)
+                await self._begin(host, timeout)
                 self._target.last = host
                 return
             except ConfigurationError:
@@ -145,12 +148,14 @@ class NATSLink(Link):
                     raise
                 await self.abort()
 
-    async def _begin(self, login: Login) -> None:
+    async def _begin(self, host: Host, timeout: float) -> None:
+        self._host = host
+        login = self._login = Login(self._target, host, timeout)
         read = await login.run()
         assert login.writer is not None
         self._talk = Conversation(login.writer.transport, self._take, self._hear)
-        self._target.discover(login.info.get("connect_urls") or ())
         self.max_envelope_bytes = login.max_payload
+        self._note(login.info)
         self._talk.data_received(read)
         await self._talk.confirmed(())  # it is really we who read and write now
 
@@ -201,6 +206,19 @@ class NATSLink(Link):
             for name, envelope in parcels
         ]
 
+    async def read_limits(self) -> None:
+        """Ask the server what it takes, over another connection: it tells nobody that `max_payload` was changed."""
+        if self._host is None or self._login is None:
+            return
+        other = NATSLink(self._target, self._connect_timeout)
+        try:
+            await other._begin(self._host, self._connect_timeout)
+            # Behind the name or address of one there may be several.
+            if other._server_id == self._server_id:
+                self.max_envelope_bytes = other.max_envelope_bytes
+        finally:
+            await other.abort()
+
     async def abort(self) -> None:
         """Drop the connection now; nothing that is still in a buffer reaches the server later. Idempotent."""
         login, self._login = self._login, None
@@ -236,12 +254,21 @@ class NATSLink(Link):
 
     def _hear(self, line: str) -> None:
         if line.startswith("INFO "):
-            self._target.discover(json.loads(line.removeprefix("INFO ")).get("connect_urls") or ())
+            self._note(json.loads(line.removeprefix("INFO ")))
         elif (match := _DENIED.match(line)) and match[1] in self._denied:
             self._denied[match[1]].add(match[2])
         elif line.startswith("-ERR"):
             kind = ConfigurationError if match or REFUSAL.search(line) else ConnectionError
             self._opened().lose(kind(f"the server says {line.removeprefix('-ERR').strip():.200}"))
+
+    def _note(self, info: Mapping[str, Any]) -> None:
+        # What the server says of itself, when we come and later.
+        if not isinstance(info, dict):
+            raise ValueError(f"the server says of itself {type(info).__name__}, which isn't the protocol of NATS")
+        self._target.discover(info.get("connect_urls") or ())
+        self._server_id = str(info.get("server_id", self._server_id))
+        if type(limit := info.get("max_payload")) is int and limit > 0:
+            self.max_envelope_bytes = limit
 
     def _denial(self, verb: str, name: str) -> ConfigurationError:
         where, pattern = self._target.address, f"{name.partition('.')[0]}.>"

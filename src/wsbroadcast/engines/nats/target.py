@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import ssl
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-from wsbroadcast.exceptions import ConfigurationError, MissingDependency
+from wsbroadcast.exceptions import ConfigurationError, MissingDependency, kind_of
 
 NATS_PORT = 4222
 
@@ -35,6 +35,15 @@ OPTIONS = frozenset(
         "user_jwt_cb",
     }
 )
+
+# What a server or nats-py would take for something else, or for an outage.
+_KINDS: Mapping[str, tuple[tuple[Any, ...], Sequence[str]]] = {
+    "a str": ((str,), ("name", "nkeys_seed_str", "tls_hostname")),
+    "a str, or a function that returns one": ((str, Callable), ("password", "token", "user")),
+    "a function": ((Callable,), ("signature_cb", "user_jwt_cb")),
+    "True or False": ((bool,), ("tls_handshake_first",)),
+    "an ssl.SSLContext": ((ssl.SSLContext,), ("tls",)),
+}
 
 _SIGNING = frozenset({"nkeys_seed", "nkeys_seed_str", "signature_cb", "user_credentials", "user_jwt_cb"})
 
@@ -135,8 +144,8 @@ class Target:
             MissingDependency: If nkeys are to be used, and the package that signs with them isn't installed.
         """
         texts = [servers] if isinstance(servers, str) else servers
-        if not all(isinstance(text, str) for text in texts):
-            raise ConfigurationError(f"servers are URLs: {_FORM}")
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise ConfigurationError(f"servers are URLs, not {kind_of(servers)}: {_FORM}")
         schemes, logins, hosts = set(), [], []
         for text in ",".join(texts).split(","):
             scheme, separator, rest = text.strip().rpartition("://")
@@ -186,8 +195,10 @@ def _check(options: Mapping[str, Any]) -> None:
         )
     if (options.get("user") is None) != (options.get("password") is None):
         raise ConfigurationError("the NATS engine needs user and password together: NATS takes neither alone")
-    if not isinstance(options.get("tls"), ssl.SSLContext | None):
-        raise ConfigurationError(f"tls is an ssl.SSLContext, not {type(options['tls']).__name__}")
+    for what, (kinds, names) in _KINDS.items():
+        for name in names:
+            if options.get(name) is not None and not isinstance(options[name], kinds):
+                raise ConfigurationError(f"{name} is {what}, not {kind_of(options[name])}")
     nkeys = [name for name in ("user_credentials", "nkeys_seed", "nkeys_seed_str") if options.get(name)]
     if nkeys and find_spec("nkeys") is None:
         raise MissingDependency(f'{nkeys[0]} needs the package nkeys: pip install "nats-py[nkeys]"')

@@ -12,6 +12,7 @@ from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.envelope import encode
 from wsbroadcast.engines.link import Parcel
 from wsbroadcast.engines.names import DEFAULT_PREFIX
+from wsbroadcast.engines.outages import is_bug
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
 from wsbroadcast.engines.postgres.transaction import Transaction
@@ -147,4 +148,6 @@ class PostgresEngine(BrokerEngine):
         except ConfigurationError:
             raise
         except Exception as error:
+            if is_bug(error):
+                raise
             raise EngineUnavailable(f"postgres at {self.address} is out of reach; nothing was sent") from error

@@ -34,9 +34,13 @@ _REFUSALS = (
     asyncpg.InvalidParameterValueError,
     asyncpg.ClientConfigurationError,
     ssl.SSLCertVerificationError,
+    ValueError,
 )
 
 _FORBIDDEN = (asyncpg.InsufficientPrivilegeError, asyncpg.InvalidSchemaNameError)
+
+# What a server says of values that it doesn't take.
+_OF_THE_MESSAGE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 
 # With these the connection is of no use any more, although it may still be open.
 _LOSSES = (
@@ -68,7 +72,7 @@ async def connect(**options: Any) -> Connection:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Say whether the server turned us away, which trying again doesn't mend."""
+    """Say whether the server turned us away, or asyncpg our options, which trying again doesn't mend."""
     return isinstance(error, _REFUSALS) or _is_without_tls(error)
 
 
@@ -106,8 +110,10 @@ def publish_error(error: Exception, where: str) -> EngineError:
         told: EngineError = EngineUnavailable(
             f"{where} took nothing, because its queue of notifications is full: a session that listens doesn't read"
         )
-    else:
+    elif isinstance(error, _OF_THE_MESSAGE):
         told = EngineError(f"{where} refuses the message: {said(error)}")
+    else:  # a database that is read-only, a disk that is full, a timeout, a permission that was taken back
+        told = EngineUnavailable(f"{where} takes no message now: {said(error)}; nothing was sent")
     told.__cause__ = error
     return told
 

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from wsbroadcast.engines.postgres.driver import ARGUMENTS, Connection, connect
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg", "postgresql+psycopg")
 """Those of libpq, and those of SQLAlchemy, so that one URL serves the app's database too."""
@@ -129,9 +129,13 @@ def read_url(url: str, more: Mapping[str, Any]) -> Target:
 
 
 def _parsed(url: str) -> SplitResult:
+    if not isinstance(url, str):
+        raise ConfigurationError(
+            f"the URL of Postgres is a str, not {kind_of(url)}: the engine makes connections of its own"
+        )
     try:
         parts = urlsplit(url)
-    except (AttributeError, TypeError, ValueError):
+    except ValueError:
         raise ConfigurationError("the URL of Postgres can't be parsed") from None
     if parts.scheme not in SCHEMES:
         raise ConfigurationError(f"a URL of Postgres begins with {', '.join(f'{each}://' for each in SCHEMES)}")
@@ -181,6 +185,8 @@ def _target(
             raise ConfigurationError(
                 f"the Postgres engine has no option {name!r:.40}; it takes those of asyncpg.connect"
             )
+    if not isinstance(more.get("server_settings", {}), Mapping):
+        raise ConfigurationError(f"server_settings is a dict, not {kind_of(more['server_settings'])}")
     if len(hosts) > 1:
         query.setdefault("target_session_attrs", "primary")  # a standby has no LISTEN
     settings = {"application_name": query.pop("application_name", "wsbroadcast")}

@@ -17,7 +17,7 @@ try:
     from redis.asyncio.sentinel import SentinelConnectionPool
     from redis.backoff import NoBackoff
     from redis.crc import key_slot
-    from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
+    from redis.exceptions import AuthenticationError, AuthorizationError, DataError, RedisError, ResponseError
 except ImportError as error:
     raise MissingDependency('the Redis engine needs redis-py: pip install "wsbroadcast[redis]"') from error
 
@@ -26,6 +26,7 @@ __all__ = [
     "AuthenticationError",
     "AuthorizationError",
     "Connection",
+    "DataError",
     "NoBackoff",
     "Redis",
     "RedisCluster",

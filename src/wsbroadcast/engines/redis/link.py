@@ -12,7 +12,7 @@ from wsbroadcast.engines.redis.pair import Pair, together
 from wsbroadcast.engines.redis.replies import ErrorReply, Reply, pack
 from wsbroadcast.engines.redis.target import Access, Host, Target
 from wsbroadcast.engines.redis.wire import Asker, Wire
-from wsbroadcast.exceptions import ConfigurationError, EngineError
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.loops import Patience
 
 # A sentinel or a node of a cluster that hasn't answered after so many seconds is left out: there are others.
@@ -105,6 +105,8 @@ class RedisLink(Link):
             if not isinstance(refusal, EngineError):
                 return refusal
         if isinstance(replies[0], ErrorReply):
+            if isinstance(refusals[0], EngineUnavailable):
+                return refusals[0]
             return ConfigurationError(f"{refusals[0]}: is it a {self.target.kind}?")
         return replies
 
@@ -175,7 +177,7 @@ async def _check_master(asker: Asker) -> None:
     (role,) = await asker.ask(pack("ROLE"))
     if isinstance(role, ErrorReply):
         raise asker.explain(role)
-    if not isinstance(role, list) or role[0] != b"master":
+    if not isinstance(role, list) or role[:1] != [b"master"]:
         raise ConnectionError(f"Redis at {asker.where} is not the master")
 
 

@@ -16,7 +16,7 @@ from wsbroadcast.engines.redis.driver import (
     parse_url,
 )
 from wsbroadcast.engines.redis.target import Access, Host, Target
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 Kind = Literal["server", "sentinel", "cluster"]
 
@@ -72,10 +72,12 @@ def split_url(url: str) -> SplitResult:
         ConfigurationError: If it isn't one of Redis, or a character stands where it may have ended user and password
             too early. Neither the URL nor a part of it is repeated: a password that isn't quoted may be in any of them.
     """
+    if not isinstance(url, str):
+        raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; a client is given by client=…")
     try:
         parts = urlsplit(url)
         SCHEMES[parts.scheme]
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (KeyError, ValueError):
         raise ConfigurationError(
             f"a URL of Redis begins with one of {', '.join(f'{name}://' for name in SCHEMES)}"
         ) from None
@@ -122,12 +124,43 @@ def target_from_client(client: object) -> Target:
     Raises:
         ConfigurationError: If it is none.
     """
-    if isinstance(client, RedisCluster):
-        nodes = client.nodes_manager.startup_nodes.values()
-        hosts = tuple(Host(str(node.host), int(node.port)) for node in nodes)
-        return Target(kind="cluster", access=_access_of(client.connection_kwargs), hosts=hosts)
-    if not isinstance(client, Redis):
-        raise ConfigurationError(f"client must be a redis.asyncio.Redis or RedisCluster, not {type(client).__name__}")
+    if not isinstance(client, (Redis, RedisCluster)):
+        raise ConfigurationError(
+            f"client must be a redis.asyncio.Redis or RedisCluster, not {kind_of(client)}{_instead_of(client)}"
+        )
+    try:
+        return _of_cluster(client) if isinstance(client, RedisCluster) else _of_client(client)
+    except ConfigurationError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a mock, or one that is made by halves
+        raise ConfigurationError(
+            f"where the client connects to can't be seen, it is a {kind_of(client)}: {type(error).__name__}; "
+            "in tests use memory://"
+        ) from None
+
+
+def _instead_of(client: object) -> str:
+    # What to write, by what of redis-py it is; the names are the same in its synchronous half.
+    if isinstance(client, str):
+        return ": a URL is the first argument"
+    known = {
+        "Redis": ", which blocks the event loop",
+        "RedisCluster": ", which blocks the event loop",
+        "Sentinel": ": take what its `master_for` returns",
+        "BlockingConnectionPool": ": take redis.asyncio.Redis(connection_pool=…)",
+        "ConnectionPool": ": take redis.asyncio.Redis(connection_pool=…)",
+    }
+    names = (each.__name__ for each in type(client).__mro__ if each.__module__.partition(".")[0] == "redis")
+    return next((known[name] for name in names if name in known), "")
+
+
+def _of_cluster(client: RedisCluster) -> Target:
+    nodes = client.nodes_manager.startup_nodes.values()
+    hosts = tuple(Host(str(node.host), int(node.port)) for node in nodes)
+    return Target(kind="cluster", access=_access_of(client.connection_kwargs), hosts=hosts)
+
+
+def _of_client(client: Redis) -> Target:
     pool = client.connection_pool
     if isinstance(pool, SentinelConnectionPool):
         # Its own class of connections asks the sentinels by itself; we do.

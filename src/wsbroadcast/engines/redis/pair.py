@@ -10,7 +10,7 @@ from wsbroadcast.engines.link import Parcel
 from wsbroadcast.engines.redis.replies import ErrorReply, Reply
 from wsbroadcast.engines.redis.target import Access, Host
 from wsbroadcast.engines.redis.wire import Asker, Listener, Wire
-from wsbroadcast.exceptions import ConfigurationError, EngineError
+from wsbroadcast.exceptions import ConfigurationError
 
 T = TypeVar("T")
 
@@ -80,9 +80,9 @@ class Pair:
         if not isinstance(answer, ErrorReply):
             raise ValueError(f"Redis at {self.asker.where} answers a publish with {type(answer).__name__}")
         error = self.asker.explain(answer)
-        if isinstance(error, OSError):
+        if isinstance(error, ConnectionError):
             raise error
-        return error if isinstance(error, EngineError) else EngineError(str(error))
+        return error
 
 
 async def together(*work: Coroutine[Any, Any, T]) -> list[T]:

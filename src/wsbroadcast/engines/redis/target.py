@@ -6,8 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from wsbroadcast.engines.redis.driver import AbstractConnection, NoBackoff, RedisError, Retry, SSLConnection
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.engines.redis.driver import (
+    AbstractConnection,
+    Connection,
+    NoBackoff,
+    RedisError,
+    Retry,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
+from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 
 class Host(NamedTuple):
@@ -37,8 +45,9 @@ class Access:
         self._tls: Any = None
         try:
             connection = self.connection(None)
-        except (RedisError, TypeError, ValueError) as error:
+        except (RedisError, AttributeError, TypeError, ValueError) as error:
             raise ConfigurationError(f"redis-py refuses the options: {str(error).partition(chr(10))[0]}") from None
+        _check_real(connection)
         if isinstance(connection, SSLConnection):
             self._tls = connection.ssl_context
 
@@ -93,6 +102,23 @@ class Access:
             self._tls.get()
         except (OSError, ValueError) as error:  # an error of TLS is an OSError
             raise ConfigurationError(f"the options ssl_… for Redis can't be used: {error}") from None
+
+
+def _check_real(connection: AbstractConnection) -> None:
+    # Of redis-py's connections we take the socket over; fakeredis has none, and its own ways to connect and to read.
+    kind = type(connection)
+    if not isinstance(connection, AbstractConnection) or not (
+        kind.read_response is AbstractConnection.read_response
+        or kind._connect in (Connection._connect, UnixDomainSocketConnection._connect)
+    ):
+        raise unreal(connection)
+
+
+def unreal(connection: object) -> ConfigurationError:
+    """Return what to tell about a connection that leads to no server."""
+    return ConfigurationError(
+        f"a {kind_of(connection)} is no connection to a server, which RedisEngine needs; in tests use memory://"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from wsbroadcast.engines.link import Inlet
-from wsbroadcast.engines.redis.driver import AuthenticationError, AuthorizationError, RedisError, ResponseError
+from wsbroadcast.engines.outages import is_bug
+from wsbroadcast.engines.redis.driver import (
+    AuthenticationError,
+    AuthorizationError,
+    DataError,
+    RedisError,
+    ResponseError,
+)
 from wsbroadcast.engines.redis.replies import ErrorReply, Reply, ReplyReader, pack
-from wsbroadcast.engines.redis.target import Access, Host
+from wsbroadcast.engines.redis.target import Access, Host, unreal
 from wsbroadcast.engines.sockets import no_linger, reset
-from wsbroadcast.exceptions import ConfigurationError, EngineError
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 
 # Answers of a server that can't do it now, or is no longer the right one: look for it again.
 _WRONG_SERVER = {"ASK", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "READONLY", "TRYAGAIN"}
+
+# Answers of a server that does nothing now, and is the right one.
+_BUSY = {"BUSY", "MISCONF", "NOREPLICAS", "OOM"}
 
 # Answers of a server that doesn't let us.
 _REFUSED = {"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"}
@@ -73,14 +83,19 @@ class Wire(asyncio.Protocol, ABC):
             if refusal is None:
                 raise
         else:
-            assert self._transport is not None
+            if self._transport is None:
+                raise unreal(self._connection)
             self._transport.set_protocol(self)
             return
         raise refusal  # out here, where redis-py's error isn't its context: who prints that prints the server's words
 
     def _refusal(self, error: RedisError) -> Exception | None:
-        # Over a unix socket redis-py hides the error in another.
+        # Over a unix socket redis-py hides the error in another; while it connects, every error.
         for each in (error, error.__cause__, error.__context__):
+            if isinstance(each, Exception) and is_bug(each):
+                return each
+            if isinstance(each, DataError):
+                return ConfigurationError(f"redis-py refuses the options: {each}")
             if isinstance(each, (AuthenticationError, AuthorizationError, ResponseError)):
                 return self.explain(each)
             if isinstance(each, ssl.SSLCertVerificationError):
@@ -94,9 +109,11 @@ class Wire(asyncio.Protocol, ABC):
 
     async def _greet(self, connection: Any) -> None:
         # redis-py calls this when there is a socket, before it authenticates. No public name leads to the transport.
-        self._transport = cast(asyncio.Transport, connection._writer.transport)
-        no_linger(self._transport)
-        await connection.on_connect()
+        transport = getattr(connection._writer, "transport", None)
+        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are none of asyncio's classes
+            self._transport = cast(asyncio.Transport, transport)
+            no_linger(self._transport)
+            await connection.on_connect()
 
     async def drop(self) -> None:
         """End it now; nothing that is still in a buffer is sent. Idempotent."""
@@ -105,7 +122,7 @@ class Wire(asyncio.Protocol, ABC):
             await self._connection.disconnect(nowait=True)  # else it says when collected that it wasn't closed
 
     def explain(self, error: Exception) -> Exception:
-        """Say what an error of the server means to us."""
+        """Say what an error of the server means to us; a `ConnectionError` means that it is the wrong one by now."""
         code = error.code if isinstance(error, ErrorReply) else ""
         text = str(error).partition(", with args")[0]  # of an unknown command they are repeated, a password too
         if code in _WRONG_SERVER or "max number of clients" in text:
@@ -113,6 +130,8 @@ class Wire(asyncio.Protocol, ABC):
         if code in _REFUSED or not code:
             user = f"the user {self._access.user!r}"
             return ConfigurationError(f"Redis at {self.where} refuses {user} ({text}), who needs {self._needs}")
+        if code in _BUSY:
+            return EngineUnavailable(f"Redis at {self.where} answers {text}; nothing was sent")
         return EngineError(f"Redis at {self.where} answers {text}")
 
     # What the transport calls.
