@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
 
+from wsbroadcast.engines import urls
 from wsbroadcast.engines.postgres.driver import ARGUMENTS, Connection, connect
 from wsbroadcast.exceptions import ConfigurationError
 
@@ -130,7 +131,7 @@ def read_url(url: str, more: Mapping[str, Any]) -> Target:
 
 def _parsed(url: str) -> SplitResult:
     try:
-        parts = urlsplit(url)
+        parts = urls.split(url)
     except (AttributeError, TypeError, ValueError):
         raise ConfigurationError("the URL of Postgres can't be parsed") from None
     if parts.scheme not in SCHEMES:

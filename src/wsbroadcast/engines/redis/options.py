@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
+from wsbroadcast.engines import urls
 from wsbroadcast.engines.redis.driver import (
     AbstractConnection,
     Connection,
@@ -73,7 +74,7 @@ def split_url(url: str) -> SplitResult:
             too early. Neither the URL nor a part of it is repeated: a password that isn't quoted may be in any of them.
     """
     try:
-        parts = urlsplit(url)
+        parts = urls.split(url)
         SCHEMES[parts.scheme]
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ConfigurationError(
