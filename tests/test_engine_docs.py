@@ -18,7 +18,7 @@ import wsbroadcast
 from tests.support.asgi import Peer
 from tests.support.brokers import BrokerMissing, Endpoint, programs
 from tests.support.examples import EXAMPLES
-from tests.support.programs import NODE
+from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
 from wsbroadcast import Audience, ConnectionManager
 from wsbroadcast.engines.envelope import MAX_HEADER_BYTES, decode
@@ -112,6 +112,7 @@ def test_python_of_the_page_makes_names_and_envelopes() -> None:
     assert (publication.message.data, origin) == ("héllo", None)
 
 
+@needs_node
 def test_javascript_of_the_page_makes_names_and_envelopes() -> None:
     (block,) = blocks_of(ENVELOPE, "js")
     code = f"{block.source}\nconsole.log(JSON.stringify([{json.dumps(NAMES)}.map((n) => nameOf(n)), envelopeOf([1])]))"

@@ -17,7 +17,7 @@ from playwright.async_api import async_playwright
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory, PerMessageDeflate
 
-from tests.support.programs import BROWSER, NODE, needs_browser
+from tests.support.programs import BROWSER, NODE, needs_browser, needs_node
 from tests.support.servers import eventually, serve_here
 from wsbroadcast import ConnectionManager
 
@@ -159,6 +159,7 @@ def digest(messages: list[str | bytes]) -> str:
     return total.hexdigest()
 
 
+@needs_node
 async def test_compressed_messages_are_right_in_node() -> None:
     manager = ConnectionManager()
     async with serve_here(make_app(manager)) as port:
