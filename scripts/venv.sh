@@ -13,25 +13,34 @@ except ImportError:
 '
 
 venv_with() {
-  local extra is_missing= wanted=$PWD$'\n'$(<pyproject.toml)  # the package is used where it lies
-  _one_at_a_time
+  local python=.venv/bin/python extra
+  ! _has "$1" || return 0
+  _is_usable || python=$(_find)
+  # Two scripts that are started together would install over each other. The lock lasts while 9 is open; where the file
+  # system has no locks, it goes without.
+  exec 9<.
+  "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || true
   _is_usable || _make
-  for extra in ${1//,/ }; do
-    [ "$wanted" = "$(cat ".venv/with-$extra" 2>/dev/null)" ] || is_missing=yes
-  done
-  if [ -n "$is_missing" ]; then
+  if ! _has "$1"; then
     echo "Installing wsbroadcast[$1] into .venv" >&2
     # --no-user: where PIP_USER is set, pip would refuse to install here.
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-user -e ".[$1]"
-    for extra in ${1//,/ }; do echo "$wanted" >".venv/with-$extra"; done
+    for extra in ${1//,/ }; do _wanted >".venv/with-$extra"; done
   fi
   exec 9<&-
 }
 
-# Two scripts that are started together would install over each other.
-_one_at_a_time() {
-  exec 9<.
-  ! command -v flock >/dev/null || flock 9 || true
+_has() {
+  local extra
+  _is_usable || return 1
+  for extra in ${1//,/ }; do
+    [ "$(_wanted)" = "$(cat ".venv/with-$extra" 2>/dev/null)" ] || return 1
+  done
+}
+
+_wanted() {
+  echo "$PWD"  # the package is used where it lies
+  cat pyproject.toml
 }
 
 # Whether `.venv` works, which an update of its Python can end, and was made with `$PYTHON`, if that is set.

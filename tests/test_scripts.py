@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests.support.servers import ROOT
 
 # Takes the place of Python and of pip: it says which version it is, and writes down what it is asked to do.
-PYTHON = """#!{interpreter}
+PYTHON = """#!{interpreter} -IS
 import os, shutil, sys
 arguments = sys.argv[1:]
 if arguments[0] == "-c":
@@ -45,10 +46,8 @@ class Clone:
         self.directory = directory / "clone"
         self.path = directory / "path"
         self.path.mkdir()
-        for program in ("bash", "env", "dirname", "cat", "flock"):
-            found = shutil.which(program)
-            if found:
-                (self.path / program).symlink_to(found)
+        for program in ("bash", "env", "dirname", "cat"):
+            (self.path / program).symlink_to(str(shutil.which(program)))
         shutil.copytree(ROOT / "scripts", self.directory / "scripts")
         shutil.copy(ROOT / "pyproject.toml", self.directory)
 
@@ -138,6 +137,14 @@ def test_installation_that_failed_is_tried_again(clone: Clone) -> None:
     assert (clone.directory / "log").read_text().splitlines() == [MAKE, DEMO]
     (clone.directory / "pip-fails").unlink()
     assert clone.does("demo") == [DEMO, "wsbroadcast demo"]
+
+
+def test_scripts_that_are_started_together_install_once(clone: Clone) -> None:
+    clone.has("python3", "3, 11")
+    with ThreadPoolExecutor() as pool:
+        scripts = [pool.submit(clone.run, "demo") for _ in range(4)]
+        assert [script.result().returncode for script in scripts] == [0] * 4
+    assert (clone.directory / "log").read_text().splitlines() == [MAKE, DEMO, *["wsbroadcast demo"] * 4]
 
 
 def test_environment_whose_python_was_updated_is_made_anew(clone: Clone) -> None:
