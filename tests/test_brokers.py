@@ -19,7 +19,16 @@ from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from tests.support.brokers import Broker, NATSServer, PostgresServer, RedisSentinel, RedisServer, processes
+from tests.support.brokers import (
+    Broker,
+    BrokerMissing,
+    NATSServer,
+    PostgresServer,
+    RedisSentinel,
+    RedisServer,
+    processes,
+    programs,
+)
 from tests.support.servers import eventually
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,9 +106,9 @@ def test_forked_process_closes_nothing(broker: Broker) -> None:
     assert broker.directory.exists()
 
 
-def test_broker_that_does_not_start_says_why() -> None:
-    with pytest.raises(AssertionError, match="bogus"), RedisServer(config={"bogus": "1"}):
-        raise AssertionError("unreachable")
+def test_broker_that_does_not_start_says_why(own_redis: Callable[..., RedisServer]) -> None:
+    with pytest.raises(AssertionError, match="bogus"):
+        own_redis(config={"bogus": "1"})
 
 
 async def test_paused_postgres_answers_nobody_who_is_connected(
@@ -153,6 +162,16 @@ async def test_redis_speaks_tls_and_has_a_unix_socket(own_redis: Callable[..., R
             await distrustful.ping()
     async with Redis.from_url(server.unix_url) as client:
         assert await client.ping()
+
+
+def test_redis_comes_from_a_wheel_where_the_path_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    program = programs.redis_server.__wrapped__()
+    monkeypatch.setattr(programs, "redis_server", lambda: program)
+    with RedisServer() as server:
+        assert "valkey_version" in server.command("INFO", "server")
+    with pytest.raises(BrokerMissing, match="speaks no TLS: apt-get install redis-server"):
+        programs.redis_server_with_tls.__wrapped__()
 
 
 async def test_sentinel_promotes_the_replica(own_sentinel: RedisSentinel) -> None:
@@ -210,19 +229,18 @@ with RedisServer() as store, PostgresServer() as database:
 
 
 def test_brokers_are_gone_when_the_tests_are_killed(own_redis: object, own_postgres: object) -> None:
-    owner = subprocess.Popen(
-        (sys.executable, "-c", textwrap.dedent(SCRIPT)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-    )
-    assert owner.stdout is not None
-    pids: list[int] = []
-    directories: list[Path] = []
-    for _ in range(2):
-        *numbers, directory = owner.stdout.readline().split()
-        pids += map(int, numbers)
-        directories.append(Path(os.fsdecode(directory)))
-    assert len(pids) > 3
-    assert all(map(processes.is_alive, pids))
-    owner.send_signal(signal.SIGKILL)
-    owner.communicate()
+    command = (sys.executable, "-c", textwrap.dedent(SCRIPT))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as owner:
+        assert owner.stdout is not None
+        pids: list[int] = []
+        directories: list[Path] = []
+        for _ in range(2):
+            *numbers, directory = owner.stdout.readline().split()
+            pids += map(int, numbers)
+            directories.append(Path(os.fsdecode(directory)))
+        assert len(pids) > 3
+        assert all(map(processes.is_alive, pids))
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate()
     processes.wait_gone(pids)
     processes.wait_until(lambda: not any(directory.exists() for directory in directories))

@@ -7,16 +7,18 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from inspect import get_annotations, getdoc
 from pathlib import Path
 
+import pytest
+
 import wsbroadcast
 from tests.support.asgi import Peer
-from tests.support.brokers import Endpoint, programs
+from tests.support.brokers import BrokerMissing, Endpoint, programs
 from tests.support.examples import EXAMPLES
+from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
 from wsbroadcast import Audience, ConnectionManager
 from wsbroadcast.engines.envelope import MAX_HEADER_BYTES, decode
@@ -110,13 +112,11 @@ def test_python_of_the_page_makes_names_and_envelopes() -> None:
     assert (publication.message.data, origin) == ("héllo", None)
 
 
+@needs_node
 def test_javascript_of_the_page_makes_names_and_envelopes() -> None:
-    node = shutil.which("node")
-    if node is None:
-        return  # no part of the set-up, and a skipped test would fail the build
     (block,) = blocks_of(ENVELOPE, "js")
     code = f"{block.source}\nconsole.log(JSON.stringify([{json.dumps(NAMES)}.map((n) => nameOf(n)), envelopeOf([1])]))"
-    done = subprocess.run([node, "-e", code], capture_output=True, check=True)
+    done = subprocess.run([NODE, "-e", code], capture_output=True, check=True)
     names, envelope = json.loads(done.stdout)
     assert names == [AudienceNames().of(Audience("channel", name)) for name in NAMES]
     assert decode(envelope.encode(), NEWS, 100)[0].message.data == "[1]"
@@ -152,8 +152,12 @@ async def run(command: str) -> bytes:
 
 
 async def test_command_for_redis_reaches_an_app(redis_server: Endpoint, prefix: str) -> None:
+    try:
+        program = programs.redis_cli()
+    except BrokerMissing as missing:
+        pytest.skip(str(missing))
     command = COMMANDS["redis-cli"].replace("wsbroadcast:", f"{prefix}:")
-    await reaches_an_app(redis_server, prefix, command.replace("-cli", f"-cli -u {redis_server.url}"))
+    await reaches_an_app(redis_server, prefix, command.replace("redis-cli", f"{program} -u {redis_server.url}"))
 
 
 async def test_command_for_postgres_reaches_an_app(postgres_server: Endpoint, prefix: str) -> None:

@@ -296,7 +296,7 @@ async def switch_on_tls(server: PostgresServer, authority: trustme.CA) -> None:
             await connection.execute(f"ALTER SYSTEM SET {setting} = '{value}'")
         await connection.execute("SELECT pg_reload_conf()")
     except asyncpg.InvalidParameterValueError as error:
-        pytest.skip(f"this PostgreSQL can't: {error}")
+        pytest.skip(f"this PostgreSQL can't: {error}: apt-get install postgresql")
     finally:
         await connection.close()
 

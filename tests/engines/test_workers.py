@@ -159,7 +159,7 @@ ONE = [
 
 def serve(flavour: Flavour, directory: Path) -> Server:
     if flavour.missing:
-        pytest.skip(f"{flavour.missing} isn't installed")
+        pytest.skip(flavour.missing)
     home = {"HOME": str(directory)}  # where gunicorn leaves a socket
     return Server(replace(flavour, environment=flavour.environment | home), directory / "log", APP)
 

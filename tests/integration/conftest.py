@@ -41,7 +41,7 @@ def server(request: pytest.FixtureRequest, servers: Pool) -> Iterator[Server]:
     """The running server of the flavour that the test is parametrised with; it must not complain of anything."""
     flavour: Flavour = request.param
     if flavour.missing:
-        pytest.skip(f"not installed: {flavour.missing}")
+        pytest.skip(flavour.missing)
     server = servers.get(flavour)
     server.mark()
     yield server

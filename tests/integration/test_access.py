@@ -52,7 +52,7 @@ def server(
 ) -> Server:
     flavour: Flavour = request.param
     if flavour.missing:
-        pytest.skip(f"not installed: {flavour.missing}")
+        pytest.skip(flavour.missing)
     if flavour.name not in started:
         log = tmp_path_factory.mktemp(flavour.name) / "log"
         started[flavour.name] = Server(flavour, log, "tests.support.guarded:app").__enter__()

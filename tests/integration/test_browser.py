@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -13,12 +12,13 @@ from fastapi.responses import HTMLResponse
 from playwright.async_api import Page, async_playwright, expect
 
 from tests.support.examples import EXAMPLES, load
+from tests.support.programs import BROWSER, needs_browser
 from tests.support.servers import serve_here
 from wsbroadcast import Connection, ConnectionDep, ConnectionManager, TokenFrom, create_router
 
-BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 BROWSER_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium-headless-shell or chromium on the PATH")
+
+pytestmark = needs_browser
 
 # What a busy machine may need.
 PATIENCE_MS = 30_000

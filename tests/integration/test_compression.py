@@ -6,19 +6,18 @@ import asyncio
 import hashlib
 import json
 import random
-import shutil
 import subprocess
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-import pytest
 from fastapi import FastAPI, WebSocket
 from playwright.async_api import async_playwright
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.extensions.permessage_deflate import ClientPerMessageDeflateFactory, PerMessageDeflate
 
+from tests.support.programs import BROWSER, NODE, needs_browser, needs_node
 from tests.support.servers import eventually, serve_here
 from wsbroadcast import ConnectionManager
 
@@ -153,16 +152,6 @@ socket.onerror = (event) => { console.log('error', event.message); process.exit(
 """
 
 
-def node() -> str:
-    path = shutil.which("node")
-    if path is None:
-        pytest.skip("node is not installed")
-    probe = [path, "--experimental-websocket", "-e", "process.exit(typeof WebSocket === 'function' ? 0 : 1)"]
-    if subprocess.run(probe, check=False, capture_output=True).returncode != 0:
-        pytest.skip("this node has no WebSocket")
-    return path
-
-
 def digest(messages: list[str | bytes]) -> str:
     total = hashlib.sha256()
     for message in messages:
@@ -170,14 +159,12 @@ def digest(messages: list[str | bytes]) -> str:
     return total.hexdigest()
 
 
+@needs_node
 async def test_compressed_messages_are_right_in_node() -> None:
-    path = node()
     manager = ConnectionManager()
     async with serve_here(make_app(manager)) as port:
         client = await asyncio.create_subprocess_exec(
-            path,
-            "--experimental-websocket",
-            "--no-warnings",
+            NODE,
             "-e",
             textwrap.dedent(NODE_CLIENT),
             f"ws://127.0.0.1:{port}/ws",
@@ -221,14 +208,12 @@ def rolling_hash(messages: list[str | bytes]) -> int:
     return value
 
 
+@needs_browser
 async def test_compressed_messages_are_right_in_chromium() -> None:
-    browser_path = shutil.which("chromium-headless-shell") or shutil.which("chromium")
-    if browser_path is None:
-        pytest.skip("no chromium-headless-shell or chromium on the PATH")
     manager = ConnectionManager()
     async with serve_here(make_app(manager)) as port, async_playwright() as playwright:
         browser = await playwright.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         )
         try:
             page = await browser.new_page()

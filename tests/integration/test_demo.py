@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -15,11 +14,11 @@ from playwright.async_api import BrowserContext, ConsoleMessage, Page, async_pla
 from starlette.testclient import TestClient, WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
+from tests.support.programs import BROWSER, needs_browser
 from wsbroadcast.demo import create_app
 
 HELLO = {"type": "hello", "name": "Ada", "channel": "lobby"}
 
-BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 BROWSER_ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -28,7 +27,6 @@ BROWSER_ARGUMENTS = [
     "--disable-component-update",
     "--no-first-run",
 ]
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium-headless-shell or chromium on the PATH")
 
 # What a busy machine may need.
 PATIENCE_MS = 30_000

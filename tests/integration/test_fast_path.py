@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import uvicorn
 from fastapi import FastAPI, WebSocket
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -82,20 +82,21 @@ async def test_fast_path_over_a_unix_socket(tmp_path: Path) -> None:
         await serving
 
 
-def certificate_in(folder: Path) -> tuple[str, str]:
-    key, certificate = str(folder / "key.pem"), str(folder / "certificate.pem")
-    command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 2 -subj /CN=localhost"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return key, certificate
+def certificate_in(folder: Path) -> tuple[str, ssl.SSLContext]:
+    """Write a certificate with its key, and return the file and the context of a client that trusts it."""
+    authority = trustme.CA()
+    path = folder / "server.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    return str(path), trust
 
 
 async def test_fast_path_over_tls(tmp_path: Path) -> None:
-    key, certificate = await asyncio.to_thread(certificate_in, tmp_path)
+    certificate, trust = certificate_in(tmp_path)
     manager = ConnectionManager()
-    trust = ssl.create_default_context(cafile=certificate)
-    trust.check_hostname = False
     async with (
-        serve_here(make_app(manager), ssl_keyfile=key, ssl_certfile=certificate) as port,
+        serve_here(make_app(manager), ssl_certfile=certificate) as port,
         connect(f"wss://127.0.0.1:{port}/ws", ssl=trust, max_size=None) as client,
     ):
         assert await echo(manager, client) == {"uvicorn": 1}
@@ -105,7 +106,7 @@ async def test_fast_path_over_tls(tmp_path: Path) -> None:
 
 
 async def test_peer_that_is_gone_over_tls_costs_the_others_nothing(tmp_path: Path) -> None:
-    key, certificate = await asyncio.to_thread(certificate_in, tmp_path)
+    certificate, trust = certificate_in(tmp_path)
     manager = ConnectionManager()
     app = FastAPI()
     leave = asyncio.Event()
@@ -115,10 +116,8 @@ async def test_peer_that_is_gone_over_tls_costs_the_others_nothing(tmp_path: Pat
         await manager.connect(websocket)
         await leave.wait()  # doesn't read, so nobody learns that a peer is gone until something is sent
 
-    trust = ssl.create_default_context(cafile=certificate)
-    trust.check_hostname = False
     async with (
-        serve_here(app, ssl_keyfile=key, ssl_certfile=certificate) as port,
+        serve_here(app, ssl_certfile=certificate) as port,
         connect(f"wss://127.0.0.1:{port}/ws", ssl=trust) as one,
         connect(f"wss://127.0.0.1:{port}/ws", ssl=trust) as gone,
         connect(f"wss://127.0.0.1:{port}/ws", ssl=trust) as two,

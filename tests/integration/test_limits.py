@@ -53,7 +53,7 @@ NO_COMPLAINT = "ASGI callable returned without completing handshake"
 def limited(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     flavour: Flavour = request.param
     if flavour.missing:
-        pytest.skip(f"not installed: {flavour.missing}")
+        pytest.skip(flavour.missing)
     with Server(flavour, tmp_path_factory.mktemp(flavour.name) / "log", "tests.support.limited:app") as server:
         yield server
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import ssl
 import subprocess
 import time
@@ -16,19 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from tests.support.guarded import LISTED
+from tests.support.programs import NGINX, needs_nginx
 from tests.support.servers import ROOT, UVICORN, Server, free_port
 
-NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-OPENSSL = shutil.which("openssl")
-
-pytestmark = [
-    pytest.mark.skipif(NGINX is None, reason="no nginx on the PATH"),
-    pytest.mark.skipif(OPENSSL is None, reason="no openssl on the PATH, which makes the certificate"),
-]
+pytestmark = needs_nginx
 
 TIMEOUT = 10.0
 
@@ -73,12 +68,12 @@ class Nginx:
         self.server = server
         self.port = free_port()
         (directory / "nginx.conf").write_text(configuration(directory, self.port, server.port))
-        assert OPENSSL is not None
-        make = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 2 -subj /CN=app.example"
-        files = "-addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out certificate.pem"
-        command = [OPENSSL, *make.split(), *files.split()]
-        subprocess.run(command, cwd=directory, check=True, capture_output=True)
-        self.trust = ssl.create_default_context(cafile=directory / "certificate.pem")
+        authority = trustme.CA()
+        certificate = authority.issue_cert("127.0.0.1")
+        certificate.private_key_pem.write_to_path(directory / "key.pem")
+        certificate.cert_chain_pems[0].write_to_path(directory / "certificate.pem")
+        self.trust = ssl.create_default_context()
+        authority.configure_trust(self.trust)
 
     def __enter__(self) -> Nginx:
         assert NGINX is not None
@@ -115,7 +110,7 @@ def nginx(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     }[request.param]
     flavour = replace(UVICORN, name=f"uvicorn {request.param}", arguments=(*UVICORN.arguments, *more))
     if flavour.missing:
-        pytest.skip(f"not installed: {flavour.missing}")
+        pytest.skip(flavour.missing)
     directory = tmp_path_factory.mktemp("nginx")
     with ExitStack() as stack:
         server = stack.enter_context(Server(flavour, directory / "uvicorn.log", "tests.support.guarded:app"))

@@ -36,7 +36,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
         def start(flavour: Flavour, app: str = APP) -> Server:
             if flavour.missing:
-                pytest.skip(f"not installed: {flavour.missing}")
+                pytest.skip(flavour.missing)
             return stack.enter_context(Server(flavour, tmp_path / "log", app))
 
         yield start

@@ -18,6 +18,7 @@ from tests.support.brokers import (
     PostgresServer,
     RedisSentinel,
     RedisServer,
+    programs,
     redis_cluster,
     redis_sentinel,
 )
@@ -46,6 +47,13 @@ ADDRESSES = {
     "postgres": "WSBROADCAST_TEST_POSTGRES_URL",
 }
 """The variables that name a broker which runs already; then nothing is started."""
+
+PROGRAMS: dict[str, Callable[[], object]] = {
+    "redis": programs.redis_server,
+    "nats": programs.nats_server,
+    "postgres": programs.postgres_programs,
+}
+"""What finds the program of a broker."""
 
 
 @pytest.fixture
@@ -163,6 +171,10 @@ def _own_group(name: str, group: AbstractContextManager[T]) -> Iterator[T]:
 def _skip_unless_ours(name: str) -> None:
     if ADDRESSES[name] in os.environ:
         pytest.skip(f"{ADDRESSES[name]} names a broker that a test can't stop or configure")
+    try:
+        PROGRAMS[name]()  # now, for the sake of a test that starts it in a process of its own
+    except BrokerMissing as missing:
+        pytest.skip(str(missing))
 
 
 def _made(kind: type[B], **options: Any) -> B:

@@ -47,9 +47,10 @@ class Flavour:
 
     @property
     def missing(self) -> str:
-        """What isn't installed, or an empty text."""
+        """What isn't installed and how to install it, or an empty text."""
         packages = (self.package, *self.requires)
-        return ", ".join(package for package in packages if importlib.util.find_spec(package) is None)
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else ""
 
     @property
     def ends_on_sigterm(self) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from importlib import import_module
-from urllib.parse import urlsplit
 
+from wsbroadcast.engines import urls
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 
@@ -43,7 +43,7 @@ def create_engine(engine: str | Engine) -> Engine:
             "a client that you have may be given to RedisEngine(client=…)"
         )
     try:
-        scheme = urlsplit(engine).scheme
+        scheme = urls.split(engine).scheme
     except ValueError:
         raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:

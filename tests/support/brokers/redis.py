@@ -41,7 +41,7 @@ class RedisServer(Broker):
         tls: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
-        self._program = programs.redis_server()
+        self._program = programs.redis_server_with_tls() if tls else programs.redis_server()
         self._secret = f":{quote(password, safe='')}@" if password else ""
         super().__init__(f"{'rediss' if tls else 'redis'}://{self._secret}{HOST}:{free_port()}/0")
         self._password = password

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
+from wsbroadcast.engines import urls
 from wsbroadcast.engines.redis.driver import (
     AbstractConnection,
     Connection,
@@ -75,7 +76,7 @@ def split_url(url: str) -> SplitResult:
     if not isinstance(url, str):
         raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; a client is given by client=…")
     try:
-        parts = urlsplit(url)
+        parts = urls.split(url)
         SCHEMES[parts.scheme]
     except (KeyError, ValueError):
         raise ConfigurationError(

@@ -1,0 +1,67 @@
+"""URLs that name several hosts, IPv6 addresses among them, on every Python."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import pytest
+
+from wsbroadcast import ConfigurationError
+from wsbroadcast.engines import create_engine, urls
+
+
+@pytest.mark.parametrize(
+    "hosts", ["a,b:7000,[::1]", "[::1]:7000,a", "[::1],[::2]:7000", "user:p%40w@a,[::1]", "a,[::1"]
+)
+@pytest.mark.parametrize("rest", ["", "/main?prefix=x&y=[z]#end", "?prefix=x", "//a@b"])
+def test_hosts_stay_one_text(hosts: str, rest: str) -> None:
+    parts = urls.split(f"redis+sentinel://{hosts}{rest}")
+    assert parts.netloc == hosts
+    assert parts._replace(netloc="host") == urlsplit(f"redis+sentinel://host{rest}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "memory://",
+        "memory",
+        "redis://",
+        "REDIS://Host:1/0",
+        " redis://host",
+        "redis://ho\nst:1\n",
+        "redis:///0",
+        "redis:/0",
+        "//host/0",
+        "unix:///run/redis.sock?db=1",
+        "postgresql+asyncpg://user:pass:word@host:5432/db?sslmode=require",
+        "nats://token@host:4222?name=a",
+        "http://[::1]:8000/a//b?c=d://e#f",
+        "1x://host/0",
+    ],
+)
+def test_other_urls_are_split_as_ever(url: str) -> None:
+    assert urls.split(url) == urlsplit(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("redis+sentinel://a,[::1]:7000/main", "a:26379,[::1]:7000/main"),
+        ("redis+cluster://a,[::1]", "a:6379,[::1]:6379"),
+        ("postgresql://me@a,[::1]:6000/db", "a:5432,[::1]:6000/db"),
+        ("nats://a,[::1]:5", "a:4222,[::1]:5"),
+    ],
+)
+def test_engine_takes_an_ipv6_address_after_other_hosts(url: str, address: str) -> None:
+    engine = create_engine(url)
+    assert getattr(engine, "address", None) == address
+
+
+@pytest.mark.parametrize("scheme", ["redis+sentinel", "redis+cluster", "postgresql", "nats"])
+@pytest.mark.parametrize("hosts", ["a,[::1", "a,::1]"])
+def test_engine_refuses_a_bracket_in_the_wrong_place(scheme: str, hosts: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        create_engine(f"{scheme}://user:secret@{hosts}/main")
+    assert "secret" not in str(caught.value)
+    assert "::1" not in str(caught.value)
