@@ -5,7 +5,7 @@ are CPU time of the server's process for each delivered message, from the kernel
 in each of them every peer has its turn; ratios are taken within a round, and what is printed are medians.
 
     python benchmarks/environments.py           # once: the other libraries
-    python benchmarks/fan_out.py                # everything, a good hour
+    python benchmarks/fan_out.py                # everything, two hours
     python benchmarks/fan_out.py --quick        # a first look
     python benchmarks/fan_out.py --scenarios one,sixteen --peers handwritten,ours,socketify --rounds 9
 """
@@ -26,7 +26,8 @@ import peers
 import plot
 import report
 import scenarios
-from measure import Meter, Options
+from kinds import Options
+from measure import Meter
 from peers import HERE, Peer
 from scenarios import Scenario
 from sessions import cores

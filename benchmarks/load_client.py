@@ -30,6 +30,7 @@ from dialects import DIALECTS, Plain, Step
 _STAMP = re.compile(rb"(\d{10}) (\d{20})")
 _NEVER = 1 << 62
 _SAMPLES = 64
+_GOING_AWAY = b"\x88\x82\0\0\0\0\x03\xe9"  # a close frame with 1001
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 
@@ -191,6 +192,35 @@ class Load:
         self._looper = None
         time.sleep(0.3)
         return {}
+
+    def leave(self) -> dict[str, Any]:
+        """Close all connections as a browser does: say so, and wait until the server has closed the socket."""
+        for connection in self._connections.values():
+            connection.send_bytes(_GOING_AWAY)
+        waiting = dict(self._connections)
+        while waiting:
+            events = self._epoll.poll(15, 4096)
+            if not events:
+                raise Stalled(f"{len(waiting)} connections are not closed")
+            for fd, _ in events:
+                if self._has_ended(waiting[fd]):
+                    self._epoll.unregister(fd)
+                    waiting.pop(fd).socket.close()
+        self._connections.clear()
+        self._by_channel.clear()
+        self._looper = None
+        time.sleep(0.1)  # the server's tasks end after their sockets
+        return {}
+
+    def _has_ended(self, connection: Connection) -> bool:
+        try:
+            while connection.receive(self._buffer):
+                pass
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            pass
+        return True
 
     def run(
         self,
@@ -508,11 +538,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     options = json.loads(sys.argv[1])
     load = Load(options["port"], options["pid"], DIALECTS[options["dialect"]], options["deflate"])
+    methods = {"connect": load.connect, "run": load.run, "leave": load.leave, "disconnect": load.disconnect}
     for line in sys.stdin:
         command = json.loads(line)
-        method = {"connect": load.connect, "run": load.run, "disconnect": load.disconnect}[command.pop("do")]
         try:
-            result = method(**command)
+            result = methods[command.pop("do")](**command)
         except (LoadError, OSError) as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(result), flush=True)

@@ -5,34 +5,24 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
 
+from kinds import KINDS, Options, Result
 from peers import Peer
 from scenarios import Crowd, Scenario
 from sessions import Session, SessionError
 
-Result = dict[str, Any]
 Results = dict[str, dict[str, list[Result]]]
 """By scenario and peer, one result for each round; `{"error": …}` where there is none."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to measure."""
-
-    rounds: int
-    seconds: float
-    loop: str
 
 
 class Meter:
     """Runs scenarios and keeps what comes out."""
 
-    def __init__(self, peers: list[Peer], options: Options) -> None:
+    def __init__(self, peers: list[Peer], options: Options, is_quiet: bool = False) -> None:
         self._peers = peers
         self._options = options
+        self._is_quiet = is_quiet
         self._begun = time.monotonic()
         self._open: dict[tuple[Peer, Crowd], Session] = {}
         self._broken: dict[tuple[Peer, Crowd], str] = {}
@@ -59,57 +49,35 @@ class Meter:
                         self._tell(scenario, peer, i, result)
 
     def _in_turn(self, i: int) -> Iterator[Peer]:
-        # Another one first in each round.
-        shift = i % len(self._peers)
-        yield from self._peers[shift:] + self._peers[:shift]
+        # There and back, so that what changes steadily meets all alike; and another one first in the next two rounds.
+        shift = i // 2 % len(self._peers)
+        order = self._peers[shift:] + self._peers[:shift]
+        yield from reversed(order) if i % 2 else order
 
     def _measure(self, scenario: Scenario, peer: Peer, with_loop: bool) -> Result:
+        try:
+            if scenario.is_fresh:
+                return KINDS[scenario.kind](scenario, peer, self._options)
+            return self._run(scenario, peer, with_loop)
+        except (SessionError, OSError) as error:
+            return {"error": str(error)}
+
+    def _run(self, scenario: Scenario, peer: Peer, with_loop: bool) -> Result:
+        """Send messages to a crowd that stays for the scenarios that share it."""
         key = (peer, scenario.crowd)
         if key in self._broken:
             return {"error": self._broken[key]}
         try:
-            if scenario.is_fresh:
-                with Session(peer, scenario.crowd, self._options.loop) as session:
-                    session.start()
-                    return self._KINDS[scenario.kind](self, scenario, session, with_loop and "loop" in peer.can)
             if key not in self._open:
-                self._open[key] = Session(peer, scenario.crowd, self._options.loop)
-                self._prepare(scenario, self._open[key], with_loop and "loop" in peer.can)
-            return self._KINDS[scenario.kind](self, scenario, self._open[key], False)
+                self._open[key] = session = Session(peer, scenario.crowd, self._options.loop)
+                session.start()
+                session.connect(loop=with_loop and "loop" in peer.can)
+                session.ask(scenario.command(0.2))  # not counted
+            return self._open[key].ask(scenario.command(self._options.seconds))
         except (SessionError, OSError) as error:
-            if not scenario.is_fresh:
-                self._broken[key] = str(error)
-                self._open.pop(key).close()
-            return {"error": str(error)}
-
-    def _prepare(self, scenario: Scenario, session: Session, with_loop: bool) -> None:
-        session.start()
-        if scenario.kind == "connect":
-            session.connect(100)  # whatever is lazy about the first ones
-            session.ask({"do": "disconnect"})
-        else:
-            session.connect(loop=with_loop)
-            session.ask(scenario.command(0.2))  # not counted
-
-    def _run(self, scenario: Scenario, session: Session, with_loop: bool) -> Result:
-        if scenario.is_fresh:
-            session.connect(loop=with_loop)
-        return session.ask(scenario.command(self._options.seconds))
-
-    def _connect(self, scenario: Scenario, session: Session, with_loop: bool) -> Result:
-        result = session.connect()
-        session.ask({"do": "disconnect"})
-        return result
-
-    def _memory(self, scenario: Scenario, session: Session, with_loop: bool) -> Result:
-        session.connect(200)
-        time.sleep(0.3)
-        before = session.memory()
-        session.connect()
-        time.sleep(0.3)
-        return {"memory_bytes": (session.memory() - before) / scenario.crowd.connections}
-
-    _KINDS: ClassVar[dict[str, Callable[..., Result]]] = {"run": _run, "connect": _connect, "memory": _memory}
+            self._broken[key] = str(error)
+            self._open.pop(key).close()
+            raise
 
     def _close_all(self) -> None:
         for session in self._open.values():
@@ -118,6 +86,8 @@ class Meter:
         self._broken.clear()
 
     def _tell(self, scenario: Scenario, peer: Peer, i: int, result: Result) -> None:
+        if self._is_quiet:
+            return
         at = f"[{time.monotonic() - self._begun:6.1f} s] round {i + 1}/{self._options.rounds}"
         print(f"{at}  {scenario.name:16} {peer.name:12} {describe(result)}", flush=True)
 
@@ -126,13 +96,32 @@ def describe(result: Result) -> str:
     """Return one result in a few words."""
     if "error" in result:
         return f"left out: {result['error']}"
-    if "memory_bytes" in result:
-        return f"{result['memory_bytes'] / 1000:8.2f} kB a connection"
-    if "p99_ms" not in result:
-        return f"{result['cpu_us']:8.1f} µs a connect, {result['per_second']:.0f} a second"
+    for mark, form in _FORMS.items():
+        if mark in result:
+            return form(result)
+    return f"{result['cpu_us']:8.1f} µs, {result['per_second']:.0f} a second"
+
+
+def _describe_run(result: Result) -> str:
     if result["stopped"]:
         return f"stopped after {result['messages']} messages: {result['stopped']}"
     return (
         f"{result['cpu_us']:8.3f} µs a delivery, p50 {result['p50_ms']:.2f} ms, p99 {result['p99_ms']:.2f} ms, "
         f"load of server {result['server_load']:.0%}, of client {result['client_load']:.0%}"
     )
+
+
+# By what only this kind of result has; the first that fits.
+_FORMS: dict[str, Callable[[Result], str]] = {
+    "p99_ms": _describe_run,
+    "bound_bytes": lambda r: f"{r['memory_bytes'] / 1e6:8.2f} MB each, bound {r['bound_bytes'] / 1e6:.2f} MB",
+    "memory_bytes": lambda r: f"{r['memory_bytes'] / 1000:8.2f} kB a connection",
+    "objects": lambda r: f"{r['objects']:8.1f} objects a life",
+    "to_alone": lambda r: (
+        f"{r['to_alone']:8.2f} of {r['alone_bytes_per_second'] / 1e6:.1f} MB/s alone, {r['evicted']:.0f} evicted"
+    ),
+    "heard": lambda r: (
+        f"{r['share']:8.2f} heard, {r['heard']} of {r['said']}, "
+        f"p50 {r['p50_ms'] or 0:.1f} ms, max {r['max_ms'] or 0:.1f} ms, {r['evicted']:.0f} evicted"
+    ),
+}

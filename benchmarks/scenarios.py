@@ -16,6 +16,7 @@ class Crowd:
     deflate: bool = False
     stalled: bool = False
     """Whether one of them never reads."""
+    tls: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Scenario:
     group: str
     crowd: Crowd = field(default_factory=Crowd)
     kind: str = "run"
-    """`run`, `connect` or `memory`."""
+    """How it is measured: a function of `kinds.py` or `slow_consumers.py`."""
     size: int = 128
     in_flight: int = 1
     loop: bool = False
@@ -39,12 +40,25 @@ class Scenario:
     """Where it isn't the run's own."""
     is_fresh: bool = False
     """Whether every round wants new servers, because a round leaves a trace."""
+    waves: int = 1
+    """How often the crowd comes and goes, where it does."""
+    texts: str = "ascii"
+    """What clients that read nothing are sent: each its own, `ascii` or with one `emoji`, or one `shared` by all."""
+    comes_back: bool = False
+    """Whether a client that is thrown out connects again."""
 
     @property
     def needs(self) -> frozenset[str]:
         """What a peer has to be able to do."""
         crowd = self.crowd
-        wanted = {"channels": bool(crowd.channels), "deflate": crowd.deflate, "loop": self.loop}
+        wanted = {
+            "channels": bool(crowd.channels),
+            "deflate": crowd.deflate,
+            "loop": self.loop,
+            "leave": self.kind in ("life", "garbage"),
+            "collector": self.kind == "garbage",
+            "bounds": self.kind in ("stalled_memory", "pulsing", "hostile_room"),
+        }
         return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 
     def command(self, seconds: float) -> dict[str, Any]:
@@ -63,7 +77,10 @@ class Scenario:
 
 THOUSAND = Crowd(1000)
 MANY_CHANNELS = Crowd(10_000, channels=1000)
+FIVE_HUNDRED = Crowd(500)
+STALLED = Crowd(100)
 _STALL = {"group": "stalled", "size": 16 * 1024, "least": 400, "most": 400, "is_fresh": True}
+_HELD = {"group": "stalled_memory", "kind": "stalled_memory", "is_fresh": True}
 
 SCENARIOS = [
     Scenario("one", "one in flight", "fan_out"),
@@ -84,7 +101,9 @@ SCENARIOS = [
     Scenario("channels_1000", "1,000 channels of 10, in turns", "channels", MANY_CHANNELS),
     Scenario("all_reading", "16 KiB, everybody reads", crowd=THOUSAND, **_STALL),  # type: ignore[arg-type]
     Scenario("one_stalled", "16 KiB, one never reads", crowd=Crowd(1000, stalled=True), **_STALL),  # type: ignore[arg-type]
-    Scenario("connect", "connects", "connect", kind="connect"),
+    Scenario("connect", "connects onto a clean heap", "connect", kind="connect", is_fresh=True),
+    Scenario("life", "a life: connect, get a message, leave", "life", FIVE_HUNDRED, "life", is_fresh=True, waves=6),
+    Scenario("garbage", "left to the collector by a life", "garbage", FIVE_HUNDRED, "garbage", is_fresh=True),
     Scenario("memory", "memory of an idle connection", "memory", Crowd(2000), kind="memory", is_fresh=True),
     Scenario(
         "memory_deflate",
@@ -94,6 +113,22 @@ SCENARIOS = [
         kind="memory",
         is_fresh=True,
     ),
+    Scenario("stalled_ascii", "reads nothing, ASCII", crowd=STALLED, **_HELD, size=1024),  # type: ignore[arg-type]
+    Scenario("stalled_emoji", "the same, one emoji", crowd=STALLED, **_HELD, size=1024, texts="emoji"),  # type: ignore[arg-type]
+    Scenario("stalled_tls", "the same, TLS", crowd=Crowd(100, tls=True), **_HELD, size=1024, texts="emoji"),  # type: ignore[arg-type]
+    Scenario("stalled_shared", "one of 15 MB", crowd=STALLED, **_HELD, size=15_000_000, texts="shared"),  # type: ignore[arg-type]
+    Scenario("pulsing", "one of 11 stalls and reads", "pulsing", Crowd(10), "pulsing", size=16 * 1024, is_fresh=True),
+    Scenario(
+        "pulsing_back",
+        "the same, and comes back when it is evicted",
+        "pulsing",
+        Crowd(10),
+        "pulsing",
+        size=16 * 1024,
+        is_fresh=True,
+        comes_back=True,
+    ),
+    Scenario("hostile_room", "4 read, 6 only send pings", "hostile_room", Crowd(10), "hostile_room", is_fresh=True),
 ]
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -10,10 +10,12 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -35,29 +37,34 @@ def cores() -> tuple[int, int]:
 class Session:
     """A running server and the connections to it. Use it with `with`."""
 
-    def __init__(self, peer: Peer, crowd: Crowd, loop: str, wrapper: Sequence[str] = ()) -> None:
+    def __init__(
+        self, peer: Peer, crowd: Crowd, loop: str, wrapper: Sequence[str] = (), client: str = "load_client"
+    ) -> None:
         self.peer = peer
         self.crowd = crowd
         self._loop = loop
         # A script of ours, with its arguments, that runs the server's file: a profiler.
         self._wrapper = wrapper
+        self._client = client
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by close()
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         """Start both processes; the connections come later."""
         server_core, load_core = cores()
-        port = _free_port()
-        flags = ["--port", str(port), "--loop", self._loop, *(["--deflate"] if self.crowd.deflate else [])]
+        port = self._port = _free_port()
+        flags = ["--port", str(port), "--loop", self._loop]
+        flags += [f"--{name}" for name in ("deflate", "tls") if getattr(self.crowd, name)]
         self._server = self._spawn(
             [self.peer.python, *self._wrapper, str(HERE / "servers" / f"{self.peer.server}.py"), *flags],
             server_core,
             stdout=self._log,
+            env=self.peer.environ,
         )
         self._wait_until_open(port)
         options = {"port": port, "pid": self._server.pid, "dialect": self.peer.dialect, "deflate": self.crowd.deflate}
         self._load = self._spawn(
-            [sys.executable, str(HERE / "load_client.py"), json.dumps(options)],
+            [sys.executable, str(HERE / f"{self._client}.py"), json.dumps(options)],
             load_core,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -75,13 +82,21 @@ class Session:
 
     def ask(self, command: dict[str, Any], timeout: float = 120) -> dict[str, Any]:
         """Give the load client a command and return its result."""
+        self.tell(command)
+        return self.hear(command["do"], timeout)
+
+    def tell(self, command: dict[str, Any]) -> None:
+        """Give the load client a command."""
         assert self._load.stdin is not None
-        assert self._load.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._load.stdin.write(json.dumps(command).encode() + b"\n")
             self._load.stdin.flush()
+
+    def hear(self, what: str, timeout: float = 120) -> dict[str, Any]:
+        """Return the result of the command that it was given last."""
+        assert self._load.stdout is not None
         if not select.select([self._load.stdout], [], [], timeout)[0]:
-            raise SessionError(f"{command['do']} took longer than {timeout:.0f} s")
+            raise SessionError(f"{what} took longer than {timeout:.0f} s")
         line = self._load.stdout.readline()
         if not line:
             raise SessionError(f"the load client died: {self._tail()}")
@@ -89,6 +104,21 @@ class Session:
         if "error" in result:
             raise SessionError(f"{result['error']}{self._tail()}")
         return result
+
+    def get(self, path: str, timeout: float = 120) -> dict[str, Any]:
+        """Ask the server itself for a page of JSON."""
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # a certificate that it has made itself
+        url = f"http{'s' if self.crowd.tls else ''}://127.0.0.1:{self._port}{path}"
+        with urllib.request.urlopen(url, timeout=timeout, context=context if self.crowd.tls else None) as answer:
+            result: dict[str, Any] = json.load(answer)
+        if "error" in result:
+            raise SessionError(result["error"])
+        return result
+
+    def cpu(self) -> float:
+        """Return the CPU time that the server has used, in seconds."""
+        return time.clock_gettime((~self._server.pid << 3) | 2)  # clock_getcpuclockid(3)
 
     @property
     def server_pid(self) -> int:
