@@ -124,18 +124,20 @@ def readme_chat(client: TestClient, block: Namespace) -> None:
         assert len(block["manager"].active_connections) == 1
 
 
-def readme_shorter_ways(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+def readme_rooms_and_news(client: TestClient, block: Namespace) -> None:
+    with (
+        client.websocket_connect("/ws/rooms/tea") as ada,
+        client.websocket_connect("/ws/rooms/tea") as bob,
+        client.websocket_connect("/ws/rooms/news") as mallory,
+        client.websocket_connect("/ws/news") as eva,
+    ):
         ada.send_text("hello")
         assert ada.receive_text() == bob.receive_text() == "hello"
+        mallory.send_text("not from the server")
+        assert mallory.receive_text() == "not from the server"
+        eva.send_text("thrown away")
         assert client.post("/announce", params={"text": "breaking"}).status_code == 200
-        assert ada.receive_text() == bob.receive_text() == "breaking"
-        with client.websocket_connect("/feed") as feed:
-            feed.send_text("from the feed")
-            assert ada.receive_text() == bob.receive_text() == "from the feed"
-            client.post("/announce", params={"text": "not for the feed"})
-            client.portal.call(block["manager"].broadcast, "for everyone")  # type: ignore[union-attr]
-            assert feed.receive_text() == "for everyone"
+        assert eva.receive_text() == "breaking"
 
 
 def tutorial_page(client: TestClient, path: str) -> None:
@@ -479,7 +481,7 @@ def named_origins(client: TestClient, block: Namespace) -> None:
 
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
-    "README.md#three-shorter-ways": readme_shorter_ways,
+    "README.md#what-it-does-for-you": readme_rooms_and_news,
     "docs/behind-a-proxy.md#the-server": named_origins,
     "docs/explanation.md#order": order,
     "docs/how-to-authenticate.md#a-dependency-that-says-who-it-is": authenticate,
