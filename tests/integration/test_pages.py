@@ -17,7 +17,10 @@ from tests.test_docs import BLOCKS, blocks_of
 
 BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 BROWSER_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium-headless-shell or chromium on the PATH")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None,
+    reason="no chromium-headless-shell or chromium on the PATH: apt-get install chromium-headless-shell",
+)
 
 # What a busy machine may need.
 PATIENCE_MS = 30_000
