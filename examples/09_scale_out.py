@@ -19,7 +19,7 @@ from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, Health, Manag
 
 manager = ConnectionManager(os.environ.get("BROKER_URL", "memory://"))
 app = FastAPI()
-app.include_router(create_router(manager, "/ws/{channel}"))
+app.include_router(create_router(manager, "/ws/{channel}", inbound="ignore"))  # clients listen, the server speaks
 
 
 @manager.on_gap

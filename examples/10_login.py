@@ -117,6 +117,11 @@ async def logout(me: Annotated[Identity, Depends(current_session)], response: Re
     response.delete_cookie("session")
 
 
+@app.get("/me")
+async def who_am_i(me: Annotated[Identity, Depends(current_session)]) -> str:
+    return str(me.user)
+
+
 PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>Chat</title>
@@ -129,8 +134,9 @@ PAGE = """<!doctype html>
 <p id="status" role="status">Not connected</p>
 <ul id="log"></ul>
 <script>
+  const COME_BACK = new Set([1001, 1006, 1011, 1012, 1013, 4001, 4011, 4012, 4013]);
   const part = (id) => document.getElementById(id);
-  let socket = null;
+  let socket = null, timer = null, attempts = 0;
 
   function show(text) {
     const line = document.createElement("li");
@@ -139,13 +145,34 @@ PAGE = """<!doctype html>
   }
 
   function connect() {
+    leave();
+    let openedAt = Infinity;
     socket = new WebSocket(location.href.replace(/^http/, "ws") + "chat"); // the cookie goes along
-    socket.onopen = () => { part("status").textContent = "Connected"; };
-    socket.onclose = (event) => { part("status").textContent = `Closed: ${event.code} ${event.reason}`; };
+    socket.onopen = () => {
+      openedAt = Date.now();
+      part("status").textContent = "Connected";
+    };
+    socket.onclose = ({ code, reason }) => {
+      part("status").textContent = `Closed: ${code} ${reason}`;
+      if (Date.now() - openedAt > 10_000) attempts = 0;
+      if (COME_BACK.has(code)) timer = setTimeout(comeBack, Math.random() * Math.min(30_000, 500 * 2 ** attempts++));
+    };
     socket.onmessage = (event) => {
       const message = JSON.parse(event.data);
       show(message.joined ? `${message.joined} has joined` : `${message.from}: ${message.text}`);
     };
+  }
+
+  async function comeBack() {
+    const response = await fetch("me").catch(() => null); // a script can't tell a refused handshake from a lost network
+    if (response?.status === 401) part("status").textContent = "Log in again";
+    else connect();
+  }
+
+  function leave() {
+    clearTimeout(timer);
+    if (socket !== null) socket.onclose = null;
+    socket?.close();
   }
 
   part("login").onsubmit = async (event) => {
@@ -159,6 +186,7 @@ PAGE = """<!doctype html>
   part("logout").onclick = () => fetch("logout", { method: "POST" });
   part("chat").onsubmit = (event) => {
     event.preventDefault();
+    if (socket?.readyState !== WebSocket.OPEN) return; // keep what was typed
     socket.send(part("text").value);
     part("text").value = "";
   };

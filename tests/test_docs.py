@@ -45,7 +45,13 @@ from wsbroadcast.engines.supervisor import Timing
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *sorted(ROOT.glob("docs/*.md")),
+        ROOT / "examples/README.md",
+    )
 }
 
 Namespace = dict[str, Any]
@@ -118,86 +124,87 @@ def readme_chat(client: TestClient, block: Namespace) -> None:
         assert len(block["manager"].active_connections) == 1
 
 
-def readme_shorter_ways(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+def readme_rooms_and_news(client: TestClient, block: Namespace) -> None:
+    with (
+        client.websocket_connect("/ws/rooms/tea") as ada,
+        client.websocket_connect("/ws/rooms/tea") as bob,
+        client.websocket_connect("/ws/rooms/news") as mallory,
+        client.websocket_connect("/ws/news") as eva,
+    ):
         ada.send_text("hello")
         assert ada.receive_text() == bob.receive_text() == "hello"
+        mallory.send_text("not from the server")
+        assert mallory.receive_text() == "not from the server"
+        eva.send_text("thrown away")
         assert client.post("/announce", params={"text": "breaking"}).status_code == 200
-        assert ada.receive_text() == bob.receive_text() == "breaking"
-        with client.websocket_connect("/feed") as feed:
-            feed.send_text("from the feed")
-            assert ada.receive_text() == bob.receive_text() == "from the feed"
-            client.post("/announce", params={"text": "not for the feed"})
-            client.portal.call(block["manager"].broadcast, "for everyone")  # type: ignore[union-attr]
-            assert feed.receive_text() == "for everyone"
+        assert eva.receive_text() == "breaking"
 
 
-def first_broadcast(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws") as ada:
-        with client.websocket_connect("/ws") as bob:
+def tutorial_page(client: TestClient, path: str) -> None:
+    """The page of the tutorial comes from the app itself."""
+    assert client.get(path).text == blocks_of("docs/tutorial.md", "html")[0].source
+
+
+def tutorial_chat(client: TestClient, block: Namespace) -> None:
+    tutorial_page(client, "/chat/ada")
+    with client.websocket_connect("/ws/chat/ada") as ada:
+        with client.websocket_connect("/ws/chat/bob") as bob:
             ada.send_text("hello")
-            assert [ada.receive_text(), ada.receive_text()] == ["You wrote: hello", "Somebody says: hello"]
-            assert bob.receive_text() == "Somebody says: hello"
-        assert ada.receive_text() == "Somebody left"
+            assert [ada.receive_text(), ada.receive_text()] == ["You wrote: hello", "ada says: hello"]
+            assert bob.receive_text() == "ada says: hello"
+        assert ada.receive_text() == "bob left the chat"
 
 
-def first_broadcast_shorter(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws") as ada, client.websocket_connect("/ws") as bob:
-        ada.send_text("to bob")
-        assert bob.receive_text() == "to bob"
-        bob.send_bytes(b"to ada")
-        assert ada.receive_bytes() == b"to ada"
-
-
-def channels(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws") as ada, client.websocket_connect("/ws") as bob:
-        ada.send_json({"join": "news"})
-        ada.send_json({"say": "hello", "in": "news"})
-        assert ada.receive_json() == {"channel": "news", "text": "hello"}
-        ada.send_json({"say": "hello all", "in": "lobby"})
-        assert ada.receive_json() == bob.receive_json() == {"channel": "lobby", "text": "hello all"}
-        ada.send_json({"leave": "news"})
-        ada.send_json({"say": "nobody listens", "in": "news"})
-        ada.send_json("nonsense")
-        assert ada.receive_json() == {"error": "I don't understand"}
-        bob.send_text("{broken")
-        assert close_of(bob)[0] == 1007
-
-
-def channels_by_url(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/chat/ws/news") as ada, client.websocket_connect("/chat/ws/sport") as bob:
-        bob.send_text("goal")
-        assert bob.receive_text() == "goal"
-        ada.send_text("hello")
-        assert ada.receive_text() == "hello"
-
-
-def users(client: TestClient, block: Namespace) -> None:
-    tab = "/ws?token=secret-of-ada"
+def tutorial_rooms(client: TestClient, block: Namespace) -> None:
+    tutorial_page(client, "/rooms/tea")
     with (
-        client.websocket_connect(tab) as one,
-        client.websocket_connect(tab) as two,
-        client.websocket_connect("/ws?token=secret-of-bob") as bob,
+        client.websocket_connect("/ws/rooms/tea") as ada,
+        client.websocket_connect("/ws/rooms/tea") as bob,
+        client.websocket_connect("/ws/rooms/coffee") as eva,
     ):
-        client.post("/notify/1", params={"text": "hello"})
-        client.post("/notify/2", params={"text": "hello bob"})
-        assert one.receive_json() == two.receive_json() == {"text": "hello"}
-        assert bob.receive_json() == {"text": "hello bob"}
-    with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws?token=guessed"):
-        pass
+        assert block["manager"].connections[0].channels == {"room:tea"}
+        ada.send_text("milk?")
+        assert ada.receive_text() == bob.receive_text() == "milk?"
+        eva.send_text("sugar?")
+        assert eva.receive_text() == "sugar?"
 
 
-def hooks(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws") as ada:
-        assert ada.receive_text() == "Welcome!"
-        with client.websocket_connect("/ws") as bob:
-            assert bob.receive_text() == "Welcome!"
-            assert ada.receive_text() == "2 are here"
-            bob.send_text("my password is 1234")
-            bob.send_text("hello")
-            assert ada.receive_text() == bob.receive_text() == "hello"
-            bob.close(4321)
-        assert ada.receive_text() == "somebody left with code 4321"
+def tutorial_users(client: TestClient, block: Namespace) -> None:
+    assert refused(client, "/ws/inbox") == client.get("/inbox").status_code == 401
+    assert client.get("/login/ada").status_code == 200
+    tutorial_page(client, "/inbox")
+    bobs = {"cookie": "session=secret-of-bob"}
+    with client.websocket_connect("/ws/inbox") as one, client.websocket_connect("/ws/inbox") as two:
+        client.cookies.clear()
+        with client.websocket_connect("/ws/inbox", headers=bobs) as bob:
+            one.send_text("bob: are you there?")
+            assert bob.receive_text() == "from ada: are you there?"
+            assert one.receive_text() == two.receive_text() == "to bob: are you there?"
+            bob.send_text("ada: yes")
+            assert one.receive_text() == two.receive_text() == "from bob: yes"
+            assert bob.receive_text() == "to ada: yes"
+
+
+def tutorial_hooks(client: TestClient, block: Namespace) -> None:
+    tutorial_page(client, "/chat/ada")
+    with client.websocket_connect("/ws/chat/ada") as ada:
+        assert ada.receive_text() == "Welcome, ada!"
+        with client.websocket_connect("/ws/chat/bob") as bob:
+            assert bob.receive_text() == "Welcome, bob!"
+            assert ada.receive_text() == "bob came, 2 here"
+            bob.send_text("the password is sesame")
+            assert ada.receive_text() == bob.receive_text() == "bob: the password is ******"
+            bob.send_text("spam")
+            assert close_of(bob) == (1008, "no spam")
+        assert ada.receive_text() == "bob left, 1 here"
+
+
+def tutorial_news(client: TestClient, block: Namespace) -> None:
+    tutorial_page(client, "/news")
+    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+        ada.send_text("nobody gets this")
+        assert client.post("/announce", params={"text": "hello"}).json() == {"listeners": 2}
+        assert ada.receive_json() == bob.receive_json() == {"news": "hello"}
 
 
 def http_route(client: TestClient, block: Namespace) -> None:
@@ -467,14 +474,14 @@ def other_origins(client: TestClient, block: Namespace) -> None:
 
 
 def named_origins(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws/news", headers={"origin": "https://www.app.example"}):
+    with client.websocket_connect("/ws", headers={"origin": "https://www.app.example"}):
         pass
-    assert refused(client, "/ws/news", origin="http://testserver") == 403
+    assert refused(client, origin="http://testserver") == 403
 
 
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
-    "README.md#three-shorter-ways": readme_shorter_ways,
+    "README.md#what-it-does-for-you": readme_rooms_and_news,
     "docs/behind-a-proxy.md#the-server": named_origins,
     "docs/explanation.md#order": order,
     "docs/how-to-authenticate.md#a-dependency-that-says-who-it-is": authenticate,
@@ -498,18 +505,20 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#see-what-is-going-on": stats,
     "docs/servers.md#uvicorn": fast_path,
     "docs/scale-out.md#two-workers": scale_out,
-    "docs/tutorial.md#first-broadcast": first_broadcast,
-    "docs/tutorial.md#first-broadcast-#2": first_broadcast_shorter,
-    "docs/tutorial.md#channels": channels,
-    "docs/tutorial.md#channels-#2": channels_by_url,
-    "docs/tutorial.md#users": users,
-    "docs/tutorial.md#hooks": hooks,
+    "docs/tutorial.md#1-a-chat": tutorial_chat,
+    "docs/tutorial.md#2-rooms": tutorial_rooms,
+    "docs/tutorial.md#3-users": tutorial_users,
+    "docs/tutorial.md#4-hooks": tutorial_hooks,
+    "docs/tutorial.md#5-messages-from-an-http-route": tutorial_news,
 }
 
 
 @pytest.fixture(autouse=True)
-def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What blocks find: a broker's URL in the environment, and as much of Celery as they use."""
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What blocks find: the tutorial's page, a broker's URL in the environment, and as much of Celery as they use."""
+    (page,) = blocks_of("docs/tutorial.md", "html")
+    (tmp_path / "page.html").write_text(page.source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     celery = ModuleType("celery")
     celery.shared_task = lambda **options: lambda function: function  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "celery", celery)
@@ -538,16 +547,6 @@ def run_test(test: Callable[[], Coroutine[Any, Any, None] | None]) -> None:
 
 def test_every_exercise_has_its_block() -> None:
     assert EXERCISES.keys() <= {block.name for block in BLOCKS}
-
-
-async def test_hook_class_of_the_tutorial_keeps_secrets() -> None:
-    (block,) = (block for block in BLOCKS if block.name == "docs/tutorial.md#hooks-#2")
-    manager: ConnectionManager = block.run()["manager"]
-    async with manager:
-        await manager.broadcast("my token")
-        await manager.broadcast("hello")
-        stats = manager.stats()
-        assert (stats.vetoed, stats.broadcasts) == (1, 1)
 
 
 OUTSIDE = [block for block in BLOCKS if block.name.startswith("docs/how-to.md#publish-from-outside")]
@@ -609,12 +608,8 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_docs_are_all_linked_from_their_index() -> None:
-    assert {f"docs/{link}" for link in links_of("docs/README.md")} >= set(PAGES) - {
-        "README.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        "docs/README.md",
-    }
+    pages = {page for page in PAGES if page.startswith("docs/")} - {"docs/README.md"}
+    assert {f"docs/{link}" for link in links_of("docs/README.md")} >= pages
 
 
 REFERENCE = PAGES["docs/reference.md"]
@@ -691,10 +686,11 @@ def test_reference_has_the_tree_of_errors() -> None:
 
 
 def test_browsers_come_back_for_the_codes_of_should_reconnect() -> None:
-    (listed,) = re.findall(r"COME_BACK = new Set\(\[([\d, ]+)\]\)", PAGES["docs/how-to.md"])
-    codes = {int(code) for code in listed.split(",")}
+    texts = [*PAGES.values(), *(path.read_text(encoding="utf-8") for path in ROOT.glob("examples/*.py"))]
+    lists = [listed for text in texts for listed in re.findall(r"COME_BACK = new Set\(\[([\d, ]+)\]\)", text)]
     ours = {1006, *CloseCode}
-    assert codes == {code + moved for code in ours for moved in (0, 3000) if should_reconnect(code)} - {4006}
+    right = {code + moved for code in ours for moved in (0, 3000) if should_reconnect(code)} - {4006}
+    assert [{int(code) for code in listed.split(",")} for listed in lists] == [right] * 3
 
 
 def test_readme_has_a_command_for_the_demo_and_one_for_the_tests() -> None:

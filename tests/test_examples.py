@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import importlib.metadata
+import re
 import tomllib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -48,18 +49,20 @@ def chat(client: TestClient) -> None:
 
 def router(client: TestClient) -> None:
     with (
-        client.websocket_connect("/realtime/ws/news") as ada,
-        client.websocket_connect("/realtime/ws/news") as bob,
-        client.websocket_connect("/realtime/ws/sport") as eva,
+        client.websocket_connect("/ws/rooms/tea") as ada,
+        client.websocket_connect("/ws/rooms/tea") as bob,
+        client.websocket_connect("/ws/rooms/news") as mallory,
+        client.websocket_connect("/ws/news") as eva,
     ):
         ada.send_text("hello")
         assert ada.receive_text() == bob.receive_text() == "hello"
-        assert client.post("/announce/news", params={"text": "breaking"}).status_code == 204
-        assert ada.receive_text() == bob.receive_text() == "breaking"
-        client.post("/announce/sport", params={"text": "goal"})
-        assert eva.receive_text() == "goal"
+        mallory.send_text("not from the server")
+        assert mallory.receive_text() == "not from the server"
+        eva.send_text("ignored")
+        assert client.post("/announce", params={"text": "breaking"}).status_code == 204
+        assert eva.receive_text() == "breaking"
         stats = client.get("/stats").json()
-        assert (stats["connections"], stats["channels"], stats["broadcasts"]) == (3, 2, 3)
+        assert (stats["connections"], stats["channels"], stats["broadcasts"]) == (4, 3, 3)
 
 
 def channels_and_users(client: TestClient) -> None:
@@ -118,11 +121,16 @@ def http_and_threads(client: TestClient) -> None:
 
 
 def starlette(client: TestClient) -> None:
-    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
+    with (
+        client.websocket_connect("/ws/tea") as ada,
+        client.websocket_connect("/ws/tea") as bob,
+        client.websocket_connect("/ws/coffee") as eva,
+    ):
         ada.send_text("hello")
+        eva.send_text("not for tea")
         assert bob.receive_text() == "hello"
-        client.post("/announce/news", content=b"\x00\x01")
-        assert ada.receive_bytes() == bob.receive_bytes() == b"\x00\x01"  # ada's own message didn't come back
+        assert client.post("/announce/tea", params={"text": "milk"}).status_code == 204
+        assert ada.receive_text() == bob.receive_text() == "milk"  # ada's own message didn't come back
 
 
 def prices(client: TestClient) -> None:
@@ -151,6 +159,7 @@ def scale_out(client: TestClient) -> None:
 
 def login(client: TestClient) -> None:
     assert "textContent" in client.get("/").text
+    assert client.get("/me").status_code == 401
     with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/chat"):
         pass
     assert (refused.value.status_code, refused.value.text) == (401, "log in first")
@@ -161,6 +170,7 @@ def login(client: TestClient) -> None:
     module["database"].sessions["old"] = module["Session"]("bob", 0.0)
     assert client.post("/login", json={"name": "ada", "password": "sesame"}).status_code == 204
     assert [session.user for session in module["database"].sessions.values()] == ["ada"], "the expired one is gone"
+    assert client.get("/me").json() == "ada"
     with client.websocket_connect("/chat") as tab, client.websocket_connect("/chat") as other_tab:
         assert tab.receive_json() == tab.receive_json() == other_tab.receive_json() == {"joined": "ada"}
         tab.send_text("hello")
@@ -234,6 +244,12 @@ def test_example_does_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HUB_URL", f"hub://127.0.0.1:{free_port()}")
     with TestClient(load(path).app) as client:
         EXERCISES[path.stem](client)
+
+
+def test_table_has_every_example_and_how_to_run_it() -> None:
+    table = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+\.py)\) \|.*?`(?:\w+=\S+ )?uvicorn (\w+):app", table, re.MULTILINE)
+    assert rows == [(path.stem, path.name, path.stem) for path in PATHS]
 
 
 def test_examples_are_numbered_without_a_break() -> None:

@@ -159,3 +159,20 @@ async def test_the_example_with_a_login_works_and_shows_markup_as_text(page: Pag
         assert await page.locator("img").count() == 0
         await page.get_by_role("button", name="Log out everywhere").click()
         await expect(status).to_have_text("Closed: 4401 logged out", timeout=PATIENCE_MS)
+
+
+async def test_the_example_with_a_login_comes_back_while_its_session_holds(page: Page) -> None:
+    example = load(EXAMPLES / "10_login.py")
+    async with serve_here(example.app) as port:
+        await page.goto(f"http://127.0.0.1:{port}/")
+        status = page.get_by_role("status")
+        await page.get_by_label("Password").fill("sesame")
+        await page.get_by_role("button", name="Log in").click()
+        joined = page.get_by_text("ada has joined")
+        for times in (1, 2):
+            await expect(joined).to_have_count(times, timeout=PATIENCE_MS)
+            if times == 2:
+                example.database.sessions.clear()  # it has expired meanwhile
+            await example.manager.close(example.manager.connections[0], 1012)
+        await expect(status).to_have_text("Log in again", timeout=PATIENCE_MS)
+        assert example.manager.stats().connects == 2

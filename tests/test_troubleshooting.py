@@ -1,0 +1,358 @@
+"""The troubleshooting page: each message that it quotes is really written, and what it says of a cause is so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, HTTPException, WebSocket, WebSocketException
+from starlette.testclient import TestClient
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from tests.support.asgi import Peer, eventually
+from tests.support.servers import serve_here
+from tests.test_docs import PAGES, blocks_of
+from wsbroadcast import (
+    Audience,
+    Connection,
+    ConnectionDep,
+    ConnectionManager,
+    Limits,
+    ManagerDep,
+    Message,
+    PermissionDenied,
+    SlowConsumer,
+    create_router,
+)
+from wsbroadcast.engines.workers import warn_of_several_workers
+
+PAGE = "docs/troubleshooting.md"
+QUOTES = [block.source.strip() for block in blocks_of(PAGE, "text")]
+
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
+
+
+def app_of(manager: ConnectionManager) -> FastAPI:
+    app = FastAPI()
+    app.include_router(create_router(manager, "/ws"))
+    return app
+
+
+def said_by(call: Callable[[], object]) -> str:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # its text is what is asked for
+        call()
+    return str(caught.value)
+
+
+# What makes the messages. Each returns what was raised, or leaves it in the log.
+
+
+async def origin(log: Log, patch: Patch) -> None:
+    with TestClient(app_of(ConnectionManager())) as client, pytest.raises(Exception):  # noqa: B017, PT011
+        client.websocket_connect("/ws", headers={"origin": "http://localhost:5173"}).__enter__()
+
+
+async def no_websocket_library(log: Log, patch: Patch) -> None:
+    async with serve_here(app_of(ConnectionManager()), ws="none") as port:
+        patch.setattr(logging.getLogger("uvicorn"), "propagate", True)  # where `log` hears it
+        assert await status_of(port, "/ws") == 404
+
+
+async def not_bound(log: Log, patch: Patch) -> str:
+    app = FastAPI()
+
+    @app.get("/")
+    async def route(manager: ManagerDep) -> None: ...
+
+    with TestClient(app) as client:
+        return said_by(lambda: client.get("/"))
+
+
+async def not_connected(log: Log, patch: Patch) -> str:
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.receive_text()
+
+    with TestClient(app) as client:
+        return said_by(client.websocket_connect("/ws").__enter__)
+
+
+async def other_loop(log: Log, patch: Patch) -> str:
+    manager = ConnectionManager()
+    with TestClient(app_of(manager)):
+        with pytest.raises(Exception) as caught:  # noqa: PT011
+            await manager.broadcast("hello")
+        return str(caught.value)
+
+
+async def several_workers(log: Log, patch: Patch) -> None:
+    patch.setenv("WEB_CONCURRENCY", "4")
+    warn_of_several_workers()
+
+
+async def slow(log: Log, patch: Patch) -> None:
+    peer = Peer()
+    async with ConnectionManager(slow_consumer=SlowConsumer(max_backlog_messages=2, close_timeout=0.01)) as manager:
+        await manager.connect(peer.websocket)
+        peer.stall()
+        for _ in range(4):
+            manager.broadcast_nowait("hello")
+            await asyncio.sleep(0)
+        await eventually(lambda: not manager.connections)
+
+
+async def closed_before(log: Log, patch: Patch) -> str:
+    app = FastAPI()
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.close()
+        await websocket.send_text("hello")
+
+    def visit() -> None:
+        with TestClient(app) as client, client.websocket_connect("/ws"):
+            pass
+
+    return said_by(visit)
+
+
+async def in_a_thread(log: Log, patch: Patch) -> str:
+    manager = ConnectionManager()
+    return await asyncio.to_thread(said_by, lambda: manager.broadcast_nowait("hello"))
+
+
+async def in_its_own_loop(log: Log, patch: Patch) -> str:
+    async with ConnectionManager() as manager:
+        return said_by(lambda: manager.broadcast_threadsafe("hello"))
+
+
+async def not_started(log: Log, patch: Patch) -> str:
+    return await asyncio.to_thread(said_by, lambda: ConnectionManager().broadcast_threadsafe("hello"))
+
+
+async def closed(log: Log, patch: Patch) -> str:
+    async with ConnectionManager() as manager:
+        pass
+    return said_by(lambda: manager.broadcast_nowait("hello"))
+
+
+# In the order of the page.
+SCENES: list[Callable[[Log, Patch], Awaitable[str | None]]] = [
+    origin,
+    no_websocket_library,
+    not_bound,
+    not_connected,
+    other_loop,
+    several_workers,
+    slow,
+    closed_before,
+    other_loop,
+    in_a_thread,
+    in_its_own_loop,
+    not_started,
+    closed,
+]
+
+
+@pytest.mark.parametrize(
+    ("quote", "scene"), [*zip(QUOTES, SCENES, strict=True)], ids=lambda it: getattr(it, "__name__", "")
+)
+async def test_quoted_message_is_written(
+    quote: str, scene: Callable[[Log, Patch], Awaitable[str | None]], caplog: Log, monkeypatch: Patch
+) -> None:
+    caplog.set_level(logging.WARNING)
+    raised = await scene(caplog, monkeypatch)
+    messages = [raised] if raised is not None else [record.getMessage() for record in caplog.records]
+    pattern = re.compile(re.escape(quote).replace("…", ".+"))
+    assert [message for message in messages if pattern.fullmatch(message)], messages
+
+
+# Statuses and codes, from a real server.
+
+
+async def status_of(port: int, path: str, **headers: str) -> int:
+    """Return the status of a handshake; 101 if it succeeds."""
+    try:
+        async with connect(f"ws://127.0.0.1:{port}{path}", proxy=None, additional_headers=headers):
+            return 101
+    except InvalidStatus as refused:
+        return refused.response.status_code
+
+
+async def end_of(port: int, path: str, *messages: str | bytes) -> tuple[int | None, str | None]:
+    """Connect, say something, and return the code and the reason of the end."""
+    async with asyncio.timeout(10), connect(f"ws://127.0.0.1:{port}{path}", proxy=None) as client:
+        with suppress(ConnectionClosed):
+            for message in messages:
+                await client.send(message)
+            while True:
+                await client.recv()
+    return client.close_code, client.close_reason
+
+
+async def test_handshakes_are_refused_with_what_the_page_says(caplog: Log) -> None:
+    caplog.set_level(logging.CRITICAL, "uvicorn")
+    manager = ConnectionManager(limits=Limits(max_connections_per_user=1, max_connections=3))
+    app = FastAPI(lifespan=manager.lifespan)
+
+    def nobody() -> None: ...
+
+    def ada() -> str:
+        return "ada"
+
+    def forbidden() -> str:
+        raise HTTPException(403)
+
+    def no(connection: object, action: str, channel: str) -> bool:
+        return False
+
+    app.include_router(create_router(manager, "/ws"))
+    app.include_router(create_router(manager, "/rooms/{room}"))
+    app.include_router(create_router(manager, "/denied/{room}", authorize=no))
+    app.include_router(create_router(manager, "/nobody", authenticate=nobody))
+    app.include_router(create_router(manager, "/ada", authenticate=ada))
+    app.include_router(create_router(manager, "/forbidden", authenticate=forbidden))
+
+    @app.websocket("/parameter")
+    async def parameter(websocket: WebSocket, number: int) -> None: ...
+
+    @app.websocket("/refuses")
+    async def refuses(websocket: WebSocket) -> None:
+        raise WebSocketException(1008)
+
+    async with serve_here(app) as port:
+        elsewhere = {"origin": f"http://localhost:{port}"}
+        assert await status_of(port, "/ws") == 101
+        assert await status_of(port, "/ws", **elsewhere) == 403
+        for path in ("/nowhere", "/ws/", "/parameter", "/parameter?number=x", "/refuses", "/forbidden", "/denied/tea"):
+            assert (path, await status_of(port, path)) == (path, 403)
+        assert await status_of(port, "/rooms/" + "x" * 201) == 403
+        assert await status_of(port, "/nobody") == 401
+        async with connect(f"ws://127.0.0.1:{port}/ada", proxy=None):
+            assert await status_of(port, "/ada") == 429
+            async with (
+                connect(f"ws://127.0.0.1:{port}/ws", proxy=None),
+                connect(f"ws://127.0.0.1:{port}/ws", proxy=None),
+            ):
+                assert await status_of(port, "/ws") == 503
+        assert manager.stats().limited == {"max_connections_per_user": 1, "max_connections": 1}
+
+
+async def test_connections_end_with_what_the_page_says(caplog: Log) -> None:
+    caplog.set_level(logging.CRITICAL, "uvicorn")
+    manager = ConnectionManager(limits=Limits(max_inbound_rate=0.001, inbound_burst=1))
+    app = FastAPI(lifespan=manager.lifespan)
+    app.include_router(create_router(manager, "/json", accepts="json"))
+    app.include_router(create_router(manager, "/text", accepts="text"))
+
+    @app.websocket("/returns")
+    async def returns(connection: ConnectionDep) -> None: ...
+
+    @app.websocket("/raises")
+    async def raises(connection: ConnectionDep) -> None:
+        raise HTTPException(404)
+
+    @app.websocket("/parameter")
+    async def parameter(connection: ConnectionDep, number: int) -> None: ...
+
+    @app.websocket("/denies")
+    async def denies(connection: ConnectionDep) -> None:
+        raise PermissionDenied("too late")
+
+    rows = {
+        (int(code), reason)
+        for code, reasons in re.findall(r"^\| (\d{4}) \| ?([^|]*?) ?\|", PAGES[PAGE], re.MULTILINE)
+        for reason in reasons.split(", ")
+    }
+    async with serve_here(app) as port:
+        ends = [
+            await end_of(port, "/returns"),
+            await end_of(port, "/raises"),
+            await end_of(port, "/parameter"),
+            await end_of(port, "/text", b"bytes"),
+            await end_of(port, "/json", "{broken"),
+            await end_of(port, "/text", "x" * 65_537),
+        ]
+        assert [code for code, _ in ends] == [1000, 1011, 1011, 1003, 1007, 1009]
+        assert rows.issuperset(ends)
+        assert await end_of(port, "/denies") == (1008, "too late")
+        assert await end_of(port, "/text", "one", "two") == (1008, "too many messages")
+    assert rows >= {(1008, "too many messages"), (1012, ""), (1013, "slow consumer"), (1011, "keepalive ping timeout")}
+
+
+# What `stats` tells of a message that nobody gets.
+
+
+async def test_stats_tell_why_nobody_gets_a_message() -> None:
+    peer = Peer()
+    async with ConnectionManager() as manager:
+        connection = await manager.connect(peer.websocket, channels=["news"])
+        await manager.broadcast("hello", channel="News")
+        stats = manager.stats()
+        assert (stats.broadcasts, stats.deliveries) == (1, 0)
+        await manager.broadcast("hello", channel="news")
+        await peer.next()
+        stats = manager.stats()
+        assert (stats.broadcasts, stats.deliveries) == (2, 1)
+        assert connection.channels == {"news"}
+
+        @manager.on_broadcast
+        async def holds_back(message: Message, audience: Audience) -> Message | None:
+            return None
+
+        await manager.broadcast("hello", channel="news")
+        stats = manager.stats()
+        assert (stats.broadcasts, stats.vetoed) == (2, 1)
+
+
+async def test_on_message_runs_only_where_the_endpoint_reads() -> None:
+    heard: list[Any] = []
+    manager = ConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+    done = threading.Event()
+
+    @manager.on_message
+    async def hear(connection: Connection, message: str | bytes) -> None:
+        heard.append(message)
+
+    @app.websocket("/deaf")
+    async def deaf(connection: ConnectionDep) -> None:
+        await asyncio.to_thread(done.wait)
+
+    @app.websocket("/reads")
+    async def reads(connection: ConnectionDep) -> None:
+        await connection.wait_closed()
+
+    with TestClient(app) as client:
+        with client.websocket_connect("/deaf") as socket:
+            socket.send_text("one")
+            done.set()
+        with client.websocket_connect("/reads") as socket:
+            socket.send_text("two")
+            await asyncio.to_thread(_wait_until, lambda: heard == ["two"])
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    asyncio.run(eventually(condition))
+
+
+def test_client_without_with_gives_each_socket_a_loop_of_its_own() -> None:
+    manager = ConnectionManager()
+    client = TestClient(app_of(manager))
+    with client.websocket_connect("/ws"):
+        assert "another event loop" in said_by(client.websocket_connect("/ws").__enter__)
+    with TestClient(app_of(manager)) as client, client.websocket_connect("/ws"), client.websocket_connect("/ws"):
+        pass
+    with TestClient(app_of(manager)) as client, client.websocket_connect("/ws"):  # the app has ended once
+        pass
