@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,15 +11,12 @@ from fastapi import FastAPI, WebSocket
 from fastapi.responses import HTMLResponse
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+from tests.support.programs import BROWSER, needs_browser
 from tests.support.servers import eventually, serve_here
 from tests.test_docs import BLOCKS, blocks_of
 
-BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
 BROWSER_ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-pytestmark = pytest.mark.skipif(
-    BROWSER is None,
-    reason="no chromium-headless-shell or chromium on the PATH: apt-get install chromium-headless-shell",
-)
+pytestmark = needs_browser
 
 # What a busy machine may need.
 PATIENCE_MS = 30_000
