@@ -20,6 +20,7 @@ import redis
 
 from tests.support.brokers import Endpoint, RedisServer
 from tests.support.servers import free_port
+from tests.support.strict import STRICT
 from wsbroadcast import piping
 from wsbroadcast.cli import main
 from wsbroadcast.demo.server import url_of
@@ -89,7 +90,7 @@ def test_url_of_an_address_works_in_a_browser_here(host: str, url: str) -> None:
 
 
 def test_demo_serves_its_page_until_it_is_interrupted() -> None:
-    command = [sys.executable, "-W", "error", "-m", "wsbroadcast", "demo", "--port", "0"]
+    command = [*STRICT, "-m", "wsbroadcast", "demo", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -425,7 +426,7 @@ def test_publish_says_which_text_was_not_sent(
 
 @contextmanager
 def publishing(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-W", "error", "-m", "wsbroadcast", "publish", *arguments]
+    command = [*STRICT, "-m", "wsbroadcast", "publish", *arguments]
     quiet = os.environ | {"PYTHONASYNCIODEBUG": ""}  # which writes to stderr what took its time
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=quiet) as process:
         try:

@@ -705,3 +705,6 @@ def test_lowest_versions_are_those_of_the_project() -> None:
     wanted = [f"{name}>={lowest[title]}" for name, title in (("fastapi", "FastAPI"), ("starlette", "Starlette"))]
     assert project["dependencies"] == wanted
     assert project["requires-python"] == f">={lowest['Python']}"
+    highest = re.findall(r"^\| Python \| [\d.]+ \| ([\d.]+) \|", PAGES["docs/servers.md"], re.MULTILINE)
+    tried = [name.rpartition(" ")[2] for name in project["classifiers"] if ":: 3." in name]
+    assert [tried[0], tried[-1]] == [lowest["Python"], *highest]

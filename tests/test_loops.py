@@ -140,8 +140,14 @@ async def test_wait_elsewhere_cancels_what_it_waits_for() -> None:
             raise
 
     with loop_in_thread() as loop:
-        task = asyncio.create_task(wait_elsewhere(submit(wait(), loop), loop))
-        await asyncio.to_thread(waiting.wait, 5)
+
+        async def call() -> (
+            None
+        ):  # begins before it is cancelled, although `to_thread` needn't let it since Python 3.14
+            await wait_elsewhere(submit(wait(), loop), loop)
+
+        task = asyncio.create_task(call())
+        assert await asyncio.to_thread(waiting.wait, 5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

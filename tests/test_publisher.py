@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint, RedisServer
 from tests.support.fake_broker import FakeBroker, FakeEngine, FakeLink
 from tests.support.servers import ROOT, eventually
+from tests.support.strict import STRICT
 from wsbroadcast import (
     ConfigurationError,
     ConnectionManager,
@@ -789,7 +789,7 @@ assert sorted(payload for _, payload in received(3)) == ["one", "parent", "two"]
 def run_script(code: str, *arguments: str) -> None:
     """Run a program in development mode; it has to end in time, successfully and without a word."""
     result = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code, *arguments],
+        [*STRICT, "-X", "dev", "-c", code, *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

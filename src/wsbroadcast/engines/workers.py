@@ -47,7 +47,8 @@ def sign_of_several_workers(
     """Say how we know that several processes serve the app; empty if nothing says so.
 
     A known server that called us knows best. Of an unknown one `WEB_CONCURRENCY` tells, and in a child process the
-    command line of its parent, which `multiprocessing` hands on.
+    command line of its parent, which `multiprocessing` hands on, and the variable of granian: from Python 3.14 on a
+    child no longer has the stack of its parent.
     """
     servers = [(number, module) for module, variables in frames for number in _workers(module, variables)]
     if servers:
@@ -56,9 +57,11 @@ def sign_of_several_workers(
     options = _OPTION.findall(" ".join(argv[1:])) if is_child else []
     if options and int(options[-1]) > 1:
         return f"the command line asks for {int(options[-1])} workers"
-    concurrency = environ.get("WEB_CONCURRENCY", "")
-    if not options and concurrency.isdecimal() and int(concurrency) > 1:
-        return f"WEB_CONCURRENCY asks for {int(concurrency)} workers"
+    variables = ("GRANIAN_WORKERS", "WEB_CONCURRENCY") if is_child else ("WEB_CONCURRENCY",)
+    for variable in () if options else variables:
+        concurrency = environ.get(variable, "")
+        if concurrency.isdecimal() and int(concurrency) > 1:
+            return f"{variable} asks for {int(concurrency)} workers"
     return ""
 
 
