@@ -28,8 +28,8 @@ class Peer:
     is_python: bool = True
     """Whether it is a peer in Python that we mean to be faster than, in every scenario."""
     can: frozenset[str] = field(default=frozenset({"channels", "deflate", "leave", "collector"}))
-    """Of `channels`, `deflate`, `loop`; `leave` if its server closes when a client says goodbye, `collector` if Python code handles its
-    connections, `bounds` if it bounds what waits for a slow consumer."""
+    """Of `channels`, `deflate`, `loop`; `leave` if its server closes when a client says goodbye, `collector` if Python
+    code handles its connections, `bounds` if it bounds what waits for a slow consumer."""
     interpreter: str | None = None
     """Where it isn't that of its environment."""
     tree: Path | None = None
