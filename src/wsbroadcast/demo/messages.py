@@ -2,11 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
 from wsbroadcast import Stats
+from wsbroadcast.demo.visitors import MAX_NAME_LENGTH, clean_channel, clean_name, clean_text
 
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=24)]
+Name = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_NAME_LENGTH),
+    AfterValidator(clean_name),
+]
 
 
 class Inbound(BaseModel):
@@ -20,14 +25,15 @@ class Hello(Inbound):
 
     type: Literal["hello"]
     name: Name
-    channel: str
+    """The one it would like; another may have it already."""
+    channel: Annotated[str, AfterValidator(clean_channel)]
 
 
 class Chat(Inbound):
     """A line for the tab's channel."""
 
     type: Literal["chat"]
-    text: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    text: Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(clean_text)]
 
 
 class Stall(Inbound):
@@ -53,11 +59,12 @@ INBOUND: TypeAdapter[Hello | Chat | Stall | Flood] = TypeAdapter(
 
 
 class Welcome(BaseModel):
-    """The answer to `Hello`."""
+    """The answer to `Hello`: who the tab is from now on."""
 
     type: Literal["welcome"] = "welcome"
     id: str
     name: str
+    hue: int
     channel: str
 
 
@@ -74,6 +81,7 @@ class ChatLine(BaseModel):
     type: Literal["chat"] = "chat"
     sender: str
     name: str
+    hue: int
     channel: str
     text: str
 
@@ -105,6 +113,7 @@ class Guest(BaseModel):
 
     id: str
     name: str
+    hue: int
     channel: str
     is_stalled: bool
 
@@ -125,6 +134,9 @@ class State(BaseModel):
 
     stats: Stats
     roster: list[Guest]
+    """Those who came first, if there are very many."""
+    visitors: int
+    """All of them."""
     ended: list[Ended]
     """The latest first."""
     max_backlog_bytes: int
