@@ -2,6 +2,8 @@
 
 import time
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import PurePath
 from typing import Annotated
@@ -20,6 +22,7 @@ from wsbroadcast import (
     ManagerDep,
     SlowConsumer,
 )
+from wsbroadcast.demo.comparison import Comparison
 from wsbroadcast.demo.headers import SecurityHeaders
 from wsbroadcast.demo.messages import (
     INBOUND,
@@ -194,9 +197,17 @@ def create_app() -> FastAPI:
     """Make the demo's app, with a manager of its own."""
     hook = ComingsAndGoings()
     manager = ConnectionManager(hooks=[hook], limits=LIMITS, slow_consumer=SLOW_CONSUMER)
+    comparison = Comparison(SLOW_CONSUMER)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with manager.lifespan(app), comparison.running():
+            yield
+
     # No pages for the API: they load scripts from elsewhere, which the Content-Security-Policy forbids.
-    app = FastAPI(title="wsbroadcast demo", lifespan=manager.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="wsbroadcast demo", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.comings_and_goings = hook
+    app.include_router(comparison.router())
     app.include_router(router)
     app.add_middleware(SecurityHeaders)
     return app

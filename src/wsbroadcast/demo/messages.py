@@ -141,3 +141,71 @@ class State(BaseModel):
     """The latest first."""
     max_backlog_bytes: int
     send_timeout: float
+
+
+# The comparison.
+
+
+class Tick(BaseModel):
+    """What is broadcast by both managers, ten times a second."""
+
+    type: Literal["tick"] = "tick"
+    number: int
+    at: float
+    """When it was made, on the server's own clock."""
+    padding: str = ""
+
+
+class Clock(Inbound):
+    """Asks what the time is on the server's clock."""
+
+    type: Literal["clock"]
+    sent: float
+    """The time on the client's; comes back with the answer."""
+
+
+class ClockAnswer(BaseModel):
+    """The answer to `Clock`."""
+
+    type: Literal["clock"] = "clock"
+    sent: float
+    at: float
+
+
+class StallClient(Inbound):
+    """Let a client of each manager stop reading."""
+
+    type: Literal["stall"]
+
+
+class WakeClient(Inbound):
+    """Let it read on."""
+
+    type: Literal["wake"]
+
+
+COMMAND: TypeAdapter[Clock | StallClient | WakeClient] = TypeAdapter(
+    Annotated[Clock | StallClient | WakeClient, Field(discriminator="type")]
+)
+"""Checks and reads a frame of a client that compares."""
+
+
+class StallState(BaseModel):
+    """How the stalled client fares; what was last, if nobody stalls now. Times are on the server's clock."""
+
+    type: Literal["stall"] = "stall"
+    phase: Literal["idle", "busy", "stalled"]
+    """`busy` while it connects, and while it catches up in the end."""
+    started_at: float | None
+    over_at: float | None
+    """When it began to read again."""
+    seconds: float
+    """How long it lasts if nobody wakes the client before."""
+    ended_at: float | None
+    """When our manager ended its connection."""
+    code: int | None
+    reason: str
+    waiting_bytes: int
+    """What waits in our manager for slow consumers."""
+    problem: str
+    """Why nobody could be stalled."""
