@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, WebSocket, WebSocketException
 from pydantic import ValidationError
-from starlette.types import Scope
 
 from wsbroadcast import CloseCode, Connection, ConnectionManager, Hook, Limits, SlowConsumer, connection_dependency
 from wsbroadcast.demo import handwritten
@@ -159,18 +158,17 @@ class Comparison(Hook):
         if self._stall.is_done:
             self._stall = stall = Stall()
             name = "wsbroadcast demo: stalled client"
-            self._stalling = asyncio.create_task(self._run(stall, websocket.scope), name=name)
+            self._stalling = asyncio.create_task(self._run(stall, websocket.scope.get("server")), name=name)
 
     def wake(self) -> None:
         """Let the stalled client read on."""
         self._stall.is_over.set()
 
-    async def _run(self, stall: Stall, scope: Scope) -> None:
-        path = f"{scope.get('root_path', '')}/feed/{{}}?stall={stall.token}"
+    async def _run(self, stall: Stall, address: tuple[str, int | None] | None) -> None:
         try:
             with (
-                StalledClient(scope.get("server"), path.format("wsbroadcast")) as ours,
-                StalledClient(scope.get("server"), path.format("handwritten")) as theirs,
+                StalledClient(address, f"/feed/wsbroadcast?stall={stall.token}") as ours,
+                StalledClient(address, f"/feed/handwritten?stall={stall.token}") as theirs,
             ):
                 await ours.connect()
                 await theirs.connect()

@@ -145,12 +145,15 @@ function unconnected() {
 
 const idle = { state: "idle", mood: "", text: "Every client gets every message at once." };
 
-function nothingYet(column) {
+function unstalled(column) {
   if (column.lastAt === null) return { state: "connecting", mood: "", text: "Connecting." };
   if (stall?.problem) return { state: "problem", mood: "bad", text: `Sorry, ${stall.problem}.` };
-  if (stall?.phase !== "stalled") return null;
-  const text = "One client has stopped reading. So far the buffers of its connection have room.";
-  return { state: "filling", mood: "", text };
+  if (stall?.phase === "stalled") {
+    const text = "One client has stopped reading. So far the buffers of its connection have room.";
+    return { state: "filling", mood: "", text };
+  }
+  const slowest = column.slowest();
+  return slowest < FROZEN_MS ? idle : { state: "late", mood: "bad", text: `Messages came up to ${duration(slowest)} late.` };
 }
 
 function ofHandwritten(column, waiting, at) {
@@ -161,12 +164,10 @@ function ofHandwritten(column, waiting, at) {
     const text = `Nobody has got anything for ${silence}: the loop awaits ${which}. ${count} messages wait for the loop.`;
     return { state: "frozen", mood: "bad", text };
   }
-  const slowest = column.slowest();
-  if (stall?.phase !== "stalled" && slowest > FROZEN_MS) {
-    const text = `The client reads again, and the loop goes on. Every client got messages up to ${duration(slowest)} late.`;
-    return { state: "late", mood: "bad", text };
-  }
-  return nothingYet(column) ?? idle;
+  const judged = unstalled(column);
+  const isSincePause = stall !== null && stall.overAt !== null && at - stall.overAt < WINDOW_MS;
+  if (judged.state !== "late" || !isSincePause) return judged;
+  return { ...judged, text: `The client reads again, and the loop goes on. ${judged.text}` };
 }
 
 function ofOurs(column, waiting, at) {
@@ -181,7 +182,7 @@ function ofOurs(column, waiting, at) {
     const text = `${bytes(stall.waiting_bytes)} wait for the stalled client, in a backlog of its own. The others go on.`;
     return { state: "backlog", mood: "good", text };
   }
-  return nothingYet(column) ?? idle;
+  return unstalled(column);
 }
 
 const columns = {

@@ -61,7 +61,7 @@ function drawCounters() {
 function fastPath({ connections, sinks }) {
   const fast = sinks.uvicorn ?? 0;
   if (connections === 0) return "Nobody is connected.";
-  if (fast === connections) return "A message is encoded once, and all connections share its bytes.";
+  if (fast === connections) return "A message is encoded once; all connections share its bytes.";
   return `${number.format(fast)} of ${number.format(connections)} connections share the bytes of a message.`;
 }
 
