@@ -2,8 +2,10 @@
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from importlib.resources import files
+from pathlib import PurePath
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
@@ -20,6 +22,7 @@ from wsbroadcast import (
     ManagerDep,
     SlowConsumer,
 )
+from wsbroadcast.demo.comparison import Comparison
 from wsbroadcast.demo.headers import SecurityHeaders
 from wsbroadcast.demo.messages import (
     INBOUND,
@@ -36,6 +39,7 @@ from wsbroadcast.demo.messages import (
     State,
     Welcome,
 )
+from wsbroadcast.demo.visitors import Visitor, next_visitor
 
 # A shorter `send_timeout` than the default of 10 s, so that nobody has to wait for the eviction, and four times the
 # default backlog, so that there is time to see it grow.
@@ -44,23 +48,23 @@ SLOW_CONSUMER = SlowConsumer(max_backlog_bytes=4 * 1024 * 1024, send_timeout=3.0
 # A tab that floods everyone sends 3,000 messages at once, which the default takes for an attack.
 LIMITS = Limits(max_inbound_rate=1_000, inbound_burst=10_000)
 
+# As many visitors are shown by name.
+_MAX_ROSTER = 50
+
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
 _ASSETS = {
-    "index.html": "text/html; charset=utf-8",
-    "demo.css": "text/css; charset=utf-8",
-    "demo.js": "text/javascript; charset=utf-8",
-    "worker.js": "text/javascript; charset=utf-8",
-    "favicon.svg": "image/svg+xml",
+    file.name: file
+    for file in (files("wsbroadcast.demo") / "static").iterdir()
+    if PurePath(file.name).suffix in _MEDIA_TYPES
 }
 
 router = APIRouter()
-
-
-@dataclass
-class Visitor:
-    """What the demo remembers about a connection, as its `info`."""
-
-    name: str
-    is_stalled: bool = False
 
 
 class ComingsAndGoings(Hook):
@@ -119,14 +123,16 @@ async def chat(connection: ConnectionDep) -> None:
 
 async def enter(connection: Connection, hello: Hello) -> None:
     """Give a connection its name and its channel, the only one it stays in."""
-    connection.info = Visitor(hello.name)
+    others = [other.info for other in connection.manager.connections if other is not connection and other.info]
+    connection.info = next_visitor(hello.name, connection.info and connection.info.hue, others)
     try:
         await connection.subscribe(hello.channel)
     except InvalidChannel as error:
         await connection.send(Refused(text=str(error)))
         return
     await connection.unsubscribe(*(connection.channels - {hello.channel}))
-    await connection.send(Welcome(id=connection.id, name=hello.name, channel=hello.channel))
+    visitor = connection.info
+    await connection.send(Welcome(id=connection.id, name=visitor.name, hue=visitor.hue, channel=hello.channel))
 
 
 async def pass_on(connection: Connection, visitor: Visitor, message: Chat | Stall | Flood) -> None:
@@ -135,9 +141,13 @@ async def pass_on(connection: Connection, visitor: Visitor, message: Chat | Stal
         visitor.is_stalled = True
     elif isinstance(message, Flood):
         await connection.manager.broadcast(FloodLine(**message.model_dump(), name=visitor.name))
+    elif not message.text:
+        await connection.send(Refused(text="There is nothing in it that could be shown."))
     else:
         for channel in connection.channels:
-            line = ChatLine(sender=connection.id, name=visitor.name, channel=channel, text=message.text)
+            line = ChatLine(
+                sender=connection.id, name=visitor.name, hue=visitor.hue, channel=channel, text=message.text
+            )
             await connection.manager.broadcast(line, channel=channel)
 
 
@@ -147,47 +157,57 @@ async def get_comings_and_goings(request: Request) -> ComingsAndGoings:
     return hook
 
 
-@router.get("/state")
+@router.api_route("/state", methods=["GET", "HEAD"])
 async def state(
     manager: ManagerDep, comings_and_goings: Annotated[ComingsAndGoings, Depends(get_comings_and_goings)]
 ) -> State:
     """Return the counters, who is connected, and how the last ones ended."""
+    visitors = [connection for connection in manager.connections if connection.info is not None]
     return State(
         stats=manager.stats(),
         roster=[
             Guest(
                 id=connection.id,
                 name=connection.info.name,
+                hue=connection.info.hue,
                 channel=", ".join(sorted(connection.channels)),
                 is_stalled=connection.info.is_stalled,
             )
-            for connection in manager.connections
-            if connection.info is not None
+            for connection in visitors[:_MAX_ROSTER]
         ],
+        visitors=len(visitors),
         ended=list(comings_and_goings.ended),
         max_backlog_bytes=SLOW_CONSUMER.max_backlog_bytes,
         send_timeout=SLOW_CONSUMER.send_timeout,
     )
 
 
-@router.get("/")
-@router.get("/{name}")
+# HEAD as well: FastAPI adds it to no route by itself, and programs that look whether a page is there use it.
+@router.api_route("/", methods=["GET", "HEAD"])
+@router.api_route("/{name}", methods=["GET", "HEAD"])
 async def asset(name: str = "index.html") -> Response:
     """Serve the page and what belongs to it."""
-    media_type = _ASSETS.get(name)
-    if media_type is None:
+    file = _ASSETS.get(name)
+    if file is None:
         raise HTTPException(404)
-    content = (files("wsbroadcast.demo") / "static" / name).read_bytes()
-    return Response(content, headers={"content-type": media_type})
+    return Response(file.read_bytes(), headers={"content-type": _MEDIA_TYPES[PurePath(name).suffix]})
 
 
 def create_app() -> FastAPI:
     """Make the demo's app, with a manager of its own."""
     hook = ComingsAndGoings()
     manager = ConnectionManager(hooks=[hook], limits=LIMITS, slow_consumer=SLOW_CONSUMER)
+    comparison = Comparison(SLOW_CONSUMER)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with manager.lifespan(app), comparison.running():
+            yield
+
     # No pages for the API: they load scripts from elsewhere, which the Content-Security-Policy forbids.
-    app = FastAPI(title="wsbroadcast demo", lifespan=manager.lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="wsbroadcast demo", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.comings_and_goings = hook
+    app.include_router(comparison.router())
     app.include_router(router)
     app.add_middleware(SecurityHeaders)
     return app

@@ -2,11 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
 
 from wsbroadcast import Stats
+from wsbroadcast.demo.visitors import MAX_NAME_LENGTH, clean_channel, clean_name, clean_text
 
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=24)]
+Name = Annotated[
+    str,
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_NAME_LENGTH),
+    AfterValidator(clean_name),
+]
 
 
 class Inbound(BaseModel):
@@ -20,14 +25,15 @@ class Hello(Inbound):
 
     type: Literal["hello"]
     name: Name
-    channel: str
+    """The one it would like; another may have it already."""
+    channel: Annotated[str, AfterValidator(clean_channel)]
 
 
 class Chat(Inbound):
     """A line for the tab's channel."""
 
     type: Literal["chat"]
-    text: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    text: Annotated[str, StringConstraints(min_length=1, max_length=2000), AfterValidator(clean_text)]
 
 
 class Stall(Inbound):
@@ -53,11 +59,12 @@ INBOUND: TypeAdapter[Hello | Chat | Stall | Flood] = TypeAdapter(
 
 
 class Welcome(BaseModel):
-    """The answer to `Hello`."""
+    """The answer to `Hello`: who the tab is from now on."""
 
     type: Literal["welcome"] = "welcome"
     id: str
     name: str
+    hue: int
     channel: str
 
 
@@ -74,6 +81,7 @@ class ChatLine(BaseModel):
     type: Literal["chat"] = "chat"
     sender: str
     name: str
+    hue: int
     channel: str
     text: str
 
@@ -105,6 +113,7 @@ class Guest(BaseModel):
 
     id: str
     name: str
+    hue: int
     channel: str
     is_stalled: bool
 
@@ -125,7 +134,78 @@ class State(BaseModel):
 
     stats: Stats
     roster: list[Guest]
+    """Those who came first, if there are very many."""
+    visitors: int
+    """All of them."""
     ended: list[Ended]
     """The latest first."""
     max_backlog_bytes: int
     send_timeout: float
+
+
+# The comparison.
+
+
+class Tick(BaseModel):
+    """What is broadcast by both managers, ten times a second."""
+
+    type: Literal["tick"] = "tick"
+    number: int
+    at: float
+    """When it was made, on the server's own clock."""
+    padding: str = ""
+
+
+class Clock(Inbound):
+    """Asks what the time is on the server's clock."""
+
+    type: Literal["clock"]
+    sent: float
+    """The time on the client's; comes back with the answer."""
+
+
+class ClockAnswer(BaseModel):
+    """The answer to `Clock`."""
+
+    type: Literal["clock"] = "clock"
+    sent: float
+    at: float
+
+
+class StallClient(Inbound):
+    """Let a client of each manager stop reading."""
+
+    type: Literal["stall"]
+
+
+class WakeClient(Inbound):
+    """Let it read on."""
+
+    type: Literal["wake"]
+
+
+COMMAND: TypeAdapter[Clock | StallClient | WakeClient] = TypeAdapter(
+    Annotated[Clock | StallClient | WakeClient, Field(discriminator="type")]
+)
+"""Checks and reads a frame of a client that compares."""
+
+
+class StallState(BaseModel):
+    """How the stalled client fares; what was last, if nobody stalls now. Times are on the server's clock."""
+
+    type: Literal["stall"] = "stall"
+    phase: Literal["idle", "busy", "stalled"]
+    """`busy` while it connects, and while it catches up in the end."""
+    started_at: float | None
+    over_at: float | None
+    """When it began to read again."""
+    seconds: float
+    """How long it lasts if nobody wakes the client before."""
+    ended_at: float | None
+    """When our manager ended its connection."""
+    code: int | None
+    reason: str
+    waiting_bytes: int
+    """What waits in our manager for slow consumers."""
+    problem: str
+    """Why nobody could be stalled."""

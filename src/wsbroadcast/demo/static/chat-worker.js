@@ -22,6 +22,8 @@ socketUrl.protocol = socketUrl.protocol === "https:" ? "wss:" : "ws:";
 let socket = null;
 let reconnecting = null;
 let attempts = 0;
+// What the tab has asked for last, and what it comes back with: the name it would like, and the channel it is in.
+let asked = null;
 let profile = null;
 
 // What the page hasn't been told yet. It is told once per animation frame at most: it asks for more when it has drawn.
@@ -44,7 +46,7 @@ function connect() {
   reconnecting = null;
   tell("connecting", {});
   socket = new WebSocket(socketUrl);
-  socket.onopen = () => say({ type: "hello", ...profile });
+  socket.onopen = () => hello(profile);
   socket.onmessage = (event) => receive(event.data);
   socket.onclose = (event) => {
     socket = null;
@@ -80,11 +82,16 @@ function say(message) {
   return true;
 }
 
+function hello(wanted) {
+  asked = wanted;
+  return say({ type: "hello", ...wanted });
+}
+
 function receive(text) {
   const message = JSON.parse(text);
   if (message.type === "welcome") {
     attempts = 0;
-    profile = { name: message.name, channel: message.channel };
+    profile = { name: asked.name, channel: message.channel };
     tell("welcome", message);
     return;
   }
@@ -157,7 +164,7 @@ function stall(milliseconds, wakeUp) {
       while (performance.now() < end);
     }
     tell("woken", {});
-    say({ type: "hello", ...profile });
+    hello(profile);
   }, 100);
 }
 
@@ -167,7 +174,7 @@ const commands = {
     connect();
   },
   enter(command) {
-    if (say({ type: "hello", ...command.profile })) return;
+    if (hello(command.profile)) return;
     profile = command.profile;
     if (socket === null && reconnecting === null) connect();
   },

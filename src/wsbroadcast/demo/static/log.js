@@ -1,0 +1,84 @@
+// The log of the channel that the tab is in.
+
+import { $, announce, element, isolated, number, time } from "./dom.js";
+
+const MAX_LINES = 200;
+const NEAR_END_PX = 40;
+
+const log = $("log");
+
+// Whether the newest line is kept in view. Only the person scrolls away from it: a log that changes its size stays there.
+let isFollowing = true;
+
+function isNearEnd() {
+  return log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END_PX;
+}
+
+function follow() {
+  if (isFollowing) log.scrollTop = log.scrollHeight;
+}
+
+log.addEventListener("scroll", () => {
+  isFollowing = isNearEnd();
+});
+new ResizeObserver(follow).observe(log);
+
+// A line may be of a channel that the tab has asked for and isn't in yet: it waits, hidden, until `showChannel`.
+export function addLine(line, { channel, isHidden = false } = {}) {
+  if (channel !== undefined) line.dataset.channel = channel;
+  line.hidden = isHidden;
+  log.append(line);
+  while (log.childElementCount > MAX_LINES) log.firstElementChild.remove();
+  follow();
+}
+
+// Lines of other channels go; those of none, about the tab itself, stay.
+export function showChannel(channel) {
+  for (const line of [...log.children]) {
+    if (line.dataset.channel === undefined || line.dataset.channel === channel) line.hidden = false;
+    else line.remove();
+  }
+  isFollowing = true;
+  follow();
+}
+
+function stamp(at) {
+  const made = element("time", "", time.format(at));
+  made.dateTime = new Date(at).toISOString();
+  return made;
+}
+
+export function chatLine({ name, hue, text, at }, isOwn) {
+  const head = element("div", "line-head", isolated(name, `name hue-${hue}`), stamp(at));
+  return element("li", isOwn ? "line own" : "line", head, element("p", "text", isolated(text)));
+}
+
+// The parts of a sentence: texts of ours, and `isolated` ones.
+export function systemLine(parts, { isBad = false, at = Date.now() } = {}) {
+  return element("li", isBad ? "line system bad" : "line system", element("p", "text", ...parts), stamp(at));
+}
+
+const floodLines = new Map();
+
+export function drawFlood({ flood, name, total, received, last, isInOrder, isCut }) {
+  let parts = floodLines.get(flood);
+  if (parts === undefined || !parts.line.isConnected) {
+    const bar = element("progress", "");
+    bar.max = total;
+    bar.setAttribute("aria-label", `Received of ${name}'s flood`);
+    parts = { text: element("p", "text"), bar };
+    parts.line = element("li", "line flood", parts.text, bar);
+    floodLines.set(flood, parts);
+    if (floodLines.size > MAX_LINES) floodLines.delete(floodLines.keys().next().value);
+    addLine(parts.line);
+  }
+  const missed = last - received;
+  let verdict = isInOrder ? ", none missed" : ", out of order";
+  if (missed > 0) verdict = `, ${number.format(missed)} missed`;
+  else if (isCut) verdict = ", then cut off";
+  const how = `'s flood: ${number.format(received)} of ${number.format(total)} received${verdict}`;
+  parts.text.replaceChildren(isolated(name), how);
+  parts.bar.value = received;
+  if (received === total) announce(parts.text.textContent);
+  follow();
+}
