@@ -13,7 +13,8 @@ from playwright.async_api import Locator, Page, expect
 from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
-from tests.support.demo import OpenTab, complaints, needs_browser, open_tab, say, state
+from tests.support.demo import OpenTab, complaints, open_tab, say, state
+from tests.support.programs import needs_browser
 from wsbroadcast.demo import create_app
 
 __all__ = ["complaints", "open_tab"]  # fixtures

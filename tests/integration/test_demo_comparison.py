@@ -16,7 +16,8 @@ from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketT
 from starlette.websockets import WebSocketDisconnect
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.support.demo import Demo, OpenTab, complaints, needs_browser, open_tab, running_demo
+from tests.support.demo import Demo, OpenTab, complaints, open_tab, running_demo
+from tests.support.programs import needs_browser
 from tests.support.servers import eventually
 from wsbroadcast.demo import comparison, create_app
 from wsbroadcast.demo.messages import Tick

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 from playwright.async_api import BrowserContext, ConsoleMessage, Page, async_playwright, expect
 
-BROWSER = shutil.which("chromium-headless-shell") or shutil.which("chromium")
+from tests.support.programs import BROWSER
+
 BROWSER_ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -22,7 +22,6 @@ BROWSER_ARGUMENTS = [
     "--disable-component-update",
     "--no-first-run",
 ]
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium-headless-shell or chromium on the PATH")
 
 # What a busy machine may need.
 PATIENCE_MS = 30_000
