@@ -11,7 +11,8 @@ from pathlib import Path
 from playwright.async_api import Page, async_playwright, expect
 from websockets.asyncio.client import ClientConnection, connect
 
-from tests.support.demo import BROWSER, BROWSER_ARGUMENTS, running_demo, say
+from tests.support.demo import BROWSER_ARGUMENTS, running_demo, say
+from tests.support.programs import BROWSER
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "demo.png"
 
