@@ -519,8 +519,9 @@ def _make_sink(connection: Connection, websocket: WebSocket, watch: Watch) -> tu
         return Sink(connection, watch, websocket.send), "send is taken over"
     # Ours go to the server directly: Starlette's state then says only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
-    receive = websocket.scope.get(SERVER_RECEIVE) or getattr(websocket, "_receive", None)
-    protocol, refused = find_protocol(receive)
+    shown = websocket.scope.get(SERVER_RECEIVE)
+    receive = shown or getattr(websocket, "_receive", None)
+    protocol, refused = find_protocol(receive, send if shown is None else None)
     if protocol is not None:
         return UvicornSink(connection, watch, send, protocol), ""
     return Sink(connection, watch, send, find_transport(receive)), refused

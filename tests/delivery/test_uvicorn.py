@@ -58,6 +58,9 @@ class WebSocketsSansIOProtocol:
         self.close_sent = False
         self.conn = Conn()
 
+    async def send(self, event: Any) -> None:
+        pass
+
     async def receive(self) -> None: ...
 
 
@@ -212,7 +215,7 @@ async def test_close_aborts_a_peer_that_takes_nothing() -> None:
 
 def test_protocol_is_found_behind_its_own_receive() -> None:
     protocol = WebSocketsSansIOProtocol()
-    assert find_protocol(protocol.receive) == (protocol, "")
+    assert find_protocol(protocol.receive, protocol.send) == (protocol, "")
 
 
 def test_protocol_that_never_says_it_is_full_is_refused() -> None:
@@ -226,7 +229,7 @@ def test_protocol_that_never_says_it_is_full_is_refused() -> None:
 
         async def receive(self) -> None: ...
 
-    assert find_protocol(WebSocketsSansIOProtocol().receive) == (None, "unknown uvicorn: pause_writing")
+    assert find_protocol(WebSocketsSansIOProtocol().receive, None) == (None, "unknown uvicorn: pause_writing")
 
 
 async def _wrapped() -> None: ...
@@ -236,15 +239,15 @@ async def _wrapped() -> None: ...
 def test_protocol_without_what_is_needed_is_refused(attribute: str) -> None:
     protocol = WebSocketsSansIOProtocol()
     delattr(protocol, attribute)
-    found, reason = find_protocol(protocol.receive)
+    found, reason = find_protocol(protocol.receive, protocol.send)
     assert found is None
     assert attribute in reason
 
 
 def test_other_receives_are_refused_with_the_reason() -> None:
-    assert find_protocol(_wrapped) == (None, "receive is wrapped")
-    assert find_protocol(asyncio.Queue().get) == (None, "server protocol Queue")
-    assert find_protocol(None) == (None, "receive is wrapped")
+    assert find_protocol(_wrapped, None) == (None, "receive is wrapped")
+    assert find_protocol(asyncio.Queue().get, None) == (None, "server protocol Queue")
+    assert find_protocol(None, None) == (None, "receive is wrapped")
 
 
 def test_transport_is_found_on_uvicorn_only() -> None:

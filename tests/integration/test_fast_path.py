@@ -12,6 +12,10 @@ import pytest
 import trustme
 import uvicorn
 from fastapi import FastAPI, WebSocket
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
 from websockets.exceptions import ConnectionClosedError
@@ -33,15 +37,18 @@ class WrapsReceive:
         await self.app(scope, wrapped, send)
 
 
-def make_app(manager: ConnectionManager) -> FastAPI:
-    app = FastAPI()
-
-    @app.websocket("/ws")
+def endpoint_of(manager: ConnectionManager) -> Any:
     async def endpoint(websocket: WebSocket) -> None:
         async with manager.connect(websocket) as connection:
             async for message in connection:
                 await manager.broadcast(message)
 
+    return endpoint
+
+
+def make_app(manager: ConnectionManager) -> FastAPI:
+    app = FastAPI()
+    app.add_api_websocket_route("/ws", endpoint_of(manager))
     return app
 
 
@@ -58,6 +65,63 @@ async def test_wrapped_receive_falls_back() -> None:
     async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
         assert await echo(manager, client) == {"asgi": 1}
         assert manager.stats().fast_path_refused == {"receive is wrapped": 1}
+
+
+class Redacts:
+    """A middleware that changes what is sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def sender(event: Any) -> None:
+            if "text" in event:
+                event = {**event, "text": event["text"].replace("secret", "******")}
+            await send(event)
+
+        await self.app(scope, receive, sender if scope["type"] == "websocket" else send)
+
+
+@pytest.mark.parametrize("where", ["app", "mounted", "route"])
+async def test_wrapped_send_falls_back_so_that_it_sees_everything(where: str) -> None:
+    manager = ConnectionManager()
+    inner = make_app(manager)
+    app: Any = inner
+    if where == "app":
+        app.add_middleware(Redacts)
+    elif where == "mounted":
+        app = FastAPI()
+        app.mount("/", Redacts(inner))
+    else:
+        app = Starlette(routes=[WebSocketRoute("/ws", Redacts(WebSocketRoute("/ws", endpoint_of(manager)).app))])
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        await client.send("a secret")
+        assert await asyncio.wait_for(client.recv(), 5) == "a ******"
+        assert manager.stats().sinks == {"asgi": 1}
+        assert manager.stats().fast_path_refused == {"send is wrapped": 1}
+
+
+async def test_starlettes_own_layers_are_seen_through() -> None:
+    """Handlers of exceptions, middlewares that leave WebSockets alone, apps in apps."""
+    manager = ConnectionManager()
+    app: Any = make_app(manager)
+    for depth in range(3):
+        app.add_exception_handler(KeyError, lambda websocket, error: None)
+        app.add_middleware(BaseHTTPMiddleware, dispatch=lambda request, call_next: call_next(request))
+        app.add_middleware(GZipMiddleware)
+        outer: Any = FastAPI() if depth % 2 else Starlette()
+        outer.mount("/", app)
+        app = outer
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        assert await echo(manager, client) == {"uvicorn": 1}
+
+
+async def test_fast_path_layer_keeps_it_around_a_wrapped_send() -> None:
+    manager = ConnectionManager()
+    app = make_app(manager)
+    app.add_middleware(Redacts)
+    async with serve_here(FastPath(app)) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        assert await echo(manager, client) == {"uvicorn": 1}
 
 
 async def test_fast_path_layer_keeps_it_around_a_wrapped_receive() -> None:

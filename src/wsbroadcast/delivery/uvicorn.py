@@ -6,7 +6,9 @@ Nothing of the server is patched. Whatever looks different from what this module
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from functools import cache
+from types import CodeType
+from typing import Any, cast
 
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.batch import Batch
@@ -82,8 +84,12 @@ class UvicornSink(Sink):
         self._transport.write(self._form.frame(message))
 
 
-def find_protocol(receive: object) -> tuple[Any, str]:
-    """Find uvicorn's protocol object behind an ASGI `receive`.
+def find_protocol(receive: object, send: object) -> tuple[Any, str]:
+    """Find uvicorn's protocol object behind an ASGI `receive` and `send`.
+
+    Args:
+        receive: The one that the WebSocket has, or the server's own where the app says so (see `FastPath`).
+        send: The one that the WebSocket has; `None` where the app says that what wraps it may be left out.
 
     Returns:
         The protocol and an empty text, or `None` and the reason why the fast path is refused.
@@ -94,6 +100,8 @@ def find_protocol(receive: object) -> tuple[Any, str]:
     kind = type(protocol)
     if kind.__name__ != "WebSocketsSansIOProtocol" or not kind.__module__.startswith("uvicorn."):
         return None, f"server protocol {kind.__name__}"
+    if send is not None and getattr(_below_starlette(send), "__self__", None) is not protocol:
+        return None, "send is wrapped"
     unknown = [name for name, kind in _ATTRIBUTES.items() if not isinstance(getattr(protocol, name, None), kind)]
     if find_transport(receive) is None:
         unknown.append("transport")
@@ -104,6 +112,30 @@ def find_protocol(receive: object) -> tuple[Any, str]:
     if not protocol.handshake_complete:  # once it is, it stays so
         return None, "the handshake is not complete"
     return protocol, ""
+
+
+def _below_starlette(send: object) -> object:
+    # Starlette wraps `send` itself, once for each app and route that handles exceptions, and passes on what comes.
+    while (code := getattr(send, "__code__", None)) is not None and code is _SENDER:
+        send = send.__closure__[_SENDER_SEND].cell_contents  # type: ignore[attr-defined]  # a function of that code
+    return send
+
+
+def _find_sender() -> CodeType | None:
+    # Known by its code: whatever else looks like it is somebody else's. Not found means that every `send` is wrapped.
+    try:
+        from starlette._exception_handler import wrap_app_handling_exceptions
+    except ImportError:
+        return None
+    for wrapped_app in wrap_app_handling_exceptions.__code__.co_consts:
+        for sender in getattr(wrapped_app, "co_consts", ()):
+            if getattr(sender, "co_name", "") == "sender" and "send" in sender.co_freevars:
+                return cast(CodeType, sender)
+    return None
+
+
+_SENDER = _find_sender()
+_SENDER_SEND = 0 if _SENDER is None else _SENDER.co_freevars.index("send")
 
 
 def _inbox_of(protocol: Any) -> asyncio.Queue[Any] | None:
@@ -137,10 +169,14 @@ def find_transport(receive: object) -> asyncio.Transport | None:
     if not type(protocol).__module__.startswith("uvicorn."):
         return None
     transport = getattr(protocol, "transport", None)
-    # uvloop's transports are no subclass of asyncio's: what they can do is what counts.
-    if all(callable(getattr(transport, name, None)) for name in _TRANSPORT_METHODS):
-        return transport
-    return None
+    # uvloop's transports are no subclass of asyncio's: what they can do is what counts. A class is looked at once.
+    kind: Any = type(transport)
+    return transport if _is_transport(kind) else None
+
+
+@cache
+def _is_transport(kind: type) -> bool:
+    return all(callable(getattr(kind, name, None)) for name in _TRANSPORT_METHODS)
 
 
 _ATTRIBUTES: dict[str, type] = {"writable": asyncio.Event, "handshake_complete": bool, "close_sent": bool}
