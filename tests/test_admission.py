@@ -18,6 +18,7 @@ from wsbroadcast.admission import (
     Admission,
     Breaches,
     Inbound,
+    InboundPace,
     Pace,
     Place,
     address_of,
@@ -252,6 +253,9 @@ def test_pace_is_a_token_bucket(rate: float, burst: int, gaps: list[float]) -> N
 class Sender:
     inbound_full_at = 0.0
 
+    def __init__(self, inbound_pace: InboundPace | None = None) -> None:
+        self.inbound_pace = inbound_pace
+
 
 def inbound(**limits: Any) -> tuple[Inbound, Clock, Counters]:
     clock, counters = Clock(), Counters()
@@ -289,13 +293,13 @@ def test_size_is_that_of_utf_8(text: str, most: int) -> None:
 
 def test_messages_may_come_in_a_burst_and_then_at_the_rate() -> None:
     gate, clock, counters = inbound(max_inbound_rate=10, inbound_burst=100)
-    sender, other = Sender(), Sender()
+    sender, other = Sender(gate.pace), Sender(gate.pace)
     for _ in range(100):
         gate.check(sender, "x")
     with pytest.raises(LimitExceeded) as caught:
         gate.check(sender, "x")
     assert (caught.value.limit, caught.value.code) == ("max_inbound_rate", CloseCode.POLICY_VIOLATION)
-    assert str(caught.value) == "too many messages"
+    assert str(caught.value) == "too many messages (max_inbound_rate)"
     gate.check(other, "x")
     clock.now += 0.1
     gate.check(sender, "x")
@@ -304,9 +308,9 @@ def test_messages_may_come_in_a_burst_and_then_at_the_rate() -> None:
     assert counters.limited == {"max_inbound_rate": 2}
 
 
-def test_ten_thousand_frames_in_a_second_are_too_many_by_default() -> None:
+def test_ten_thousand_frames_in_a_second_are_too_many_for_a_router_by_default() -> None:
     gate, clock, _ = inbound()
-    sender = Sender()
+    sender = Sender(gate.router_pace)
 
     def flood() -> None:
         for _ in range(10_000):
@@ -320,15 +324,16 @@ def test_ten_thousand_frames_in_a_second_are_too_many_by_default() -> None:
 
 def test_sixty_messages_a_second_are_welcome_for_ever_by_default() -> None:
     gate, clock, _ = inbound()
-    sender = Sender()
+    sender = Sender(gate.router_pace)
     for _ in range(60 * 3600):
         clock.now += 1 / 60
         gate.check(sender, "x")
 
 
 def test_limits_that_are_off_check_nothing() -> None:
-    gate, _, _ = inbound(max_inbound_rate=None, max_inbound_bytes=None)
-    sender = Sender()
+    gate, _, _ = inbound(max_router_inbound_rate=None, max_inbound_bytes=None)
+    assert gate.pace is gate.router_pace is None
+    sender = Sender(gate.pace)
     for _ in range(10_000):
         gate.check(sender, "x")
     gate.check(sender, b"x" * 2**25)

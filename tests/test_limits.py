@@ -564,7 +564,7 @@ async def test_one_message_too_many_closes_however_it_is_read(watched: Watched, 
         await read(way, peer.websocket, connection)
     assert caught.value.code == 1008
     assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (1008, "too many messages")
+    assert (peer.close["code"], peer.close["reason"]) == (1008, "too many messages (max_inbound_rate)")
     assert seen == ["0", "1", "2"]
     assert manager.stats().limited == {"max_inbound_rate": 1}
     other.say("x")
@@ -582,7 +582,7 @@ async def test_messages_that_are_thrown_away_count_too(watched: Watched) -> None
 
 
 async def test_ten_thousand_messages_make_no_tasks() -> None:
-    manager = ConnectionManager(limits=Limits(max_inbound_rate=None))
+    manager = ConnectionManager(limits=Limits(max_router_inbound_rate=None))
     peer = Peer()
     connection = await manager.connect(peer.websocket)
     before = asyncio.all_tasks()
@@ -594,7 +594,7 @@ async def test_ten_thousand_messages_make_no_tasks() -> None:
 
 @pytest.mark.parametrize("has_hook", [False, True])
 async def test_tasks_of_a_connection_stay_few_during_ten_thousand_messages(has_hook: bool) -> None:
-    manager = ConnectionManager(limits=Limits(max_inbound_rate=None))
+    manager = ConnectionManager(limits=Limits(max_router_inbound_rate=None))
     counts: set[int] = set()
 
     def count(*_: object) -> None:
@@ -660,3 +660,45 @@ async def test_limit_that_nobody_catches_is_no_error_of_the_app() -> None:
         assert peer.close is not None
         assert peer.close["reason"] == "too many channels"
     assert seats(manager) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "router"),
+    [
+        ({}, None, "max_router_inbound_rate"),
+        ({"max_router_inbound_rate": None}, None, None),
+        ({"max_inbound_rate": 0.001}, "max_inbound_rate", "max_inbound_rate"),
+        ({"max_inbound_rate": 0.001, "max_router_inbound_rate": None}, "max_inbound_rate", "max_inbound_rate"),
+    ],
+)
+@pytest.mark.parametrize("is_router", [False, True])
+async def test_router_has_a_rate_and_an_own_endpoint_none_unless_it_is_set(
+    options: dict[str, Any], own: str | None, router: str | None, is_router: bool
+) -> None:
+    """A client that says the next thing when the answer to the last has come meets no limit in an endpoint."""
+    manager = ConnectionManager(limits=Limits(**{"inbound_burst": 5, **options}))
+    app = FastAPI()
+    if is_router:
+        app.include_router(create_router(manager, "/ws"))
+    else:
+
+        @app.websocket("/ws")
+        async def endpoint(websocket: WebSocket) -> None:
+            await manager.connect(websocket)
+            try:
+                while True:
+                    await manager.broadcast(await websocket.receive_text())
+            except WebSocketDisconnect:
+                manager.disconnect(websocket)
+
+    limit = router if is_router else own
+    async with visit(app, "/ws") as peer:
+        for number in range(400):
+            peer.say(str(number))
+        if limit is None:
+            assert len(await peer.wait_messages(400)) == 400
+        else:
+            assert await peer.wait_close() == 1008
+            assert peer.close is not None
+            assert peer.close["reason"] == f"too many messages ({limit})"
+            assert manager.stats().limited == {limit: 1}

@@ -11,8 +11,10 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
+from fastapi import Depends, FastAPI
 from pydantic import BaseModel
 from starlette.websockets import WebSocketDisconnect
 
@@ -977,3 +979,33 @@ async def test_a_hook_that_blocks_the_loop_is_named_and_evicts_nobody(caplog: py
         assert manager.stats().evicted == {}
         assert len(manager.connections) == 4
     assert any("block" in r.getMessage() and "blocked the event loop" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("route", ["websocket", "get"])
+def test_connect_is_no_dependency(route: str) -> None:
+    """A client would say in its query who it is."""
+
+    class Own(ConnectionManager):
+        pass
+
+    for manager in (ConnectionManager(), Own()):
+        depends = Depends(manager.connect)
+
+        async def endpoint(connection: Any = depends) -> None:
+            pass
+
+        with pytest.raises(ConfigurationError, match="ConnectionDep"):
+            getattr(FastAPI(), route)("/ws")(endpoint)
+
+
+async def test_connect_can_be_mocked_by_its_signature() -> None:
+    mock = create_autospec(ConnectionManager, instance=True)
+    mock.connect("websocket", user=1, channels=["a"], info={}, expires_at=None)
+    with pytest.raises(TypeError):
+        mock.connect("websocket", nonsense=1)
+
+
+@pytest.mark.parametrize("function", [None, "text", 1])
+def test_hook_that_cannot_be_called_is_refused(function: Any) -> None:
+    with pytest.raises(ConfigurationError, match="a hook for on_message is a function, not"):
+        ConnectionManager().on_message(function)

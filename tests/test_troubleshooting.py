@@ -287,8 +287,13 @@ async def test_connections_end_with_what_the_page_says(caplog: Log) -> None:
         assert [code for code, _ in ends] == [1000, 1011, 1011, 1003, 1007, 1009]
         assert rows.issuperset(ends)
         assert await end_of(port, "/denies") == (1008, "too late")
-        assert await end_of(port, "/text", "one", "two") == (1008, "too many messages")
-    assert rows >= {(1008, "too many messages"), (1012, ""), (1013, "slow consumer"), (1011, "keepalive ping timeout")}
+        assert await end_of(port, "/text", "one", "two") == (1008, "too many messages (max_inbound_rate)")
+    assert rows >= {
+        (1008, "too many messages (max_inbound_rate)"),
+        (1012, ""),
+        (1013, "slow consumer"),
+        (1011, "keepalive ping timeout"),
+    }
 
 
 # What `stats` tells of a message that nobody gets.

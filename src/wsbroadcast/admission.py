@@ -42,7 +42,8 @@ REFUSALS = {
     "max_handshake_rate": Refusal("too many handshakes from this address", CloseCode.TRY_AGAIN_LATER, 429),
     "max_channels_per_connection": Refusal("too many channels", CloseCode.POLICY_VIOLATION),
     "max_inbound_bytes": Refusal("message too big", CloseCode.MESSAGE_TOO_BIG),
-    "max_inbound_rate": Refusal("too many messages", CloseCode.POLICY_VIOLATION),
+    "max_inbound_rate": Refusal("too many messages (max_inbound_rate)", CloseCode.POLICY_VIOLATION),
+    "max_router_inbound_rate": Refusal("too many messages (max_router_inbound_rate)", CloseCode.POLICY_VIOLATION),
 }
 """By the name of the limit. The texts say nothing of the figures: those are nobody's affair outside."""
 
@@ -232,24 +233,41 @@ class Admission:
             raise self._breaches.count("max_channels_per_connection", who)
 
 
+class InboundPace(NamedTuple):
+    """How fast the messages of a client may come."""
+
+    limit: str
+    """The name of the limit that says so."""
+    interval: float
+    """Seconds for each message."""
+    window: float
+    """How far ahead of the clock the moment may be at which its bucket is full again, in seconds."""
+
+
 class Sender(Protocol):
     """What the inbound limits have to know of a connection."""
 
     inbound_full_at: float
 
+    @property
+    def inbound_pace(self) -> InboundPace | None: ...  # noqa: D102
+
 
 class Inbound:
     """How large and how many the messages of a client may be. Runs for each message, so it is short."""
-
-    __slots__ = ("_breaches", "_clock", "_interval", "_max_bytes", "_window")
 
     def __init__(self, limits: Limits, breaches: Breaches, clock: Clock = monotonic) -> None:
         self._breaches = breaches
         self._clock = clock
         self._max_bytes = sys.maxsize if limits.max_inbound_bytes is None else limits.max_inbound_bytes
-        rate = limits.max_inbound_rate
-        self._interval = 0.0 if rate is None else 1 / rate
-        self._window = 0.0 if rate is None else window(rate, limits.inbound_burst)
+        self._burst = limits.inbound_burst
+        self.pace = self._pace("max_inbound_rate", limits.max_inbound_rate)
+        """What holds for every client; `None` if nothing does."""
+        self.router_pace = self.pace or self._pace("max_router_inbound_rate", limits.max_router_inbound_rate)
+        """What holds for the clients of routers."""
+
+    def _pace(self, limit: str, rate: float | None) -> InboundPace | None:
+        return None if rate is None else InboundPace(limit, 1 / rate, window(rate, self._burst))
 
     def check(self, sender: Sender, message: str | bytes) -> None:
         """Count a message that came in.
@@ -257,13 +275,12 @@ class Inbound:
         Raises:
             LimitExceeded: If it is too large, or one too many for now.
         """
-        interval = self._interval
-        if interval:
+        if (pace := sender.inbound_pace) is not None:
             now = self._clock()
             full_at = sender.inbound_full_at
-            full_at = (full_at if full_at > now else now) + interval
-            if full_at - now > self._window:
-                raise self._breaches.count("max_inbound_rate", sender)
+            full_at = (full_at if full_at > now else now) + pace.interval
+            if full_at - now > pace.window:
+                raise self._breaches.count(pace.limit, sender)
             sender.inbound_full_at = full_at
         # A character is at most 4 bytes of UTF-8, so most texts need not be looked at.
         if len(message) * 4 > self._max_bytes and _size(message) > self._max_bytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from wsbroadcast.admission import Place
+from wsbroadcast.admission import InboundPace, Place
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_protocol, find_transport
@@ -90,6 +90,7 @@ class Connection(Receiving):
         "hooks_running",
         "id",
         "inbound_full_at",
+        "inbound_pace",
         "info",
         "manager",
         "place",
@@ -137,6 +138,8 @@ class Connection(Receiving):
         """When it ends unless it is renewed, in seconds since 1970; `None` for never."""
         self.inbound_full_at = 0.0
         """What the pace of the peer's messages is measured by (see `Inbound`)."""
+        self.inbound_pace: InboundPace | None = None
+        """What that pace may be; `None` for any."""
         self._expiry: asyncio.TimerHandle | None = None
         self.place = place
         """Given back when the socket is no longer there, and not before."""

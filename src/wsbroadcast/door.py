@@ -31,7 +31,9 @@ class Door:
         """The places that are taken."""
         self.check_channels = self.admission.check_channels
         """Raises `LimitExceeded` for too many channels of one connection."""
-        self.check_message = Inbound(limits, breaches).check
+        self.inbound = Inbound(limits, breaches)
+        """How fast messages may come."""
+        self.check_message = self.inbound.check
         """Raises `LimitExceeded` for a message that is too large, or one too many."""
 
     async def admit(

@@ -16,7 +16,7 @@ from wsbroadcast.blocking import BlockingWatch, Stepped
 from wsbroadcast.connection import Connection
 from wsbroadcast.counters import Counters
 from wsbroadcast.engines.base import Gap
-from wsbroadcast.exceptions import ConfigurationError, PermissionDenied
+from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits
 
@@ -148,7 +148,13 @@ class HookChain:
                 self.add_function(event, getattr(hook, event))
 
     def add_function(self, event: HookEvent, function: F) -> F:
-        """Append a function, `async def` or `def`, for one event."""
+        """Append a function, `async def` or `def`, for one event.
+
+        Raises:
+            ConfigurationError: If it can't be called.
+        """
+        if not callable(function):
+            raise ConfigurationError(f"a hook for {event} is a function, not {kind_of(function)}")
         self._functions[event] = (*self._functions[event], function)
         if not isinstance(function, (FunctionType, MethodType)) or iscoroutinefunction(function):
             self._waiting.add(event)

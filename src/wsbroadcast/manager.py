@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 from starlette.websockets import WebSocket
 
@@ -31,6 +31,22 @@ Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 """Who does not get a broadcast."""
 
 _NOBODY: frozenset[str] = frozenset()
+
+
+class Info(Protocol):
+    """Anything at all. A type of its own, because FastAPI can't make a query parameter of it (see below)."""
+
+
+def _refuse_dependency(*_: object) -> NoReturn:
+    raise ConfigurationError(
+        "Depends(manager.connect) would take its arguments, the user too, from the query, where a client writes what "
+        "it likes: take ConnectionDep, connection_dependency(authenticate=…), or await manager.connect(websocket, …) "
+        "in the endpoint"
+    )
+
+
+# What FastAPI, by way of pydantic, asks the type of an argument when a route is made; no part of the protocol.
+Info.__get_pydantic_core_schema__ = _refuse_dependency  # type: ignore[attr-defined]
 
 
 class ConnectionManager(Lifecycle, HookDecorators):
@@ -79,7 +95,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         *,
         user: UserId | None = None,
         channels: Iterable[str] = (),
-        info: object = None,
+        info: Info | None = None,
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,

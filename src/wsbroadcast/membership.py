@@ -41,6 +41,9 @@ CLOSED = "the manager is closed: `start` or `async with manager` runs it again"
 SUBPROTOCOL = "wsbroadcast.subprotocol"
 """Where in its scope the subprotocol stands that a WebSocket is accepted with if `connect` names none."""
 
+ROUTER = "wsbroadcast.router"
+"""Is in its scope where the WebSocket is a router's, whose clients' messages reach others without code of the app's."""
+
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -140,6 +143,8 @@ class Membership:
                 connection = Connection(
                     websocket, manager, self, self._watch, place, user=user, user_key=key, channels=names, info=info
                 )
+                is_routers = ROUTER in websocket.scope
+                connection.inbound_pace = self.door.inbound.router_pace if is_routers else self.door.inbound.pace
                 await self._enter(connection, names, expires)
             finally:
                 if wanted:

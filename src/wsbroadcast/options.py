@@ -66,8 +66,11 @@ class Limits:
     """Channels a connection is in; `LimitExceeded` beyond."""
     max_inbound_bytes: int | None = 64 * 1024
     """The largest message of a client, in bytes, of UTF-8 for text; a larger one closes with 1009."""
-    max_inbound_rate: float | None = 100.0
+    max_inbound_rate: float | None = None
     """Messages a second from one client that go on for long; more closes with 1008."""
+    max_router_inbound_rate: float | None = 100.0
+    """The same for clients of a router, whose messages reach others without any code of the app's; where
+    `max_inbound_rate` is set, that holds instead."""
     inbound_burst: int = 1000
     """Messages of one client that may come at once."""
 

@@ -224,7 +224,9 @@ async def test_flood_of_frames_ends_that_connection_alone(server: Server, room: 
             while (end := await flooding.receive()) is not None and end.opcode == TEXT:
                 pass
         if end is not None:  # else what it still sent was answered by a reset
-            assert (end.close_code, end.payload[2:].decode()) == expected(server, 1008, "too many messages")
+            assert (end.close_code, end.payload[2:].decode()) == expected(
+                server, 1008, "too many messages (max_inbound_rate)"
+            )
         flooding.close()
         await sending
         stats = await stats_of(server, path, connections=1, limited={"max_inbound_rate": 1})

@@ -50,7 +50,7 @@ async def served(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[int, Co
 
     monkeypatch.setattr(WebSocketsSansIOProtocol, "connection_made", connection_made)
     app = FastAPI()
-    manager = ConnectionManager(limits=Limits(max_inbound_rate=None))
+    manager = ConnectionManager()
 
     @app.websocket("/echo")
     async def echo(websocket: WebSocket) -> None:

@@ -19,6 +19,7 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
 )
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.membership import ROUTER
 from wsbroadcast.message import Message
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.commands import Commands
@@ -64,6 +65,7 @@ class Endpoint:
         """Serve one connection from its handshake to its end."""
         try:
             name = self._channel.of(websocket.path_params)
+            websocket.scope[ROUTER] = True
             connection = await self._access.connect(self._manager, websocket, name)
         except (ConnectionClosed, WebSocketException):
             return  # gone, or refused and told so
