@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.resources import files
@@ -477,6 +478,36 @@ async def test_page_isolates_the_direction_of_what_others_write(open_tab: OpenTa
         found = await ada.evaluate(ISOLATED, shown)
         assert len(found) >= least
         assert set(found) == {""}
+
+
+# How many pixels of a picture aren't like the first.
+PIXELS_NOT_BLANK = """
+async (picture) => {
+  const image = await createImageBitmap(await (await fetch(`data:image/png;base64,${picture}`)).blob());
+  const context = new OffscreenCanvas(image.width, image.height).getContext("2d");
+  context.drawImage(image, 0, 0);
+  const { data } = context.getImageData(0, 0, image.width, image.height);
+  let count = 0;
+  for (let i = 0; i < data.length; i += 4) count += data[i] !== data[0] || data[i + 1] !== data[1];
+  return count;
+}
+"""
+
+
+@needs_browser
+async def test_accents_upon_accents_stay_in_their_own_line(open_tab: OpenTab) -> None:
+    page = await open_tab("Ada")
+    await say(page, "short")
+    await say(page, "a" + "\u0301" * 300 + " and so much more that it begins far to the left of the line above")
+    await expect(page.locator("#log")).to_contain_text("and so much more")
+    log, short = [await page.locator(part).bounding_box() for part in ("#log", "#log .own >> nth=0")]
+    assert log is not None
+    assert short is not None
+    x = log["x"] + 8
+    beside = {"x": x, "y": short["y"], "width": short["x"] - x - 8, "height": short["height"]}
+    picture = await page.screenshot(clip=beside)  # type: ignore[arg-type]
+    await page.goto("about:blank")  # where no policy forbids to look at a picture
+    assert await page.evaluate(PIXELS_NOT_BLANK, b64encode(picture).decode()) == 0
 
 
 @needs_browser
