@@ -19,6 +19,8 @@ from __future__ import annotations
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
+from wsbroadcast.text import plain, text_of
+
 _POLICY_VIOLATION = 1008  # as a number: close_codes stands above
 
 
@@ -67,7 +69,7 @@ class ConnectionClosed(WSBroadcastError, WebSocketDisconnect, RuntimeError):
     """
 
     def __init__(self, code: int, reason: str = "") -> None:
-        WebSocketDisconnect.__init__(self, code, reason)
+        WebSocketDisconnect.__init__(self, code, plain(reason or ""))
 
     def __str__(self) -> str:
         return f"connection closed with code {self.code}" + (f": {self.reason!r}" if self.reason else "")
@@ -84,7 +86,7 @@ class PermissionDenied(WSBroadcastError, WebSocketException):
     """
 
     def __init__(self, message: str = "") -> None:
-        WebSocketException.__init__(self, _POLICY_VIOLATION, message)
+        WebSocketException.__init__(self, _POLICY_VIOLATION, text_of(message))
 
     def __str__(self) -> str:
         return self.reason
@@ -99,7 +101,7 @@ class LimitExceeded(WSBroadcastError, WebSocketException):
     def __init__(self, limit: str, message: str, code: int = _POLICY_VIOLATION) -> None:
         self.limit = limit
         """The name of the limit, a field of `Limits`."""
-        WebSocketException.__init__(self, code, message)
+        WebSocketException.__init__(self, code, plain(message))
 
     def __str__(self) -> str:
         return self.reason

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.text import plain
 
 # The module and class by scheme. A module is imported when its scheme is used, because it imports a driver.
 _SCHEMES = {
@@ -39,8 +40,9 @@ def create_engine(engine: str | Engine) -> Engine:
         return engine
     if not isinstance(engine, str):
         raise ConfigurationError(f"engine must be a URL or an Engine, not {type(engine).__name__}")
+    url = plain(engine)
     try:
-        scheme = urlsplit(engine).scheme
+        scheme = urlsplit(url).scheme
     except ValueError:
         raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:
@@ -48,4 +50,4 @@ def create_engine(engine: str | Engine) -> Engine:
         raise ConfigurationError(f"no engine for a URL with the scheme {scheme!r}; known are {known}")
     module, name = _SCHEMES[scheme]
     kind: type[Engine] = getattr(import_module(f"wsbroadcast.engines.{module}"), name)
-    return kind.from_url(engine)
+    return kind.from_url(url)

@@ -17,6 +17,7 @@ from wsbroadcast.connection import Connection
 from wsbroadcast.denial import can_deny, deny, refuse
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.text import plain
 from wsbroadcast.throttle import Throttle
 from wsbroadcast.web.authentication import Authenticator
 from wsbroadcast.web.identity import Handshake, Identity, UserKey, identity_of
@@ -85,7 +86,9 @@ class Access:
         self.authorize = authorize
         """What to ask, if anything."""
         self._on_denied = on_denied
-        self._subprotocols = (subprotocols,) if isinstance(subprotocols, str) else tuple(subprotocols)
+        self._subprotocols = (
+            (plain(subprotocols),) if isinstance(subprotocols, str) else tuple(plain(each) for each in subprotocols)
+        )
         self._logged: set[str] = set()
         self._throttle = Throttle()
 
@@ -205,7 +208,7 @@ async def _refuse(
 
 
 def _text(detail: Any) -> str:
-    return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()  # FastAPI's may be any JSON
+    return plain(detail) if isinstance(detail, str) else to_json(detail, fallback=str).decode()  # it may be any JSON
 
 
 def _encoded(name: str, value: str) -> tuple[bytes, bytes]:
