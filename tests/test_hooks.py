@@ -188,6 +188,32 @@ async def test_observer_may_refuse_on_purpose(event: HookEvent, is_async: bool) 
     assert (after, errors, counters.hook_errors) == ([], [], 0)  # on purpose is no failure
 
 
+@pytest.mark.parametrize("event", REFUSABLE)
+async def test_observer_may_refuse_out_of_a_task_group(event: HookEvent) -> None:
+    async def deny() -> None:
+        raise PermissionDenied("no")
+
+    async def refuse(*args: object) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(deny())
+
+    chain, counters = chain_of()
+    chain.add_function(event, refuse)
+    with pytest.raises(PermissionDenied, match="no"):
+        await chain.observe(event, "argument")
+    assert counters.hook_errors == 0
+
+
+async def test_group_with_an_error_in_it_is_an_error_of_the_hook() -> None:
+    def refuse(*args: object) -> None:
+        raise ExceptionGroup("two", [PermissionDenied("no"), KeyError("broken")])
+
+    chain, counters = chain_of()
+    chain.add_function("on_connect", refuse)
+    await chain.observe("on_connect", "argument")
+    assert counters.hook_errors == 1
+
+
 @pytest.mark.parametrize("event", [event for event in OBSERVED if event not in REFUSABLE])
 async def test_what_can_not_be_refused_is_an_error_like_others(event: HookEvent) -> None:
     def refuse(*args: object) -> None:

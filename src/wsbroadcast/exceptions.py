@@ -16,6 +16,8 @@ WSBroadcastError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
@@ -116,6 +118,28 @@ class EngineUnavailable(EngineError, OSError):
 
     Nothing was sent, unless the text says that it isn't known: the broker was asked and did not answer in time.
     """
+
+
+def ungrouped(error: Exception, *kinds: type[Exception]) -> Exception:
+    """Return the error that a group stands for, if it has no members but of these kinds; else what was given.
+
+    A task group raises a group of what its tasks raised, even of a single error, and a group is of no kind that an
+    `except` clause names. Of several members the one counts whose kind is named first here.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    members = list(_members(error))
+    if not all(isinstance(member, kinds) for member in members):
+        return error
+    return next(member for kind in kinds for member in members if isinstance(member, kind))
+
+
+def _members(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for member in group.exceptions:
+        if isinstance(member, ExceptionGroup):
+            yield from _members(member)
+        else:
+            yield member
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -14,7 +14,7 @@ from wsbroadcast.blocking import BlockingWatch, Stepped
 from wsbroadcast.connection import Connection
 from wsbroadcast.counters import Counters
 from wsbroadcast.engines.base import Gap
-from wsbroadcast.exceptions import ConfigurationError, PermissionDenied
+from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, ungrouped
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits
 
@@ -161,11 +161,10 @@ class HookChain:
         for function in self._functions[event]:
             try:
                 await self._call(event, function, args)
-            except PermissionDenied as error:
-                if event in _REFUSABLE:
-                    raise
-                await self._report(error, f"{event} hook {_name(function)}")
             except Exception as error:
+                bare = ungrouped(error, PermissionDenied)
+                if event in _REFUSABLE and isinstance(bare, PermissionDenied):
+                    raise bare  # which a group may have held
                 await self._report(error, f"{event} hook {_name(function)}")
 
     async def transform(self, message: Message, audience: Audience) -> Message | None:

@@ -27,6 +27,7 @@ from fastapi.exceptions import FastAPIError
 from fastapi.security import SecurityScopes
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import WebSocketException as StarletteWebSocketException
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, visit
@@ -729,6 +730,85 @@ async def test_who_is_sent_away_during_its_handshake_is_caught_by_a_hook() -> No
     assert await peer.wait_close() == 1008
     await asyncio.wait_for(call, 5)
     assert manager.connections == []
+
+
+# Exceptions out of a task group.
+
+
+def _grouped(error: Exception) -> ExceptionGroup[Exception]:
+    return ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("inner", [error])])
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (HTTPException(401, "who?"), 401, "who?"),
+        (PermissionDenied("not you"), 403, "not you"),
+        (WebSocketException(4123, "not you"), 403, "not you"),
+        (StarletteWebSocketException(4123, "not you"), 403, "not you"),
+    ],
+)
+@EVERY_APP
+def test_refusal_of_authenticate_may_come_out_of_a_task_group(
+    make_app: MakeApp, error: Exception, status: int, text: str, wrap: Callable[[Exception], Exception]
+) -> None:
+    async def authenticate() -> str:
+        raise wrap(error)
+
+    with (
+        TestClient(make_app(ConnectionManager(), authenticate=authenticate)) as client,
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("/ws"),
+    ):
+        pass
+    assert (refused.value.status_code, refused.value.text) == (status, text)
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        HTTPException(404, "no such room"),
+        PermissionDenied("no such room"),
+        WebSocketException(4123, "no such room"),
+        StarletteWebSocketException(4123, "no such room"),
+    ],
+)
+async def test_denial_of_authorize_may_come_out_of_a_task_group(
+    error: Exception, wrap: Callable[[Exception], Exception]
+) -> None:
+    async def authorize(connection: Any, action: str, channel: str) -> bool:
+        if channel == "news":
+            return True
+        raise wrap(error)
+
+    def app() -> FastAPI:
+        return _router_app(ConnectionManager(), "/ws/{channel}", inbound="commands", authorize=authorize)
+
+    with (
+        TestClient(app()) as client,
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("/ws/other"),
+    ):
+        pass
+    assert (refused.value.status_code, refused.value.text) == (403, "no such room")
+    async with visit(app(), "/ws/news") as peer:
+        peer.say('{"type": "subscribe", "channel": "other"}')
+        assert await peer.next() == '{"type":"error","code":"forbidden","text":"no such room"}'
+
+
+async def test_peer_that_leaves_the_task_group_of_authenticate_is_no_error() -> None:
+    async def authenticate(websocket: WebSocket) -> str:
+        await websocket.accept()
+        async with asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(websocket.receive_text())
+        return first.result()
+
+    manager = ConnectionManager()
+    async with visit(_router_app(manager, authenticate=authenticate), "/ws") as peer:
+        peer.leave()
+    assert manager.stats().connects == 0
 
 
 # Nothing leaks.

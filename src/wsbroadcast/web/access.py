@@ -6,16 +6,16 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal, NoReturn, get_args
 
-from fastapi import WebSocket, WebSocketException, params
+from fastapi import WebSocket, params
 from fastapi.exceptions import WebSocketRequestValidationError
 from pydantic_core import to_json
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import can_deny, deny, refuse
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain
 from wsbroadcast.throttle import Throttle
@@ -44,6 +44,9 @@ _MAX_LOGGED = 100
 _NO_HEADERS: Mapping[str, str] = {}
 # Those of a response that `deny` writes itself.
 _OURS = {"content-length", "content-type", "connection"}
+
+# What `authenticate` may raise instead of saying who it is; of a group of them the first counts that is named first here.
+_ANSWERED = (HTTPException, WebSocketException, WebSocketRequestValidationError, WebSocketDisconnect)
 
 # What a refusal's HTTP status is after the WebSocket was accepted.
 _CODES = {401: CloseCode.UNAUTHENTICATED, 403: CloseCode.FORBIDDEN}
@@ -132,7 +135,8 @@ class Access:
         """Ask `authorize`, which there has to be.
 
         Raises:
-            PermissionDenied: If it returns something false, or raises this itself or an `HTTPException` of 4xx.
+            PermissionDenied: If it returns something false, or raises this itself, another `WebSocketException` or an
+                `HTTPException` of 4xx.
             ConnectionClosed: If the connection ended meanwhile.
         """
         assert self.authorize is not None
@@ -140,13 +144,11 @@ class Access:
             allowed = self.authorize(connection, action, channel)
             if isinstance(allowed, Awaitable):
                 allowed = await allowed
-        except HTTPException as error:
-            if error.status_code < 500:
-                raise PermissionDenied(_text(error.detail)) from error
-            if isinstance(connection, Handshake):
-                raise  # which is its answer
-            # Starlette would keep it to itself: there is nobody to answer any more.
-            raise RuntimeError(f"authorize failed with status {error.status_code}") from error
+        except Exception as error:
+            denial = _denial(ungrouped(error, HTTPException, WebSocketException), connection)
+            if denial is error:
+                raise
+            raise denial from error
         if isinstance(connection, Connection) and not connection.is_open:  # closed meanwhile: nobody acts for it now
             raise connection.closed_error()
         if not allowed:
@@ -179,19 +181,39 @@ class Access:
             return Identity(None)
         try:
             found = await self._authenticate(websocket)
-        except HTTPException as error:
-            await _refuse(websocket, error.status_code, _text(error.detail), error.headers or {})
-        except PermissionDenied as denied:
-            await _refuse(websocket, 403, str(denied))
-        except WebSocketException as error:
-            await _refuse(websocket, 403, error.reason or "", code=error.code)
-        except WebSocketRequestValidationError:  # whose text repeats what came
-            await _refuse(websocket, 403, "the handshake lacks a parameter, or one is wrong")
-        except WebSocketDisconnect as error:
-            raise ConnectionClosed(error.code, error.reason or "") from error
+        except Exception as error:
+            await _answer(websocket, ungrouped(error, *_ANSWERED))
         if found is None:
             await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
         return identity_of(found, self._user_key)
+
+
+def _denial(error: Exception, connection: Connection | Handshake) -> Exception:
+    match error:
+        case HTTPException(status_code=status) if status < 500:
+            return PermissionDenied(_text(error.detail))
+        case HTTPException(status_code=status) if isinstance(connection, Connection):
+            # Starlette would keep it to itself: there is nobody to answer any more.
+            return RuntimeError(f"authorize failed with status {status}")
+        case WebSocketException() if not isinstance(error, PermissionDenied):
+            return PermissionDenied(error.reason or "not allowed")
+    return error  # the status of a handshake is its answer
+
+
+async def _answer(websocket: WebSocket, error: Exception) -> NoReturn:
+    match error:
+        case HTTPException():
+            await _refuse(websocket, error.status_code, _text(error.detail), error.headers or {})
+        case PermissionDenied():
+            await _refuse(websocket, 403, str(error))
+        case WebSocketException():
+            await _refuse(websocket, 403, error.reason or "", code=error.code)
+        case WebSocketRequestValidationError():  # whose text repeats what came
+            await _refuse(websocket, 403, "the handshake lacks a parameter, or one is wrong")
+        case WebSocketDisconnect():
+            raise ConnectionClosed(error.code, error.reason or "") from error
+        case _:
+            raise error
 
 
 async def _refuse(
