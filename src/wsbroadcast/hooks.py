@@ -164,7 +164,7 @@ class HookChain:
             except Exception as error:
                 bare = ungrouped(error, PermissionDenied)
                 if event in _REFUSABLE and isinstance(bare, PermissionDenied):
-                    raise bare  # which a group may have held
+                    raise bare from bare.__cause__  # out of the group that may have held it
                 await self._report(error, f"{event} hook {_name(function)}")
 
     async def transform(self, message: Message, audience: Audience) -> Message | None:

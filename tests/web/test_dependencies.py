@@ -140,7 +140,7 @@ async def test_connection_dep_is_accepted_and_registered() -> None:
         "return",
         "error",
         "WebSocketException",
-        "Starlette's exception",
+        "Starlette's own",
         "PermissionDenied",
         "WebSocketDisconnect",
         "Starlette's",
@@ -193,7 +193,7 @@ async def _in_asyncio(*jobs: Callable[[], Awaitable[None]]) -> None:
 async def _in_anyio(*jobs: Callable[[], Awaitable[None]]) -> None:
     async with anyio.create_task_group() as tasks:
         for job in jobs:
-            tasks.start_soon(job)
+            tasks.start_soon(_run, job)
 
 
 async def _nested(*jobs: Callable[[], Awaitable[None]]) -> None:

@@ -45,7 +45,7 @@ _NO_HEADERS: Mapping[str, str] = {}
 # Those of a response that `deny` writes itself.
 _OURS = {"content-length", "content-type", "connection"}
 
-# What `authenticate` may raise instead of saying who it is; of a group of them the first counts that is named first here.
+# What `authenticate` may raise to refuse. Of a group of them the kind counts that is named first here.
 _ANSWERED = (HTTPException, WebSocketException, WebSocketRequestValidationError, WebSocketDisconnect)
 
 # What a refusal's HTTP status is after the WebSocket was accepted.

@@ -110,7 +110,7 @@ def connection_dependency(
                     code, reason = denied.code, denied.reason
                 case WebSocketException() as refusal:
                     code, reason = refusal.code, refusal.reason or ""
-                    raise refusal  # FastAPI knows it, but not a group of it
+                    raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
                 case _:
                     raise
         finally:
