@@ -15,6 +15,7 @@ from wsbroadcast.connection import Connection
 from wsbroadcast.counters import Counters
 from wsbroadcast.engines.base import Gap
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, ungrouped
+from wsbroadcast.loops import Unfinished, finished
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits
 
@@ -87,8 +88,9 @@ class Hook:
     Hooks run in the order in which they were given. `on_broadcast` and `on_deliver` fail closed: if one raises or is
     cut off by the timeout, nobody gets the message and the caller sees the error. The others observe and fail open: the
     error is counted, logged and passed to `on_error`, and everything goes on. The exception is `PermissionDenied`, with
-    which `on_connect`, `on_subscribe` and `on_message` refuse what they see. A hook may broadcast, and disconnect the
-    connection it is about.
+    which `on_connect`, `on_subscribe` and `on_message` refuse what they see; they may return `False` instead. One of
+    these that returns a coroutine, because an `await` is missing, refuses too: nobody knows what it would have said.
+    A hook may broadcast, and disconnect the connection it is about.
     """
 
     async def on_connect(self, connection: Connection) -> None:
@@ -156,16 +158,20 @@ class HookChain:
         """Run the observers of an event, each whatever the others did.
 
         Raises:
-            PermissionDenied: If one of them refuses on purpose; those after it don't run.
+            PermissionDenied: If one refuses on purpose, or returned what nobody awaits; those after it don't run.
         """
         for function in self._functions[event]:
             try:
-                await self._call(event, function, args)
+                result = await self._call(event, function, args)
+                if result is False and event in _REFUSABLE:
+                    raise PermissionDenied("not allowed")
             except Exception as error:
                 bare = ungrouped(error, PermissionDenied)
                 if event in _REFUSABLE and isinstance(bare, PermissionDenied):
                     raise bare from bare.__cause__  # out of the group that may have held it
                 await self._report(error, f"{event} hook {_name(function)}")
+                if event in _REFUSABLE and isinstance(error, Unfinished):  # it may have been about to refuse
+                    raise PermissionDenied("not allowed") from error
 
     async def transform(self, message: Message, audience: Audience) -> Message | None:
         """Run the `on_broadcast` hooks, each on what the one before returned.
@@ -207,12 +213,13 @@ class HookChain:
         try:
             with watch.step():
                 result = function(*args)
-            if not isinstance(result, Awaitable):
-                return result
-            if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
-                return await Stepped(result, watch)
-            async with asyncio.timeout(self._timeout) as limit:
-                return await Stepped(result, watch)
+            if isinstance(result, Awaitable):
+                if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
+                    result = await Stepped(result, watch)
+                else:
+                    async with asyncio.timeout(self._timeout) as limit:
+                        result = await Stepped(result, watch)
+            return result if result is None else finished(result, f"what the {name} returned")
         except TimeoutError as error:
             if limit is None or not limit.expired():
                 raise  # the hook's own

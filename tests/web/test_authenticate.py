@@ -4,7 +4,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -149,6 +149,75 @@ async def test_a_result_that_is_nobody_is_the_apps_error(make_app: MakeApp, foun
             async with visit(app, "/ws"):
                 pass
     assert manager.stats().connects == 0
+
+
+async def _somebody() -> str:
+    return "ada"
+
+
+def _in_a_generator() -> Iterator[str]:
+    yield "ada"
+
+
+@EVERY_APP
+@pytest.mark.parametrize("options", [{}, {"user_key": str}], ids=["", "user_key"])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (_somebody, "what authenticate returned is a coroutine that nobody awaits"),
+        (lambda: _in_a_generator(), "what authenticate returned is a generator"),
+        (lambda: True, "authenticate returned True, which doesn't say who it is"),
+        (lambda: False, "authenticate returned False, which doesn't say who it is"),
+        (lambda: "", "authenticate returned '', which doesn't say who it is"),
+        (lambda: Identity(_somebody()), "the user that authenticate found is a coroutine"),  # type: ignore[arg-type]
+        (lambda: Identity("ada", expires_at=_somebody()), "the expires_at that authenticate found is a coroutine"),  # type: ignore[arg-type]
+    ],
+)
+async def test_what_does_not_say_who_it_is_is_an_error_that_says_what_is_wrong(
+    make_app: MakeApp, make: Callable[[], Any], text: str, options: dict[str, Any]
+) -> None:
+    manager = ConnectionManager()
+
+    async def authenticate() -> Any:
+        return make()
+
+    app = make_app(manager, authenticate=authenticate, **options)
+    async with lifespan(app):
+        with pytest.raises(ConfigurationError, match=text):
+            async with visit(app, "/ws"):
+                pass
+    assert manager.stats().connects == 0
+
+
+class _AsyncKey:
+    async def __call__(self, user: object) -> str:
+        return "ada"
+
+
+@EVERY_APP
+@pytest.mark.parametrize(
+    ("user_key", "text"),
+    [
+        (_AsyncKey(), "the user that authenticate found is a coroutine that nobody awaits"),
+        (lambda user: None, "user_key returned None for a str: it has to return the user's id"),
+    ],
+)
+async def test_user_key_that_makes_no_id_is_an_error(make_app: MakeApp, user_key: Any, text: str) -> None:
+    manager = ConnectionManager()
+    app = make_app(manager, authenticate=_somebody, user_key=user_key)
+    async with lifespan(app):
+        with pytest.raises(ConfigurationError, match=text):
+            async with visit(app, "/ws"):
+                pass
+    assert manager.stats().connects == 0
+
+
+def test_user_key_that_is_async_is_refused_at_once() -> None:
+    async def user_key(user: str) -> str:
+        return user
+
+    with pytest.raises(ConfigurationError, match="user_key is a plain function"):
+        create_router(ConnectionManager(), authenticate=_somebody, user_key=user_key)  # type: ignore[arg-type]
 
 
 # How it refuses.
@@ -624,6 +693,88 @@ def test_authorize_denies_unless_it_says_yes(authorize: Any, text: str) -> None:
         with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws/news"):
             pass
         assert (refused.value.status_code, refused.value.text) == (403, text)
+
+
+@pytest.mark.parametrize("falsy", [0, "", [], None, 0.0])
+async def test_authorize_that_returns_something_false_denies(falsy: Any) -> None:
+    app = _router_app(ConnectionManager(), "/ws/{channel}", authorize=lambda connection, action, channel: falsy)
+    with pytest.raises(Refused) as refused:
+        async with visit(app, "/ws/news"):
+            pass
+    assert refused.value.code == 1008
+
+
+class _NumpyBool:
+    """What a comparison in numpy returns: true, and no bool."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+async def _no() -> bool:
+    return False
+
+
+async def _forgotten() -> Any:
+    return _no()
+
+
+def _bools() -> Iterator[bool]:
+    yield True
+
+
+NO_BOOLS = pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: 1, "authorize has to return True or False, not int: "),
+        (lambda: "no", "authorize has to return True or False, not str: "),
+        (lambda: {"allowed": False}, "authorize has to return True or False, not dict: "),
+        (_NumpyBool, "authorize has to return True or False, not _NumpyBool: "),
+        (_forgotten, "what authorize returned is a coroutine that nobody awaits: an `await` is missing"),
+        (_bools, "what authorize returned is a generator, of which nothing has run"),
+    ],
+)
+
+
+@NO_BOOLS
+async def test_authorize_that_returns_no_bool_lets_nobody_in(make: Callable[[], Any], text: str) -> None:
+    manager = ConnectionManager()
+    app = _router_app(manager, "/ws/{channel}", authorize=lambda connection, action, channel: make())
+    with pytest.raises(ConfigurationError, match=text):
+        async with visit(app, "/ws/news"):
+            pass
+    assert manager.stats().connects == 0
+
+
+@NO_BOOLS
+@pytest.mark.parametrize(
+    ("inbound", "said"),
+    [
+        ("broadcast", "hello"),
+        ("commands", '{"type": "subscribe", "channel": "news"}'),
+        ("commands", '{"type": "publish", "channel": "news", "data": 1}'),
+    ],
+)
+async def test_authorize_that_returns_no_bool_lets_nobody_do_anything(
+    make: Callable[[], Any], text: str, inbound: str, said: str
+) -> None:
+    manager = ConnectionManager()
+    is_in = False
+
+    async def authorize(connection: Any, action: str, channel: str) -> Any:
+        made = make() if is_in else True
+        return await made if isinstance(made, Awaitable) else made
+
+    app = _router_app(manager, "/ws/{channel}", inbound=inbound, authorize=authorize)
+    peer = Peer("/ws/lobby")
+    call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
+    await peer.wait_for(lambda: peer.accepted is not None)
+    is_in = True
+    peer.say(said)
+    assert await peer.wait_close() == 1011
+    with pytest.raises(ConfigurationError, match=text):
+        await call
+    assert (peer.messages, manager.stats().broadcasts, manager.stats().channels) == ([], 0, 0)
 
 
 @pytest.mark.parametrize(("detail", "text"), [("banned", "banned"), ({"why": "banned"}, '{"why":"banned"}')])

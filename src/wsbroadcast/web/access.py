@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from inspect import iscoroutinefunction
 from typing import Any, Literal, NoReturn, get_args
 
 from fastapi import WebSocket, params
@@ -16,6 +17,7 @@ from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import can_deny, deny, refuse
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
+from wsbroadcast.loops import finished
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain
 from wsbroadcast.throttle import Throttle
@@ -60,7 +62,7 @@ class Access:
         allow_missing_origin: The same.
         authenticate: A dependency; see `Authenticator`, and `identity_of` for what it may return.
         user_key: Makes the user's id of what `authenticate` returned.
-        authorize: Asked for what a client does with a channel.
+        authorize: Asked for what a client does with a channel; only `True` lets it.
         on_denied: What a client gets that may not: an error message, or a close with 4403.
         subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
 
@@ -83,6 +85,8 @@ class Access:
             raise ConfigurationError(f"on_denied must be error or close, not {on_denied!r}")
         if user_key is not None and authenticate is None:
             raise ConfigurationError("user_key makes a user of what authenticate returns: pass authenticate as well")
+        if iscoroutinefunction(user_key):
+            raise ConfigurationError("user_key is a plain function: what has to wait belongs into authenticate")
         self._origins = AllowedOrigins(allowed_origins, allow_missing=allow_missing_origin)
         self._authenticate = None if authenticate is None else Authenticator(authenticate)
         self._user_key = user_key
@@ -138,6 +142,7 @@ class Access:
             PermissionDenied: If it returns something false, or raises this itself, another `WebSocketException` or an
                 `HTTPException` of 4xx.
             ConnectionClosed: If the connection ended meanwhile.
+            ConfigurationError: If it returns something true that isn't `True`, such as a coroutine.
         """
         assert self.authorize is not None
         try:
@@ -149,9 +154,10 @@ class Access:
             if denial is error:
                 raise
             raise denial from error
+        is_allowed = _is_yes(allowed)
         if isinstance(connection, Connection) and not connection.is_open:  # closed meanwhile: nobody acts for it now
             raise connection.closed_error()
-        if not allowed:
+        if not is_allowed:
             raise PermissionDenied("not allowed")
 
     async def denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
@@ -186,6 +192,16 @@ class Access:
         if found is None:
             await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
         return identity_of(found, self._user_key)
+
+
+def _is_yes(allowed: object) -> bool:
+    if allowed is True:
+        return True
+    if finished(allowed, "what authorize returned"):  # a row, a number, a Future: who knows what it means
+        raise ConfigurationError(
+            f"authorize has to return True or False, not {type(allowed).__name__}: return a comparison, or bool(…)"
+        )
+    return False
 
 
 def _denial(error: Exception, connection: Connection | Handshake) -> Exception:
