@@ -37,6 +37,7 @@ LAYERS = [
     {"denial"},
     {"audience", "close_codes", "options"},
     {"exceptions"},
+    {"text"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 

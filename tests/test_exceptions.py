@@ -19,6 +19,7 @@ from wsbroadcast import (
     PermissionDenied,
     WSBroadcastError,
 )
+from wsbroadcast.exceptions import ungrouped
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,34 @@ def test_invalid_channel_escapes_and_cuts_what_a_client_chose() -> None:
     assert str(InvalidChannel("a\r\nb", "no")) == r"invalid channel 'a\r\nb': no"
     assert str(InvalidChannel("a" * 10_000, "no")) == f"invalid channel '{'a' * 79}…: no"
     assert InvalidChannel("a" * 10_000, "no").channel == "a" * 10_000
+
+
+# Groups.
+
+GONE, DENIED, BROKEN = ConnectionClosed(1001), PermissionDenied("no"), KeyError("broken")
+
+
+def group_of(*members: Exception) -> ExceptionGroup[Exception]:
+    return ExceptionGroup("unhandled errors in a TaskGroup", members)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (GONE, GONE),
+        (BROKEN, BROKEN),
+        (group_of(GONE), GONE),
+        (group_of(group_of(group_of(DENIED))), DENIED),
+        (group_of(GONE, DENIED), DENIED),
+        (group_of(DENIED, group_of(GONE)), DENIED),
+        (group_of(GONE, group_of(GONE)), GONE),
+    ],
+)
+def test_ungrouped_finds_the_error_that_a_group_stands_for(error: Exception, expected: Exception) -> None:
+    assert ungrouped(error, WebSocketException, WebSocketDisconnect) is expected
+
+
+@pytest.mark.parametrize("members", [(BROKEN,), (BROKEN, DENIED), (DENIED, group_of(GONE, BROKEN))])
+def test_ungrouped_leaves_a_group_with_another_error_in_it(members: tuple[Exception, ...]) -> None:
+    group = group_of(*members)
+    assert ungrouped(group, WebSocketException, WebSocketDisconnect) is group

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, MutableMapping
 from types import SimpleNamespace
 from typing import Any, cast, get_args
 
@@ -186,6 +186,125 @@ async def test_observer_may_refuse_on_purpose(event: HookEvent, is_async: bool) 
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
     assert (after, errors, counters.hook_errors) == ([], [], 0)  # on purpose is no failure
+
+
+@pytest.mark.parametrize("event", REFUSABLE)
+async def test_observer_may_refuse_out_of_a_task_group(event: HookEvent) -> None:
+    async def deny() -> None:
+        raise PermissionDenied("no")
+
+    async def refuse(*args: object) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(deny())
+
+    chain, counters = chain_of()
+    chain.add_function(event, refuse)
+    with pytest.raises(PermissionDenied, match="no"):
+        await chain.observe(event, "argument")
+    assert counters.hook_errors == 0
+
+
+# What a guard returns.
+
+
+async def check(*args: object) -> None:
+    raise PermissionDenied("no")
+
+
+def generate(*args: object) -> Iterator[None]:
+    yield
+
+
+async def generate_async(*args: object) -> AsyncIterator[None]:
+    yield
+
+
+async def forget_await(*args: object) -> object:
+    return check(*args)
+
+
+UNFINISHED = pytest.mark.parametrize(
+    ("hook", "why"),
+    [
+        (forget_await, "a coroutine that nobody awaits"),
+        (generate, "a generator, of which nothing has run"),
+        (generate_async, "a generator, of which nothing has run"),
+    ],
+)
+
+
+@pytest.mark.parametrize("event", REFUSABLE)
+@UNFINISHED
+async def test_guard_that_has_not_run_refuses(
+    event: HookEvent, hook: Callable[..., Any], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain, counters = chain_of()
+    chain.add_function(event, hook)
+    with pytest.raises(PermissionDenied, match="not allowed"):
+        await chain.observe(event, "argument")
+    assert counters.hook_errors == 1
+    assert why in str(caplog.records[0].exc_info)
+
+
+@pytest.mark.parametrize("event", [event for event in OBSERVED if event not in REFUSABLE])
+@UNFINISHED
+async def test_observer_that_has_not_run_is_an_error(event: HookEvent, hook: Callable[..., Any], why: str) -> None:
+    chain, counters = chain_of()
+    chain.add_function(event, hook)
+    await chain.observe(event, "argument")
+    assert counters.hook_errors == 1
+
+
+@UNFINISHED
+async def test_broadcast_hook_that_has_not_run_holds_the_message_back(hook: Callable[..., Any], why: str) -> None:
+    chain, counters = chain_of()
+    chain.add_function("on_broadcast", hook)
+    with pytest.raises(ConfigurationError, match=f"on_broadcast hook .* returned is {why}"):
+        await chain.transform(MESSAGE, EVERYONE)
+    chain.add_function("on_deliver", hook)
+    with pytest.raises(ConfigurationError, match=f"on_deliver hook .* returned is {why}"):
+        await chain.deliver(delivery_to("a"))
+    assert counters.hook_errors == 2
+
+
+@pytest.mark.parametrize("event", REFUSABLE)
+@both
+async def test_guard_may_return_false(event: HookEvent, is_async: bool) -> None:
+    chain, counters = chain_of()
+    after: list[object] = []
+    chain.add_function(event, hook_that(lambda: False, is_async))
+    chain.add_function(event, lambda *args: after.append(args))
+    with pytest.raises(PermissionDenied, match="not allowed"):
+        await chain.observe(event, "argument")
+    assert (after, counters.hook_errors) == ([], 0)
+
+
+@pytest.mark.parametrize("event", OBSERVED)
+@pytest.mark.parametrize("result", [None, 0, "", True, "text", {}])
+async def test_observer_may_return_anything_else(event: HookEvent, result: object) -> None:
+    chain, counters = chain_of()
+    chain.add_function(event, lambda *args: result)
+    await chain.observe(event, "argument")
+    assert counters.hook_errors == 0
+
+
+@pytest.mark.parametrize("event", REFUSABLE)
+async def test_guard_that_is_no_coroutine_function_is_awaited(event: HookEvent) -> None:
+    chain, counters = chain_of()
+    chain.add_function(event, lambda *args: check(*args))
+    with pytest.raises(PermissionDenied, match="no"):
+        await chain.observe(event, "argument")
+    assert counters.hook_errors == 0
+
+
+async def test_group_with_an_error_in_it_is_an_error_of_the_hook() -> None:
+    def refuse(*args: object) -> None:
+        raise ExceptionGroup("two", [PermissionDenied("no"), KeyError("broken")])
+
+    chain, counters = chain_of()
+    chain.add_function("on_connect", refuse)
+    await chain.observe("on_connect", "argument")
+    assert counters.hook_errors == 1
 
 
 @pytest.mark.parametrize("event", [event for event in OBSERVED if event not in REFUSABLE])

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, cast
 from uuid import UUID
 
 from wsbroadcast.exceptions import InvalidChannel, shorten
+from wsbroadcast.text import plain, text_of
 
 MAX_NAME_BYTES = 200
 """The longest channel or user name, in UTF-8 bytes."""
@@ -54,11 +55,15 @@ EVERYONE = Audience("everyone")
 def check_channel(channel: object) -> str:
     """Return the channel's name if it is one: 1 to 200 bytes of UTF-8 without control characters.
 
+    It is a plain `str` then; of an enum's member it is the value.
+
     Raises:
         InvalidChannel: If it isn't; `None` in particular.
     """
-    if not isinstance(channel, str):
-        raise InvalidChannel(channel, f"a channel is a str, not {type(channel).__name__}")
+    if type(channel) is not str:  # which nearly every name is; nobody else's class decides what the name is
+        if not isinstance(channel, str):
+            raise InvalidChannel(channel, f"a channel is a str, not {type(channel).__name__}")
+        channel = plain(channel)
     rule = _broken_rule(channel)
     if rule is not None:
         raise InvalidChannel(channel, rule)
@@ -68,12 +73,17 @@ def check_channel(channel: object) -> str:
 def user_key(user: object) -> str:
     """Return the text that identifies a user: an id is compared as text, whatever type it has.
 
+    Of an enum's member it is the text of the value.
+
     Raises:
         ValueError: If the user is `None`, not a str, int or UUID, or breaks the rule for names.
     """
-    if isinstance(user, bool) or not isinstance(user, (str, int, UUID)):
+    if type(user) is str:
+        key = user
+    elif isinstance(user, bool) or not isinstance(user, (str, int, UUID)):
         raise ValueError(f"a user is a str, an int or a UUID, not {type(user).__name__}; pass the object's id")
-    key = str(user)
+    else:
+        key = text_of(user)
     rule = _broken_rule(key)
     if rule is not None:
         raise ValueError(f"invalid user {shorten(key)}: {rule}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from wsbroadcast.text import plain
+
 MAX_REASON_BYTES = 123
 """The longest close reason, in UTF-8 bytes: a control frame holds 125, two of them for the code (RFC 6455, 5.5)."""
 
@@ -75,5 +77,5 @@ def fallback_codes(code: int) -> tuple[int, ...]:
 
 def cut_reason(reason: str | None) -> str:
     """Cut a close reason to 123 bytes of UTF-8, at a character border; a lone surrogate becomes `?`."""
-    data = (reason or "").encode("utf-8", "replace")
+    data = plain(reason or "").encode("utf-8", "replace")
     return data[:MAX_REASON_BYTES].decode("utf-8", "ignore")

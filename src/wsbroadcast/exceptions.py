@@ -16,8 +16,12 @@ WSBroadcastError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
+
+from wsbroadcast.text import plain, text_of
 
 _POLICY_VIOLATION = 1008  # as a number: close_codes stands above
 
@@ -67,7 +71,7 @@ class ConnectionClosed(WSBroadcastError, WebSocketDisconnect, RuntimeError):
     """
 
     def __init__(self, code: int, reason: str = "") -> None:
-        WebSocketDisconnect.__init__(self, code, reason)
+        WebSocketDisconnect.__init__(self, code, plain(reason or ""))
 
     def __str__(self) -> str:
         return f"connection closed with code {self.code}" + (f": {self.reason!r}" if self.reason else "")
@@ -84,7 +88,7 @@ class PermissionDenied(WSBroadcastError, WebSocketException):
     """
 
     def __init__(self, message: str = "") -> None:
-        WebSocketException.__init__(self, _POLICY_VIOLATION, message)
+        WebSocketException.__init__(self, _POLICY_VIOLATION, text_of(message))
 
     def __str__(self) -> str:
         return self.reason
@@ -99,7 +103,7 @@ class LimitExceeded(WSBroadcastError, WebSocketException):
     def __init__(self, limit: str, message: str, code: int = _POLICY_VIOLATION) -> None:
         self.limit = limit
         """The name of the limit, a field of `Limits`."""
-        WebSocketException.__init__(self, code, message)
+        WebSocketException.__init__(self, code, plain(message))
 
     def __str__(self) -> str:
         return self.reason
@@ -117,6 +121,28 @@ class EngineUnavailable(EngineError, OSError):
 
     Nothing was sent, unless the text says that it isn't known: the broker was asked and did not answer in time.
     """
+
+
+def ungrouped(error: Exception, *kinds: type[Exception]) -> Exception:
+    """Return the error that a group stands for, if it has no members but of these kinds; else what was given.
+
+    A task group raises a group of what its tasks raised, even of a single error, and a group is of no kind that an
+    `except` clause names. Of several members the one counts whose kind is named first here.
+    """
+    if not isinstance(error, ExceptionGroup):
+        return error
+    members = list(_members(error))
+    if not all(isinstance(member, kinds) for member in members):
+        return error
+    return next(member for kind in kinds for member in members if isinstance(member, kind))
+
+
+def _members(group: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    for member in group.exceptions:
+        if isinstance(member, ExceptionGroup):
+            yield from _members(member)
+        else:
+            yield member
 
 
 def shorten(value: object, limit: int = 80) -> str:

@@ -16,7 +16,8 @@ from wsbroadcast.blocking import BlockingWatch, Stepped
 from wsbroadcast.connection import Connection
 from wsbroadcast.counters import Counters
 from wsbroadcast.engines.base import Gap
-from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of
+from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of, ungrouped
+from wsbroadcast.loops import Unfinished, finished
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits
 
@@ -89,8 +90,9 @@ class Hook:
     Hooks run in the order in which they were given. `on_broadcast` and `on_deliver` fail closed: if one raises or is
     cut off by the timeout, nobody gets the message and the caller sees the error. The others observe and fail open: the
     error is counted, logged and passed to `on_error`, and everything goes on. The exception is `PermissionDenied`, with
-    which `on_connect`, `on_subscribe` and `on_message` refuse what they see. A hook may broadcast, and disconnect the
-    connection it is about.
+    which `on_connect`, `on_subscribe` and `on_message` refuse what they see; they may return `False` instead. One of
+    these that returns a coroutine, because an `await` is missing, refuses too: nobody knows what it would have said.
+    A hook may broadcast, and disconnect the connection it is about.
     """
 
     async def on_connect(self, connection: Connection) -> None:
@@ -178,17 +180,20 @@ class HookChain:
                 budget. Past it a hook still runs up to where it has to wait.
 
         Raises:
-            PermissionDenied: If one of them refuses on purpose; those after it don't run.
+            PermissionDenied: If one refuses on purpose, or returned what nobody awaits; those after it don't run.
         """
         for function in self._functions[event]:
             try:
-                await self._call(event, function, args, deadline)
-            except PermissionDenied as error:
-                if event in _REFUSABLE:
-                    raise
-                await self._report(error, f"{event} hook {_name(function)}")
+                result = await self._call(event, function, args, deadline)
+                if result is False and event in _REFUSABLE:
+                    raise PermissionDenied("not allowed")
             except Exception as error:
+                bare = ungrouped(error, PermissionDenied)
+                if event in _REFUSABLE and isinstance(bare, PermissionDenied):
+                    raise bare from bare.__cause__  # out of the group that may have held it
                 await self._report(error, f"{event} hook {_name(function)}")
+                if event in _REFUSABLE and isinstance(error, Unfinished):  # it may have been about to refuse
+                    raise PermissionDenied("not allowed") from error
 
     async def transform(self, message: Message, audience: Audience) -> Message | None:
         """Run the `on_broadcast` hooks, each on what the one before returned.
@@ -232,13 +237,14 @@ class HookChain:
         try:
             with watch.step():
                 result = function(*args)
-            if not isinstance(result, Awaitable):
-                return result
-            if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
-                return await Stepped(result, watch)
-            ends = asyncio.get_running_loop().time() + self.timeout
-            async with asyncio.timeout_at(ends if deadline is None else min(ends, deadline)) as limit:
-                return await Stepped(result, watch)
+            if isinstance(result, Awaitable):
+                if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
+                    result = await Stepped(result, watch)
+                else:
+                    ends = asyncio.get_running_loop().time() + self.timeout
+                    async with asyncio.timeout_at(ends if deadline is None else min(ends, deadline)) as limit:
+                        result = await Stepped(result, watch)
+            return result if result is None else finished(result, f"what the {name} returned")
         except TimeoutError as error:
             if limit is None or not limit.expired():
                 raise  # the hook's own

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future, wait
-from types import TracebackType
+from types import AsyncGeneratorType, GeneratorType, TracebackType
 from typing import Any, TypeVar
 
-from wsbroadcast.exceptions import LifecycleError
+from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 
 
 class LoopEnded(LifecycleError):
@@ -33,6 +33,28 @@ def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
         return end.value  # type: ignore[no-any-return]
     coroutine.close()
     raise LifecycleError(f"{why}, and broadcast_nowait can't: await `broadcast`")
+
+
+class Unfinished(ConfigurationError):
+    """Raised when a function of the app returned something that has yet to run, so that what it says isn't known."""
+
+
+def finished(result: T, what: str) -> T:
+    """Return what a function of the app returned, if nothing of it has yet to run.
+
+    Args:
+        result: What it returned; if that was awaitable, what came of it.
+        what: How the error calls it.
+
+    Raises:
+        Unfinished: If it is a coroutine, which is closed then, or a generator.
+    """
+    if isinstance(result, Coroutine):
+        result.close()  # else Python complains later, and somewhere else
+        raise Unfinished(f"{what} is a coroutine that nobody awaits: an `await` is missing")
+    if isinstance(result, (AsyncGeneratorType, GeneratorType)):
+        raise Unfinished(f"{what} is a generator, of which nothing has run: use `return` instead of `yield`")
+    return result
 
 
 class Patience:

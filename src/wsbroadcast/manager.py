@@ -26,6 +26,7 @@ from wsbroadcast.membership import CLOSED, Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
 from wsbroadcast.options import Limits, SlowConsumer, check_positive
+from wsbroadcast.text import plain
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 """Who does not get a broadcast."""
@@ -169,7 +170,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         """
         connection = find_connection(websocket, self)
         if connection is not None:
-            await self._node.membership.close(connection, code, reason)
+            await self._node.membership.close(connection, code, plain(reason or ""))
 
     async def disconnect_user(
         self,

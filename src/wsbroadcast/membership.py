@@ -28,6 +28,7 @@ from wsbroadcast.options import Limits
 from wsbroadcast.registry import Registry
 from wsbroadcast.takeover import Ended
 from wsbroadcast.tasks import Tasks
+from wsbroadcast.text import plain
 from wsbroadcast.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -408,7 +409,7 @@ async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Header
     if websocket.application_state is WebSocketState.CONNECTED:
         return
     try:
-        await websocket.accept(subprotocol or websocket.scope.get(SUBPROTOCOL), headers)
+        await websocket.accept(plain(subprotocol) if subprotocol else websocket.scope.get(SUBPROTOCOL), headers)
     except WebSocketDisconnect as error:
         raise ConnectionClosed(error.code, error.reason) from error
     except (OSError, RuntimeError) as error:

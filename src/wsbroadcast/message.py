@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from pydantic_core import PydanticSerializationError, to_json
 
 from wsbroadcast.exceptions import EncodeError, MessageTooLarge
+from wsbroadcast.text import plain
 
 
 class Message:
@@ -42,11 +43,14 @@ class Message:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON; or if the
                 key is no str.
         """
-        if key is not None and not isinstance(key, str):
-            raise EncodeError(f"a key is a str, not {type(key).__name__}")
+        if key is not None:
+            if not isinstance(key, str):
+                raise EncodeError(f"a key is a str, not {type(key).__name__}")
+            key = plain(key)
         if isinstance(value, str):
+            text = value if type(value) is str else plain(value)
             try:
-                return cls(value.encode(), is_text=True, key=key, text=value)
+                return cls(text.encode(), is_text=True, key=key, text=text)
             except UnicodeEncodeError as error:
                 raise EncodeError(f"text holds a lone surrogate at position {error.start}: not UTF-8") from error
         if isinstance(value, (bytes, bytearray, memoryview)):

@@ -4,7 +4,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -27,6 +27,7 @@ from fastapi.exceptions import FastAPIError
 from fastapi.security import SecurityScopes
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import WebSocketException as StarletteWebSocketException
 from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, visit
@@ -148,6 +149,75 @@ async def test_a_result_that_is_nobody_is_the_apps_error(make_app: MakeApp, foun
             async with visit(app, "/ws"):
                 pass
     assert manager.stats().connects == 0
+
+
+async def _somebody() -> str:
+    return "ada"
+
+
+def _in_a_generator() -> Iterator[str]:
+    yield "ada"
+
+
+@EVERY_APP
+@pytest.mark.parametrize("options", [{}, {"user_key": str}], ids=["", "user_key"])
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (_somebody, "what authenticate returned is a coroutine that nobody awaits"),
+        (lambda: _in_a_generator(), "what authenticate returned is a generator"),
+        (lambda: True, "authenticate returned True, which doesn't say who it is"),
+        (lambda: False, "authenticate returned False, which doesn't say who it is"),
+        (lambda: "", "authenticate returned '', which doesn't say who it is"),
+        (lambda: Identity(_somebody()), "the user that authenticate found is a coroutine"),  # type: ignore[arg-type]
+        (lambda: Identity("ada", expires_at=_somebody()), "the expires_at that authenticate found is a coroutine"),  # type: ignore[arg-type]
+    ],
+)
+async def test_what_does_not_say_who_it_is_is_an_error_that_says_what_is_wrong(
+    make_app: MakeApp, make: Callable[[], Any], text: str, options: dict[str, Any]
+) -> None:
+    manager = ConnectionManager()
+
+    async def authenticate() -> Any:
+        return make()
+
+    app = make_app(manager, authenticate=authenticate, **options)
+    async with lifespan(app):
+        with pytest.raises(ConfigurationError, match=text):
+            async with visit(app, "/ws"):
+                pass
+    assert manager.stats().connects == 0
+
+
+class _AsyncKey:
+    async def __call__(self, user: object) -> str:
+        return "ada"
+
+
+@EVERY_APP
+@pytest.mark.parametrize(
+    ("user_key", "text"),
+    [
+        (_AsyncKey(), "the user that authenticate found is a coroutine that nobody awaits"),
+        (lambda user: None, "user_key returned None for a str: it has to return the user's id"),
+    ],
+)
+async def test_user_key_that_makes_no_id_is_an_error(make_app: MakeApp, user_key: Any, text: str) -> None:
+    manager = ConnectionManager()
+    app = make_app(manager, authenticate=_somebody, user_key=user_key)
+    async with lifespan(app):
+        with pytest.raises(ConfigurationError, match=text):
+            async with visit(app, "/ws"):
+                pass
+    assert manager.stats().connects == 0
+
+
+def test_user_key_that_is_async_is_refused_at_once() -> None:
+    async def user_key(user: str) -> str:
+        return user
+
+    with pytest.raises(ConfigurationError, match="user_key is a plain function"):
+        create_router(ConnectionManager(), authenticate=_somebody, user_key=user_key)  # type: ignore[arg-type]
 
 
 # How it refuses.
@@ -625,6 +695,88 @@ def test_authorize_denies_unless_it_says_yes(authorize: Any, text: str) -> None:
         assert (refused.value.status_code, refused.value.text) == (403, text)
 
 
+@pytest.mark.parametrize("falsy", [0, "", [], None, 0.0])
+async def test_authorize_that_returns_something_false_denies(falsy: Any) -> None:
+    app = _router_app(ConnectionManager(), "/ws/{channel}", authorize=lambda connection, action, channel: falsy)
+    with pytest.raises(Refused) as refused:
+        async with visit(app, "/ws/news"):
+            pass
+    assert refused.value.code == 1008
+
+
+class _NumpyBool:
+    """What a comparison in numpy returns: true, and no bool."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+async def _no() -> bool:
+    return False
+
+
+async def _forgotten() -> Any:
+    return _no()
+
+
+def _bools() -> Iterator[bool]:
+    yield True
+
+
+NO_BOOLS = pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: 1, "authorize has to return True or False, not int: "),
+        (lambda: "no", "authorize has to return True or False, not str: "),
+        (lambda: {"allowed": False}, "authorize has to return True or False, not dict: "),
+        (_NumpyBool, "authorize has to return True or False, not _NumpyBool: "),
+        (_forgotten, "what authorize returned is a coroutine that nobody awaits: an `await` is missing"),
+        (_bools, "what authorize returned is a generator, of which nothing has run"),
+    ],
+)
+
+
+@NO_BOOLS
+async def test_authorize_that_returns_no_bool_lets_nobody_in(make: Callable[[], Any], text: str) -> None:
+    manager = ConnectionManager()
+    app = _router_app(manager, "/ws/{channel}", authorize=lambda connection, action, channel: make())
+    with pytest.raises(ConfigurationError, match=text):
+        async with visit(app, "/ws/news"):
+            pass
+    assert manager.stats().connects == 0
+
+
+@NO_BOOLS
+@pytest.mark.parametrize(
+    ("inbound", "said"),
+    [
+        ("broadcast", "hello"),
+        ("commands", '{"type": "subscribe", "channel": "news"}'),
+        ("commands", '{"type": "publish", "channel": "news", "data": 1}'),
+    ],
+)
+async def test_authorize_that_returns_no_bool_lets_nobody_do_anything(
+    make: Callable[[], Any], text: str, inbound: str, said: str
+) -> None:
+    manager = ConnectionManager()
+    is_in = False
+
+    async def authorize(connection: Any, action: str, channel: str) -> Any:
+        made = make() if is_in else True
+        return await made if isinstance(made, Awaitable) else made
+
+    app = _router_app(manager, "/ws/{channel}", inbound=inbound, authorize=authorize)
+    peer = Peer("/ws/lobby")
+    call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
+    await peer.wait_for(lambda: peer.accepted is not None)
+    is_in = True
+    peer.say(said)
+    assert await peer.wait_close() == 1011
+    with pytest.raises(ConfigurationError, match=text):
+        await call
+    assert (peer.messages, manager.stats().broadcasts, manager.stats().channels) == ([], 0, 0)
+
+
 @pytest.mark.parametrize(("detail", "text"), [("banned", "banned"), ({"why": "banned"}, '{"why":"banned"}')])
 def test_authorize_may_deny_as_fastapi_does(detail: Any, text: str) -> None:
     def authorize(connection: Any, action: str, channel: str) -> bool:
@@ -729,6 +881,85 @@ async def test_who_is_sent_away_during_its_handshake_is_caught_by_a_hook() -> No
     assert await peer.wait_close() == 1008
     await asyncio.wait_for(call, 5)
     assert manager.connections == []
+
+
+# Exceptions out of a task group.
+
+
+def _grouped(error: Exception) -> ExceptionGroup[Exception]:
+    return ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("inner", [error])])
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (HTTPException(401, "who?"), 401, "who?"),
+        (PermissionDenied("not you"), 403, "not you"),
+        (WebSocketException(4123, "not you"), 403, "not you"),
+        (StarletteWebSocketException(4123, "not you"), 403, "not you"),
+    ],
+)
+@EVERY_APP
+def test_refusal_of_authenticate_may_come_out_of_a_task_group(
+    make_app: MakeApp, error: Exception, status: int, text: str, wrap: Callable[[Exception], Exception]
+) -> None:
+    async def authenticate() -> str:
+        raise wrap(error)
+
+    with (
+        TestClient(make_app(ConnectionManager(), authenticate=authenticate)) as client,
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("/ws"),
+    ):
+        pass
+    assert (refused.value.status_code, refused.value.text) == (status, text)
+
+
+@pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        HTTPException(404, "no such room"),
+        PermissionDenied("no such room"),
+        WebSocketException(4123, "no such room"),
+        StarletteWebSocketException(4123, "no such room"),
+    ],
+)
+async def test_denial_of_authorize_may_come_out_of_a_task_group(
+    error: Exception, wrap: Callable[[Exception], Exception]
+) -> None:
+    async def authorize(connection: Any, action: str, channel: str) -> bool:
+        if channel == "news":
+            return True
+        raise wrap(error)
+
+    def app() -> FastAPI:
+        return _router_app(ConnectionManager(), "/ws/{channel}", inbound="commands", authorize=authorize)
+
+    with (
+        TestClient(app()) as client,
+        pytest.raises(WebSocketDenialResponse) as refused,
+        client.websocket_connect("/ws/other"),
+    ):
+        pass
+    assert (refused.value.status_code, refused.value.text) == (403, "no such room")
+    async with visit(app(), "/ws/news") as peer:
+        peer.say('{"type": "subscribe", "channel": "other"}')
+        assert await peer.next() == '{"type":"error","code":"forbidden","text":"no such room"}'
+
+
+async def test_peer_that_leaves_the_task_group_of_authenticate_is_no_error() -> None:
+    async def authenticate(websocket: WebSocket) -> str:
+        await websocket.accept()
+        async with asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(websocket.receive_text())
+        return first.result()
+
+    manager = ConnectionManager()
+    async with visit(_router_app(manager, authenticate=authenticate), "/ws") as peer:
+        peer.leave()
+    assert manager.stats().connects == 0
 
 
 # Nothing leaks.

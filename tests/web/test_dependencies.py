@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
+import anyio
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
 from fastapi.testclient import TestClient
+from starlette.exceptions import WebSocketException as StarletteException
 from starlette.websockets import WebSocketDisconnect as StarletteDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, visit
@@ -129,11 +131,20 @@ async def test_connection_dep_is_accepted_and_registered() -> None:
         (None, 1000, None),
         (KeyError("broken"), 1011, KeyError),
         (WebSocketException(4003, "chosen"), 4003, None),
+        (StarletteException(4003, "chosen"), 4003, None),
         (PermissionDenied("not yours"), 1008, None),
         (WebSocketDisconnect(1001), 1000, None),
         (StarletteDisconnect(1001), 1000, None),
     ],
-    ids=["return", "error", "WebSocketException", "PermissionDenied", "WebSocketDisconnect", "Starlette's"],
+    ids=[
+        "return",
+        "error",
+        "WebSocketException",
+        "Starlette's own",
+        "PermissionDenied",
+        "WebSocketDisconnect",
+        "Starlette's",
+    ],
 )
 async def test_connection_dep_is_removed_and_closed_whichever_way_the_endpoint_ends(
     raised: Exception | None, code: int, escapes: type[Exception] | None
@@ -168,6 +179,100 @@ async def test_connection_dep_is_removed_and_closed_whichever_way_the_endpoint_e
         if isinstance(raised, (WebSocketException, PermissionDenied)):
             assert peer.close is not None
             assert peer.close["reason"] == (raised.reason if isinstance(raised, WebSocketException) else str(raised))
+
+
+# What a task group makes of a single error, and of several.
+
+
+async def _in_asyncio(*jobs: Callable[[], Awaitable[None]]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        for job in jobs:
+            tasks.create_task(_run(job))
+
+
+async def _in_anyio(*jobs: Callable[[], Awaitable[None]]) -> None:
+    async with anyio.create_task_group() as tasks:
+        for job in jobs:
+            tasks.start_soon(_run, job)
+
+
+async def _nested(*jobs: Callable[[], Awaitable[None]]) -> None:
+    await _in_asyncio(lambda: _in_anyio(*jobs))
+
+
+async def _run(job: Callable[[], Awaitable[None]]) -> None:
+    await job()
+
+
+EVERY_GROUP = pytest.mark.parametrize("run", [_in_asyncio, _in_anyio, _nested])
+
+
+@EVERY_GROUP
+async def test_peer_that_leaves_a_task_group_is_no_error_of_the_endpoint(run: Any) -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        async def read() -> None:
+            while True:
+                await connection.websocket.receive_text()
+
+        await run(read, read, connection.wait_closed)
+
+    app = _app(manager, body)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.leave(1001)
+        await eventually(lambda: manager.connections == [])
+    assert peer.close is None
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "reason"),
+    [
+        (PermissionDenied("not yours"), 1008, "not yours"),
+        (WebSocketException(4123, "chosen"), 4123, "chosen"),
+        (StarletteException(4123, "chosen"), 4123, "chosen"),
+        (WebSocketDisconnect(1001), 1000, ""),
+    ],
+)
+@EVERY_GROUP
+async def test_what_an_endpoint_raises_in_a_task_group_is_its_end(
+    run: Any, raised: Exception, code: int, reason: str
+) -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        async def fail() -> None:
+            raise raised
+
+        await run(fail, connection.wait_closed)
+
+    app = _app(manager, body)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        assert await peer.wait_close() == code
+        assert peer.close is not None
+        assert peer.close["reason"] == reason
+    assert manager.connections == []
+
+
+@EVERY_GROUP
+async def test_error_in_a_task_group_stays_an_error(run: Any) -> None:
+    manager = ConnectionManager()
+
+    async def body(connection: Connection) -> None:
+        async def fail() -> None:
+            raise KeyError("broken")
+
+        async def deny() -> None:
+            raise PermissionDenied
+
+        await run(fail, deny)
+
+    app = _app(manager, body)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        with pytest.raises(ExceptionGroup):
+            async with visit(app, "/ws", peer):
+                assert await peer.wait_close() == 1011
 
 
 async def test_connection_dep_is_removed_when_the_endpoint_raises_an_http_exception() -> None:

@@ -18,11 +18,13 @@ from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, turns, visit
 from wsbroadcast import (
+    Audience,
     ConfigurationError,
     Connection,
     ConnectionManager,
     Limits,
     ManagerDep,
+    Message,
     PermissionDenied,
     create_router,
     create_routes,
@@ -218,6 +220,28 @@ async def test_a_message_that_a_hook_refuses_closes_with_1008(inbound: str) -> N
         assert peer.close["reason"] == "read only"
         assert manager.connections == []
         assert peer.messages == []
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(PermissionDenied("no"), 1008), (WebSocketException(4123, "no"), 4123), (WebSocketException(1, "no"), 1011)],
+)
+async def test_a_broadcast_that_a_hook_refuses_closes_with_the_refusals_code(
+    error: Exception, code: int, is_grouped: bool
+) -> None:
+    manager = ConnectionManager()
+
+    @manager.on_broadcast
+    async def refuse(message: Message, audience: Audience) -> object:
+        raise ExceptionGroup("a task group", [error]) if is_grouped else error
+
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        assert await peer.wait_close() == code
+        assert peer.close is not None
+        assert peer.close["reason"] == "no"
 
 
 async def test_a_connection_that_a_hook_refuses_is_closed_with_1008_and_no_error() -> None:

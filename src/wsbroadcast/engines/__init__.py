@@ -7,6 +7,7 @@ from importlib import import_module
 from wsbroadcast.engines import urls
 from wsbroadcast.engines.base import Engine
 from wsbroadcast.exceptions import ConfigurationError, kind_of
+from wsbroadcast.text import plain
 
 # The module and class by scheme. A module is imported when its scheme is used, because it imports a driver.
 _SCHEMES = {
@@ -42,8 +43,9 @@ def create_engine(engine: str | Engine) -> Engine:
             f"engine must be a URL or an Engine, not {kind_of(engine)}; "
             "a client that you have may be given to RedisEngine(client=…)"
         )
+    url = plain(engine)
     try:
-        scheme = urls.split(engine).scheme
+        scheme = urls.split(url).scheme
     except ValueError:
         raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:
@@ -51,4 +53,4 @@ def create_engine(engine: str | Engine) -> Engine:
         raise ConfigurationError(f"no engine for a URL with the scheme {scheme!r}; known are {known}")
     module, name = _SCHEMES[scheme]
     kind: type[Engine] = getattr(import_module(f"wsbroadcast.engines.{module}"), name)
-    return kind.from_url(engine)
+    return kind.from_url(url)

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.text import plain
 
 DEFAULT_PREFIX = "wsbroadcast"
 """What all names of an app begin with; apps that share a broker take one each."""
@@ -34,7 +35,7 @@ class AudienceNames:
     def __init__(self, prefix: str = DEFAULT_PREFIX, separator: str = ":") -> None:
         if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
             raise ConfigurationError(f"prefix must be 1 to 32 letters, digits, - or _, not {prefix!r:.80}")
-        self._start = prefix + separator
+        self._start = plain(prefix) + separator
         self._separator = separator
         self._names: dict[Audience, str] = {}
 

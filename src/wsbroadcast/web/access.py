@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from inspect import iscoroutinefunction
 from typing import Any, Literal, NoReturn, get_args
 
-from fastapi import WebSocket, WebSocketException, params
+from fastapi import WebSocket, params
 from fastapi.exceptions import WebSocketRequestValidationError
 from pydantic_core import to_json
-from starlette.exceptions import HTTPException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import can_deny, deny, refuse
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
+from wsbroadcast.loops import finished
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.text import plain
 from wsbroadcast.throttle import Throttle
 from wsbroadcast.web.authentication import Authenticator
 from wsbroadcast.web.identity import Handshake, Identity, UserKey, identity_of
@@ -44,6 +47,9 @@ _NO_HEADERS: Mapping[str, str] = {}
 # Those of a response that `deny` writes itself.
 _OURS = {"content-length", "content-type", "connection"}
 
+# What `authenticate` may raise to refuse. Of a group of them the kind counts that is named first here.
+_ANSWERED = (HTTPException, WebSocketException, WebSocketRequestValidationError, WebSocketDisconnect)
+
 # What a refusal's HTTP status is after the WebSocket was accepted.
 _CODES = {401: CloseCode.UNAUTHENTICATED, 403: CloseCode.FORBIDDEN}
 
@@ -56,7 +62,7 @@ class Access:
         allow_missing_origin: The same.
         authenticate: A dependency; see `Authenticator`, and `identity_of` for what it may return.
         user_key: Makes the user's id of what `authenticate` returned.
-        authorize: Asked for what a client does with a channel.
+        authorize: Asked for what a client does with a channel; only `True` lets it.
         on_denied: What a client gets that may not: an error message, or a close with 4403.
         subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
 
@@ -79,13 +85,17 @@ class Access:
             raise ConfigurationError(f"on_denied must be error or close, not {on_denied!r}")
         if user_key is not None and authenticate is None:
             raise ConfigurationError("user_key makes a user of what authenticate returns: pass authenticate as well")
+        if iscoroutinefunction(user_key):
+            raise ConfigurationError("user_key is a plain function: what has to wait belongs into authenticate")
         self._origins = AllowedOrigins(allowed_origins, allow_missing=allow_missing_origin)
         self._authenticate = None if authenticate is None else Authenticator(authenticate)
         self._user_key = user_key
         self.authorize = authorize
         """What to ask, if anything."""
         self._on_denied = on_denied
-        self._subprotocols = (subprotocols,) if isinstance(subprotocols, str) else tuple(subprotocols)
+        self._subprotocols = (
+            (plain(subprotocols),) if isinstance(subprotocols, str) else tuple(plain(each) for each in subprotocols)
+        )
         self._logged: set[str] = set()
         self._throttle = Throttle()
 
@@ -129,24 +139,25 @@ class Access:
         """Ask `authorize`, which there has to be.
 
         Raises:
-            PermissionDenied: If it returns something false, or raises this itself or an `HTTPException` of 4xx.
+            PermissionDenied: If it returns something false, or raises this itself, another `WebSocketException` or an
+                `HTTPException` of 4xx.
             ConnectionClosed: If the connection ended meanwhile.
+            ConfigurationError: If it returns something true that isn't `True`, such as a coroutine.
         """
         assert self.authorize is not None
         try:
             allowed = self.authorize(connection, action, channel)
             if isinstance(allowed, Awaitable):
                 allowed = await allowed
-        except HTTPException as error:
-            if error.status_code < 500:
-                raise PermissionDenied(_text(error.detail)) from error
-            if isinstance(connection, Handshake):
-                raise  # which is its answer
-            # Starlette would keep it to itself: there is nobody to answer any more.
-            raise RuntimeError(f"authorize failed with status {error.status_code}") from error
+        except Exception as error:
+            denial = _denial(ungrouped(error, HTTPException, WebSocketException), connection)
+            if denial is error:
+                raise
+            raise denial from error
+        is_allowed = _is_yes(allowed)
         if isinstance(connection, Connection) and not connection.is_open:  # closed meanwhile: nobody acts for it now
             raise connection.closed_error()
-        if not allowed:
+        if not is_allowed:
             raise PermissionDenied("not allowed")
 
     async def denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
@@ -176,19 +187,49 @@ class Access:
             return Identity(None)
         try:
             found = await self._authenticate(websocket)
-        except HTTPException as error:
-            await _refuse(websocket, error.status_code, _text(error.detail), error.headers or {})
-        except PermissionDenied as denied:
-            await _refuse(websocket, 403, str(denied))
-        except WebSocketException as error:
-            await _refuse(websocket, 403, error.reason or "", code=error.code)
-        except WebSocketRequestValidationError:  # whose text repeats what came
-            await _refuse(websocket, 403, "the handshake lacks a parameter, or one is wrong")
-        except WebSocketDisconnect as error:
-            raise ConnectionClosed(error.code, error.reason or "") from error
+        except Exception as error:
+            await _answer(websocket, ungrouped(error, *_ANSWERED))
         if found is None:
             await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
         return identity_of(found, self._user_key)
+
+
+def _is_yes(allowed: object) -> bool:
+    if allowed is True:
+        return True
+    if finished(allowed, "what authorize returned"):  # a row, a number, a Future: who knows what it means
+        raise ConfigurationError(
+            f"authorize has to return True or False, not {type(allowed).__name__}: return a comparison, or bool(…)"
+        )
+    return False
+
+
+def _denial(error: Exception, connection: Connection | Handshake) -> Exception:
+    match error:
+        case HTTPException(status_code=status) if status < 500:
+            return PermissionDenied(_text(error.detail))
+        case HTTPException(status_code=status) if isinstance(connection, Connection):
+            # Starlette would keep it to itself: there is nobody to answer any more.
+            return RuntimeError(f"authorize failed with status {status}")
+        case WebSocketException() if not isinstance(error, PermissionDenied):
+            return PermissionDenied(error.reason or "not allowed")
+    return error  # the status of a handshake is its answer
+
+
+async def _answer(websocket: WebSocket, error: Exception) -> NoReturn:
+    match error:
+        case HTTPException():
+            await _refuse(websocket, error.status_code, _text(error.detail), error.headers or {})
+        case PermissionDenied():
+            await _refuse(websocket, 403, str(error))
+        case WebSocketException():
+            await _refuse(websocket, 403, error.reason or "", code=error.code)
+        case WebSocketRequestValidationError():  # whose text repeats what came
+            await _refuse(websocket, 403, "the handshake lacks a parameter, or one is wrong")
+        case WebSocketDisconnect():
+            raise ConnectionClosed(error.code, error.reason or "") from error
+        case _:
+            raise error
 
 
 async def _refuse(
@@ -205,7 +246,7 @@ async def _refuse(
 
 
 def _text(detail: Any) -> str:
-    return detail if isinstance(detail, str) else to_json(detail, fallback=str).decode()  # FastAPI's may be any JSON
+    return plain(detail) if isinstance(detail, str) else to_json(detail, fallback=str).decode()  # it may be any JSON
 
 
 def _encoded(name: str, value: str) -> tuple[bytes, bytes]:

@@ -19,10 +19,11 @@ from wsbroadcast.audience import check_channel
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import (
     EncodeError,
-    EngineUnavailable,
+    EngineError,
     InvalidChannel,
     LimitExceeded,
     PermissionDenied,
+    ungrouped,
 )
 from wsbroadcast.web.access import Access
 
@@ -30,6 +31,9 @@ MAX_ID_CHARACTERS = 64
 """The longest `id` of a command, as text."""
 
 Answer = dict[str, Any]
+
+# What a client is told of; of a group of them the first counts that is named first here.
+_ANSWERED = (PermissionDenied, InvalidChannel, LimitExceeded, EncodeError, EngineError)
 
 
 class Commands:
@@ -53,17 +57,24 @@ class Commands:
         """
         try:
             answer = await self._run(connection, command)
-        except PermissionDenied as denied:
-            answer = await self._access.denied(connection, denied)
-        except InvalidChannel as error:
-            answer = error_answer("invalid_channel", error.rule)
-        except LimitExceeded as error:
-            answer = error_answer("limit_exceeded", str(error))
-        except EncodeError:
-            answer = error_answer("invalid_data", "the data can't be sent, or is too large")
-        except EngineUnavailable:
-            answer = error_answer("unavailable", "try again later")
+        except Exception as error:
+            answer = await self._answer_to(ungrouped(error, *_ANSWERED), connection)
         await connection.send(answer | _id_of(command))
+
+    async def _answer_to(self, error: Exception, connection: Connection) -> Answer:
+        match error:
+            case PermissionDenied():
+                return await self._access.denied(connection, error)
+            case InvalidChannel():
+                return error_answer("invalid_channel", error.rule)
+            case LimitExceeded():
+                return error_answer("limit_exceeded", str(error))
+            case EncodeError():
+                return error_answer("invalid_data", "the data can't be sent, or is too large")
+            case EngineError():
+                return error_answer("unavailable", "try again later")
+            case _:
+                raise error
 
     async def _run(self, connection: Connection, command: object) -> Answer:
         match command:

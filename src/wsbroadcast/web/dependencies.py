@@ -5,13 +5,14 @@
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated
 
-from fastapi import Depends, WebSocket, WebSocketException
+from fastapi import Depends, WebSocket
+from starlette.exceptions import WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.web.access import Access, Authenticate, end_quietly
 from wsbroadcast.web.identity import UserKey
@@ -101,13 +102,17 @@ def connection_dependency(
         try:
             yield connection
             code = CloseCode.NORMAL
-        except WebSocketDisconnect:
-            code = CloseCode.NORMAL
-        except PermissionDenied as denied:
-            code, reason = CloseCode.POLICY_VIOLATION, str(denied)
-        except WebSocketException as error:
-            code, reason = error.code, error.reason or ""
-            raise
+        except Exception as error:
+            match ungrouped(error, WebSocketException, WebSocketDisconnect):
+                case WebSocketDisconnect():
+                    code = CloseCode.NORMAL
+                case PermissionDenied() as denied:
+                    code, reason = denied.code, denied.reason
+                case WebSocketException() as refusal:
+                    code, reason = refusal.code, refusal.reason or ""
+                    raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
+                case _:
+                    raise
         finally:
             if connection.is_open:
                 await manager.close(connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)

@@ -12,6 +12,7 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import UserId
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.expiry import ExpiresAt
+from wsbroadcast.loops import finished
 
 UserKey = Callable[[Any], UserId]
 """Makes the id of a user from what `authenticate` returned."""
@@ -52,22 +53,40 @@ def identity_of(found: Any, user_key: UserKey | None) -> Identity:
         user_key: Makes the id instead.
 
     Raises:
-        ConfigurationError: If there is no id in it.
+        ConfigurationError: If there is no id in it, or something in it has yet to run.
     """
-    if isinstance(found, Identity):
-        return found
-    is_id = isinstance(found, (str, int, UUID)) and not isinstance(found, bool)
-    is_claims = isinstance(found, Mapping)
-    user: UserId | None
+    identity = found if isinstance(found, Identity) else _identity(found, user_key)
+    finished(identity.user, "the user that authenticate found")
+    finished(identity.expires_at, "the expires_at that authenticate found")
+    return identity
+
+
+def _identity(found: Any, user_key: UserKey | None) -> Identity:
+    finished(found, "what authenticate returned")
+    if isinstance(found, bool) or found == "":
+        raise ConfigurationError(
+            f"authenticate returned {found!r}, which doesn't say who it is: return the user's id, or None to refuse"
+        )
+    is_id = isinstance(found, (str, int, UUID))
+    expires_at = found.get("exp") if isinstance(found, Mapping) else None
     if user_key is not None:
-        user = user_key(found)
-    elif is_id:
-        user = found
-    else:
-        user = found.get("sub") if is_claims else getattr(found, "id", None)
+        return Identity(_user_by(user_key, found), None if is_id else found, expires_at)
+    return Identity(found, None) if is_id else Identity(_user_in(found), found, expires_at)
+
+
+def _user_in(found: Any) -> UserId:
+    is_claims = isinstance(found, Mapping)
+    user: UserId | None = found.get("sub") if is_claims else getattr(found, "id", None)
     if user is None:
         raise ConfigurationError(
             f"authenticate returned a {type(found).__name__} with no {'sub' if is_claims else 'id'}: pass "
             "user_key=…, which makes the user's id of it, or return the id or an Identity"
         )
-    return Identity(user, None if is_id else found, found.get("exp") if is_claims else None)
+    return user
+
+
+def _user_by(user_key: UserKey, found: Any) -> UserId:
+    user: UserId | None = user_key(found)
+    if user is None:
+        raise ConfigurationError(f"user_key returned None for a {type(found).__name__}: it has to return the user's id")
+    return user

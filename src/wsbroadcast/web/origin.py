@@ -8,6 +8,7 @@ from ipaddress import IPv6Address
 from typing import NamedTuple
 
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.text import plain
 
 MAX_SHOWN = 200
 """As many characters of what a client chose are shown in a log or an answer."""
@@ -122,7 +123,7 @@ def _advice(origin: Origin | None, own: Origin | None) -> str:
 
 
 def _check_entry(entry: object) -> Origin:
-    origin = parse_origin(entry) if isinstance(entry, str) else None
+    origin = parse_origin(plain(entry)) if isinstance(entry, str) else None
     if origin is None or origin.scheme in _PAGE_SCHEMES:
         raise ConfigurationError(
             f"allowed_origins: {entry!r:.200} is no origin; write https://host or http://host:port, without a path or "

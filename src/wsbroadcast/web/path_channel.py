@@ -10,6 +10,7 @@ from starlette.routing import compile_path
 
 from wsbroadcast.audience import check_channel
 from wsbroadcast.exceptions import ConfigurationError, InvalidChannel
+from wsbroadcast.text import plain, text_of
 
 
 class PathChannel:
@@ -24,14 +25,14 @@ class PathChannel:
     """
 
     def __init__(self, path: str, pattern: str | None) -> None:
-        self._pattern = pattern
+        self._pattern = None if pattern is None else plain(pattern)
         self._fields: list[str] = []
         # Before, between and after the fields.
         self._texts: list[str] = []
-        if pattern is None:
+        if self._pattern is None:
             _meant(dict.fromkeys(compile_path(path)[2]))
         else:
-            self._parse(pattern)
+            self._parse(self._pattern)
 
     def of(self, parameters: Mapping[str, Any]) -> str | None:
         """Return the channel; `None` if there is no parameter to name one.
@@ -42,14 +43,14 @@ class PathChannel:
         """
         if self._pattern is None:
             name = _meant(parameters)
-            return None if name is None else check_channel(str(parameters[name]))
+            return None if name is None else check_channel(text_of(parameters[name]))
         channel, *texts = self._texts
         for number, (field, text) in enumerate(zip(self._fields, texts, strict=True), 1):
             if field not in parameters:
                 raise ConfigurationError(
                     f"channel pattern {self._pattern!r} names {field!r}, which is no path parameter"
                 )
-            value = str(parameters[field])
+            value = text_of(parameters[field])
             channel += value + text
             # Else `a` and `b:c` would be the same as `a:b` and `c`, which may be somebody else's.
             if number < len(texts) and (value + text).index(text) < len(value):

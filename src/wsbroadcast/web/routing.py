@@ -55,7 +55,8 @@ def create_router(
             `None` refuses with 401. What it depends on is finished before the connection is accepted.
         user_key: Makes the user's id of what `authenticate` returned.
         authorize: `authorize(connection, action, channel)` returns whether a connection may `subscribe` to a channel
-            or `publish` to it; the channel is `None` for everyone. Before it is accepted it gets a `Handshake`.
+            or `publish` to it, and only `True` lets it; the channel is `None` for everyone. Before it is accepted it
+            gets a `Handshake`.
         on_denied: Whether a client that may not do something gets an `error` message, or a `close` with 4403.
         dependencies: FastAPI dependencies that run first. Those that `yield` end with the connection.
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from fastapi import WebSocket, WebSocketException
+from fastapi import WebSocket
+from starlette.exceptions import WebSocketException
 
-from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import refuse
 from wsbroadcast.exceptions import (
     ConfigurationError,
     ConnectionClosed,
     InvalidChannel,
-    LimitExceeded,
     MessageTooLarge,
     PermissionDenied,
+    ungrouped,
 )
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.membership import ROUTER
@@ -77,15 +78,19 @@ class Endpoint:
         try:
             await self._serve(connection, name)
             code = CloseCode.NORMAL
-        except ConnectionClosed:
-            pass
-        except (LimitExceeded, PermissionDenied) as denied:
-            code, reason = denied.code, str(denied)
-        except MessageTooLarge as error:
-            code, reason = CloseCode.MESSAGE_TOO_BIG, str(error)
+        except Exception as error:
+            match ungrouped(error, WebSocketException, MessageTooLarge, ConnectionClosed):
+                case WebSocketException() as refusal:
+                    code, reason = refusal.code, refusal.reason or ""
+                case MessageTooLarge() as error:
+                    code, reason = CloseCode.MESSAGE_TOO_BIG, str(error)
+                case ConnectionClosed():
+                    pass
+                case _:
+                    raise
         finally:
             if connection.is_open:
-                await connection.close(code, reason)
+                await connection.close(code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
 
     async def _serve(self, connection: Connection, name: str | None) -> None:
         if self._inbound == "ignore":

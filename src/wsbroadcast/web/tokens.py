@@ -12,6 +12,7 @@ from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.membership import SUBPROTOCOL
 from wsbroadcast.options import check_positive
+from wsbroadcast.text import plain
 
 MAX_TOKEN_CHARACTERS = 8192
 """A longer token is none."""
@@ -61,9 +62,9 @@ class TokenFrom:
         if first_message:
             check_positive("first_message", self._deadline)
         self._header = header
-        self._subprotocol = subprotocol
-        self._cookie = cookie
-        self._query = query
+        self._subprotocol, self._cookie, self._query = (
+            name if name is None else plain(name) for name in (subprotocol, cookie, query)
+        )
 
     async def __call__(self, connection: HTTPConnection) -> str:
         """Return the token.

@@ -21,6 +21,7 @@ from wsbroadcast.engines.postgres.wire import channel_of, pack, pack_row
 from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.loops import Patience
+from wsbroadcast.text import plain
 
 _NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"
 
@@ -67,8 +68,8 @@ class PostgresEngine(BrokerEngine):
             max_message_bytes=max_message_bytes,
             timing=timing,
         )
-        self._prefix = prefix
-        self._table = SpillTable(prefix, schema)
+        self._prefix = plain(prefix)
+        self._table = SpillTable(self._prefix, schema)
         self._turns = count()
         self._link: PostgresLink | None = None
 

@@ -6,6 +6,7 @@ import re
 import time
 
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.text import plain
 
 MAX_ENVELOPE_BYTES = 8 * 1024 * 1024
 """The largest that goes in: what takes less than the timeout of a publish also over 100 Mbit/s."""
@@ -50,7 +51,7 @@ class SpillTable:
     def __init__(self, prefix: str, schema: str) -> None:
         if not isinstance(schema, str) or not _SCHEMA.fullmatch(schema):
             raise ConfigurationError(f"schema must be 1 to 63 letters, digits, - or _, not {schema!r:.80}")
-        self.name = f'"{schema}"."{prefix}_spill"'
+        self.name = f'"{plain(schema)}"."{prefix}_spill"'
         """The table's name as SQL has it; nothing in it needs an escape."""
         definition = "(id uuid PRIMARY KEY, expires timestamptz NOT NULL, envelope bytea NOT NULL)"
         create = f"CREATE UNLOGGED TABLE IF NOT EXISTS {self.name} {definition}"

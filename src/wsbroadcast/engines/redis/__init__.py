@@ -13,6 +13,7 @@ from wsbroadcast.engines.redis.link import ServerLink
 from wsbroadcast.engines.redis.options import split_url, target_from_client, target_from_url
 from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.text import plain
 
 # What an envelope may have around its payload.
 _HEADER_BYTES = 1024 * 1024
@@ -76,7 +77,7 @@ class RedisEngine(BrokerEngine):
             max_message_bytes=max_message_bytes,
             timing=timing,
         )
-        self._prefix = prefix
+        self._prefix = plain(prefix)
 
     @classmethod
     def from_url(cls, url: str) -> Self:
