@@ -102,6 +102,8 @@ def _count(stacks: str) -> Profile:
     for line in stacks.splitlines():
         stack, _, samples = line.rpartition(" ")
         frames = [_short(frame) for frame in stack.split(";")]
+        if frames[-1].startswith("epoll_wait"):  # waiting is no work
+            continue
         alone[frames[-1]] += int(samples)
         for frame in set(frames):
             together[frame] += int(samples)
