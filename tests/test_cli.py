@@ -129,7 +129,7 @@ class Listener:
     def receive(self, count: int = 1) -> list[tuple[str, bytes]]:
         found: list[tuple[str, bytes]] = []
         while len(found) < count:
-            message = self._pubsub.get_message(timeout=5)
+            message = self._pubsub.get_message(timeout=30)  # a program has to start first, on a busy machine
             assert message is not None, f"only {found}"
             name = message["channel"].decode()[self._skipped :]
             if name.startswith(("everyone", "channel:", "user:")):
