@@ -16,7 +16,15 @@ from starlette.routing import Mount, WebSocketRoute
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, eventually, turns, visit
-from wsbroadcast import Connection, ConnectionClosed, ConnectionManager, FastPath, Limits, SlowConsumer
+from wsbroadcast import (
+    Connection,
+    ConnectionClosed,
+    ConnectionManager,
+    FastPath,
+    Limits,
+    PermissionDenied,
+    SlowConsumer,
+)
 
 Endpoint = Callable[[WebSocket], Awaitable[None]]
 
@@ -118,6 +126,21 @@ async def test_websocket_exception_keeps_its_code(manager: ConnectionManager) ->
         raise WebSocketException(4008)
 
     assert (await run(app_of(endpoint))).close_code == 4008
+
+
+@pytest.mark.parametrize(("error", "code"), [(WebSocketException(4123), 4123), (PermissionDenied("no"), 1008)])
+async def test_exception_in_a_task_group_keeps_its_code(
+    manager: ConnectionManager, error: Exception, code: int
+) -> None:
+    async def fail() -> None:
+        raise error
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await manager.connect(websocket)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fail())
+
+    assert (await run(app_of(endpoint))).close_code == code
 
 
 @pytest.mark.parametrize("scope", [None, "function"])

@@ -19,7 +19,7 @@ from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.door import EXPIRED, Door
 from wsbroadcast.engines.base import Engine
-from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
+from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied, ungrouped
 from wsbroadcast.exit_stack import exit_stack_of
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.farewells import Farewells
@@ -399,6 +399,8 @@ class Membership:
 
 
 def _code_of(error: BaseException) -> int:
+    if isinstance(error, Exception):
+        error = ungrouped(error, WebSocketException, WebSocketDisconnect)
     code = error.code if isinstance(error, WebSocketException) else CloseCode.INTERNAL_ERROR
     return code if is_sendable(code) else CloseCode.INTERNAL_ERROR
 
