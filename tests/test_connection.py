@@ -256,14 +256,17 @@ async def test_cancelled_read_loses_no_message_to_a_plain_hook_that_returns_an_a
 
     manager.on_message(lambda connection, message: slow(message))
     [(peer, connection)] = await connected(manager, 1)
-    peer.say("hello")
-    reading = asyncio.ensure_future(connection.receive())
-    await turns()
-    reading.cancel()
-    await asyncio.wait({reading})
-    release.set()
-    assert await asyncio.wait_for(connection.receive(), 5) == "hello"
-    assert seen == ["hello"]
+    for text in ("hello", "again"):
+        release.clear()
+        peer.say(text)
+        for _ in range(3):
+            reading = asyncio.ensure_future(connection.receive())
+            await turns()
+            reading.cancel()
+            await asyncio.wait({reading})
+        release.set()
+        assert await asyncio.wait_for(connection.receive(), 5) == text
+    assert seen == ["hello", "again"]
 
 
 async def test_message_whose_read_was_cancelled_is_refused_by_its_hook_all_the_same(
@@ -564,6 +567,24 @@ async def test_wait_closed_returns_only_when_the_close_is_done(manager: Connecti
     await asyncio.wait({waiting, closing}, timeout=5)
     assert waiting.done()
     assert peer.close_code == 1000
+
+
+@pytest.mark.parametrize("way", ["close", "disconnect", "peer"])
+async def test_every_one_of_several_readers_learns_of_the_end(manager: ConnectionManager, way: str) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+    readers = [READERS[name] for name in ("websocket.receive_text", "receive", "receive_json")]
+    reading = [asyncio.ensure_future(_outcome(reader, connection)) for reader in readers]
+    reading.append(asyncio.ensure_future(_outcome(ENDERS["async for"], connection)))
+    await turns()
+    if way == "peer":
+        peer.leave()
+    elif way == "close":
+        await connection.close()
+    else:
+        manager.disconnect(connection)
+    _, pending = await asyncio.wait(reading, timeout=5)
+    assert pending == set()
+    assert not connection.is_read
 
 
 async def test_wait_closed_by_several_tasks(manager: ConnectionManager) -> None:

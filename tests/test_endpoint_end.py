@@ -258,6 +258,27 @@ def test_starlette_learns_it_from_the_lifespan() -> None:
         assert manager.stats().disconnects == 2
 
 
+async def test_middleware_that_connects_is_an_endpoint_too() -> None:
+    manager = ConnectionManager(limits=Limits(max_connections=1))
+
+    class Connects:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            websocket = WebSocket(scope, receive, send)
+            await manager.connect(websocket)
+            await manager.broadcast("last")
+
+    app = FastAPI()
+    app.add_middleware(Connects)
+    app.middleware_stack = app.build_middleware_stack()  # as a server's lifespan does it
+    async with manager.lifespan(app):
+        for _ in range(3):
+            peer = await run(app)
+            assert (peer.messages, peer.close_code) == (["last"], 1000)
+
+
 async def test_starlette_learns_it_from_the_fast_path(manager: ConnectionManager) -> None:
     async def endpoint(websocket: WebSocket) -> None:
         await manager.connect(websocket)

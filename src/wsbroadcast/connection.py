@@ -22,7 +22,7 @@ from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.reading import Reading
 from wsbroadcast.receiving import Receiving
-from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_untouched, take_over
+from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_plain, is_untouched, take_over
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -147,7 +147,7 @@ class Connection(Receiving):
         self._state = ConnectionState.OPEN
         # Made when somebody waits for the end.
         self._closed: asyncio.Event | None = None
-        # Who is inside `receive`, to be interrupted when the connection ends by our side.
+        # Who is inside `receive`, the last first, to be interrupted when the connection ends by our side.
         self._reading: Reading | None = None
         # Messages whose hooks had not ended when the read was cancelled; the next read gets them.
         self._kept: deque[tuple[MutableMapping[str, Any], Awaitable[None] | None]] | None = None
@@ -277,8 +277,10 @@ class Connection(Receiving):
             self._expiry = None
         if state is ConnectionState.CLOSED and not self.sink.is_ended:
             self.place.release()  # `disconnect`: what becomes of the socket is the app's affair; else see `see_off`
-        if self._reading is not None:
-            self._reading.interrupt()  # now: granian sends no close frame while the app is inside `receive`
+        reading = self._reading
+        while reading is not None:
+            reading.interrupt()  # now: granian sends no close frame while the app is inside `receive`
+            reading = reading.before
         if state is ConnectionState.CLOSED and self._closed is not None:
             self._closed.set()
 
@@ -376,7 +378,7 @@ class Connection(Receiving):
             return await self._observed(*self._kept.popleft())
         if self._reading is not None and self._reading.throws_away:
             self._reading.interrupt()
-        reading = self._reading = Reading(throws_away)
+        reading = self._reading = Reading(throws_away, self._reading)
         spares = self.sink.begin_reading()
         try:
             event = await self._receive_below()
@@ -391,8 +393,8 @@ class Connection(Receiving):
             if spares:
                 self.sink.end_reading()
             reading.finish()
-            if self._reading is reading:
-                self._reading = None
+            if self._reading is not None:
+                self._reading = self._reading.without(reading)
         if event["type"] == "websocket.disconnect":
             self.lost(event.get("code") or ABNORMAL, event.get("reason") or "")
             return event
@@ -526,5 +528,7 @@ def _make_sink(connection: Connection, websocket: WebSocket, watch: Watch) -> tu
     receive = shown or getattr(websocket, "_receive", None)
     protocol, refused = find_protocol(receive, send if shown is None else None)
     if protocol is not None:
-        return UvicornSink(connection, watch, send, protocol), ""
+        own = getattr(websocket, "_receive", None)
+        is_read_directly = is_plain(websocket) and getattr(own, "__self__", None) is protocol
+        return UvicornSink(connection, watch, send, protocol, is_read_directly=is_read_directly), ""
     return Sink(connection, watch, send, find_transport(receive)), refused

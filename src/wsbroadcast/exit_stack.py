@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from types import TracebackType
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -15,10 +16,29 @@ _FASTAPI = "fastapi_middleware_astack"
 _OURS = "wsbroadcast.exit_stack"
 
 
-def exit_stack_of(scope: Mapping[str, Any]) -> AsyncExitStack | None:
+Exit = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], Awaitable[bool | None]]
+"""Called at the end, with the error of the call if there was one."""
+
+
+class Exits(list[Exit]):
+    """An exit stack that costs a list: what was pushed last is called first."""
+
+    def push_async_exit(self, exit: Exit) -> None:  # noqa: A002  # the name that `AsyncExitStack` has
+        """Call it at the end."""
+        self.append(exit)
+
+    async def close(self, error: BaseException | None) -> None:
+        """Call all."""
+        while self:
+            await self.pop()(None if error is None else type(error), error, None)
+
+
+def exit_stack_of(scope: Mapping[str, Any]) -> AsyncExitStack | Exits | None:
     """Return the stack that ends with the ASGI call, if there is one."""
-    stack = scope.get(_FASTAPI) or scope.get(_OURS)
-    return stack if isinstance(stack, AsyncExitStack) else None
+    stack = scope.get(_FASTAPI)
+    if stack is None:
+        stack = scope.get(_OURS)
+    return stack if isinstance(stack, (AsyncExitStack, Exits)) else None
 
 
 def has_exit_stack(app: object) -> bool:
@@ -41,6 +61,12 @@ class WithExitStack:
         if scope["type"] != "websocket" or _OURS in scope:
             await self.app(scope, receive, send)
             return
-        async with AsyncExitStack() as stack:
-            scope[_OURS] = stack
+        exits = scope[_OURS] = Exits()
+        error: BaseException | None = None
+        try:
             await self.app(scope, receive, send)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            await exits.close(error)

@@ -238,6 +238,7 @@ class HookChain:
             with watch.step():
                 result = function(*args)
             if isinstance(result, Awaitable):
+                self._waiting.add(event)  # a plain function that returns an awaitable
                 if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
                     result = await Stepped(result, watch)
                 else:

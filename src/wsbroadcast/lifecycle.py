@@ -92,7 +92,9 @@ class Lifecycle(ABC):
         """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
         self.bind(app)
         layers = getattr(app, "middleware_stack", None)
-        if layers is not None and not has_exit_stack(layers):  # Starlette's: FastAPI has one
+        # FastAPI has one for endpoints; a middleware that connects is outside of it.
+        is_needed = not has_exit_stack(layers) or bool(getattr(app, "user_middleware", None))
+        if layers is not None and is_needed and not isinstance(layers, WithExitStack):
             app.middleware_stack = WithExitStack(layers)
         async with self:
             yield

@@ -11,11 +11,13 @@ class Reading:
     As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
     """
 
-    __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "throws_away")
+    __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "before", "throws_away")
 
-    def __init__(self, throws_away: bool) -> None:
+    def __init__(self, throws_away: bool, before: Reading | None) -> None:
         self.throws_away = throws_away
         """Whether it only waits for the end, and steps aside for whoever wants the messages."""
+        self.before = before
+        """The one that began before it and still waits, if another task reads as well."""
         self._task = asyncio.current_task()
         self._cancelling = 0 if self._task is None else self._task.cancelling()
         self._is_interrupted = False
@@ -26,6 +28,14 @@ class Reading:
         if self._task is not None and self._task is not asyncio.current_task() and not self._is_interrupted:
             self._is_interrupted = True
             self._task.cancel()
+
+    def without(self, ended: Reading) -> Reading | None:
+        """Return the readings from this one on, without one that has ended."""
+        if self is ended:
+            return self.before
+        if self.before is not None:
+            self.before = self.before.without(ended)
+        return self
 
     def take_back(self) -> bool:
         """Undo our own cancellation; return whether it was the only one."""

@@ -127,6 +127,12 @@ def is_untouched(websocket: WebSocket) -> bool:
     return attributes.get("taker") is None and "send" not in attributes and "receive" not in attributes
 
 
+def is_plain(websocket: WebSocket) -> bool:
+    """Tell whether a WebSocket receives as Starlette's class does."""
+    kind = websocket.kind if isinstance(websocket, TakenOver) else type(websocket)
+    return kind.receive is WebSocket.receive
+
+
 @cache
 def _taken_over(kind: type[WebSocket]) -> type[TakenOver]:
     if kind is WebSocket:

@@ -14,7 +14,7 @@ from websockets.asyncio.client import connect
 
 from tests.support.rawclient import TEXT, RawClient, masked_frame
 from tests.support.servers import eventually, serve_here
-from wsbroadcast import ConnectionManager, Limits
+from wsbroadcast import ConnectionManager, FastPath, Limits
 
 
 class Counted:
@@ -31,6 +31,18 @@ class Counted:
     def resume_reading(self) -> None:
         self._calls["resume"] += not self._transport.is_reading()
         self._transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def get_write_buffer_size(self) -> int:
+        return self._transport.get_write_buffer_size()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -133,3 +145,60 @@ async def test_client_that_floods_stays_stopped(monkeypatch: pytest.MonkeyPatch)
         await eventually(lambda: asyncio.sleep(0, manager.connections == []))
         assert not transports[0].is_reading()
         client.close()
+
+
+class Waits(WebSocket):
+    """An app's own class whose `receive` does more."""
+
+    async def receive(self) -> Any:
+        event = await super().receive()
+        await asyncio.sleep(0.02)
+        return event
+
+
+@pytest.mark.parametrize("who", ["subclass", "middleware"])
+async def test_what_stands_between_loses_nothing_and_reading_goes_on(who: str) -> None:
+    manager = ConnectionManager()
+    got: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        websocket = (Waits if who == "subclass" else WebSocket)(scope, receive, send)
+        await manager.connect(websocket)
+        async for text in websocket.iter_text():
+            got.append(text)  # noqa: PERF401  # looked at meanwhile
+
+    async def limited(scope: Any, receive: Any, send: Any) -> None:
+        async def later() -> Any:
+            event = await receive()
+            await asyncio.sleep(0.02)
+            return event
+
+        await app(scope, later if who == "middleware" else receive, send)
+
+    async with serve_here(FastPath(limited), loop="asyncio", ws="websockets-sansio", lifespan="off") as port:
+        async with connect(f"ws://127.0.0.1:{port}/") as client:
+            for number in range(20):
+                await client.send(str(number))
+                if number % 5 == 0:
+                    await eventually(lambda number=number: asyncio.sleep(0, len(got) > number))  # type: ignore[misc]
+            await eventually(lambda: asyncio.sleep(0, len(got) == 20))
+            assert manager.stats().sinks == {"uvicorn": 1}
+        await eventually(lambda: asyncio.sleep(0, manager.connections == []))
+    assert got == [str(number) for number in range(20)]
+
+
+async def test_stop_in_earnest_is_not_forgotten(served: Any) -> None:
+    """Another reader may take a message and let uvicorn go on reading; what comes next stops it."""
+    port, _, protocols, _ = served
+    async with connect(f"ws://127.0.0.1:{port}/echo") as client:
+        await client.send("a")
+        assert await asyncio.wait_for(client.recv(), 5) == "a"
+        protocol = protocols[-1]
+        await eventually(lambda: asyncio.sleep(0, protocol.read_paused))
+        protocol.transport.pause_reading()
+        protocol.queue.put_nowait({"type": "websocket.receive", "text": "b"})
+        protocol.queue.put_nowait({"type": "websocket.receive", "text": "c"})
+        for text in ("b", "c"):
+            assert await asyncio.wait_for(client.recv(), 5) == text
+        await client.send("d")
+        assert await asyncio.wait_for(client.recv(), 5) == "d"

@@ -28,14 +28,16 @@ class UvicornSink(Sink):
 
     __slots__ = ("_form", "_inbox", "_protocol", "_transport", "_writable")
 
-    def __init__(self, owner: Owner, watch: Watch, send: Send, protocol: Any) -> None:
+    def __init__(
+        self, owner: Owner, watch: Watch, send: Send, protocol: Any, *, is_read_directly: bool = False
+    ) -> None:
         super().__init__(owner, watch, send, protocol.transport)
         self._protocol = protocol
         self._transport: asyncio.Transport = protocol.transport  # the same, and never None here
         self._writable: asyncio.Event = protocol.writable
         self._form = _take_over_compression(protocol)
         # What came in and the app hasn't read, where the protocol is known well enough (see `begin_reading`).
-        self._inbox: asyncio.Queue[Any] | None = _inbox_of(protocol)
+        self._inbox: asyncio.Queue[Any] | None = _inbox_of(protocol) if is_read_directly else None
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Write the batch at once, as the same bytes that every other connection gets."""
@@ -62,7 +64,8 @@ class UvicornSink(Sink):
 
         It stops reading while a message waits that the app hasn't asked for. One that the app waits for already is
         taken in the same turn of the loop, so the protocol is told that reading is stopped, and doesn't do it. At most
-        one read of the transport more than without this is held.
+        one read of the transport more than without this is held. Only where nothing stands between the app and the
+        server's `receive`: what waits there would let a client fill the memory.
         """
         if self._inbox is None or self._protocol.read_paused or not self._inbox.empty():
             return False
@@ -70,8 +73,12 @@ class UvicornSink(Sink):
         return True
 
     def end_reading(self) -> None:
-        """Let the protocol stop reading again; without a message it would go on believing that it has."""
-        self._protocol.read_paused = False
+        """Let the protocol stop reading again; without a message it would go on believing that it has.
+
+        Unless it has stopped in earnest, because another reader took the message before: then it has to know.
+        """
+        if self._transport.is_reading():
+            self._protocol.read_paused = False
 
     async def ready(self) -> None:
         """Wait until the transport takes more."""
@@ -140,9 +147,8 @@ _SENDER_SEND = 0 if _SENDER is None else _SENDER.co_freevars.index("send")
 
 def _inbox_of(protocol: Any) -> asyncio.Queue[Any] | None:
     inbox = getattr(protocol, "queue", None)
-    return (
-        inbox if isinstance(inbox, asyncio.Queue) and isinstance(getattr(protocol, "read_paused", None), bool) else None
-    )
+    is_known = isinstance(getattr(protocol, "read_paused", None), bool) and hasattr(protocol.transport, "is_reading")
+    return inbox if is_known and isinstance(inbox, asyncio.Queue) else None
 
 
 def _take_over_compression(protocol: Any) -> WireForm:
