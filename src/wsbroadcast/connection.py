@@ -20,6 +20,7 @@ from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.reading import Reading
 from wsbroadcast.receiving import Receiving
+from wsbroadcast.signatures import no_dependency
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -61,6 +62,7 @@ _SCOPE_KEY = "wsbroadcast.connection"
 _NO_CHANNELS: frozenset[str] = frozenset()
 
 
+@no_dependency("take a ConnectionDep")
 class Connection(Receiving):
     """One accepted WebSocket, as `ConnectionManager.connect` returns it.
 

@@ -26,6 +26,7 @@ from wsbroadcast.membership import CLOSED, Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
 from wsbroadcast.options import Limits, SlowConsumer, check_positive
+from wsbroadcast.signatures import no_dependency
 from wsbroadcast.text import plain
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
@@ -34,6 +35,11 @@ Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 _NOBODY: frozenset[str] = frozenset()
 
 
+@no_dependency(
+    "take a ManagerDep",
+    connect="whoever connects would say in the query who it is; take a ConnectionDep or a connection_dependency(…), or "
+    "call it in the endpoint",
+)
 class ConnectionManager(Lifecycle, HookDecorators):
     """Keeps the connections of an app and broadcasts to them.
 

@@ -14,6 +14,7 @@ from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.signatures import no_dependency
 from wsbroadcast.web.access import Access, Authenticate, end_quietly
 from wsbroadcast.web.identity import UserKey
 
@@ -46,6 +47,7 @@ ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 """The app's manager, as a parameter's type."""
 
 
+@no_dependency("it makes one, so call it once: Depends(connection_dependency(…))")
 def connection_dependency(
     manager: ConnectionManager | None = None,
     *,
