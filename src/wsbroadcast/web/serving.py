@@ -53,7 +53,8 @@ class Endpoint:
             raise ConfigurationError(f"accepts must be any, text, bytes or json, not {accepts!r}")
         if inbound == "commands" and accepts not in ("any", "json"):
             raise ConfigurationError(f"commands are JSON: accepts must be json, not {accepts!r}")
-        self._manager = manager
+        self.manager = manager
+        """The manager that keeps its connections."""
         self._access = access
         self._channel = PathChannel(path, channel)
         self._inbound = inbound
@@ -65,7 +66,7 @@ class Endpoint:
         """Serve one connection from its handshake to its end."""
         try:
             name = self._channel.of(websocket.path_params)
-            connection = await self._access.connect(self._manager, websocket, name)
+            connection = await self._access.connect(self.manager, websocket, name)
         except (ConnectionClosed, WebSocketException):
             return  # gone, or refused and told so
         except InvalidChannel as error:
@@ -114,9 +115,9 @@ class Endpoint:
             message = Message.json(message)  # a JSON string goes out as one, not as bare text
         exclude = () if self._include_sender else (connection,)
         if name is None:
-            await self._manager.broadcast(message, exclude=exclude)
+            await self.manager.broadcast(message, exclude=exclude)
         elif name in connection.channels:  # who was unsubscribed from it has nobody to talk to
-            await self._manager.broadcast(message, channel=name, exclude=exclude)
+            await self.manager.broadcast(message, channel=name, exclude=exclude)
 
 
 _READERS: dict[str, Callable[[Connection], Any]] = {
