@@ -445,3 +445,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
 
     def _new_node(self) -> Node:
         return Node(self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
+
+
+def count_unpublished(manager: ConnectionManager) -> int:
+    """Count a message of a client that the broker didn't take, for `stats()`; return how many there are by now."""
+    manager._counters.unpublished += 1
+    return manager._counters.unpublished

@@ -17,15 +17,20 @@ from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, turns, visit
+from tests.support.fake_broker import FakeBroker, FakeEngine
 from wsbroadcast import (
     Audience,
     ConfigurationError,
     Connection,
     ConnectionManager,
+    EngineError,
+    EngineUnavailable,
     Limits,
     ManagerDep,
+    MemoryEngine,
     Message,
     PermissionDenied,
+    Publication,
     create_router,
     create_routes,
 )
@@ -242,6 +247,129 @@ async def test_a_broadcast_that_a_hook_refuses_closes_with_the_refusals_code(
         assert await peer.wait_close() == code
         assert peer.close is not None
         assert peer.close["reason"] == "no"
+
+
+# A broker that is gone.
+
+
+async def _kill(broker: FakeBroker) -> None:
+    broker.is_down = True
+    broker.drop_links()
+    await eventually(lambda: not broker.links)
+
+
+async def test_messages_of_clients_are_ignored_and_counted_while_the_broker_is_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = FakeBroker()
+    manager = ConnectionManager(FakeEngine(broker))
+    app = _app(manager, "/ws/{channel}")
+    async with lifespan(app), visit(app, "/ws/news") as ada, visit(app, "/ws/news") as bob:
+        await _kill(broker)
+        caplog.clear()
+        for number in range(10):
+            ada.say(f"a {number}")
+            bob.say(f"b {number}")
+        await eventually(lambda: manager.stats().unpublished == 20)
+        assert manager.stats().engine.publish_failures == 20
+        assert (ada.close, bob.close, len(manager.connections)) == (None, None, 2)
+        [warning] = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+        assert warning.startswith("messages of clients are ignored, 1 so far: fake at nowhere:1 is out of reach")
+        broker.is_down = False
+        await eventually(lambda: manager.stats().engine.reconnects == 1)
+        ada.say("again")
+        assert await bob.next() == "again"
+    assert [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info] == []
+
+
+class _Failing(MemoryEngine):
+    """An engine of which nothing is known but that it fails."""
+
+    error: Exception = EngineError("read-only")
+
+    async def publish(self, publication: Publication) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("read-only"), EngineUnavailable("gone"), ExceptionGroup("several", [EngineError("one")])]
+)
+async def test_every_error_of_an_engine_is_its_trouble_and_not_the_client_s(error: Exception) -> None:
+    engine = _Failing()
+    engine.error = error
+    manager = ConnectionManager(engine)
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        peer.say("hello")
+        await eventually(lambda: manager.stats().unpublished == 2)
+        assert peer.close is None
+
+
+async def test_engine_error_of_a_hook_is_no_reason_to_close() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_broadcast
+    async def archive(message: Message, audience: Audience) -> object:
+        raise EngineUnavailable("the archive is gone")
+
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        await eventually(lambda: manager.stats().unpublished == 1)
+        assert peer.close is None
+
+
+async def test_error_of_a_hook_closes_with_1011() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_broadcast
+    async def fail(message: Message, audience: Audience) -> object:
+        raise KeyError("broken")
+
+    app = _app(manager)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        peer.say("hello")
+        with pytest.raises(KeyError):
+            async with visit(app, "/ws", peer):
+                assert await peer.wait_close() == 1011
+    assert manager.stats().unpublished == 0
+
+
+@pytest.mark.parametrize("inbound", ["broadcast", "commands"])
+async def test_message_that_waits_while_the_manager_ends_is_no_error(inbound: str) -> None:
+    manager = ConnectionManager()
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    @manager.on_broadcast
+    async def wait(message: Message, audience: Audience) -> Message:
+        waits.set()
+        await goes_on.wait()
+        return message
+
+    app = _app(manager, "/ws/{channel}", inbound=inbound)
+    async with visit(app, "/ws/news") as peer:
+        peer.say('{"type": "publish", "channel": "news", "data": 1}')
+        await waits.wait()
+        closing = asyncio.ensure_future(manager.aclose())
+        assert await peer.wait_close() == 1001
+        goes_on.set()
+        await closing
+    assert manager.stats().unpublished == 0
+
+
+async def test_engine_that_fails_fast_refuses_handshakes_with_503(caplog: pytest.LogCaptureFixture) -> None:
+    broker = FakeBroker()
+    broker.is_down = True
+    app = _app(ConnectionManager(FakeEngine(broker, fail_fast=True)))
+    for _ in range(3):
+        peer = Peer("/ws")
+        peer.scope["extensions"] = {"websocket.http.response": {}}
+        await app(peer.scope, peer.receive, peer.send)
+        assert peer.sent[0]["status"] == 503
+    [warning] = [record.getMessage() for record in caplog.records if "handshake" in record.getMessage()]
+    assert warning.startswith("refused a handshake: fake at nowhere:1 can't be reached")
 
 
 async def test_a_connection_that_a_hook_refuses_is_closed_with_1008_and_no_error() -> None:
