@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -106,7 +106,7 @@ async def test_include_sender_false_leaves_the_sender_out() -> None:
         ("/ws", {}, "/ws", set()),
         ("/ws/{channel}", {}, "/ws/news", {"news"}),
         ("/ws/{room}", {}, "/ws/news", {"news"}),
-        ("/ws/{room}/{channel}", {}, "/ws/lobby/news", {"news"}),
+        ("/ws/{room}/{channel}", {"channel": "{channel}"}, "/ws/lobby/news", {"news"}),
         ("/ws/{room:path}", {}, "/ws/a/b/c", {"a/b/c"}),
         ("/ws/{number:int}", {}, "/ws/042", {"42"}),
         ("/ws/{number:float}", {}, "/ws/1.5", {"1.5"}),
@@ -545,16 +545,69 @@ async def test_the_path_of_a_mount_may_hold_the_parameter() -> None:
     await manager.aclose()
 
 
-async def test_a_second_parameter_in_the_prefix_has_to_be_dealt_with() -> None:
+def _prefixed(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    return _app(manager, path, prefix="/{tenant}", **options)
+
+
+def _prefixed_twice(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    inner, app = APIRouter(prefix="/{tenant}"), FastAPI()
+    inner.include_router(create_router(manager, path, **options))
+    app.include_router(inner)
+    return app
+
+
+def _mounted(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    app = FastAPI()
+    app.mount("/{tenant}", _app(manager, path, **options))
+    return app
+
+
+def _mounted_twice(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    middle, app = FastAPI(), FastAPI()
+    middle.mount("", _app(manager, path, **options))
+    app.mount("/{tenant}", middle)
+    return app
+
+
+def _mounted_in_starlette(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    return Starlette(routes=[Mount("/{tenant}", routes=create_routes(manager, path, **options))])
+
+
+SURROUNDINGS = pytest.mark.parametrize(
+    "surround", [_prefixed, _prefixed_twice, _mounted, _mounted_twice, _mounted_in_starlette]
+)
+
+
+@pytest.mark.parametrize("name", ["room", "channel"])
+@SURROUNDINGS
+async def test_a_parameter_around_the_path_is_not_left_out_in_silence(surround: Callable[..., Any], name: str) -> None:
     manager = ConnectionManager()
-    app = _app(manager, "/ws/{room}", prefix="/{tenant}")
-    async with lifespan(app):
-        with pytest.raises(ConfigurationError, match="several parameters: say which"):
-            async with visit(app, "/acme/ws/general"):
-                pass
-    app = _app(manager, "/ws/{room}", prefix="/{tenant}", channel="{tenant}:{room}")
-    async with lifespan(app), visit(app, "/acme/ws/general"):
-        assert [connection.channels for connection in manager.connections] == [{"acme:general"}]
+    app = surround(manager, f"/ws/{{{name}}}")
+    with pytest.raises(ConfigurationError, match=rf"say which make the channel, channel='\{{tenant\}}:\{{{name}\}}'"):
+        async with visit(app, "/acme/ws/general"):
+            pass
+    assert manager.stats().connects == 0
+    app = surround(manager, f"/ws/{{{name}}}", channel=f"{{tenant}}:{{{name}}}")
+    async with visit(app, "/acme/ws/general") as acme, visit(app, "/other/ws/general") as other:
+        assert [connection.channels for connection in manager.connections] == [{"acme:general"}, {"other:general"}]
+        other.say("for others")
+        acme.say("for acme")
+        assert (await acme.next(), await other.next()) == ("for acme", "for others")
+    await manager.aclose()
+
+
+@SURROUNDINGS
+async def test_a_pattern_that_leaves_out_a_parameter_around_the_path_is_warned_of(
+    surround: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    app = surround(manager, "/ws/{room}", channel="room:{room}")
+    async with visit(app, "/acme/ws/general"), visit(app, "/other/ws/general"):
+        assert [connection.channels for connection in manager.connections] == [{"room:general"}] * 2
+    assert [record.levelname for record in caplog.records if "same for every tenant" in record.getMessage()] == [
+        "WARNING"
+    ]
+    await manager.aclose()
 
 
 async def test_a_router_included_twice_shares_its_manager_and_its_life() -> None:
