@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -607,6 +608,112 @@ async def test_a_pattern_that_leaves_out_a_parameter_around_the_path_is_warned_o
     assert [record.levelname for record in caplog.records if "same for every tenant" in record.getMessage()] == [
         "WARNING"
     ]
+    await manager.aclose()
+
+
+# Two routers that make the same channels.
+
+
+def _namesakes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [message for message in messages if "make the same channels" in message]
+
+
+def _warning(first: str, second: str) -> str:
+    return (
+        f"{first} and {second} make the same channels, so their clients hear each other: pass "
+        "channel='typing:{room}' to one, or channel='{room}' if that is meant"
+    )
+
+
+@pytest.mark.parametrize("create", [create_router, create_routes])
+def test_two_paths_that_make_the_same_channels_are_warned_of(
+    create: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    kept = [create(manager, "/ws/rooms/{room}"), create(manager, "/ws/typing/{room}")]
+    assert _namesakes(caplog) == [_warning("/ws/rooms/{room}", "/ws/typing/{room}")]
+    kept += [create(manager, "/ws/typing/{room}"), create(manager, "/ws/rooms/{room}")]  # in another app
+    assert len(_namesakes(caplog)) == 1
+    del kept
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("/ws/rooms/{room}", None), ("/ws/rooms/{room}", None)),
+        (("/ws/rooms/{room}", None), ("/ws/typing/{room}", "typing:{room}")),
+        (("/ws/rooms/{room}", None), ("/ws/listen/{room}", "{room}")),
+        (("/ws/rooms/{room}", "room:{room}"), ("/ws/listen/{room}", "room:{room}")),
+        (("/ws", None), ("/feed", None)),
+        (("/ws/rooms/{room}", None), ("/feed", None)),
+        (("/feed", None), ("/ws/rooms/{room}", None)),
+    ],
+)
+async def test_what_is_the_same_on_purpose_is_not_warned_of(
+    first: tuple[str, str | None], second: tuple[str, str | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    for path, pattern in (first, second):
+        app.include_router(create_router(manager, path, channel=pattern), prefix="/api")
+    async with lifespan(app):
+        for path, _ in (first, second):
+            async with visit(app, "/api" + path.format(room="lobby")):
+                pass
+    assert _namesakes(caplog) == []
+
+
+def test_routers_of_two_managers_have_channels_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    kept = [
+        create_router(ConnectionManager(), "/ws/rooms/{room}"),
+        create_router(ConnectionManager(), "/ws/typing/{room}"),
+    ]
+    assert _namesakes(caplog) == []
+    del kept
+
+
+async def test_a_router_that_is_gone_has_no_namesakes(caplog: pytest.LogCaptureFixture) -> None:
+    manager = ConnectionManager()
+    create_router(manager, "/ws/rooms/{room}")
+    gc.collect()
+    create_router(manager, "/ws/typing/{room}")
+    assert _namesakes(caplog) == []
+
+
+def _around_by_prefix(app: Any, around: str, manager: ConnectionManager, path: str) -> None:
+    app.include_router(create_router(manager, path), prefix=around)
+
+
+def _around_by_mount(app: Any, around: str, manager: ConnectionManager, path: str) -> None:
+    app.mount(around, _app(manager, path))
+
+
+@pytest.mark.parametrize("put", [_around_by_prefix, _around_by_mount])
+@pytest.mark.parametrize(
+    ("paths", "arounds", "places"),
+    [
+        (("/{room}", "/{room}"), ("/ws/rooms", "/ws/typing"), ("/ws/rooms/{room}", "/ws/typing/{room}")),
+        (("/ws", "/ws"), ("/rooms/{room}", "/typing/{room}"), ("/rooms/{room}/ws", "/typing/{room}/ws")),
+        (("/rooms/{room}", "/ws"), ("/ws", "/typing/{room}"), ("/ws/rooms/{room}", "/typing/{room}/ws")),
+    ],
+)
+async def test_two_prefixes_that_make_the_same_channels_are_warned_of_when_somebody_comes(
+    put: Callable[..., None],
+    paths: tuple[str, str],
+    arounds: tuple[str, str],
+    places: tuple[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    for path, around in zip(paths, arounds, strict=True):
+        put(app, around, manager, path)
+    for _ in range(2):
+        for path, around in zip(paths, arounds, strict=True):
+            async with visit(app, (around + path).format(room="lobby")):
+                pass
+    assert _namesakes(caplog) == [_warning(*places)]
     await manager.aclose()
 
 

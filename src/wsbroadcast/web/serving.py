@@ -26,6 +26,7 @@ from wsbroadcast.manager import ConnectionManager, count_unpublished
 from wsbroadcast.message import Message
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.commands import Commands, Outage
+from wsbroadcast.web.namesakes import Place
 from wsbroadcast.web.path_channel import PathChannel
 
 Inbound = Literal["broadcast", "commands", "handle", "ignore"]
@@ -60,6 +61,7 @@ class Endpoint:
         """The manager that keeps its connections."""
         self._access = access
         self._channel = PathChannel(path, channel)
+        self._place = Place(manager, path) if channel is None else None
         self._inbound = inbound
         self._accepts = accepts
         self._outage = Outage()
@@ -70,6 +72,8 @@ class Endpoint:
         """Serve one connection from its handshake to its end."""
         try:
             name = self._channel.of(websocket.path_params)
+            if self._place is not None and name is not None:
+                self._place.see(websocket.scope, websocket.path_params)
             connection = await self._access.connect(self.manager, websocket, name)
         except (ConnectionClosed, WebSocketException):
             return  # gone, or refused and told so
