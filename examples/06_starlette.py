@@ -5,7 +5,7 @@
 """Plain Starlette: the same endpoint as routes, and the manager's lifespan.
 
 Run it with `uvicorn 06_starlette:app` in this directory and connect with
-`python -m websockets ws://127.0.0.1:8000/ws/news`.
+`python -m websockets ws://127.0.0.1:8000/ws/lobby`.
 """
 
 from starlette.applications import Starlette
@@ -19,14 +19,14 @@ manager = ConnectionManager()
 
 
 async def announce(request: Request) -> Response:
-    await manager.broadcast(await request.body(), channel=request.path_params["channel"])
+    await manager.broadcast(await request.body(), channel=f"room:{request.path_params['room']}")
     return Response(status_code=204)
 
 
 app = Starlette(
     routes=[
-        *create_routes(manager, "/ws/{channel}", include_sender=False),
-        Route("/announce/{channel}", announce, methods=["POST"]),
+        *create_routes(manager, "/ws/{room}", channel="room:{room}", include_sender=False),
+        Route("/announce/{room}", announce, methods=["POST"]),
     ],
     lifespan=manager.lifespan,
 )

@@ -19,7 +19,7 @@ from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, Health, Manag
 
 manager = ConnectionManager(os.environ.get("BROKER_URL", "memory://"))
 app = FastAPI()
-app.include_router(create_router(manager, "/ws/{channel}"))
+app.include_router(create_router(manager, "/ws/{room}", channel="room:{room}"))
 
 
 @manager.on_gap
@@ -28,10 +28,10 @@ async def tell_everybody_here(gap: Gap) -> None:
     await manager.broadcast_local({"missed_seconds": round(gap.seconds, 1)})
 
 
-@app.post("/announce/{channel}", status_code=204)
-async def announce(channel: str, text: str, manager: ManagerDep) -> None:
+@app.post("/announce/{room}", status_code=204)
+async def announce(room: str, text: str, manager: ManagerDep) -> None:
     try:
-        await manager.broadcast(text, channel=channel)
+        await manager.broadcast(text, channel=f"room:{room}")
     except EngineUnavailable as error:
         raise HTTPException(503, "the message was not sent, try again") from error
 
