@@ -163,7 +163,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
-app.include_router(create_router(manager, "/ws/{channel}"))
+app.include_router(create_router(manager, "/ws/{room}", channel="room:{room}"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.reading import Reading
 from wsbroadcast.receiving import Receiving
+from wsbroadcast.signatures import no_dependency
 from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_plain, is_untouched, take_over
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ _SCOPE_KEY = "wsbroadcast.connection"
 _NO_CHANNELS: frozenset[str] = frozenset()
 
 
+@no_dependency("take a ConnectionDep")
 class Connection(Receiving):
     """One accepted WebSocket, as `ConnectionManager.connect` returns it.
 

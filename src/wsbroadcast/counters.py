@@ -20,6 +20,7 @@ class Counters:
         "hook_errors",
         "limited",
         "sends",
+        "unpublished",
         "vetoed",
     )
 
@@ -30,6 +31,7 @@ class Counters:
         self.sends = 0
         self.deliveries = 0
         self.vetoed = 0
+        self.unpublished = 0
         self.hook_errors = 0
         self.dropped: Counter[str] = Counter()
         self.evicted: Counter[str] = Counter()
@@ -100,6 +102,8 @@ class Stats:
     """What was refused because it went past a limit, by the name of the limit."""
     vetoed: int
     """Broadcasts that an `on_broadcast` hook held back."""
+    unpublished: int
+    """Messages of a router's clients that were ignored, because the broker did not take them."""
     hook_errors: int
     """Hooks that raised or were cut off."""
     backlog_bytes: int

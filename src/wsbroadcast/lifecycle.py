@@ -100,10 +100,15 @@ class Lifecycle(ABC):
             yield
 
     def bind(self, app: Any) -> None:
-        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too."""
+        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too.
+
+        They find it in apps that are mounted in this one as well, unless such an app has one of its own.
+        """
         managers = getattr(app.state, "wsbroadcast_managers", ())
         if self not in managers:
-            app.state.wsbroadcast_managers = (*managers, self)
+            managers = app.state.wsbroadcast_managers = (*managers, self)
+        if hasattr(app, "router"):  # which is all that a request to a mounted app knows of the app around it
+            app.router.wsbroadcast_managers = managers
 
     async def _run_here(self) -> None:
         if self._is_started and self._loop is running_loop():

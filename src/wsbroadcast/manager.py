@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 from starlette.websockets import WebSocket
 
@@ -26,6 +26,7 @@ from wsbroadcast.membership import CLOSED, Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
 from wsbroadcast.options import Limits, SlowConsumer, check_positive
+from wsbroadcast.signatures import no_dependency
 from wsbroadcast.text import plain
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
@@ -34,22 +35,11 @@ Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 _NOBODY: frozenset[str] = frozenset()
 
 
-class Info(Protocol):
-    """Anything at all. A type of its own, because FastAPI can't make a query parameter of it (see below)."""
-
-
-def _refuse_dependency(*_: object) -> NoReturn:
-    raise ConfigurationError(
-        "Depends(manager.connect) would take its arguments, the user too, from the query, where a client writes what "
-        "it likes: take ConnectionDep, connection_dependency(authenticate=…), or await manager.connect(websocket, …) "
-        "in the endpoint"
-    )
-
-
-# What FastAPI, by way of pydantic, asks the type of an argument when a route is made; no part of the protocol.
-Info.__get_pydantic_core_schema__ = _refuse_dependency  # type: ignore[attr-defined]
-
-
+@no_dependency(
+    "take a ManagerDep",
+    connect="whoever connects would say in the query who it is; take a ConnectionDep or a connection_dependency(…), or "
+    "call it in the endpoint",
+)
 class ConnectionManager(Lifecycle, HookDecorators):
     """Keeps the connections of an app and broadcasts to them.
 
@@ -96,7 +86,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         *,
         user: UserId | None = None,
         channels: Iterable[str] = (),
-        info: Info | None = None,
+        info: object = None,
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
@@ -467,3 +457,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
 
     def _new_node(self) -> Node:
         return Node(self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
+
+
+def count_unpublished(manager: ConnectionManager) -> int:
+    """Count a message of a client that the broker didn't take, for `stats()`; return how many there are by now."""
+    manager._counters.unpublished += 1
+    return manager._counters.unpublished

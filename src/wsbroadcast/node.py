@@ -100,6 +100,7 @@ class Node:
             evicted=dict(counters.evicted),
             limited=dict(counters.limited),
             vetoed=counters.vetoed,
+            unpublished=counters.unpublished,
             hook_errors=counters.hook_errors,
             backlog_bytes=sum(sink.held_bytes for sink in self._watch.waiting),
             backlog_messages=sum(sink.held_messages for sink in self._watch.waiting),

@@ -20,10 +20,12 @@ from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 from wsbroadcast.home import Call, Home, OwnHome
 from wsbroadcast.loops import running_loop
 from wsbroadcast.options import Limits
+from wsbroadcast.signatures import no_dependency
 
 T = TypeVar("T")
 
 
+@no_dependency("make one at the top of a module, and return it from a function of yours")
 class Publisher:
     """Broadcasts to the connections of other processes: from a Celery task, a cron job, a management command, a script.
 

@@ -432,7 +432,8 @@ async def test_the_prefix_may_hold_a_parameter_of_it() -> None:
 
     manager = ConnectionManager()
     app = FastAPI()
-    app.include_router(create_router(manager, "/ws/{channel}", authenticate=authenticate), prefix="/{tenant}")
+    router = create_router(manager, "/ws/{channel}", channel="{tenant}:{channel}", authenticate=authenticate)
+    app.include_router(router, prefix="/{tenant}")
     async with visit(app, "/acme/ws/news"), visit(app, "/umbrella/ws/news"):
         assert [one.user for one in manager.connections] == ["somebody of acme", "somebody of umbrella"]
 

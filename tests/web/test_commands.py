@@ -19,6 +19,7 @@ from wsbroadcast import (
     Connection,
     ConnectionManager,
     Delivery,
+    EngineError,
     EngineUnavailable,
     Limits,
     MemoryEngine,
@@ -204,14 +205,62 @@ async def test_too_many_channels_are_an_error_and_nothing_more() -> None:
 
 
 class _BrokenEngine(MemoryEngine):
+    error: Exception = EngineUnavailable("no route to redis://:hunter2@internal:6379")
+
     async def publish(self, publication: Publication) -> None:
-        raise EngineUnavailable("no route to redis://:hunter2@internal:6379")
+        raise self.error
 
 
-async def test_a_broker_that_is_gone_is_an_error_without_a_word_about_it() -> None:
-    async with visit(_app(ConnectionManager(_BrokenEngine()), "/ws/{channel}"), "/ws/news") as peer:
-        answer = await _ask(peer, _command("publish", "news", data=1))
-        assert answer == {"type": "error", "code": "unavailable", "text": "try again later"}
+UNAVAILABLE = {"type": "error", "code": "unavailable", "text": "try again later"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _BrokenEngine.error,
+        EngineError("the database is read-only: hunter2"),
+        ExceptionGroup("several", [EngineError("hunter2")]),
+    ],
+)
+async def test_a_broker_that_is_gone_is_an_error_without_a_word_about_it(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = _BrokenEngine()
+    engine.error = error
+    async with visit(_app(ConnectionManager(engine), "/ws/{channel}"), "/ws/news") as peer:
+        for _ in range(3):
+            assert await _ask(peer, _command("publish", "news", data=1)) == UNAVAILABLE
+        assert peer.close is None
+    [warning] = [record for record in caplog.records if record.name == "wsbroadcast"]
+    assert (warning.levelname, warning.exc_info) == ("WARNING", None)
+
+
+async def test_commands_go_on_while_the_broker_is_gone() -> None:
+    broker = FakeBroker()
+    manager = ConnectionManager(FakeEngine(broker))
+    app = _app(manager, authorize=_anything)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        broker.is_down = True
+        broker.drop_links()
+        await eventually(lambda: not broker.links)
+        assert (await _ask(peer, _command("subscribe", "news")))["type"] == "subscribed"
+        assert await _ask(peer, _command("publish", "news", data=1)) == UNAVAILABLE
+        assert (await _ask(peer, _command("unsubscribe", "news")))["type"] == "unsubscribed"
+        broker.is_down = False
+        await eventually(lambda: manager.stats().engine.reconnects == 1)
+        assert (await _ask(peer, _command("publish", "news", data=1)))["type"] == "published"
+        assert manager.stats().unpublished == 0  # the client was told
+
+
+async def test_channel_that_the_broker_forbids_is_unavailable() -> None:
+    broker = FakeBroker()
+    broker.unsubscribable.add("wsbroadcast:channel:secret")
+    manager = ConnectionManager(FakeEngine(broker))
+    app = _app(manager, authorize=_anything)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        assert await _ask(peer, _command("subscribe", "secret")) == UNAVAILABLE
+        assert (await _ask(peer, _command("subscribe", "news")))["type"] == "subscribed"
+        assert manager.connections[0].channels == {"news"}
 
 
 async def test_data_that_is_too_large_is_an_error() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import anyio
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect, WebSocketException
 from fastapi.testclient import TestClient
+from starlette.applications import Starlette
 from starlette.exceptions import WebSocketException as StarletteException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
 from starlette.websockets import WebSocketDisconnect as StarletteDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, visit
@@ -22,6 +28,8 @@ from wsbroadcast import (
     ManagerDep,
     PermissionDenied,
     connection_dependency,
+    create_router,
+    create_routes,
     get_connection,
     get_manager,
 )
@@ -91,6 +99,179 @@ def test_each_app_has_its_own_manager() -> None:
         b.post("/announce?text=hello")
         b.post("/announce?text=hello")
     assert (first.stats().broadcasts, second.stats().broadcasts) == (1, 2)
+
+
+# Apps that are mounted: nobody runs their lifespan.
+
+
+@asynccontextmanager
+async def _own_lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async with MANAGERS[0].lifespan(app):
+        yield
+
+
+MANAGERS: list[ConnectionManager] = []
+
+
+def _bound_by_lifespan(manager: ConnectionManager, child: Any) -> Any:
+    app = FastAPI(lifespan=manager.lifespan)
+    app.mount("/sub", child)
+    return app
+
+
+def _bound_by_a_lifespan_of_ones_own(manager: ConnectionManager, child: Any) -> Any:
+    MANAGERS[:] = [manager]
+    app = FastAPI(lifespan=_own_lifespan)
+    app.mount("/sub", child)
+    return app
+
+
+def _bound_by_hand(manager: ConnectionManager, child: Any) -> Any:
+    app = FastAPI()
+    manager.bind(app)
+    app.mount("/sub", child)
+    return app
+
+
+def _bound_by_a_router(manager: ConnectionManager, child: Any) -> Any:
+    app = FastAPI()
+    app.mount("/sub", child)
+    app.include_router(create_router(manager, "/router"))
+    return app
+
+
+def _in_starlette(manager: ConnectionManager, child: Any) -> Any:
+    return Starlette(routes=[Mount("/sub", child)], lifespan=manager.lifespan)
+
+
+def _behind_a_middleware(manager: ConnectionManager, child: Any) -> Any:
+    return _bound_by_lifespan(manager, GZipMiddleware(child))
+
+
+def _two_deep(manager: ConnectionManager, child: Any) -> Any:
+    middle = FastAPI()
+    middle.mount("/sub", child)
+    app = FastAPI(lifespan=manager.lifespan)
+    app.mount("", middle)
+    return app
+
+
+def _router_in_the_child(manager: ConnectionManager, child: Any) -> Any:
+    child.include_router(create_router(manager, "/router"))
+    app = FastAPI()
+    app.mount("/sub", child)
+    return app
+
+
+def _router_in_a_router_in_the_child(manager: ConnectionManager, child: Any) -> Any:
+    outer = APIRouter(prefix="/outer")
+    outer.include_router(create_router(manager, "/router"), prefix="/inner")
+    child.include_router(outer)
+    app = Starlette(routes=[Mount("/sub", child)])
+    return app
+
+
+def _routes_in_the_child(manager: ConnectionManager, child: Any) -> Any:
+    child.router.routes.append(Mount("/more", routes=create_routes(manager, "/router")))
+    return Starlette(routes=[Mount("/sub", child)])
+
+
+def _bound_to_the_child(manager: ConnectionManager, child: Any) -> Any:
+    manager.bind(child)
+    return _bound_by_lifespan(ConnectionManager(), child)  # the nearer one counts
+
+
+MOUNTS = pytest.mark.parametrize(
+    "mount",
+    [
+        _bound_by_lifespan,
+        _bound_by_a_lifespan_of_ones_own,
+        _bound_by_hand,
+        _bound_by_a_router,
+        _in_starlette,
+        _behind_a_middleware,
+        _two_deep,
+        _router_in_the_child,
+        _router_in_a_router_in_the_child,
+        _routes_in_the_child,
+        _bound_to_the_child,
+    ],
+)
+
+
+def _child() -> FastAPI:
+    child = _announcing_app(None)
+
+    @child.websocket("/dep")
+    async def endpoint(connection: ConnectionDep) -> None:
+        await connection.wait_closed()
+
+    return child
+
+
+@MOUNTS
+def test_manager_is_found_in_a_mounted_app(mount: Callable[[ConnectionManager, Any], Any]) -> None:
+    manager = ConnectionManager()
+    with TestClient(mount(manager, _child())) as client:
+        assert client.post("/sub/announce?text=hello").json() == 0
+        with client.websocket_connect("/sub/dep") as a, client.websocket_connect("/sub/ws") as b:
+            assert client.post("/sub/announce?text=hello").json() == 2
+            assert (a.receive_text(), b.receive_text()) == ("hello", "hello")
+            assert client.post("/sub/announce-sync?text=from a thread").status_code == 200
+            assert a.receive_text() == "from a thread"
+
+
+def test_manager_is_found_in_a_mounted_starlette_app() -> None:
+    async def announce(request: Request) -> JSONResponse:
+        found = await get_manager(request)
+        return JSONResponse(found is manager)
+
+    manager = ConnectionManager()
+    with TestClient(_bound_by_lifespan(manager, Starlette(routes=[Route("/announce", announce)]))) as client:
+        assert client.get("/sub/announce").json() is True
+
+
+def test_lifespan_of_a_mounted_app_that_is_a_manager_s_says_which() -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    app.mount("/sub", _announcing_app(manager))
+    with TestClient(app) as client:
+        assert client.post("/sub/announce?text=hello").json() == 0
+    assert manager.stats().broadcasts == 1
+
+
+def test_lifespan_that_was_not_run_says_which() -> None:
+    manager = ConnectionManager()
+    child = _child()
+    client = TestClient(_bound_by_lifespan(manager, child))  # without `with`
+    assert client.post("/sub/announce?text=hello").json() == 0
+    assert TestClient(_announcing_app(manager)).post("/announce?text=hello").status_code == 200
+
+
+def test_mounted_app_keeps_nothing_of_the_app_around_it() -> None:
+    first, second, child = ConnectionManager(), ConnectionManager(), _child()
+    for manager in (first, second):
+        with TestClient(_bound_by_lifespan(manager, child)) as client:
+            client.post("/sub/announce?text=hello")
+    assert (first.stats().broadcasts, second.stats().broadcasts) == (1, 1)
+
+
+def test_mounted_app_without_a_manager_is_told_of_its_own() -> None:
+    app = FastAPI()
+    app.mount("/sub", _child())
+    text = r"mounted in another one: a lifespan runs for the outermost app only\. Call manager\.bind\(sub_app\)"
+    with TestClient(app) as client:
+        with pytest.raises(ConfigurationError, match=text):
+            client.post("/sub/announce?text=hello")
+        with pytest.raises(ConfigurationError, match=text), client.websocket_connect("/sub/dep"):
+            pass
+
+
+def test_several_managers_of_the_outer_app_are_too_many_for_a_mounted_one() -> None:
+    app = _bound_by_lifespan(ConnectionManager(), _child())
+    app.include_router(create_router(ConnectionManager(), "/router"))
+    with TestClient(app) as client, pytest.raises(ConfigurationError, match="2 ConnectionManagers are bound"):
+        client.post("/sub/announce?text=hello")
 
 
 # ConnectionDep.

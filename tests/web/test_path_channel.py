@@ -14,17 +14,37 @@ from wsbroadcast.web.path_channel import PathChannel
 
 @pytest.mark.parametrize(
     ("parameters", "channel"),
-    [({}, None), ({"room": "a"}, "a"), ({"channel": "a", "tenant": "t"}, "a"), ({"number": 7}, "7")],
+    [({}, None), ({"room": "a"}, "a"), ({"channel": "a"}, "a"), ({"number": 7}, "7")],
 )
-def test_without_a_pattern_it_is_the_parameter_of_that_name_or_the_only_one(
-    parameters: dict[str, object], channel: str | None
-) -> None:
+def test_without_a_pattern_it_is_the_only_parameter(parameters: dict[str, object], channel: str | None) -> None:
     assert PathChannel("/ws", None).of(parameters) == channel
 
 
-def test_of_several_parameters_one_has_to_be_meant() -> None:
-    with pytest.raises(ConfigurationError, match=r"say which make the channel, channel='\{tenant\}'"):
-        PathChannel("/ws", None).of({"tenant": "t", "room": "r"})
+@pytest.mark.parametrize("names", [("tenant", "room"), ("tenant", "channel"), ("channel", "room", "tenant")])
+def test_of_several_parameters_none_is_left_out_in_silence(names: tuple[str, ...]) -> None:
+    text = "say which make the channel, channel='" + ":".join(rf"\{{{name}\}}" for name in names) + "'"
+    with pytest.raises(ConfigurationError, match=text):
+        PathChannel("/ws", None).of(dict.fromkeys(names, "x"))
+    with pytest.raises(ConfigurationError, match=text):
+        PathChannel("".join(f"/{{{name}}}" for name in names), None)
+
+
+def test_pattern_that_leaves_out_a_parameter_from_elsewhere_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    pattern = PathChannel("/ws/{room}/{client}", "room:{room}")
+    own = {"room": "a", "client": "b"}
+    assert pattern.of(own) == "room:a"
+    assert caplog.records == []
+    for tenant in ("acme", "other"):
+        assert pattern.of({"tenant": tenant, **own}) == "room:a"
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("/ws/{room}/{client}: the channel 'room:{room}' is the same for every tenant, which is a")
+    assert "put {tenant} into the pattern" in warning
+
+
+def test_pattern_that_names_a_parameter_from_elsewhere_is_fine(caplog: pytest.LogCaptureFixture) -> None:
+    pattern = PathChannel("/ws/{room}", "{tenant}:{room}")
+    assert pattern.of({"tenant": "acme", "room": "a"}) == "acme:a"
+    assert caplog.records == []
 
 
 def test_what_is_no_channel_is_refused() -> None:

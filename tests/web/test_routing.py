@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,15 +18,20 @@ from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, turns, visit
+from tests.support.fake_broker import FakeBroker, FakeEngine
 from wsbroadcast import (
     Audience,
     ConfigurationError,
     Connection,
     ConnectionManager,
+    EngineError,
+    EngineUnavailable,
     Limits,
     ManagerDep,
+    MemoryEngine,
     Message,
     PermissionDenied,
+    Publication,
     create_router,
     create_routes,
 )
@@ -101,7 +107,7 @@ async def test_include_sender_false_leaves_the_sender_out() -> None:
         ("/ws", {}, "/ws", set()),
         ("/ws/{channel}", {}, "/ws/news", {"news"}),
         ("/ws/{room}", {}, "/ws/news", {"news"}),
-        ("/ws/{room}/{channel}", {}, "/ws/lobby/news", {"news"}),
+        ("/ws/{room}/{channel}", {"channel": "{channel}"}, "/ws/lobby/news", {"news"}),
         ("/ws/{room:path}", {}, "/ws/a/b/c", {"a/b/c"}),
         ("/ws/{number:int}", {}, "/ws/042", {"42"}),
         ("/ws/{number:float}", {}, "/ws/1.5", {"1.5"}),
@@ -242,6 +248,129 @@ async def test_a_broadcast_that_a_hook_refuses_closes_with_the_refusals_code(
         assert await peer.wait_close() == code
         assert peer.close is not None
         assert peer.close["reason"] == "no"
+
+
+# A broker that is gone.
+
+
+async def _kill(broker: FakeBroker) -> None:
+    broker.is_down = True
+    broker.drop_links()
+    await eventually(lambda: not broker.links)
+
+
+async def test_messages_of_clients_are_ignored_and_counted_while_the_broker_is_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = FakeBroker()
+    manager = ConnectionManager(FakeEngine(broker))
+    app = _app(manager, "/ws/{channel}")
+    async with lifespan(app), visit(app, "/ws/news") as ada, visit(app, "/ws/news") as bob:
+        await _kill(broker)
+        caplog.clear()
+        for number in range(10):
+            ada.say(f"a {number}")
+            bob.say(f"b {number}")
+        await eventually(lambda: manager.stats().unpublished == 20)
+        assert manager.stats().engine.publish_failures == 20
+        assert (ada.close, bob.close, len(manager.connections)) == (None, None, 2)
+        [warning] = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+        assert warning.startswith("messages of clients are ignored, 1 so far: fake at nowhere:1 is out of reach")
+        broker.is_down = False
+        await eventually(lambda: manager.stats().engine.reconnects == 1)
+        ada.say("again")
+        assert await bob.next() == "again"
+    assert [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info] == []
+
+
+class _Failing(MemoryEngine):
+    """An engine of which nothing is known but that it fails."""
+
+    error: Exception = EngineError("read-only")
+
+    async def publish(self, publication: Publication) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("read-only"), EngineUnavailable("gone"), ExceptionGroup("several", [EngineError("one")])]
+)
+async def test_every_error_of_an_engine_is_its_trouble_and_not_the_client_s(error: Exception) -> None:
+    engine = _Failing()
+    engine.error = error
+    manager = ConnectionManager(engine)
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        peer.say("hello")
+        await eventually(lambda: manager.stats().unpublished == 2)
+        assert peer.close is None
+
+
+async def test_engine_error_of_a_hook_is_no_reason_to_close() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_broadcast
+    async def archive(message: Message, audience: Audience) -> object:
+        raise EngineUnavailable("the archive is gone")
+
+    app = _app(manager)
+    async with lifespan(app), visit(app, "/ws") as peer:
+        peer.say("hello")
+        await eventually(lambda: manager.stats().unpublished == 1)
+        assert peer.close is None
+
+
+async def test_error_of_a_hook_closes_with_1011() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_broadcast
+    async def fail(message: Message, audience: Audience) -> object:
+        raise KeyError("broken")
+
+    app = _app(manager)
+    async with lifespan(app):
+        peer = Peer("/ws")
+        peer.say("hello")
+        with pytest.raises(KeyError):
+            async with visit(app, "/ws", peer):
+                assert await peer.wait_close() == 1011
+    assert manager.stats().unpublished == 0
+
+
+@pytest.mark.parametrize("inbound", ["broadcast", "commands"])
+async def test_message_that_waits_while_the_manager_ends_is_no_error(inbound: str) -> None:
+    manager = ConnectionManager()
+    waits, goes_on = asyncio.Event(), asyncio.Event()
+
+    @manager.on_broadcast
+    async def wait(message: Message, audience: Audience) -> Message:
+        waits.set()
+        await goes_on.wait()
+        return message
+
+    app = _app(manager, "/ws/{channel}", inbound=inbound)
+    async with visit(app, "/ws/news") as peer:
+        peer.say('{"type": "publish", "channel": "news", "data": 1}')
+        await waits.wait()
+        closing = asyncio.ensure_future(manager.aclose())
+        assert await peer.wait_close() == 1001
+        goes_on.set()
+        await closing
+    assert manager.stats().unpublished == 0
+
+
+async def test_engine_that_fails_fast_refuses_handshakes_with_503(caplog: pytest.LogCaptureFixture) -> None:
+    broker = FakeBroker()
+    broker.is_down = True
+    app = _app(ConnectionManager(FakeEngine(broker, fail_fast=True)))
+    for _ in range(3):
+        peer = Peer("/ws")
+        peer.scope["extensions"] = {"websocket.http.response": {}}
+        await app(peer.scope, peer.receive, peer.send)
+        assert peer.sent[0]["status"] == 503
+    [warning] = [record.getMessage() for record in caplog.records if "handshake" in record.getMessage()]
+    assert warning.startswith("refused a handshake: fake at nowhere:1 can't be reached")
 
 
 async def test_a_connection_that_a_hook_refuses_is_closed_with_1008_and_no_error() -> None:
@@ -417,16 +546,175 @@ async def test_the_path_of_a_mount_may_hold_the_parameter() -> None:
     await manager.aclose()
 
 
-async def test_a_second_parameter_in_the_prefix_has_to_be_dealt_with() -> None:
+def _prefixed(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    return _app(manager, path, prefix="/{tenant}", **options)
+
+
+def _prefixed_twice(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    inner, app = APIRouter(prefix="/{tenant}"), FastAPI()
+    inner.include_router(create_router(manager, path, **options))
+    app.include_router(inner)
+    return app
+
+
+def _mounted(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    app = FastAPI()
+    app.mount("/{tenant}", _app(manager, path, **options))
+    return app
+
+
+def _mounted_twice(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    middle, app = FastAPI(), FastAPI()
+    middle.mount("", _app(manager, path, **options))
+    app.mount("/{tenant}", middle)
+    return app
+
+
+def _mounted_in_starlette(manager: ConnectionManager, path: str, **options: Any) -> Any:
+    return Starlette(routes=[Mount("/{tenant}", routes=create_routes(manager, path, **options))])
+
+
+SURROUNDINGS = pytest.mark.parametrize(
+    "surround", [_prefixed, _prefixed_twice, _mounted, _mounted_twice, _mounted_in_starlette]
+)
+
+
+@pytest.mark.parametrize("name", ["room", "channel"])
+@SURROUNDINGS
+async def test_a_parameter_around_the_path_is_not_left_out_in_silence(surround: Callable[..., Any], name: str) -> None:
     manager = ConnectionManager()
-    app = _app(manager, "/ws/{room}", prefix="/{tenant}")
+    app = surround(manager, f"/ws/{{{name}}}")
+    with pytest.raises(ConfigurationError, match=rf"say which make the channel, channel='\{{tenant\}}:\{{{name}\}}'"):
+        async with visit(app, "/acme/ws/general"):
+            pass
+    assert manager.stats().connects == 0
+    app = surround(manager, f"/ws/{{{name}}}", channel=f"{{tenant}}:{{{name}}}")
+    async with visit(app, "/acme/ws/general") as acme, visit(app, "/other/ws/general") as other:
+        assert [connection.channels for connection in manager.connections] == [{"acme:general"}, {"other:general"}]
+        other.say("for others")
+        acme.say("for acme")
+        assert (await acme.next(), await other.next()) == ("for acme", "for others")
+    await manager.aclose()
+
+
+@SURROUNDINGS
+async def test_a_pattern_that_leaves_out_a_parameter_around_the_path_is_warned_of(
+    surround: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    app = surround(manager, "/ws/{room}", channel="room:{room}")
+    async with visit(app, "/acme/ws/general"), visit(app, "/other/ws/general"):
+        assert [connection.channels for connection in manager.connections] == [{"room:general"}] * 2
+    assert [record.levelname for record in caplog.records if "same for every tenant" in record.getMessage()] == [
+        "WARNING"
+    ]
+    await manager.aclose()
+
+
+# Two routers that make the same channels.
+
+
+def _namesakes(caplog: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    return [message for message in messages if "make the same channels" in message]
+
+
+def _warning(first: str, second: str) -> str:
+    return (
+        f"{first} and {second} make the same channels, so their clients hear each other: pass "
+        "channel='typing:{room}' to one, or channel='{room}' if that is meant"
+    )
+
+
+@pytest.mark.parametrize("create", [create_router, create_routes])
+def test_two_paths_that_make_the_same_channels_are_warned_of(
+    create: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    kept = [create(manager, "/ws/rooms/{room}"), create(manager, "/ws/typing/{room}")]
+    assert _namesakes(caplog) == [_warning("/ws/rooms/{room}", "/ws/typing/{room}")]
+    kept += [create(manager, "/ws/typing/{room}"), create(manager, "/ws/rooms/{room}")]  # in another app
+    assert len(_namesakes(caplog)) == 1
+    del kept
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("/ws/rooms/{room}", None), ("/ws/rooms/{room}", None)),
+        (("/ws/rooms/{room}", None), ("/ws/typing/{room}", "typing:{room}")),
+        (("/ws/rooms/{room}", None), ("/ws/listen/{room}", "{room}")),
+        (("/ws/rooms/{room}", "room:{room}"), ("/ws/listen/{room}", "room:{room}")),
+        (("/ws", None), ("/feed", None)),
+        (("/ws/rooms/{room}", None), ("/feed", None)),
+        (("/feed", None), ("/ws/rooms/{room}", None)),
+    ],
+)
+async def test_what_is_the_same_on_purpose_is_not_warned_of(
+    first: tuple[str, str | None], second: tuple[str, str | None], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    for path, pattern in (first, second):
+        app.include_router(create_router(manager, path, channel=pattern), prefix="/api")
     async with lifespan(app):
-        with pytest.raises(ConfigurationError, match="several parameters: say which"):
-            async with visit(app, "/acme/ws/general"):
+        for path, _ in (first, second):
+            async with visit(app, "/api" + path.format(room="lobby")):
                 pass
-    app = _app(manager, "/ws/{room}", prefix="/{tenant}", channel="{tenant}:{room}")
-    async with lifespan(app), visit(app, "/acme/ws/general"):
-        assert [connection.channels for connection in manager.connections] == [{"acme:general"}]
+    assert _namesakes(caplog) == []
+
+
+def test_routers_of_two_managers_have_channels_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+    kept = [
+        create_router(ConnectionManager(), "/ws/rooms/{room}"),
+        create_router(ConnectionManager(), "/ws/typing/{room}"),
+    ]
+    assert _namesakes(caplog) == []
+    del kept
+
+
+async def test_a_router_that_is_gone_has_no_namesakes(caplog: pytest.LogCaptureFixture) -> None:
+    manager = ConnectionManager()
+    create_router(manager, "/ws/rooms/{room}")
+    gc.collect()
+    create_router(manager, "/ws/typing/{room}")
+    assert _namesakes(caplog) == []
+
+
+def _around_by_prefix(app: Any, around: str, manager: ConnectionManager, path: str) -> None:
+    app.include_router(create_router(manager, path), prefix=around)
+
+
+def _around_by_mount(app: Any, around: str, manager: ConnectionManager, path: str) -> None:
+    app.mount(around, _app(manager, path))
+
+
+@pytest.mark.parametrize("put", [_around_by_prefix, _around_by_mount])
+@pytest.mark.parametrize(
+    ("paths", "arounds", "places"),
+    [
+        (("/{room}", "/{room}"), ("/ws/rooms", "/ws/typing"), ("/ws/rooms/{room}", "/ws/typing/{room}")),
+        (("/ws", "/ws"), ("/rooms/{room}", "/typing/{room}"), ("/rooms/{room}/ws", "/typing/{room}/ws")),
+        (("/rooms/{room}", "/ws"), ("/ws", "/typing/{room}"), ("/ws/rooms/{room}", "/typing/{room}/ws")),
+    ],
+)
+async def test_two_prefixes_that_make_the_same_channels_are_warned_of_when_somebody_comes(
+    put: Callable[..., None],
+    paths: tuple[str, str],
+    arounds: tuple[str, str],
+    places: tuple[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    for path, around in zip(paths, arounds, strict=True):
+        put(app, around, manager, path)
+    for _ in range(2):
+        for path, around in zip(paths, arounds, strict=True):
+            async with visit(app, (around + path).format(room="lobby")):
+                pass
+    assert _namesakes(caplog) == [_warning(*places)]
+    await manager.aclose()
 
 
 async def test_a_router_included_twice_shares_its_manager_and_its_life() -> None:

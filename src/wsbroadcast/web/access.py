@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import can_deny, deny, refuse
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
+from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineError, PermissionDenied, ungrouped
 from wsbroadcast.loops import finished
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain
@@ -120,6 +120,10 @@ class Access:
                 )
         except (WebSocketException, ConnectionClosed):
             raise
+        except EngineError as error:  # one that is to fail fast, and was started by this handshake
+            if self._throttle.is_due("engine"):
+                logger.warning("refused a handshake: %s", error)
+            await _refuse(websocket, 503, "try again later", code=CloseCode.TRY_AGAIN_LATER)
         except Exception:
             if not can_deny(websocket):  # else the server answers with 500
                 await refuse(websocket, 500, CloseCode.INTERNAL_ERROR, "")

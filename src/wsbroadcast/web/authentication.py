@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketState
 
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.membership import SUBPROTOCOL
-from wsbroadcast.web.tokens import FIRST_MESSAGE
+from wsbroadcast.web.tokens import FIRST_MESSAGE, TokenFrom
 
 _RESULT = "wsbroadcast.authenticated"
 
@@ -36,6 +36,11 @@ class Authenticator:
         self._depends = _depends_of(dependency)
         if not callable(self._depends.dependency):
             raise ConfigurationError(f"authenticate is a dependency, as in Depends(…), not {dependency!r:.200}")
+        if isinstance(self._depends.dependency, TokenFrom):  # any text would be a user
+            raise ConfigurationError(
+                "authenticate is a TokenFrom, which finds a token and doesn't check it: pass a function that takes "
+                "token: Annotated[str, Depends(TokenFrom(…))] and returns whose it is"
+            )
         route = self._make_route(self, "/")  # what FastAPI has to say about it, it says now
         _check_parameters(route.dependant)
         # By app, because each has overrides of its own, and by path parameters, which a dependency may ask for.

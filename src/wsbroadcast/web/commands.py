@@ -13,11 +13,13 @@ Every command gets one answer; if it has an `id`, the answer has it too. What is
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from wsbroadcast.audience import check_channel
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import (
+    ConfigurationError,
     EncodeError,
     EngineError,
     InvalidChannel,
@@ -25,7 +27,10 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     ungrouped,
 )
+from wsbroadcast.throttle import Throttle
 from wsbroadcast.web.access import Access
+
+logger = logging.getLogger("wsbroadcast")
 
 MAX_ID_CHARACTERS = 64
 """The longest `id` of a command, as text."""
@@ -34,6 +39,18 @@ Answer = dict[str, Any]
 
 # What a client is told of; of a group of them the first counts that is named first here.
 _ANSWERED = (PermissionDenied, InvalidChannel, LimitExceeded, EncodeError, EngineError)
+
+
+class Outage:
+    """Logs once a minute that clients find the broker out of reach: they say much, and it is all one trouble."""
+
+    def __init__(self) -> None:
+        self._throttle = Throttle()
+
+    def log(self, text: str, *arguments: object) -> None:
+        """Log a warning, if there was none in the last minute."""
+        if self._throttle.is_due("outage"):
+            logger.warning(text, *arguments)
 
 
 class Commands:
@@ -45,8 +62,9 @@ class Commands:
     everybody's right.
     """
 
-    def __init__(self, access: Access, *, include_sender: bool) -> None:
+    def __init__(self, access: Access, outage: Outage, *, include_sender: bool) -> None:
         self._access = access
+        self._outage = outage
         self._include_sender = include_sender
 
     async def obey(self, connection: Connection, command: object) -> None:
@@ -72,6 +90,7 @@ class Commands:
             case EncodeError():
                 return error_answer("invalid_data", "the data can't be sent, or is too large")
             case EngineError():
+                self._outage.log("a client's command was not carried out: %s", error)
                 return error_answer("unavailable", "try again later")
             case _:
                 raise error
@@ -95,7 +114,10 @@ class Commands:
                 raise PermissionDenied("not allowed")
             return  # it is in there
         await self._access.check(connection, "subscribe", channel)
-        await connection.subscribe(channel)
+        try:
+            await connection.subscribe(channel)
+        except ConfigurationError as error:  # the broker forbids us the name
+            raise EngineError(str(error)) from error
         try:  # again: while it was subscribed, who took the right back found nothing to unsubscribe
             await self._access.check(connection, "subscribe", channel)
         except PermissionDenied:

@@ -14,7 +14,9 @@ from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.signatures import no_dependency
 from wsbroadcast.web.access import Access, Authenticate, end_quietly
+from wsbroadcast.web.binding import is_mounted, managers_of
 from wsbroadcast.web.identity import UserKey
 
 
@@ -26,7 +28,7 @@ async def get_manager(connection: HTTPConnection) -> ConnectionManager:
     Raises:
         ConfigurationError: If no manager is bound, or more than one.
     """
-    managers = getattr(connection.app.state, "wsbroadcast_managers", ())
+    managers = managers_of(connection.scope)
     if len(managers) > 1:
         raise ConfigurationError(
             f"{len(managers)} ConnectionManagers are bound to this app: say which, for example with "
@@ -34,18 +36,26 @@ async def get_manager(connection: HTTPConnection) -> ConnectionManager:
             "connection_dependency(chat)"
         )
     if not managers:
-        raise ConfigurationError(
-            "no ConnectionManager is bound to this app: use FastAPI(lifespan=manager.lifespan), include a router "
-            "made by create_router(manager) before the app starts, or call manager.bind(app)"
-        )
-    manager: ConnectionManager = managers[0]
-    return manager
+        raise ConfigurationError(_UNBOUND_MOUNT if is_mounted(connection.scope) else _UNBOUND)
+    return managers[0]
+
+
+_UNBOUND = (
+    "no ConnectionManager is bound to this app: call manager.bind(app), or let it run with the app, by "
+    "FastAPI(lifespan=manager.lifespan), by manager.lifespan(app) inside a lifespan of yours, or by a router of "
+    "create_router(manager) that is included before the app starts. No lifespan runs in a TestClient without `with`"
+)
+_UNBOUND_MOUNT = (
+    "no ConnectionManager is bound to this app, which is mounted in another one: a lifespan runs for the outermost app "
+    "only. Call manager.bind(sub_app) with this app, or bind the manager to the outermost app"
+)
 
 
 ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 """The app's manager, as a parameter's type."""
 
 
+@no_dependency("it makes one, so call it once: Depends(connection_dependency(…))")
 def connection_dependency(
     manager: ConnectionManager | None = None,
     *,

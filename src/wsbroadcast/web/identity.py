@@ -13,11 +13,13 @@ from wsbroadcast.audience import UserId
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.expiry import ExpiresAt
 from wsbroadcast.loops import finished
+from wsbroadcast.signatures import no_dependency
 
 UserKey = Callable[[Any], UserId]
 """Makes the id of a user from what `authenticate` returned."""
 
 
+@no_dependency("whoever connects would say in the query who it is; return one from a function that finds it out")
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who is behind a connection, and until when; what `authenticate` may return."""
@@ -30,6 +32,7 @@ class Identity:
     """When the connection is closed with 4401: seconds since 1970, or a datetime with a timezone. `None` is never."""
 
 
+@no_dependency("whoever connects would say in the query who it is; authorize gets one")
 @dataclass(frozen=True, slots=True)
 class Handshake:
     """A connection that isn't accepted yet, as `authorize` sees it: what of a `Connection` is known by then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from string import Formatter
 from typing import Any
@@ -12,25 +13,31 @@ from wsbroadcast.audience import check_channel
 from wsbroadcast.exceptions import ConfigurationError, InvalidChannel
 from wsbroadcast.text import plain, text_of
 
+logger = logging.getLogger("wsbroadcast")
+
 
 class PathChannel:
     """Makes a channel of path parameters, those of a prefix or a mount too.
 
     Args:
         path: The path of the endpoint.
-        pattern: Such as `{tenant}:{room}`; by default the parameter `channel`, or else the only one there is.
+        pattern: Such as `{tenant}:{room}`; by default the only parameter there is. Of several none is left out in
+            silence: their rooms would be one.
 
     Raises:
         ConfigurationError: If the pattern makes no sense, or there is none and the path has several parameters.
     """
 
     def __init__(self, path: str, pattern: str | None) -> None:
+        self._path = path
         self._pattern = None if pattern is None else plain(pattern)
+        # What the pattern may leave out without a word: whoever wrote it saw these.
+        self._seen = set(compile_path(path)[2])
         self._fields: list[str] = []
         # Before, between and after the fields.
         self._texts: list[str] = []
         if self._pattern is None:
-            _meant(dict.fromkeys(compile_path(path)[2]))
+            _meant(compile_path(path)[2])
         else:
             self._parse(self._pattern)
 
@@ -44,6 +51,8 @@ class PathChannel:
         if self._pattern is None:
             name = _meant(parameters)
             return None if name is None else check_channel(text_of(parameters[name]))
+        if not self._seen.issuperset(parameters):
+            self._warn_of(parameters)
         channel, *texts = self._texts
         for number, (field, text) in enumerate(zip(self._fields, texts, strict=True), 1):
             if field not in parameters:
@@ -56,6 +65,16 @@ class PathChannel:
             if number < len(texts) and (value + text).index(text) < len(value):
                 raise InvalidChannel(channel, f"the parameter {field} must not hold {text!r}")
         return check_channel(channel)
+
+    def _warn_of(self, parameters: Mapping[str, Any]) -> None:
+        for name in parameters:
+            if name not in self._seen and name not in self._fields:
+                logger.warning(
+                    "%s: the channel %r is the same for every %s, which is a parameter of a mount or a prefix: put "
+                    "{%s} into the pattern if each has channels of its own",
+                    *(self._path, self._pattern, name, name),
+                )
+        self._seen.update(parameters)  # once
 
     def _parse(self, pattern: str) -> None:
         self._texts.append("")
@@ -75,11 +94,11 @@ class PathChannel:
 
 def _meant(parameters: Mapping[str, Any]) -> str | None:
     # The parameter that is the channel where no pattern says it.
-    if "channel" in parameters:
-        return "channel"
     names = list(parameters)
     if len(names) > 1:
+        pattern = ":".join(f"{{{name}}}" for name in names)
         raise ConfigurationError(
-            f"the path has several parameters: say which make the channel, channel='{{{names[0]}}}'"
+            f"the path has several parameters: say which make the channel, channel='{pattern}'; those of a mount and a "
+            "prefix count"
         )
     return names[0] if names else None

@@ -42,7 +42,8 @@ def create_router(
         manager: The manager that keeps the connections.
         path: Where the endpoint is, behind the prefix of `include_router`. The prefix may hold the parameter too.
         channel: A pattern that makes the channel from path parameters, such as `"{tenant}:{room}"`. By default it is
-            the parameter `channel`, or else the only one there is.
+            the only parameter there is, of a prefix or a mount too. Clients choose it freely then; a pattern such as
+            `"room:{room}"` keeps them away from other channels of yours.
         inbound: `broadcast` what clients send, obey the `commands` that they send, leave it to the `on_message` hooks
             (`handle`), or `ignore` it.
         accepts: What clients may send; anything else closes that connection with 1003, or 1007 for broken JSON.

@@ -12,6 +12,7 @@ from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.membership import SUBPROTOCOL
 from wsbroadcast.options import check_positive
+from wsbroadcast.signatures import no_dependency
 from wsbroadcast.text import plain
 
 MAX_TOKEN_CHARACTERS = 8192
@@ -24,6 +25,7 @@ FIRST_MESSAGE = "wsbroadcast.first_message"
 """Where in the scope a token that came as the first message stands, for whoever asks for it again."""
 
 
+@no_dependency("name the places, as in Depends(TokenFrom(header=True))")
 class TokenFrom:
     """A dependency that finds a token: `token: Annotated[str, Depends(TokenFrom(cookie="session"))]`.
 
