@@ -25,16 +25,15 @@ class Recorder:
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
         self.taken = 0
+        self.outstanding = 0
+        self.held_bytes = 0
+        self.is_observable = True
+        self.is_half_full = False
         self.writer: asyncio.Task[None] | None = None
         self.evictions = 0
 
     def deliver(self, batch: Batch[Any]) -> None:
         self.batches.append([message.data for message in batch.messages])
-
-    is_half_full = False
-
-    def progress(self) -> int:
-        return self.taken
 
     @property
     def owner(self) -> Recorder:
@@ -336,51 +335,18 @@ async def test_crowd_that_stays_behind_is_waited_for_no_longer_than_send_timeout
     assert time.monotonic() - began >= 0.04
 
 
-async def test_majority_that_takes_nothing_is_no_crowd() -> None:
+async def test_broadcaster_goes_on_when_those_behind_turn_out_to_take_nothing() -> None:
     everybody = members(5)
-    node = Node(everybody, send_timeout=0.4)
+    node = Node(everybody, send_timeout=4.0)
     node.stall(*everybody[:4])
+    easing = start(node.dispatcher.ease(0, EVERYONE))
+    await turns()
+    assert not easing.done()  # they have only just begun to wait
     began = time.monotonic()
     async with asyncio.timeout(5):
-        await node.dispatcher.ease(0, EVERYONE)
-    assert time.monotonic() - began >= 0.05  # each had its moment
-    async with asyncio.timeout(5):
-        await node.dispatcher.ease(0, EVERYONE)  # and it was the only one
+        await easing
+    assert time.monotonic() - began < 1
     assert not any(member.recorder.evictions for member in everybody)
-    node.fall_behind(everybody[4])
-    easing = start(node.dispatcher.ease(0, EVERYONE))
-    await turns()
-    assert not easing.done()  # who is left is the crowd
-    node.catch_up(everybody[4])
-    await easing
-    await node.watch.aclose()
-
-
-async def test_majority_that_takes_something_now_and_then_is_waited_for() -> None:
-    everybody = members(5)
-    node = Node(everybody, send_timeout=0.4)
-    node.stall(*everybody[:4])
-    easing = start(node.dispatcher.ease(0, EVERYONE))
-    async with asyncio.timeout(5):
-        while not easing.done():
-            for member in everybody[:4]:
-                member.recorder.taken += 1
-            await asyncio.sleep(0.001)
-    assert not any(node.watch.stands_still(member.sink) for member in everybody)
-    await node.watch.aclose()
-
-
-async def test_crowd_of_which_nobody_moves_is_waited_for_as_long_as_any() -> None:
-    everybody = members(2)
-    node = Node(everybody, send_timeout=0.4)
-    node.stall(*everybody)
-    async with asyncio.timeout(5):
-        while not all(node.watch.stands_still(each.sink) for each in everybody):  # noqa: ASYNC110  # ticks of a clock
-            await asyncio.sleep(0.001)
-    easing = start(node.dispatcher.ease(0, EVERYONE))
-    await turns()
-    assert not easing.done()
-    await easing
     await node.watch.aclose()
 
 

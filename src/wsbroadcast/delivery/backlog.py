@@ -25,7 +25,7 @@ class Turn:
 class Backlog:
     """Messages in the order in which they go out, and turns between them, which count for nothing."""
 
-    __slots__ = ("_items", "_options", "_serial", "bytes", "messages")
+    __slots__ = ("_items", "_options", "_serial", "bytes", "handed_over", "messages")
 
     def __init__(self, options: SlowConsumer) -> None:
         self._options = options
@@ -36,6 +36,8 @@ class Backlog:
         """Payload bytes of the waiting messages."""
         self.messages = 0
         """How many messages wait."""
+        self.handed_over = 0
+        """What was written from here, in bytes, and a little more for each message: see `hand_over`."""
 
     def __iter__(self) -> Iterator[Message | Turn]:
         return iter(self._items.values())
@@ -88,6 +90,10 @@ class Backlog:
         _, item = self._items.popitem(last=False)
         self._uncount(item)
         return item
+
+    def hand_over(self, size: int) -> None:
+        """Count what was written. A message counts like so many bytes as its share of a full backlog at least."""
+        self.handed_over += size + self._options.max_backlog_bytes // self._options.max_backlog_messages
 
     def remove_turn(self, turn: Turn) -> bool:
         """Take out a turn wherever it stands; return whether it was still there."""

@@ -12,7 +12,8 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.watch import Owner, Watch, unsent_bytes
+from wsbroadcast.delivery.outstanding import KNOWS_KERNEL, outstanding_bytes, unsent_bytes
+from wsbroadcast.delivery.watch import Owner, Watch
 from wsbroadcast.exceptions import ConnectionClosed
 from wsbroadcast.message import Message
 
@@ -36,6 +37,14 @@ class AppSend(Turn):
     def is_close(self) -> bool:
         """Whether it closes the socket: nothing is taken after it."""
         return bool(self.event["type"] == "websocket.close")
+
+    @property
+    def size(self) -> int:
+        """The payload's size in bytes."""
+        content = self.event.get("text") or self.event.get("bytes")
+        if isinstance(content, str):
+            return len(content.encode(errors="replace"))
+        return len(content) if isinstance(content, bytes) else 0  # whatever else it is, the server has refused it
 
 
 class Close(Turn):
@@ -69,7 +78,6 @@ class Sink:
         "hangs_up",
         "is_ended",
         "owner",
-        "steps",
         "transport",
     )
 
@@ -87,8 +95,6 @@ class Sink:
         """Whether nothing more is taken: a close was handed over, or the socket is lost."""
         self.hangs_up = False
         """Whether nothing of the peer is read any more once the close frame is out, for one that floods."""
-        self.steps = 0
-        """Writes finished by the writer task; it stands still when the peer takes nothing."""
         self.transport = transport
         """The transport below the server's protocol, where it could be found: it can be aborted."""
         self._watch = watch
@@ -174,10 +180,11 @@ class Sink:
         writer = self._writer
         assert writer is not None  # it lives as long as the backlog
         deadline = asyncio.get_running_loop().time() + options.send_timeout
-        progress = None
-        while not writer.done() and progress != (progress := self.progress()):
+        before: int | None = None
+        while not writer.done() and (before is None or self.taken > before):
             if asyncio.get_running_loop().time() >= deadline:
                 break
+            before = self.taken
             await asyncio.wait({writer}, timeout=options.close_timeout)
         if not writer.done():
             self.abort()
@@ -238,11 +245,10 @@ class Sink:
         deadline = loop.time() + options.send_timeout
         before = sys.maxsize
         while self.transport is not None and not self.is_freed:
-            held = unsent_bytes(self.transport)
-            if held >= before or loop.time() >= deadline:
+            if self.outstanding >= before or loop.time() >= deadline:
                 self.transport.abort()
                 return
-            before = held
+            before = self.outstanding
             await self._freed_within(options.close_timeout)
 
     async def _freed_within(self, seconds: float) -> None:
@@ -254,9 +260,23 @@ class Sink:
             await asyncio.sleep(min(pause, left))
             pause *= 2
 
-    def progress(self) -> tuple[int, int]:
-        """Return something that changes whenever the peer takes something."""
-        return self.steps, 0 if self.transport is None else unsent_bytes(self.transport)
+    @property
+    def is_observable(self) -> bool:
+        """Whether it is known what the peer takes, as it takes it."""
+        return KNOWS_KERNEL and self.transport is not None
+
+    @property
+    def outstanding(self) -> int:
+        """Bytes that were written and that the peer hasn't taken, as far as it is known."""
+        return 0 if self.transport is None else outstanding_bytes(self.transport)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the peer has taken while its backlog is open, counted from anywhere: only the difference counts.
+
+        What the server writes itself, such as a pong, makes it smaller and never larger.
+        """
+        return (0 if self.backlog is None else self.backlog.handed_over) - self.outstanding
 
     async def ready(self) -> None:
         """Wait until the peer takes more, where that is known: what waits until then can still be thrown away."""
@@ -281,15 +301,16 @@ class Sink:
             while not backlog.is_empty:
                 await self.ready()
                 item = backlog.pop()
-                if isinstance(item, Message):
-                    await self.write(item)
-                elif isinstance(item, AppSend):
-                    await self._run(item)
-                elif isinstance(item, Close):
-                    await self._write_close(item)
-                self.steps += 1
                 if self._is_behind and not backlog.is_past_high_water:
                     self._catch_up()
+                if isinstance(item, Message):
+                    await self.write(item)
+                    backlog.hand_over(item.size)
+                elif isinstance(item, AppSend):
+                    await self._run(item)
+                    backlog.hand_over(item.size)
+                elif isinstance(item, Close):
+                    await self._write_close(item)
         except Exception:
             # Servers raise OSError, RuntimeError or their own: whatever it is, this socket takes no more.
             self.owner.lost(ABNORMAL, "")
