@@ -14,6 +14,7 @@ from wsbroadcast.audience import EVERYONE
 from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.registry import Registry
@@ -24,6 +25,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
+        self.enqueued = 0
         self.taken = 0
         self.outstanding = 0
         self.held_bytes = 0
@@ -34,6 +36,10 @@ class Recorder:
 
     def deliver(self, batch: Batch[Any]) -> None:
         self.batches.append([message.data for message in batch.messages])
+
+    def enqueue(self, batch: Batch[Any]) -> None:
+        self.enqueued += 1
+        self.deliver(batch)
 
     @property
     def owner(self) -> Recorder:
@@ -75,8 +81,14 @@ class Node:
         for member in members:
             self.registry.add(member)
 
-    def dispatch(self, text: str, target: Any = EVERYONE, exclude: Collection[str] = ()) -> None:
-        self.dispatcher.dispatch(Message.of(text), target, frozenset(exclude))
+    def dispatch(
+        self,
+        text: str,
+        audience: Audience = EVERYONE,
+        exclude: Collection[str] = (),
+        recipients: list[Member] | None = None,
+    ) -> None:
+        self.dispatcher.dispatch(Message.of(text), audience, frozenset(exclude), recipients)
 
     def fall_behind(self, *members: Member) -> None:
         for member in members:
@@ -145,11 +157,30 @@ async def test_other_audience_or_exclusion_begins_a_batch_and_keeps_the_order() 
 async def test_recipients_may_be_named_themselves() -> None:
     everybody = members(3)
     node = Node(everybody)
-    node.dispatch("1", everybody[:2])
-    node.dispatch("2", everybody[:2])
-    node.dispatch("3", everybody[1:])
+    node.dispatch("1", recipients=everybody[:2])
+    node.dispatch("2", recipients=everybody[:2])
+    node.dispatch("3", recipients=everybody[1:])
+    node.dispatch("4", Audience("channel", "a"), recipients=everybody[1:])  # whose messages may have keys of their own
     await turns()
-    assert [member.recorder.batches for member in everybody] == [[["1", "2"]], [["1", "2"], ["3"]], [["3"]]]
+    assert [member.recorder.batches for member in everybody] == [
+        [["1", "2"]],
+        [["1", "2"], ["3"], ["4"]],
+        [["3"], ["4"]],
+    ]
+
+
+async def test_large_message_goes_through_the_backlog_and_keeps_its_place() -> None:
+    [member] = everybody = members(1)
+    node = Node(everybody)
+    node.dispatch("before")
+    node.dispatch("x" * (FRAGMENT_BYTES + 1))
+    node.dispatch("after")
+    await turns()
+    assert member.recorder.batches == [["before", "x" * (FRAGMENT_BYTES + 1)], ["after"]]
+    assert member.recorder.enqueued == 1
+    node.dispatch("x" * FRAGMENT_BYTES)
+    await turns()
+    assert member.recorder.enqueued == 1
 
 
 async def test_flush_delivers_at_once_and_once() -> None:
@@ -442,7 +473,7 @@ async def test_any_interleaving_gives_each_member_exactly_its_messages_in_order(
                 recipients = [member for member in here if is_in(member, target) and member.id not in exclude]
             else:
                 recipients = [member for member in map(find, target) if member is not None]
-                node.dispatch(text, recipients)
+                node.dispatch(text, recipients=recipients)
             for member in recipients:
                 expected[member].append(text)
         elif operation == "turn":

@@ -107,7 +107,7 @@ class Wire:
 
     def deliver(self, *values: object, key: str | None = None) -> None:
         messages = [Message.of(value, key) for value in values]
-        batch = Batch[Any](EVERYONE, frozenset(), messages[0])
+        batch = Batch[Any](messages[0], EVERYONE, frozenset())
         batch.messages.extend(messages[1:])
         self.sink.deliver(batch)
 

@@ -12,6 +12,7 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES
 from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.message import Message
@@ -54,13 +55,24 @@ class Dispatcher(Generic[R]):
         # Broadcasters that wait for a turn, first come, first served: one in a tight loop would always be first again.
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
 
-    def dispatch(self, message: Message, target: Audience | Sequence[R], exclude: frozenset[str] = _NOBODY) -> None:
-        """Hand over a message for an audience, or for given recipients. Synchronous; written within this turn."""
+    def dispatch(
+        self,
+        message: Message,
+        audience: Audience,
+        exclude: frozenset[str] = _NOBODY,
+        recipients: Sequence[R] | None = None,
+    ) -> None:
+        """Hand over a message for an audience, or for some recipients in it. Synchronous; written within this turn."""
         batches = self._batches
-        if batches and (last := batches[-1]).target == target and last.exclude == exclude:
+        if (
+            batches
+            and (last := batches[-1]).audience == audience
+            and last.exclude == exclude
+            and last.recipients == recipients
+        ):
             last.messages.append(message)
         else:
-            batches.append(Batch(target, exclude, message))
+            batches.append(Batch(message, audience, exclude, recipients))
         self._bytes += message.size
         self._messages += 1
         if self._bytes >= self._turn_bytes or self._messages >= self._turn_messages:
@@ -77,20 +89,26 @@ class Dispatcher(Generic[R]):
         if not self._batches:
             return
         batches, self._batches = self._batches, []
+        may_be_large = self._bytes > FRAGMENT_BYTES
         self._bytes = self._messages = 0
         for batch in batches:
-            target = batch.target
-            if isinstance(target, Audience):
-                recipients: Sequence[R] = self._registry.recipients(target, batch.exclude)
+            recipients = batch.recipients
+            if recipients is None:
+                recipients = self._registry.recipients(batch.audience, batch.exclude)
+            if may_be_large and batch.is_large:
+                for recipient in recipients:
+                    recipient.sink.enqueue(batch)
             else:
-                recipients = target
-            for recipient in recipients:
-                try:
-                    recipient.sink.deliver(batch)
-                except Exception:  # a server's: it must not cost the others their message
-                    logger.exception("the server failed on a write")
-                    recipient.sink.owner.lost(ABNORMAL, "")
+                self._deliver(batch, recipients)
             self._watch.counters.deliveries += len(recipients) * len(batch.messages)
+
+    def _deliver(self, batch: Batch[R], recipients: Sequence[R]) -> None:
+        for recipient in recipients:
+            try:
+                recipient.sink.deliver(batch)
+            except Exception:  # a server's: it must not cost the others their message
+                logger.exception("the server failed on a write")
+                recipient.sink.owner.lost(ABNORMAL, "")
 
     @property
     def is_clear(self) -> bool:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
-from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
+from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.outstanding import KNOWS_KERNEL, outstanding_bytes, unsent_bytes
+from wsbroadcast.delivery.frames import UNFRAMED, WireForm
+from wsbroadcast.delivery.outstanding import KNOWS_KERNEL, bound_buffer, outstanding_bytes, unsent_bytes
 from wsbroadcast.delivery.watch import Owner, Watch
 from wsbroadcast.exceptions import ConnectionClosed
-from wsbroadcast.message import Message
 
 Event = Mapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -70,6 +70,7 @@ class Sink:
     """The name under which `stats()` counts it."""
 
     __slots__ = (
+        "_form",
         "_is_behind",
         "_send",
         "_watch",
@@ -87,6 +88,7 @@ class Sink:
         watch: Watch,
         send: Send,
         transport: asyncio.Transport | None = None,
+        form: WireForm = UNFRAMED,
     ) -> None:
         self.owner = owner
         self.backlog: Backlog | None = None
@@ -97,7 +99,11 @@ class Sink:
         """Whether nothing of the peer is read any more once the close frame is out, for one that floods."""
         self.transport = transport
         """The transport below the server's protocol, where it could be found: it can be aborted."""
+        if transport is not None:
+            bound_buffer(transport)
         self._watch = watch
+        # What the server is given of a message.
+        self._form = form
         # The server's own `send`, for what we send.
         self._send = send
         # Exists exactly as long as the backlog.
@@ -107,12 +113,12 @@ class Sink:
     @property
     def held_bytes(self) -> int:
         """Bytes that wait."""
-        return 0 if self.backlog is None else self.backlog.bytes
+        return 0 if self.backlog is None else self.backlog.bytes + self.backlog.unwritten
 
     @property
     def held_messages(self) -> int:
         """Messages that wait."""
-        return 0 if self.backlog is None else self.backlog.messages
+        return 0 if self.backlog is None else self.backlog.messages + (self.backlog.unwritten > 0)
 
     @property
     def is_half_full(self) -> bool:
@@ -121,18 +127,18 @@ class Sink:
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
-        self.enqueue(batch.messages)
+        self.enqueue(batch)
 
-    def enqueue(self, messages: Sequence[Message]) -> None:
-        """Put messages into the backlog for the writer task."""
+    def enqueue(self, batch: Batch[Any]) -> None:
+        """Put the messages of a batch into the backlog for the writer task."""
         if self.is_ended:
             return
         backlog = self.backlog or self._open_backlog()
         policy = self._watch.options.policy
-        rest = iter(messages)
-        for message in rest:
+        rest = iter(batch.entries(self._form))
+        for entry in rest:
             try:
-                dropped = backlog.push(message)
+                dropped = backlog.push(entry)
             except BacklogFull:
                 self.count_lost(1 + sum(1 for _ in rest))
                 self.owner.evict("backlog_full")
@@ -193,15 +199,18 @@ class Sink:
     def discard(self, *, keeps_close: bool = False) -> None:
         """Throw away what waits; the messages are counted, the app's own sends learn of it.
 
+        A large message that is partly written is broken off, so nothing but a close may follow it.
+
         Args:
             keeps_close: Whether a close that waits stays, and is now the next to go out.
         """
         backlog = self.backlog
         if backlog is None:
             return
+        backlog.is_broken_off = backlog.unwritten > 0
         close: Turn | None = None
         while (item := backlog.pop()) is not None:
-            if isinstance(item, Message):
+            if isinstance(item, Entry):
                 self.count_lost(1)
             elif keeps_close and (isinstance(item, Close) or (isinstance(item, AppSend) and item.is_close)):
                 close = item
@@ -281,9 +290,10 @@ class Sink:
     async def ready(self) -> None:
         """Wait until the peer takes more, where that is known: what waits until then can still be thrown away."""
 
-    async def write(self, message: Message) -> None:
+    async def write(self, entry: Entry, backlog: Backlog) -> None:
         """Write one message from the backlog; wait as long as the peer can't take it."""
-        await self._send(message.event)
+        await self._send(self._watch.events.of(entry))
+        backlog.hand_over(entry.size)
 
     def _hang_up(self) -> None:
         # Servers go on parsing what comes until the peer answers a close: a flood would cost as much as before. In the
@@ -303,9 +313,8 @@ class Sink:
                 item = backlog.pop()
                 if self._is_behind and not backlog.is_past_high_water:
                     self._catch_up()
-                if isinstance(item, Message):
-                    await self.write(item)
-                    backlog.hand_over(item.size)
+                if isinstance(item, Entry):
+                    await self.write(item, backlog)
                 elif isinstance(item, AppSend):
                     await self._run(item)
                     backlog.hand_over(item.size)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.backlog import HIGH_WATER_PART
+from wsbroadcast.delivery.events import Events
 from wsbroadcast.options import SlowConsumer
 
 # How often within `send_timeout` a waiting sink is looked at. Ticks of the loop are counted rather than seconds: while
@@ -117,6 +118,8 @@ class Watch:
     def __init__(self, options: SlowConsumer, counters: Counters) -> None:
         self.options = options
         self.counters = counters
+        self.events = Events()
+        """What is written to servers that make the frames themselves."""
         self.waiting: dict[Waiting, Progress] = {}
         """The sinks with a backlog."""
         self.behind: dict[Waiting, bool] = {}
@@ -139,6 +142,8 @@ class Watch:
     def writer_ended(self, sink: Waiting) -> None:
         """A sink has nothing waiting any more."""
         self.waiting.pop(sink, None)
+        if not self.waiting:
+            self.events.clear()
 
     def fell_behind(self, sink: Waiting) -> None:
         """A sink went past its high-water mark."""
