@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, MutableMapping
 from types import SimpleNamespace
 from typing import Any, cast, get_args
+from unittest.mock import MagicMock
 
 import pytest
 from starlette.websockets import WebSocket
@@ -601,6 +602,71 @@ def test_last_replacement_counts() -> None:
     delivery.replace(delivery.recipients[0], "first")
     delivery.replace(delivery.recipients[0], "second")
     assert parts_of(delivery) == [("text", []), ("second", ["1"])]
+
+
+async def delivered(change: Callable[[Delivery], object], *names: str) -> list[tuple[object, list[str]]]:
+    chain, _ = chain_of()
+    chain.add_function("on_deliver", change)
+    delivery = delivery_to(*names)
+    await chain.deliver(delivery)
+    return parts_of(delivery)
+
+
+def doubled_by_append(delivery: Delivery) -> None:
+    delivery.recipients.append(delivery.recipients[0])
+
+
+def doubled_by_extend(delivery: Delivery) -> None:
+    delivery.recipients.extend(delivery.recipients)
+
+
+def doubled_by_assignment(delivery: Delivery) -> None:
+    delivery.recipients = [*delivery.recipients, *reversed(delivery.recipients)]
+
+
+@pytest.mark.parametrize("change", [doubled_by_append, doubled_by_extend, doubled_by_assignment])
+@pytest.mark.parametrize("instead", [False, True])
+async def test_recipient_that_is_there_twice_is_taken_once(change: Callable[[Delivery], None], instead: bool) -> None:
+    def hook(delivery: Delivery) -> None:
+        if instead:
+            delivery.replace(delivery.recipients[0], "personal")
+        change(delivery)
+
+    parts = await delivered(hook, "1", "2")
+    assert parts == ([("text", ["2"]), ("personal", ["1"])] if instead else [("text", ["1", "2"])])
+
+
+async def test_each_hook_sees_what_the_one_before_it_left_once() -> None:
+    chain, _ = chain_of()
+    seen: list[int] = []
+    chain.add_function("on_deliver", doubled_by_extend)
+    chain.add_function("on_deliver", lambda delivery: seen.append(len(delivery.recipients)))
+    await chain.deliver(delivery_to("1", "2"))
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("kind", [tuple, iter, lambda some: {one.id: one for one in some}.values()])
+async def test_recipients_may_be_assigned_in_any_form(kind: Callable[[Any], Any]) -> None:
+    def hook(delivery: Delivery) -> None:
+        delivery.recipients = kind(delivery.recipients[1:])
+
+    assert await delivered(hook, "1", "2", "3") == [("text", ["2", "3"])]
+
+
+@pytest.mark.parametrize("stranger", [None, "1", MagicMock(spec=WebSocket)])
+async def test_recipient_that_is_no_connection_is_an_error(stranger: Any) -> None:
+    with pytest.raises(TypeError, match="is a Connection, not"):
+        await delivered(lambda delivery: delivery.recipients.append(stranger), "1")
+    with pytest.raises(TypeError, match="is a Connection, not"):
+        await delivered(lambda delivery: delivery.replace(stranger, "personal"), "1")
+
+
+async def test_recipients_that_are_no_list_are_an_error() -> None:
+    def hook(delivery: Delivery) -> None:
+        delivery.recipients = None  # type: ignore[assignment]  # what the test is about
+
+    with pytest.raises(TypeError, match="recipients is a list"):
+        await delivered(hook, "1")
 
 
 def test_replacement_must_be_sendable() -> None:

@@ -832,6 +832,39 @@ async def test_on_deliver_removes_and_replaces(manager: ConnectionManager) -> No
     assert (manager.stats().broadcasts, manager.stats().deliveries) == (1, 2)
 
 
+async def test_on_deliver_adds_nobody_and_doubles_nobody(manager: ConnectionManager) -> None:
+    other_manager = ConnectionManager()
+    [(inside, a), (excluded, b)] = await connected(manager, 2, channels=["room"])
+    [(elsewhere, c), (gone, d)] = await connected(manager, 2)
+    [(foreign, e)] = await connected(other_manager, 1, channels=["room"])
+    manager.disconnect(d)
+
+    @manager.on_deliver
+    def everybody_i_know(delivery: Delivery) -> None:
+        delivery.recipients += [a, b, c, d, e, a]
+
+    await manager.broadcast("text", channel="room", exclude=b)
+    await inside.wait_messages(1)
+    await turns()
+    assert [peer.messages for peer in (inside, excluded, elsewhere, gone, foreign)] == [["text"], [], [], [], []]
+    await other_manager.aclose()
+
+
+async def test_on_deliver_that_leaves_a_websocket_among_the_recipients_fails_closed(manager: ConnectionManager) -> None:
+    [(peer, connection)] = await connected(manager, 1)
+
+    @manager.on_deliver
+    def websockets(delivery: Delivery) -> None:
+        delivery.recipients = [one.websocket for one in delivery.recipients]  # type: ignore[misc]  # the mistake
+
+    with pytest.raises(TypeError, match="a Connection, not WebSocket"):
+        await manager.broadcast("text")
+    await turns()
+    assert peer.messages == []
+    assert connection.is_open
+    assert manager.stats().hook_errors == 1
+
+
 async def test_on_deliver_sees_who_is_not_excluded(manager: ConnectionManager) -> None:
     seen: list[set[Connection]] = []
     manager.on_deliver(lambda delivery: seen.append(set(delivery.recipients)))

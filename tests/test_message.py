@@ -48,7 +48,6 @@ def test_str_becomes_a_text_frame(text: str) -> None:
     assert message.payload == text.encode()
     assert message.size == len(text.encode())
     assert message.data == text
-    assert message.event == {"type": "websocket.send", "text": text}
 
 
 @given(st.binary())
@@ -58,7 +57,6 @@ def test_bytes_become_a_binary_frame(data: bytes) -> None:
         assert not message.is_text
         assert message.payload == data
         assert message.data == data
-        assert message.event == {"type": "websocket.send", "bytes": data}
 
 
 def test_bytearray_may_change_afterwards() -> None:
@@ -210,7 +208,6 @@ def test_none_is_json_null() -> None:
 def test_message_is_encoded_once() -> None:
     message = Message.of({"a": 1})
     assert Message.of(message) is message
-    assert message.event is message.event
 
 
 def test_message_of_a_message_may_get_another_key() -> None:

@@ -8,7 +8,7 @@ import pytest
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
-from wsbroadcast import ConnectionManager, ConnectionState, SlowConsumer
+from wsbroadcast import ConnectionManager, ConnectionState, Delivery, Message, SlowConsumer
 
 # A peer that is stalled from the start holds one message in its `send`; the rest waits in the backlog.
 
@@ -431,3 +431,48 @@ async def test_who_unsubscribed_while_on_deliver_ran_gets_nothing() -> None:
     await eventually(lambda: other.messages == ["hello"])
     assert peer.messages == []
     await manager.aclose()
+
+
+async def test_key_of_one_audience_replaces_nothing_of_another() -> None:
+    async with ConnectionManager(slow_consumer=SlowConsumer(policy="conflate")) as manager:
+        [(peer, connection)] = await connected(manager, 1, user="ann", channels=["a", "b"])
+        peer.stall()
+        await manager.broadcast("being written")
+        await eventually(lambda: peer.is_stalled)
+        for age in ("old", "new"):
+            await manager.broadcast(f"{age} to a", channel="a", key="gold")
+            await manager.broadcast(f"{age} to b", channel="b", key="gold")
+            await manager.broadcast(f"{age} to everyone", key="gold")
+            await manager.broadcast(f"{age} to ann", user="ann", key="gold")
+            manager._node.dispatcher.flush()
+            await connection.send(Message.of(f"{age} and private", "gold"))
+        await eventually(lambda: manager.stats().backlog_messages == 5)
+        peer.resume()
+        assert (await peer.wait_messages(6))[1:] == [
+            "new to a",
+            "new to b",
+            "new to everyone",
+            "new to ann",
+            "new and private",
+        ]
+        assert manager.stats().dropped == {"conflate": 5}
+
+
+async def test_key_keeps_its_audience_through_an_on_deliver_hook() -> None:
+    async with ConnectionManager(slow_consumer=SlowConsumer(policy="conflate")) as manager:
+        [(peer, _)] = await connected(manager, 1, channels=["a", "b"])
+
+        @manager.on_deliver
+        def replace_some(delivery: Delivery) -> None:
+            if delivery.message.data == "new to b":
+                delivery.replace(delivery.recipients[0], "instead, to b")
+
+        peer.stall()
+        await manager.broadcast("being written")
+        await eventually(lambda: peer.is_stalled)
+        for age in ("old", "new"):
+            for channel in "ab":
+                await manager.broadcast(f"{age} to {channel}", channel=channel, key="gold")
+        await eventually(lambda: manager.stats().backlog_messages == 2)
+        peer.resume()
+        assert (await peer.wait_messages(3))[1:] == ["new to a", "instead, to b"]

@@ -137,7 +137,6 @@ def test_message_and_its_key_become_plain(text: str) -> None:
     message = Message.of(text, key=text)
     assert message.payload == b"admin"
     assert is_plain(message.data, "admin")
-    assert is_plain(message.event["text"], "admin")
     assert is_plain(message.key, "admin")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
 from inspect import iscoroutinefunction
@@ -47,7 +47,7 @@ _delivery: ContextVar[Delivery | None] = ContextVar("wsbroadcast_delivery", defa
 class Delivery:
     """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
 
-    __slots__ = ("_instead", "_limits", "audience", "is_running", "message", "recipients")
+    __slots__ = ("_instead", "_limits", "_meant", "audience", "is_running", "message", "recipients")
 
     def __init__(
         self,
@@ -61,7 +61,9 @@ class Delivery:
         self.audience = audience
         """Whom it was broadcast to."""
         self.recipients = recipients
-        """The connections that will get it; a hook may remove some, or assign a shorter list."""
+        """The connections that will get it; a hook may remove some, or assign a shorter list. Each gets it once, and
+        one that a hook adds gets nothing: it isn't in the audience, or was excluded."""
+        self._meant = {id(recipient): recipient for recipient in recipients}
         self.is_running = False
         """Whether its hooks run now."""
         self._instead: dict[str, Message] = {}
@@ -72,8 +74,27 @@ class Delivery:
 
         Raises:
             EncodeError: If that message can't be sent.
+            TypeError: If it is no connection.
         """
+        self._check(connection)
         self._instead[connection.id] = Message.of(message, self.message.key).within(self._limits.max_message_bytes)
+
+    def settle(self) -> None:
+        """Take each recipient that a hook has left once, and none that wasn't meant.
+
+        Raises:
+            TypeError: If something else than a connection is among them; nobody gets the message then.
+        """
+        if not isinstance(self.recipients, Iterable):
+            raise TypeError(f"recipients is a list of connections, not {type(self.recipients).__name__}")
+        left = {id(recipient): recipient for recipient in self.recipients}
+        for recipient in left.values():
+            self._check(recipient)
+        self.recipients = [recipient for recipient in left.values() if id(recipient) in self._meant]
+
+    def _check(self, recipient: object) -> None:
+        if id(recipient) not in self._meant and not isinstance(recipient, Connection):
+            raise TypeError(f"a recipient of an on_deliver hook is a Connection, not {type(recipient).__name__}")
 
     def parts(self) -> list[tuple[Message, list[Connection]]]:
         """Return each message with those who get it."""
@@ -222,6 +243,7 @@ class HookChain:
             for function in self._functions["on_deliver"]:
                 with _nested("on_deliver"), self._counted():
                     await self._call("on_deliver", function, (delivery,))
+                    delivery.settle()
         finally:
             delivery.is_running = False
             _delivery.reset(token)

@@ -17,9 +17,9 @@ class Message:
     A `str` is a text frame, `bytes` a binary one, anything else JSON in a text frame.
     """
 
-    __slots__ = ("_event", "_text", "frames", "is_text", "key", "payload", "size")
+    __slots__ = ("frames", "is_text", "key", "payload", "size")
 
-    def __init__(self, payload: bytes, *, is_text: bool, key: str | None = None, text: str | None = None) -> None:
+    def __init__(self, payload: bytes, *, is_text: bool, key: str | None = None) -> None:
         self.payload = payload
         """The bytes of the message, UTF-8 for text."""
         self.size = len(payload)
@@ -27,11 +27,7 @@ class Message:
         self.is_text = is_text
         """Whether it goes out as a text frame."""
         self.key = key
-        """Under the policy `conflate` a newer message with the same key replaces this one in a backlog."""
-        # The text as it was given, so that ASGI servers which want a str don't decode it again.
-        self._text = text
-        # The ASGI event, made when the first connection needs it and shared by all.
-        self._event: dict[str, Any] | None = None
+        """Under the policy `conflate` a newer message to the same audience with the same key replaces this one."""
         # Finished frames by wire form, filled by `delivery.frames`.
         self.frames: dict[Any, bytes] = {}
 
@@ -50,7 +46,7 @@ class Message:
         if isinstance(value, str):
             text = value if type(value) is str else plain(value)
             try:
-                return cls(text.encode(), is_text=True, key=key, text=text)
+                return cls(text.encode(), is_text=True, key=key)
             except UnicodeEncodeError as error:
                 raise EncodeError(f"text holds a lone surrogate at position {error.start}: not UTF-8") from error
         if isinstance(value, (bytes, bytearray, memoryview)):
@@ -58,7 +54,7 @@ class Message:
         if isinstance(value, Message):
             if key is None or key == value.key:
                 return value
-            return cls(value.payload, is_text=value.is_text, key=key, text=value._text)
+            return cls(value.payload, is_text=value.is_text, key=key)
         return cls.json(value, key)
 
     @classmethod
@@ -83,18 +79,7 @@ class Message:
     @property
     def data(self) -> str | bytes:
         """The message as a client receives it: `str` for a text frame, `bytes` for a binary one."""
-        if not self.is_text:
-            return self.payload
-        if self._text is None:
-            self._text = self.payload.decode()
-        return self._text
-
-    @property
-    def event(self) -> dict[str, Any]:
-        """The ASGI `websocket.send` event, one object for all connections."""
-        if self._event is None:
-            self._event = {"type": "websocket.send", "text" if self.is_text else "bytes": self.data}
-        return self._event
+        return self.payload.decode() if self.is_text else self.payload  # not kept: a text may take four times the bytes
 
     def __repr__(self) -> str:
         kind = "text" if self.is_text else "binary"

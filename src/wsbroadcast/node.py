@@ -132,4 +132,4 @@ class Node:
             # Who has left the audience while the hooks ran gets nothing any more.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
             if still_here:
-                self.dispatcher.dispatch(message, still_here)
+                self.dispatcher.dispatch(message, publication.audience, recipients=still_here)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from wsbroadcast import Message, SlowConsumer
-from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
+from wsbroadcast import Audience, SlowConsumer
+from wsbroadcast.audience import EVERYONE
+from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
 from wsbroadcast.options import Policy
 
 POLICIES = get_args(Policy)
@@ -19,8 +20,8 @@ def backlog_with(policy: Any, max_bytes: int = MAX_BYTES, max_messages: int = MA
     return Backlog(SlowConsumer(policy=policy, max_backlog_bytes=max_bytes, max_backlog_messages=max_messages))
 
 
-def message_of(size: int, key: str | None = None) -> Message:
-    return Message.of(b"x" * size, key)
+def message_of(size: int, key: str | None = None, audience: Audience = EVERYONE) -> Entry:
+    return Entry(b"frame", size, is_text=False, key=None if key is None else (audience, key))
 
 
 class BacklogAgainstModel(RuleBasedStateMachine):
@@ -30,20 +31,28 @@ class BacklogAgainstModel(RuleBasedStateMachine):
     def begin(self, policy: Policy) -> None:
         self.policy = policy
         self.backlog = backlog_with(policy)
-        self.model: list[Message | Turn] = []
+        self.model: list[Entry | Turn] = []
         self.withdrawn: list[Turn] = []
 
-    def waiting(self) -> list[Message]:
-        return [item for item in self.model if isinstance(item, Message)]
+    def waiting(self) -> list[Entry]:
+        return [item for item in self.model if isinstance(item, Entry)]
 
-    def fits(self, message: Message, waiting: list[Message]) -> bool:
+    def fits(self, message: Entry, waiting: list[Entry]) -> bool:
         total = sum(other.size for other in waiting) + message.size
         return not waiting or (len(waiting) < MAX_MESSAGES and total <= MAX_BYTES)
 
-    @rule(size=st.integers(0, MAX_BYTES + 5), key=st.sampled_from([None, "a", "b"]))
-    def push(self, size: int, key: str | None) -> None:
-        message = message_of(size, key)
-        same = [other for other in self.waiting() if self.policy == "conflate" and key is not None and other.key == key]
+    @rule(
+        size=st.integers(0, MAX_BYTES + 5),
+        key=st.sampled_from([None, "a", "b"]),
+        audience=st.sampled_from([EVERYONE, Audience("channel", "a")]),
+    )
+    def push(self, size: int, key: str | None, audience: Audience) -> None:
+        message = message_of(size, key, audience)
+        same = [
+            other
+            for other in self.waiting()
+            if self.policy == "conflate" and key is not None and other.key == (audience, key)
+        ]
         if self.fits(message, [other for other in self.waiting() if other not in same]):
             dropped = same
         elif self.policy == "drop_newest":
@@ -134,6 +143,18 @@ def test_conflate_moves_the_newest_of_a_key_to_the_end() -> None:
     assert [backlog.push(message) for message in (old, other, new)] == [0, 0, 1]
     assert list(backlog) == [other, new]
     assert backlog.bytes == 5
+
+
+def test_conflate_replaces_nothing_of_another_audience() -> None:
+    backlog = backlog_with("conflate")
+    audiences = [EVERYONE, *(Audience(kind, "a") for kind in ("channel", "user", "connection")), Audience("user", "b")]
+    for size in (1, 2):
+        for audience in audiences:
+            assert backlog.push(message_of(size, "gold", audience)) == size - 1
+    assert [item.key for item in backlog if isinstance(item, Entry) and item.size == 2] == [
+        (audience, "gold") for audience in audiences
+    ]
+    assert backlog.messages == len(audiences)
 
 
 def test_conflate_keeps_every_message_without_a_key() -> None:

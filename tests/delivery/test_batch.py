@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 from wsbroadcast import Message
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import PLAIN
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, PLAIN, UNFRAMED
 
 
 def batch_of(messages: list[Message]) -> Batch[object]:
-    batch = Batch[object](EVERYONE, frozenset(), messages[0])
+    batch = Batch[object](messages[0], EVERYONE, frozenset())
     batch.messages.extend(messages[1:])
     return batch
 
@@ -34,3 +34,18 @@ def test_single_message_is_not_copied() -> None:
 def test_message_in_two_batches_is_framed_once() -> None:
     message = Message.of("one")
     assert batch_of([message]).wire(PLAIN) is batch_of([message]).wire(PLAIN)
+
+
+def test_what_waits_is_its_wire_form_and_shared() -> None:
+    batch = batch_of([Message.of("one"), Message.of(b"two!", "key")])
+    one, two = batch.entries(PLAIN)
+    assert batch.entries(PLAIN)[0] is one
+    assert (one.data, one.size, one.is_text, one.key) == (b"\x81\x03one", 3, True, None)
+    assert (two.data, two.size, two.is_text, two.key) == (b"\x82\x04two!", 4, False, (EVERYONE, "key"))
+    assert [entry.data for entry in batch.entries(UNFRAMED)] == [b"one", b"two!"]
+
+
+def test_batch_is_large_if_a_message_needs_more_than_one_frame() -> None:
+    small = Message.of(b"x" * FRAGMENT_BYTES)
+    assert not batch_of([small, small]).is_large
+    assert batch_of([small, Message.of(b"x" * (FRAGMENT_BYTES + 1))]).is_large

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import random
+import zlib
+from typing import NamedTuple
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -8,9 +12,9 @@ from websockets.frames import Frame, Opcode
 from websockets.streams import StreamReader
 
 from wsbroadcast import Message
-from wsbroadcast.delivery.frames import PLAIN, deflated
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, PIECE_BYTES, PLAIN, UNFRAMED, deflated
 
-LENGTHS = [0, 1, 124, 125, 126, 127, 65534, 65535, 65536, 65537, 200_000]
+LENGTHS = [0, 1, 124, 125, 126, 127, 65534, 65535, 65536]
 
 
 def serialized(message: Message) -> bytes:
@@ -35,6 +39,75 @@ def test_plain_frame_of_anything_is_what_websockets_writes(value: object) -> Non
 def test_frame_is_made_once_for_everybody() -> None:
     message = Message.of("text")
     assert PLAIN.frame(message) is PLAIN.frame(message)
+
+
+def test_unframed_is_the_payload() -> None:
+    message = Message.of("text")
+    assert UNFRAMED.frame(message) is message.payload
+    assert not message.frames
+
+
+# Fragments.
+
+
+class Piece(NamedTuple):
+    """One frame of a message."""
+
+    is_compressed: bool
+    frame: Frame
+
+    @property
+    def data(self) -> bytes:
+        return bytes(self.frame.data)
+
+
+def pieces(wire: bytes) -> list[Piece]:
+    """Cut a wire form where a sink does, and parse each piece by itself: it has to be one whole frame."""
+    found = []
+    for start in range(0, len(wire), PIECE_BYTES):
+        piece = wire[start : start + PIECE_BYTES]
+        reader = StreamReader()
+        reader.feed_data(bytes((piece[0] & ~0x40,)) + piece[1:])
+        reader.feed_eof()
+        parsing = Frame.parse(reader.read_exact, mask=False, max_size=None)
+        with pytest.raises(StopIteration) as end:
+            next(parsing)
+        assert not reader.buffer
+        found.append(Piece(bool(piece[0] & 0x40), end.value.value))
+    return found
+
+
+LARGE = [FRAGMENT_BYTES + 1, 2 * FRAGMENT_BYTES - 1, 2 * FRAGMENT_BYTES, 2 * FRAGMENT_BYTES + 125, 1_000_000]
+
+
+@pytest.mark.parametrize("length", LARGE)
+@pytest.mark.parametrize("letter", ["x", b"\xff"])
+def test_large_message_is_cut_into_fragments(length: int, letter: str | bytes) -> None:
+    message = Message.of(letter * length)
+    parts = pieces(PLAIN.frame(message))
+    assert b"".join(part.data for part in parts) == message.payload
+    first = Opcode.TEXT if message.is_text else Opcode.BINARY
+    assert [part.frame.opcode for part in parts] == [first] + [Opcode.CONT] * (len(parts) - 1)
+    assert [part.frame.fin for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(len(part.data) == FRAGMENT_BYTES for part in parts[:-1])
+    assert not any(part.is_compressed for part in parts)
+
+
+@pytest.mark.parametrize("bits", [9, 12, 15])
+def test_large_compressed_message_is_cut_into_fragments_and_says_so_in_the_first(bits: int) -> None:
+    message = Message.of(random.Random(1).randbytes(300_000).hex())
+    parts = pieces(deflated(bits).frame(message))
+    assert len(parts) > 1
+    assert [part.is_compressed for part in parts] == [True] + [False] * (len(parts) - 1)
+    assert [part.frame.opcode for part in parts] == [Opcode.TEXT] + [Opcode.CONT] * (len(parts) - 1)
+    compressed = b"".join(part.data for part in parts) + b"\x00\x00\xff\xff"
+    assert zlib.decompressobj(wbits=-bits).decompress(compressed) == message.payload
+
+
+def test_message_that_is_small_once_compressed_is_one_frame() -> None:
+    [part] = pieces(deflated(12).frame(Message.of("x" * 1_000_000)))
+    assert part.frame.fin
+    assert part.is_compressed
 
 
 # permessage-deflate

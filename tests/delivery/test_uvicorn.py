@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from wsbroadcast.audience import EVERYONE
 from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import PLAIN
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, PIECE_BYTES, PLAIN
 from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.message import Message
@@ -94,7 +95,7 @@ class Bench:
 
     def deliver(self, *texts: str) -> None:
         messages = [Message.of(text) for text in texts]
-        batch: Batch[Any] = Batch((), frozenset(), messages[0])
+        batch: Batch[Any] = Batch(messages[0], EVERYONE, frozenset())
         batch.messages.extend(messages[1:])
         self.sink.deliver(batch)
 
@@ -123,7 +124,7 @@ async def test_batch_is_one_write_while_the_transport_takes_more() -> None:
 
 async def test_batch_is_the_same_bytes_for_every_connection() -> None:
     one, other = Bench(), Bench()
-    batch: Batch[Any] = Batch((), frozenset(), Message.of("a"))
+    batch: Batch[Any] = Batch(Message.of("a"), EVERYONE, frozenset())
     one.sink.deliver(batch)
     other.sink.deliver(batch)
     assert one.protocol.transport.written[0] is other.protocol.transport.written[0]
@@ -211,6 +212,125 @@ async def test_close_aborts_a_peer_that_takes_nothing() -> None:
     await bench.sink.close(1000, "")
     assert bench.protocol.transport.aborted
     assert bench.written == b""
+
+
+# Large messages.
+
+
+class Full(Transport):
+    """A transport that is full after each write, until the test says otherwise."""
+
+    def __init__(self, protocol: WebSocketsSansIOProtocol) -> None:
+        super().__init__()
+        self._protocol = protocol
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        self._protocol.writable.clear()
+
+
+async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, str]:
+    """A bench that has written the first piece of a large message, and the message."""
+    bench = Bench(options)
+    transport = Full(bench.protocol)
+    bench.protocol.transport = transport
+    bench.sink = UvicornSink(bench.owner, bench.watch, bench.owner.app_send, bench.protocol)
+    text = "x" * (3 * FRAGMENT_BYTES + 5)
+    batch: Batch[Any] = Batch(Message.of(text), EVERYONE, frozenset())
+    bench.sink.enqueue(batch)
+    await turns()
+    assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES]
+    return bench, text
+
+
+async def turns(count: int = 3) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def take_everything(bench: Bench) -> None:
+    async with asyncio.timeout(5):
+        while bench.sink.backlog is not None:
+            bench.protocol.writable.set()
+            await asyncio.sleep(0)
+
+
+async def test_large_message_is_written_piece_by_piece_and_nothing_else_comes_in_between() -> None:
+    bench, text = await partly_written()
+    assert bench.sink.held_messages == 1
+    assert bench.sink.held_bytes == len(PLAIN.frame(Message.of(text))) - PIECE_BYTES
+    bench.deliver("behind it")
+    own = asyncio.create_task(bench.sink.send_event({"type": "websocket.send", "text": "own"}))
+    await turns()
+    await take_everything(bench)
+    await own
+    assert bench.written == frames(text) + frames("behind it") + b"own"
+    pieces = bench.protocol.transport.written
+    assert [len(piece) for piece in pieces[:4]] == [PIECE_BYTES] * 3 + [2 + 5]
+    assert bench.watch.counters.dropped == {}
+
+
+async def test_pieces_of_a_large_message_are_not_copied_for_each_connection() -> None:
+    batch: Batch[Any] = Batch(Message.of("x" * 300_000), EVERYONE, frozenset())
+    benches = Bench(), Bench()
+    for bench in benches:
+        bench.sink.enqueue(batch)
+        await take_everything(bench)
+    first, second = (bench.protocol.transport.written for bench in benches)
+    assert isinstance(first[1], memoryview)
+    assert first[1].obj is second[1].obj
+
+
+async def test_close_comes_after_the_whole_of_a_large_message() -> None:
+    bench, text = await partly_written()
+    closing = asyncio.create_task(bench.sink.close(1000, ""))
+    await turns()
+    await take_everything(bench)
+    await closing
+    assert bench.written == frames(text) + b"websocket.close"
+
+
+async def test_what_is_thrown_away_breaks_a_large_message_off_between_two_frames() -> None:
+    bench, text = await partly_written()
+    bench.deliver("behind it")
+    bench.sink.discard()
+    closing = asyncio.create_task(bench.sink.close(1013, ""))
+    await turns()
+    await take_everything(bench)
+    await closing
+    assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES] + b"websocket.close"
+    assert bench.watch.counters.dropped == {"closed": 2}
+
+
+@pytest.mark.parametrize("end", ["closing", "end"])
+async def test_connection_that_ends_in_the_middle_of_a_large_message_gets_nothing_more(end: str) -> None:
+    bench, text = await partly_written()
+    if end == "closing":
+        bench.protocol.transport.closing = True
+        bench.protocol.writable.set()
+    else:
+        bench.sink.end()
+    await turns()
+    assert bench.sink.backlog is None
+    assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES]
+    assert bench.watch.counters.dropped == {"closed": 1}
+    assert bench.owner.lost_with == ([1006] if end == "closing" else [])
+
+
+async def test_tls_transport_says_that_it_is_full_when_any_other_would() -> None:
+    class Encrypted(Transport):
+        high: int | None = None
+
+        def get_extra_info(self, name: str) -> object:
+            return object() if name == "sslcontext" else None
+
+        def set_write_buffer_limits(self, high: int) -> None:
+            self.high = high
+
+    protocol = WebSocketsSansIOProtocol()
+    protocol.transport = transport = Encrypted()
+    UvicornSink(Owner(protocol), Watch(SlowConsumer(), Counters()), protocol.receive, protocol)  # type: ignore[arg-type]
+    assert transport.high == 64 * 1024
 
 
 def test_protocol_is_found_behind_its_own_receive() -> None:

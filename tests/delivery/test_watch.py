@@ -10,7 +10,8 @@ import pytest
 
 from wsbroadcast import SlowConsumer
 from wsbroadcast.counters import Counters
-from wsbroadcast.delivery.watch import Watch, unsent_bytes
+from wsbroadcast.delivery.outstanding import unsent_bytes
+from wsbroadcast.delivery.watch import Progress, Watch
 
 SEND_TIMEOUT = 0.08
 
@@ -26,7 +27,7 @@ class Waiting:
         self.owner = self
         self.held_bytes = self.held_messages = 1
         self.is_half_full = False
-        self.made: object = 0
+        self.taken = 0
         self.evictions = 0
         self.losses = 0
         self._watch = watch
@@ -36,9 +37,6 @@ class Waiting:
     async def _drain(self) -> None:
         await self._may_end.wait()
         self._watch.writer_ended(self)
-
-    def progress(self) -> object:
-        return self.made
 
     def abort(self) -> None:
         self.writer.cancel()
@@ -71,11 +69,9 @@ async def until(condition: Callable[[], object]) -> None:
 async def test_only_the_sink_that_stands_still_is_evicted() -> None:
     watch = watch_with()
     still, moving = Waiting(watch), Waiting(watch)
-    progress = 0
     async with asyncio.timeout(5):
         while not still.evictions:
-            progress += 1
-            moving.made = progress
+            moving.taken += 1
             await asyncio.sleep(0.001)
     assert moving.evictions == 0
     assert set(watch.waiting) == {moving}
@@ -173,11 +169,11 @@ async def test_aclose_with_nothing_waiting_returns() -> None:
 # The tail of the crowd.
 
 
-async def test_slow_consumer_is_given_patience_from_half_full_until_it_has_caught_up() -> None:
+async def test_slow_consumer_is_about_to_lose_messages_from_half_full_until_it_has_caught_up() -> None:
     watch = watch_with()
     sink = Waiting(watch)
     watch.fell_behind(sink)
-    assert watch.tail() == []  # it isn't about to lose anything
+    assert watch.tail() == []
     sink.is_half_full = True
     assert watch.tail() == [sink]
     sink.is_half_full = False
@@ -187,14 +183,50 @@ async def test_slow_consumer_is_given_patience_from_half_full_until_it_has_caugh
     await sink.end()
 
 
-async def test_patience_with_a_slow_consumer_ends() -> None:
-    watch = watch_with()
+# What a peer takes.
+
+
+async def progress_of(taken: int, **options: Any) -> tuple[Waiting, Progress]:
+    watch = watch_with(**options)
     sink = Waiting(watch)
-    watch.fell_behind(sink)
-    sink.is_half_full = True
-    assert watch.tail() == [sink]
-    await until(lambda: watch.tail() == [])  # a quarter of send_timeout later
+    sink.taken = taken
+    progress = watch.waiting[sink]
     await sink.end()
+    return sink, progress
+
+
+async def test_peer_that_takes_less_than_before_stands_still() -> None:
+    sink, progress = await progress_of(1000)
+    now = asyncio.get_running_loop().time()
+    progress.tick(now)  # the first one only learns where it stands
+    ticks = []
+    for taken in (994, 988, 988, 988 + 1, 980):  # the server adds pongs to what is outstanding
+        sink.taken = taken
+        progress.tick(now)
+        ticks.append(progress.ticks)
+    assert ticks == [1, 2, 3, 0, 1]
+
+
+async def test_what_a_peer_takes_buys_it_time_at_the_slowest_pace() -> None:
+    sink, progress = await progress_of(0, send_timeout=40.0, max_backlog_bytes=80_000)  # 10,000 bytes in 10 s
+    now = asyncio.get_running_loop().time() + 100
+    progress.look(now)
+    assert progress.paid_until < now
+    sink.taken = 4_000
+    progress.look(now + 1)
+    assert progress.paid_until == pytest.approx(now + 4)
+    sink.taken = 5_000
+    progress.look(now + 2)
+    assert progress.paid_until == pytest.approx(now + 5)
+    assert progress.took_at == now + 2
+    progress.look(now + 7)
+    assert progress.took_at == now + 2
+    sink.taken += 1
+    progress.look(now + 8)
+    assert now + 7 < progress.paid_until < now + 7.1  # a byte is something, and buys nearly nothing
+    sink.taken += 1_000_000
+    progress.look(now + 9)
+    assert progress.paid_until == pytest.approx(now + 19)  # nobody pays for longer ahead
 
 
 def test_transport_that_has_forgotten_its_size_holds_nothing() -> None:

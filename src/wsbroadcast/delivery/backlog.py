@@ -5,15 +5,39 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from wsbroadcast.message import Message
+from wsbroadcast.audience import Audience
 from wsbroadcast.options import SlowConsumer
 
 HIGH_WATER_PART = 8
 """The crowd is asked to wait when this part of a backlog is full; what is left carries the tail of the crowd."""
 
 
+Key = tuple[Audience, str]
+"""What a message is the newest of. It belongs to an audience: two of them may name different things alike."""
+
+
 class BacklogFull(Exception):
     """Raised when a message doesn't fit and the policy is to let the connection go."""
+
+
+class Entry:
+    """One message as it waits: in the wire form in which it will be written, and in no other.
+
+    It is shared by all connections that it waits for in that form. The message itself is not kept: a backlog holds what
+    will be written, and neither the text, the payload nor the frames for others beside it.
+    """
+
+    __slots__ = ("data", "is_text", "key", "size")
+
+    def __init__(self, data: bytes, size: int, *, is_text: bool, key: Key | None = None) -> None:
+        self.data = data
+        """What will be written."""
+        self.size = size
+        """The payload's size in bytes, by which a backlog is bounded."""
+        self.is_text = is_text
+        """Whether it goes out as a text frame."""
+        self.key = key
+        """What it is the newest of, under the policy `conflate`."""
 
 
 class Turn:
@@ -25,19 +49,34 @@ class Turn:
 class Backlog:
     """Messages in the order in which they go out, and turns between them, which count for nothing."""
 
-    __slots__ = ("_items", "_options", "_serial", "bytes", "messages")
+    __slots__ = (
+        "_items",
+        "_options",
+        "_serial",
+        "bytes",
+        "handed_over",
+        "is_broken_off",
+        "messages",
+        "unwritten",
+    )
 
     def __init__(self, options: SlowConsumer) -> None:
         self._options = options
-        # Ordered by arrival. Under `conflate` a message's key is its own, so that a newer one finds it.
-        self._items: OrderedDict[str | int, Message | Turn] = OrderedDict()
+        # Ordered by arrival. Under `conflate` an entry's key is its own, so that a newer one finds it.
+        self._items: OrderedDict[Key | int, Entry | Turn] = OrderedDict()
         self._serial = 0
         self.bytes = 0
         """Payload bytes of the waiting messages."""
         self.messages = 0
         """How many messages wait."""
+        self.handed_over = 0
+        """What was written from here, in bytes, and a little more for each message: see `hand_over`."""
+        self.unwritten = 0
+        """Bytes of a large message that is partly written. They don't count as waiting: it can't be taken back."""
+        self.is_broken_off = False
+        """Whether the rest of that message is not to be written any more."""
 
-    def __iter__(self) -> Iterator[Message | Turn]:
+    def __iter__(self) -> Iterator[Entry | Turn]:
         return iter(self._items.values())
 
     @property
@@ -55,7 +94,7 @@ class Backlog:
         """Whether half of what may wait is waiting."""
         return self._holds_part(2)
 
-    def push(self, message: Message) -> int:
+    def push(self, entry: Entry) -> int:
         """Append a message; return how many messages, this one included, were dropped to stay within the bounds.
 
         A message larger than the bound is taken when no other waits.
@@ -64,16 +103,16 @@ class Backlog:
             BacklogFull: If it doesn't fit and the policy doesn't drop.
         """
         policy = self._options.policy
-        older = self._items.get(message.key) if policy == "conflate" and message.key is not None else None
-        if self._is_full_for(message, older):
+        older = self._items.get(entry.key) if policy == "conflate" and entry.key is not None else None
+        if self._is_full_for(entry, older):
             if policy == "drop_newest":
                 return 1
             if policy == "drop_oldest":
-                return self._make_room_for(message)
+                return self._make_room_for(entry)
             raise BacklogFull
-        if older is not None and message.key is not None:
-            self._forget(message.key)  # the newer one goes to the end: what is sent keeps the order of broadcasts
-        self._append(message)
+        if older is not None and entry.key is not None:
+            self._forget(entry.key)  # the newer one goes to the end: what is sent keeps the order of broadcasts
+        self._append(entry)
         return 0 if older is None else 1
 
     def push_turn(self, turn: Turn) -> None:
@@ -81,13 +120,17 @@ class Backlog:
         self._serial += 1
         self._items[self._serial] = turn
 
-    def pop(self) -> Message | Turn | None:
+    def pop(self) -> Entry | Turn | None:
         """Take out what goes next, or return `None` if nothing waits."""
         if not self._items:
             return None
         _, item = self._items.popitem(last=False)
         self._uncount(item)
         return item
+
+    def hand_over(self, size: int) -> None:
+        """Count what was written. A message counts like so many bytes as its share of a full backlog at least."""
+        self.handed_over += size + self._options.max_backlog_bytes // self._options.max_backlog_messages
 
     def remove_turn(self, turn: Turn) -> bool:
         """Take out a turn wherever it stands; return whether it was still there."""
@@ -101,33 +144,33 @@ class Backlog:
         options = self._options
         return self.bytes * part > options.max_backlog_bytes or self.messages * part > options.max_backlog_messages
 
-    def _is_full_for(self, message: Message, instead_of: Message | Turn | None = None) -> bool:
+    def _is_full_for(self, entry: Entry, instead_of: Entry | Turn | None = None) -> bool:
         options = self._options
-        messages, size = self.messages, self.bytes + message.size
-        if isinstance(instead_of, Message):
+        messages, size = self.messages, self.bytes + entry.size
+        if isinstance(instead_of, Entry):
             messages, size = messages - 1, size - instead_of.size
         return messages > 0 and (messages >= options.max_backlog_messages or size > options.max_backlog_bytes)
 
-    def _make_room_for(self, message: Message) -> int:
+    def _make_room_for(self, entry: Entry) -> int:
         dropped = 0
-        while self._is_full_for(message):
-            oldest = next(key for key, item in self._items.items() if isinstance(item, Message))
+        while self._is_full_for(entry):
+            oldest = next(key for key, item in self._items.items() if isinstance(item, Entry))
             self._forget(oldest)
             dropped += 1
-        self._append(message)
+        self._append(entry)
         return dropped
 
-    def _append(self, message: Message) -> None:
+    def _append(self, entry: Entry) -> None:
         self._serial += 1
-        key = message.key if self._options.policy == "conflate" else None
-        self._items[self._serial if key is None else key] = message
+        key = entry.key if self._options.policy == "conflate" else None
+        self._items[self._serial if key is None else key] = entry
         self.messages += 1
-        self.bytes += message.size
+        self.bytes += entry.size
 
-    def _forget(self, key: str | int) -> None:
+    def _forget(self, key: Key | int) -> None:
         self._uncount(self._items.pop(key))
 
-    def _uncount(self, item: Message | Turn) -> None:
-        if isinstance(item, Message):
+    def _uncount(self, item: Entry | Turn) -> None:
+        if isinstance(item, Entry):
             self.messages -= 1
             self.bytes -= item.size

@@ -6,16 +6,17 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.sink import Sink
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES
+from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.watch import NOBODYS, Watch
 from wsbroadcast.message import Message
-from wsbroadcast.registry import Member, Registry
+from wsbroadcast.registry import Registry
 
 logger = logging.getLogger("wsbroadcast")
 
@@ -28,14 +29,6 @@ _TURN_MESSAGES = 128
 _LOOK_AGAIN_SECONDS = 0.05
 
 
-class Recipient(Member, Protocol):
-    """A member of the registry that can be delivered to."""
-
-    @property
-    def sink(self) -> Sink: ...  # noqa: D102
-
-
-R = TypeVar("R", bound=Recipient)
 _NOBODY: frozenset[str] = frozenset()
 
 
@@ -49,6 +42,7 @@ class Dispatcher(Generic[R]):
     def __init__(self, registry: Registry[R], watch: Watch) -> None:
         self._registry = registry
         self._watch = watch
+        self._pace = Pace(registry, watch)
         # A turn alone fills no backlog, however small.
         self._turn_bytes = min(_TURN_BYTES, watch.options.max_backlog_bytes // HIGH_WATER_PART)
         self._turn_messages = min(_TURN_MESSAGES, watch.options.max_backlog_messages // HIGH_WATER_PART)
@@ -61,13 +55,24 @@ class Dispatcher(Generic[R]):
         # Broadcasters that wait for a turn, first come, first served: one in a tight loop would always be first again.
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
 
-    def dispatch(self, message: Message, target: Audience | Sequence[R], exclude: frozenset[str] = _NOBODY) -> None:
-        """Hand over a message for an audience, or for given recipients. Synchronous; written within this turn."""
+    def dispatch(
+        self,
+        message: Message,
+        audience: Audience,
+        exclude: frozenset[str] = _NOBODY,
+        recipients: Sequence[R] | None = None,
+    ) -> None:
+        """Hand over a message for an audience, or for some recipients in it. Synchronous; written within this turn."""
         batches = self._batches
-        if batches and (last := batches[-1]).target == target and last.exclude == exclude:
+        if (
+            batches
+            and (last := batches[-1]).audience == audience
+            and last.exclude == exclude
+            and last.recipients == recipients
+        ):
             last.messages.append(message)
         else:
-            batches.append(Batch(target, exclude, message))
+            batches.append(Batch(message, audience, exclude, recipients))
         self._bytes += message.size
         self._messages += 1
         if self._bytes >= self._turn_bytes or self._messages >= self._turn_messages:
@@ -84,20 +89,26 @@ class Dispatcher(Generic[R]):
         if not self._batches:
             return
         batches, self._batches = self._batches, []
+        may_be_large = self._bytes > FRAGMENT_BYTES
         self._bytes = self._messages = 0
         for batch in batches:
-            target = batch.target
-            if isinstance(target, Audience):
-                recipients: Sequence[R] = self._registry.recipients(target, batch.exclude)
+            recipients = batch.recipients
+            if recipients is None:
+                recipients = self._registry.recipients(batch.audience, batch.exclude)
+            if may_be_large and batch.is_large:
+                for recipient in recipients:
+                    recipient.sink.enqueue(batch)
             else:
-                recipients = target
-            for recipient in recipients:
-                try:
-                    recipient.sink.deliver(batch)
-                except Exception:  # a server's: it must not cost the others their message
-                    logger.exception("the server failed on a write")
-                    recipient.sink.owner.lost(ABNORMAL, "")
+                self._deliver(batch, recipients)
             self._watch.counters.deliveries += len(recipients) * len(batch.messages)
+
+    def _deliver(self, batch: Batch[R], recipients: Sequence[R]) -> None:
+        for recipient in recipients:
+            try:
+                recipient.sink.deliver(batch)
+            except Exception:  # a server's: it must not cost the others their message
+                logger.exception("the server failed on a write")
+                recipient.sink.owner.lost(ABNORMAL, "")
 
     @property
     def is_clear(self) -> bool:
@@ -106,14 +117,13 @@ class Dispatcher(Generic[R]):
 
     def is_ready(self, audience: Audience, exclude: frozenset[str]) -> bool:
         """Tell whether a message for an audience need not wait: the turn isn't full, its crowd is not behind."""
-        return not self._is_turn_full and not self._queue and not self._is_crowd_behind(audience, exclude)
+        if self._is_turn_full or self._queue:
+            return False
+        now = asyncio.get_running_loop().time
+        return not self._watch.behind or not self._pace.must_wait(audience, exclude, Wait(), now())
 
     async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
-        """Wait for a place in a turn, and until no more than half of an audience is behind; at most `send_timeout`.
-
-        The crowd sets the pace, a laggard never does; those who have taken nothing for a quarter of `send_timeout`,
-        while others have, are laggards, be they the majority. Only a caller that fills whole turns, as a tight loop
-        does, also gives the tail of the crowd a moment: see `Watch.tail`.
+        """Wait for a place in a turn, and for those whom `Pace` names; at most `send_timeout`.
 
         Args:
             size: How many bytes the caller is about to hand over.
@@ -121,17 +131,18 @@ class Dispatcher(Generic[R]):
             exclude: Ids of those in the audience that don't get it.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._watch.options.send_timeout
-        fills_turns = False
-        while loop.time() < deadline:
+        deadline = loop.time() + self._pace.longest
+        wait = Wait()
+        while (began := loop.time()) < deadline:
             if self._is_turn_full or self._queue:
-                fills_turns = True
+                wait.fills_turns = True
                 await self._queue_up(size, deadline)
-            if not self._is_crowd_behind(audience, exclude) and not (
-                fills_turns and self._is_tail_behind(audience, exclude)
-            ):
+                began = loop.time()
+            if not self._pace.must_wait(audience, exclude, wait, began):
                 return
-            await self._watch.wait_for_change(min(deadline, loop.time() + _LOOK_AGAIN_SECONDS))
+            await self._watch.wait_for_change(min(deadline, began + _LOOK_AGAIN_SECONDS))
+            if wait.patience is not None:
+                wait.patience.spend(began, loop.time())
 
     async def _queue_up(self, size: int, deadline: float) -> None:
         place = (asyncio.get_running_loop().create_future(), size)
@@ -144,20 +155,6 @@ class Dispatcher(Generic[R]):
         finally:
             if place in self._queue:
                 self._queue.remove(place)
-
-    def _is_crowd_behind(self, audience: Audience, exclude: frozenset[str]) -> bool:
-        behind = self._watch.behind
-        members = self._registry.members(audience)
-        if 2 * len(behind) <= len(members) - len(exclude):
-            return False  # nearly always, and without looking at each member
-        sinks = [member.sink for member in members if member.id not in exclude]
-        # However many never read, those who do are the crowd. Where nobody moves, it may be the network's fault.
-        crowd = [sink for sink in sinks if not self._watch.stands_still(sink)] or sinks
-        return 2 * sum(sink in behind for sink in crowd) > len(crowd)
-
-    def _is_tail_behind(self, audience: Audience, exclude: frozenset[str]) -> bool:
-        tail = self._watch.tail()
-        return bool(tail) and any(member.sink in tail for member in self._registry.recipients(audience, exclude))
 
     def _end_turn(self) -> None:
         self._is_scheduled = False

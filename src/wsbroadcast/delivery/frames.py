@@ -13,7 +13,8 @@ from functools import cache
 from wsbroadcast.message import Message
 
 _FIN = 0x80
-_COMPRESSED = 0x40  # RSV1 (RFC 7692, 6)
+_COMPRESSED = 0x40  # RSV1 (RFC 7692, 6), in the first frame of a message only
+_CONTINUATION = 0x00
 _TEXT = 0x01
 _BINARY = 0x02
 
@@ -23,9 +24,16 @@ _EMPTY_BLOCK = b"\x00\x00\xff\xff"
 # Below this a message gains nothing worth its inflation on the other side.
 _MIN_COMPRESSED_BYTES = 64
 
+FRAGMENT_BYTES = 64 * 1024
+"""The most that one frame carries. A larger message is cut into fragments (RFC 6455, 5.4), so that it can be written
+bit by bit, and the server's pings, pongs and close frames may come in between."""
+
+PIECE_BYTES = FRAGMENT_BYTES + 10
+"""A full fragment with its header: cut into pieces of this size, a message falls apart into whole frames."""
+
 
 def frame_header(first: int, size: int) -> bytes:
-    """Return the header of an unfragmented, unmasked frame (RFC 6455, 5.2).
+    """Return the header of an unmasked frame (RFC 6455, 5.2).
 
     Args:
         first: The first byte: flags and opcode.
@@ -38,22 +46,46 @@ def frame_header(first: int, size: int) -> bytes:
     return bytes((first, 127)) + size.to_bytes(8)
 
 
+def _frames(first: int, payload: bytes) -> bytes:
+    size = len(payload)
+    if size <= FRAGMENT_BYTES:
+        return frame_header(_FIN | first, size) + payload
+    parts: list[bytes | memoryview] = []
+    view = memoryview(payload)
+    for start in range(0, size, FRAGMENT_BYTES):
+        fragment = view[start : start + FRAGMENT_BYTES]
+        fin = _FIN if start + FRAGMENT_BYTES >= size else 0
+        parts += frame_header(fin | (first if start == 0 else _CONTINUATION), len(fragment)), fragment
+    return b"".join(parts)
+
+
 class WireForm:
     """One way of putting a message on the wire. Connections with the same wire form share the same bytes."""
 
     def frame(self, message: Message) -> bytes:
-        """Return the message's frame, made once per message and wire form."""
+        """Return the message's frame, or the frames of a large one, made once per message and wire form."""
         frame = message.frames.get(self)
         if frame is None:
             frame = message.frames[self] = self._encode(message)
         return frame
 
     def _encode(self, message: Message) -> bytes:
-        return frame_header(_FIN | (_TEXT if message.is_text else _BINARY), message.size) + message.payload
+        return _frames(_TEXT if message.is_text else _BINARY, message.payload)
 
 
 PLAIN = WireForm()
 """The payload is the frame."""
+
+
+class _Unframed(WireForm):
+    """The payload as it is."""
+
+    def frame(self, message: Message) -> bytes:
+        return message.payload
+
+
+UNFRAMED = _Unframed()
+"""For servers that make the frames themselves."""
 
 
 class Deflated(WireForm):
@@ -71,7 +103,7 @@ class Deflated(WireForm):
         payload = payload.removesuffix(_EMPTY_BLOCK)
         if len(payload) >= message.size:
             return PLAIN.frame(message)
-        return frame_header(_FIN | _COMPRESSED | (_TEXT if message.is_text else _BINARY), len(payload)) + payload
+        return _frames(_COMPRESSED | (_TEXT if message.is_text else _BINARY), payload)
 
 
 @cache

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
-from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Turn
+from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.watch import Owner, Watch, unsent_bytes
+from wsbroadcast.delivery.frames import UNFRAMED, WireForm
+from wsbroadcast.delivery.outstanding import KNOWS_KERNEL, bound_buffer, outstanding_bytes, unsent_bytes
+from wsbroadcast.delivery.watch import Owner, Watch
 from wsbroadcast.exceptions import ConnectionClosed
-from wsbroadcast.message import Message
 
 Event = Mapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -36,6 +37,14 @@ class AppSend(Turn):
     def is_close(self) -> bool:
         """Whether it closes the socket: nothing is taken after it."""
         return bool(self.event["type"] == "websocket.close")
+
+    @property
+    def size(self) -> int:
+        """The payload's size in bytes."""
+        content = self.event.get("text") or self.event.get("bytes")
+        if isinstance(content, str):
+            return len(content.encode(errors="replace"))
+        return len(content) if isinstance(content, bytes) else 0  # whatever else it is, the server has refused it
 
 
 class Close(Turn):
@@ -61,6 +70,7 @@ class Sink:
     """The name under which `stats()` counts it."""
 
     __slots__ = (
+        "_form",
         "_is_behind",
         "_send",
         "_watch",
@@ -69,7 +79,6 @@ class Sink:
         "hangs_up",
         "is_ended",
         "owner",
-        "steps",
         "transport",
     )
 
@@ -79,6 +88,7 @@ class Sink:
         watch: Watch,
         send: Send,
         transport: asyncio.Transport | None = None,
+        form: WireForm = UNFRAMED,
     ) -> None:
         self.owner = owner
         self.backlog: Backlog | None = None
@@ -87,11 +97,13 @@ class Sink:
         """Whether nothing more is taken: a close was handed over, or the socket is lost."""
         self.hangs_up = False
         """Whether nothing of the peer is read any more once the close frame is out, for one that floods."""
-        self.steps = 0
-        """Writes finished by the writer task; it stands still when the peer takes nothing."""
         self.transport = transport
         """The transport below the server's protocol, where it could be found: it can be aborted."""
+        if transport is not None:
+            bound_buffer(transport)
         self._watch = watch
+        # What the server is given of a message.
+        self._form = form
         # The server's own `send`, for what we send.
         self._send = send
         # Exists as long as the backlog, but for the moment in which that gets its first item.
@@ -101,12 +113,12 @@ class Sink:
     @property
     def held_bytes(self) -> int:
         """Bytes that wait."""
-        return 0 if self.backlog is None else self.backlog.bytes
+        return 0 if self.backlog is None else self.backlog.bytes + self.backlog.unwritten
 
     @property
     def held_messages(self) -> int:
         """Messages that wait."""
-        return 0 if self.backlog is None else self.backlog.messages
+        return 0 if self.backlog is None else self.backlog.messages + (self.backlog.unwritten > 0)
 
     @property
     def is_half_full(self) -> bool:
@@ -115,18 +127,18 @@ class Sink:
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
-        self.enqueue(batch.messages)
+        self.enqueue(batch)
 
-    def enqueue(self, messages: Sequence[Message]) -> None:
-        """Put messages into the backlog for the writer task."""
+    def enqueue(self, batch: Batch[Any]) -> None:
+        """Put the messages of a batch into the backlog for the writer task."""
         if self.is_ended:
             return
         backlog = self.backlog or self._open_backlog()
         policy = self._watch.options.policy
-        rest = iter(messages)
-        for message in rest:
+        rest = iter(batch.entries(self._form))
+        for entry in rest:
             try:
-                dropped = backlog.push(message)
+                dropped = backlog.push(entry)
             except BacklogFull:
                 self.count_lost(1 + sum(1 for _ in rest))
                 self.owner.evict("backlog_full")
@@ -189,10 +201,11 @@ class Sink:
         backlog.push_turn(Close(code, reason))
         writer = self._writer or self._start_writer(backlog)
         deadline = asyncio.get_running_loop().time() + options.send_timeout
-        progress = None
-        while not writer.done() and progress != (progress := self.progress()):
+        before: int | None = None
+        while not writer.done() and (before is None or self.taken > before):
             if asyncio.get_running_loop().time() >= deadline:
                 break
+            before = self.taken
             await asyncio.wait({writer}, timeout=options.close_timeout)
         if not writer.done():
             self.abort()
@@ -201,15 +214,18 @@ class Sink:
     def discard(self, *, keeps_close: bool = False) -> None:
         """Throw away what waits; the messages are counted, the app's own sends learn of it.
 
+        A large message that is partly written is broken off, so nothing but a close may follow it.
+
         Args:
             keeps_close: Whether a close that waits stays, and is now the next to go out.
         """
         backlog = self.backlog
         if backlog is None:
             return
+        backlog.is_broken_off = backlog.unwritten > 0
         close: Turn | None = None
         while (item := backlog.pop()) is not None:
-            if isinstance(item, Message):
+            if isinstance(item, Entry):
                 self.count_lost(1)
             elif keeps_close and (isinstance(item, Close) or (isinstance(item, AppSend) and item.is_close)):
                 close = item
@@ -258,11 +274,10 @@ class Sink:
         deadline = loop.time() + options.send_timeout
         before = sys.maxsize
         while self.transport is not None and not self.is_freed:
-            held = unsent_bytes(self.transport)
-            if held >= before or loop.time() >= deadline:
+            if self.outstanding >= before or loop.time() >= deadline:
                 self.transport.abort()
                 return
-            before = held
+            before = self.outstanding
             await self._freed_within(options.close_timeout)
 
     async def _freed_within(self, seconds: float) -> None:
@@ -274,16 +289,31 @@ class Sink:
             await asyncio.sleep(min(pause, left))
             pause *= 2
 
-    def progress(self) -> tuple[int, int]:
-        """Return something that changes whenever the peer takes something."""
-        return self.steps, 0 if self.transport is None else unsent_bytes(self.transport)
+    @property
+    def is_observable(self) -> bool:
+        """Whether it is known what the peer takes, as it takes it."""
+        return KNOWS_KERNEL and self.transport is not None
+
+    @property
+    def outstanding(self) -> int:
+        """Bytes that were written and that the peer hasn't taken, as far as it is known."""
+        return 0 if self.transport is None else outstanding_bytes(self.transport)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that the peer has taken while its backlog is open, counted from anywhere: only the difference counts.
+
+        What the server writes itself, such as a pong, makes it smaller and never larger.
+        """
+        return (0 if self.backlog is None else self.backlog.handed_over) - self.outstanding
 
     async def ready(self) -> None:
         """Wait until the peer takes more, where that is known: what waits until then can still be thrown away."""
 
-    async def write(self, message: Message) -> None:
+    async def write(self, entry: Entry, backlog: Backlog) -> None:
         """Write one message from the backlog; wait as long as the peer can't take it."""
-        await self._send(message.event)
+        await self._send(self._watch.events.of(entry))
+        backlog.hand_over(entry.size)
 
     def _hang_up(self) -> None:
         # Servers go on parsing what comes until the peer answers a close: a flood would cost as much as before. In the
@@ -306,15 +336,15 @@ class Sink:
             while not backlog.is_empty:
                 await self.ready()
                 item = backlog.pop()
-                if isinstance(item, Message):
-                    await self.write(item)
-                elif isinstance(item, AppSend):
-                    await self._run(item)
-                elif isinstance(item, Close):
-                    await self._write_close(item)
-                self.steps += 1
                 if self._is_behind and not backlog.is_past_high_water:
                     self._catch_up()
+                if isinstance(item, Entry):
+                    await self.write(item, backlog)
+                elif isinstance(item, AppSend):
+                    await self._run(item)
+                    backlog.hand_over(item.size)
+                elif isinstance(item, Close):
+                    await self._write_close(item)
         except Exception:
             # Servers raise OSError, RuntimeError or their own: whatever it is, this socket takes no more.
             self.owner.lost(ABNORMAL, "")

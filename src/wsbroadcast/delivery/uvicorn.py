@@ -11,11 +11,11 @@ from types import CodeType
 from typing import Any, cast
 
 from wsbroadcast.close_codes import ABNORMAL
+from wsbroadcast.delivery.backlog import Backlog, Entry
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import PLAIN, WireForm, deflated
+from wsbroadcast.delivery.frames import PIECE_BYTES, PLAIN, WireForm, deflated
 from wsbroadcast.delivery.sink import Event, Send, Sink
 from wsbroadcast.delivery.watch import Owner, Watch
-from wsbroadcast.message import Message
 
 SERVER_RECEIVE = "wsbroadcast.receive"
 """The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""
@@ -26,16 +26,15 @@ class UvicornSink(Sink):
 
     kind = "uvicorn"
 
-    __slots__ = ("_form", "_inbox", "_protocol", "_transport", "_writable")
+    __slots__ = ("_inbox", "_protocol", "_transport", "_writable")
 
     def __init__(
         self, owner: Owner, watch: Watch, send: Send, protocol: Any, *, is_read_directly: bool = False
     ) -> None:
-        super().__init__(owner, watch, send, protocol.transport)
+        super().__init__(owner, watch, send, protocol.transport, _take_over_compression(protocol))
         self._protocol = protocol
         self._transport: asyncio.Transport = protocol.transport  # the same, and never None here
         self._writable: asyncio.Event = protocol.writable
-        self._form = _take_over_compression(protocol)
         # What came in and the app hasn't read, where the protocol is known well enough (see `begin_reading`).
         self._inbox: asyncio.Queue[Any] | None = _inbox_of(protocol) if is_read_directly else None
 
@@ -43,7 +42,7 @@ class UvicornSink(Sink):
         """Write the batch at once, as the same bytes that every other connection gets."""
         # Where the microseconds of a broadcast go: once per connection, so calls are saved rather than lines.
         if self.backlog is not None or not self._writable.is_set():
-            self.enqueue(batch.messages)
+            self.enqueue(batch)
         elif not self._protocol.close_sent and not self._transport.is_closing():
             self._transport.write(batch.wires.get(self._form) or batch.wire(self._form))
         elif not self.is_ended:
@@ -86,9 +85,33 @@ class UvicornSink(Sink):
         if self._protocol.close_sent or self._transport.is_closing():
             raise ConnectionResetError
 
-    async def write(self, message: Message) -> None:
-        """Write one message from the backlog, at once."""
-        self._transport.write(self._form.frame(message))
+    async def write(self, entry: Entry, backlog: Backlog) -> None:
+        """Write one message from the backlog: at once, or a large one piece by piece, as the peer takes it."""
+        if len(entry.data) <= PIECE_BYTES:
+            self._transport.write(entry.data)
+            backlog.hand_over(len(entry.data))
+        else:
+            await self._write_pieces(memoryview(entry.data), backlog)
+
+    async def _write_pieces(self, data: memoryview, backlog: Backlog) -> None:
+        # A transport keeps what it can't send at once, and copies it on some versions of Python. So it is given no more
+        # than it asks for; the rest is shared by all connections. Each piece is a whole frame, because the server may
+        # write a frame of its own before the next one.
+        backlog.unwritten = len(data)
+        try:
+            while not backlog.is_broken_off:
+                start = len(data) - backlog.unwritten
+                piece = data[start : start + PIECE_BYTES]
+                self._transport.write(piece)
+                backlog.hand_over(len(piece))
+                backlog.unwritten -= len(piece)
+                if not backlog.unwritten:
+                    return
+                await self.ready()
+        finally:
+            if backlog.unwritten:
+                backlog.unwritten = 0
+                self.count_lost(1)
 
 
 def find_protocol(receive: object, send: object) -> tuple[Any, str]:

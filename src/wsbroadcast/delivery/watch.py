@@ -8,16 +8,22 @@ from contextvars import Context
 from typing import Any, Protocol
 
 from wsbroadcast.counters import Counters
+from wsbroadcast.delivery.backlog import HIGH_WATER_PART
+from wsbroadcast.delivery.events import Events
 from wsbroadcast.options import SlowConsumer
 
 # How often within `send_timeout` a waiting sink is looked at. Ticks of the loop are counted rather than seconds: while
 # the loop itself is blocked there are none, so nobody is evicted for the app's own stall.
 _TICKS = 8
 
-# How much of `send_timeout` is waited for somebody who takes nothing, where others do: by a tight loop for the tail of
-# its crowd, by any broadcaster for those who are no crowd. Healthy clients of a busy machine were seen to take nothing
-# for more than a second: the kernel calls a full socket writable only when a third of it is free.
-_PATIENCE_PART = 4
+# A peer keeps pace if it takes what makes it a slow consumer within this part of `send_timeout`.
+PACE_PART = 4
+
+# For how much of `send_timeout` a peer that has only begun to wait is trusted to go on taking.
+_TRUST_PART = 40
+
+# How old what is known of a peer may be before it is looked at again.
+_FRESH_SECONDS = 0.03
 
 
 NOBODYS = Context()
@@ -52,16 +58,68 @@ class Waiting(Protocol):
     def held_messages(self) -> int: ...  # noqa: D102
     @property
     def is_half_full(self) -> bool: ...  # noqa: D102
-    def progress(self) -> object: ...  # noqa: D102
+    @property
+    def taken(self) -> int: ...  # noqa: D102
     def abort(self) -> None: ...  # noqa: D102
 
 
-def unsent_bytes(transport: asyncio.Transport) -> int:
-    """Return what a transport still holds for its peer."""
-    try:
-        return transport.get_write_buffer_size()
-    except AttributeError:
-        return 0  # CPython's TLS transport after a second `close`, and uvicorn closes twice
+class Progress:
+    """How one peer gets on with what waits for it.
+
+    What it takes buys it time, at the price of the slowest pace that others are held to. So it doesn't matter how often
+    it moves, but how much it takes: a byte now and then buys nothing.
+    """
+
+    __slots__ = (
+        "_has_taken",
+        "_looked_at",
+        "_pace",
+        "_patience",
+        "_sink",
+        "_taken",
+        "paid_until",
+        "ticks",
+        "took_at",
+        "writer",
+    )
+
+    def __init__(self, sink: Waiting, options: SlowConsumer, now: float) -> None:
+        self.writer: asyncio.Task[None] | None = None
+        """What writes, once it has been made."""
+        self._sink = sink
+        self._patience = options.send_timeout / PACE_PART
+        self._pace = options.max_backlog_bytes / HIGH_WATER_PART / self._patience
+        # Not asked for now: most writers have ended before anybody wants to know.
+        self._taken: int | None = None
+        self._looked_at = self.took_at = now
+        """When it was last seen to have taken anything."""
+        self.paid_until = self._looked_at + options.send_timeout / _TRUST_PART
+        """Until when it keeps pace, by what it has taken so far."""
+        self.ticks = 0
+        """How many ticks it has stood still for."""
+        self._has_taken = False
+
+    def is_stale(self, now: float) -> bool:
+        """Tell whether it was not looked at for a while."""
+        return now - self._looked_at >= _FRESH_SECONDS
+
+    def look(self, now: float) -> None:
+        """See what it has taken meanwhile."""
+        taken = self._sink.taken
+        if self._taken is not None and taken > self._taken:
+            bought = (taken - self._taken) / self._pace
+            self.paid_until = min(max(self.paid_until, self._looked_at) + bought, now + self._patience)
+            self.took_at = now
+            self._has_taken = True
+        self._taken = taken
+        self._looked_at = now
+
+    def tick(self, now: float) -> None:
+        """Count one more tick, or begin again if the peer took something since the last."""
+        is_first = self._taken is None
+        self.look(now)
+        self.ticks = 0 if self._has_taken or is_first else self.ticks + 1
+        self._has_taken = False
 
 
 class Watch:
@@ -70,11 +128,12 @@ class Watch:
     def __init__(self, options: SlowConsumer, counters: Counters) -> None:
         self.options = options
         self.counters = counters
-        self.waiting: dict[Waiting, _Standstill] = {}
+        self.events = Events()
+        """What is written to servers that make the frames themselves."""
+        self.waiting: dict[Waiting, Progress] = {}
         """The sinks with a backlog."""
-        self.behind: dict[Waiting, float | None] = {}
-        """Those among them that are slow consumers: past their high-water mark. With the time since when `tail` has
-        named them."""
+        self.behind: dict[Waiting, bool] = {}
+        """Those among them that are slow consumers: past their high-water mark. With whether they were half full."""
         # Broadcasters that wait for the crowd.
         self._waiters: list[asyncio.Future[None]] = []
         self._is_wake_scheduled = False
@@ -83,21 +142,25 @@ class Watch:
     def start_writer(self, sink: Waiting, drain: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run a sink's writer; it ends by itself when nothing waits any more, and `writer_ended` follows."""
         loop = asyncio.get_running_loop()
-        standstill = self.waiting[sink] = _Standstill(sink)
+        progress = self.waiting[sink] = Progress(sink, self.options, loop.time())
         if self._tick is None:
             self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
         # A copy of the context, because an eager task factory enters it at once, and it may be entered already.
         writer = loop.create_task(drain, name="wsbroadcast writer", context=sink.owner.context.copy())
-        standstill.writer = writer
+        progress.writer = writer
         return writer
 
     def writer_ended(self, sink: Waiting) -> None:
         """A sink has nothing waiting any more."""
         self.waiting.pop(sink, None)
+        if not self.waiting:
+            self.events.clear()
 
     def fell_behind(self, sink: Waiting) -> None:
         """A sink went past its high-water mark."""
-        self.behind[sink] = None
+        self.behind[sink] = False
+        if sink in self.waiting:
+            self.waiting[sink].look(asyncio.get_running_loop().time())
 
     def caught_up(self, sink: Waiting) -> None:
         """A sink is below its high-water mark again."""
@@ -107,26 +170,22 @@ class Watch:
             asyncio.get_running_loop().call_soon(self.wake, context=NOBODYS)  # once for all that catch up in one turn
 
     def tail(self) -> list[Waiting]:
-        """Return the slow consumers that a tight loop should give a moment, because they are about to lose messages.
+        """Return the slow consumers that are about to lose messages: from half full until they have caught up.
 
         Kernel buffers differ by megabytes between sockets, so of a crowd that reads equally fast some fall behind
-        earlier than others. From the time when its backlog is half full, each has a while to catch up. One that needs
-        longer is a laggard, and nobody waits for it.
+        earlier than others.
         """
-        now = asyncio.get_running_loop().time()
-        patience = self.options.send_timeout / _PATIENCE_PART
-        tail = []
-        for sink, since in self.behind.items():
-            if since is None and sink.is_half_full:
-                since = self.behind[sink] = now
-            if since is not None and now - since < patience:
-                tail.append(sink)
-        return tail
+        for sink, was_half_full in self.behind.items():
+            if not was_half_full and sink.is_half_full:
+                self.behind[sink] = True
+        return [sink for sink, was_half_full in self.behind.items() if was_half_full]
 
-    def stands_still(self, sink: Waiting) -> bool:
-        """Tell whether a sink has something waiting, and its peer has taken nothing for a while."""
-        standstill = self.waiting.get(sink)
-        return standstill is not None and standstill.ticks * _PATIENCE_PART >= _TICKS
+    def progress(self, sink: Waiting, now: float) -> Progress | None:
+        """Return how a sink that waits gets on, as of now."""
+        progress = self.waiting.get(sink)
+        if progress is not None and progress.is_stale(now):
+            progress.look(now)
+        return progress
 
     async def wait_for_change(self, deadline: float) -> None:
         """Return after the next `wake`, or at the deadline."""
@@ -154,7 +213,7 @@ class Watch:
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
-        writers = [standstill.writer for standstill in self.waiting.values() if standstill.writer is not None]
+        writers = [progress.writer for progress in self.waiting.values() if progress.writer is not None]
         for sink in list(self.waiting):
             sink.abort()
         if writers:
@@ -162,28 +221,11 @@ class Watch:
 
     def _look(self) -> None:
         self._tick = None
-        for sink, standstill in list(self.waiting.items()):
-            standstill.look()
-            if standstill.ticks >= _TICKS:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for sink, progress in list(self.waiting.items()):
+            progress.tick(now)
+            if progress.ticks >= _TICKS:
                 sink.owner.evict("send_timeout")
         if self.waiting:
-            loop = asyncio.get_running_loop()
             self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
-
-
-class _Standstill:
-    """How long a waiting sink has made no progress."""
-
-    __slots__ = ("_progress", "_sink", "ticks", "writer")
-
-    def __init__(self, sink: Waiting) -> None:
-        self.writer: asyncio.Task[None] | None = None
-        self._sink = sink
-        self._progress = sink.progress()
-        self.ticks = 0
-
-    def look(self) -> None:
-        """Count one more tick, or begin again if the peer took something."""
-        progress = self._sink.progress()
-        self.ticks = 0 if progress != self._progress else self.ticks + 1
-        self._progress = progress

@@ -125,9 +125,10 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
 
 def _text(payload: bytes, key: str | None) -> Message:
     try:
-        return Message(payload, is_text=True, key=key, text=payload.decode())
+        payload.decode()
     except UnicodeDecodeError:
         raise BadEnvelope("text") from None
+    return Message(payload, is_text=True, key=key)
 
 
 def _origin(header: dict[str, Any]) -> Origin | None:
