@@ -231,6 +231,9 @@ def background_task(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws") as ada:
         first = ada.receive_json()["tick"]
         assert ada.receive_json()["tick"] == first + 1
+        assert client.post("/order").status_code == 200
+        while (message := ada.receive_json()) != {"order": "new"}:
+            assert "tick" in message
 
 
 def only_sends(client: TestClient, block: Namespace) -> None:
@@ -419,11 +422,15 @@ def fastapi_users(client: TestClient, block: Namespace) -> None:
 
 
 def own_endpoint(client: TestClient, block: Namespace) -> None:
-    assert refused(client, authorization="Bearer guessed") == 401
-    assert refused(client, authorization="Bearer secret-of-ada", origin="https://evil.example") == 403
-    with client.websocket_connect("/ws", headers={"authorization": "Bearer secret-of-ada"}) as ada:
-        assert ada.receive_json() == {"hello": "ada"}
-        with client.websocket_connect("/ws") as other_tab:
+    assert refused(client, "/ws/tea", authorization="Bearer guessed") == 401
+    assert refused(client, "/ws/tea", authorization="Bearer secret-of-ada", origin="https://evil.example") == 403
+    known = {"authorization": "Bearer secret-of-ada"}
+    with (
+        client.websocket_connect("/ws/tea", headers=known) as ada,
+        client.websocket_connect("/ws/milk", headers=known) as eva,
+    ):
+        assert ada.receive_json() == eva.receive_json() == {"hello": "ada"}
+        with client.websocket_connect("/ws/tea") as other_tab:
             other_tab.send_text("secret-of-ada")
             assert other_tab.receive_json() == {"hello": "ada"}
             other_tab.send_text("hi")
@@ -432,6 +439,8 @@ def own_endpoint(client: TestClient, block: Namespace) -> None:
             assert close_of(other_tab)[0] == 1003
         ada.send_text("still here")
         assert ada.receive_json() == {"from": "ada", "text": "still here"}
+        eva.send_text("next")
+        assert eva.receive_json() == {"from": "ada", "text": "next"}
 
 
 def channel_rights(client: TestClient, block: Namespace) -> None:
