@@ -231,6 +231,9 @@ def background_task(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws") as ada:
         first = ada.receive_json()["tick"]
         assert ada.receive_json()["tick"] == first + 1
+        assert client.post("/order").status_code == 200
+        while (message := ada.receive_json()) != {"order": "new"}:
+            assert "tick" in message
 
 
 def only_sends(client: TestClient, block: Namespace) -> None:
@@ -257,16 +260,29 @@ def access(client: TestClient, block: Namespace) -> None:
         assert close_of(bob) == (1008, "not for you")
 
 
+def rooms_of_a_class(client: TestClient, block: Namespace) -> None:
+    with (
+        client.websocket_connect("/ws/tea") as ada,
+        client.websocket_connect("/ws/tea") as bob,
+        client.websocket_connect("/ws/coffee") as eva,
+    ):
+        ada.send_text("milk?")
+        assert ada.receive_text() == bob.receive_text() == "milk?"
+        eva.send_text("sugar?")
+        assert eva.receive_text() == "sugar?"
+        assert [client.get(f"/members/{room}").json() for room in ("tea", "coffee", "milk")] == [2, 1, 0]
+
+
 def ban(client: TestClient, block: Namespace) -> None:
     with (
         client.websocket_connect("/ws/ada") as ada,
         client.websocket_connect("/ws/ada") as other_tab,
         client.websocket_connect("/ws/bob") as bob,
     ):
-        assert client.post("/ban/ada").json() == {"closed": 2}
+        assert client.post("/ban/ada").status_code == 200
         for socket in (ada, other_tab):
-            assert socket.receive_json() == {"banned": True}
             assert close_of(socket) == (1008, "banned")
+        assert refused(client, "/ws/ada") == 403
         bob.send_text("still here")
         assert bob.receive_text() == "still here"
         bob.send_text("bye")
@@ -406,11 +422,15 @@ def fastapi_users(client: TestClient, block: Namespace) -> None:
 
 
 def own_endpoint(client: TestClient, block: Namespace) -> None:
-    assert refused(client, authorization="Bearer guessed") == 401
-    assert refused(client, authorization="Bearer secret-of-ada", origin="https://evil.example") == 403
-    with client.websocket_connect("/ws", headers={"authorization": "Bearer secret-of-ada"}) as ada:
-        assert ada.receive_json() == {"hello": "ada"}
-        with client.websocket_connect("/ws") as other_tab:
+    assert refused(client, "/ws/tea", authorization="Bearer guessed") == 401
+    assert refused(client, "/ws/tea", authorization="Bearer secret-of-ada", origin="https://evil.example") == 403
+    known = {"authorization": "Bearer secret-of-ada"}
+    with (
+        client.websocket_connect("/ws/tea", headers=known) as ada,
+        client.websocket_connect("/ws/milk", headers=known) as eva,
+    ):
+        assert ada.receive_json() == eva.receive_json() == {"hello": "ada"}
+        with client.websocket_connect("/ws/tea") as other_tab:
             other_tab.send_text("secret-of-ada")
             assert other_tab.receive_json() == {"hello": "ada"}
             other_tab.send_text("hi")
@@ -419,6 +439,8 @@ def own_endpoint(client: TestClient, block: Namespace) -> None:
             assert close_of(other_tab)[0] == 1003
         ada.send_text("still here")
         assert ada.receive_json() == {"from": "ada", "text": "still here"}
+        eva.send_text("next")
+        assert eva.receive_json() == {"from": "ada", "text": "next"}
 
 
 def channel_rights(client: TestClient, block: Namespace) -> None:
@@ -492,6 +514,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to-authenticate.md#who-may-do-what-with-a-channel": channel_rights,
     "docs/how-to-authenticate.md#log-out-expire-ban": log_out,
     "docs/how-to-authenticate.md#pages-of-another-origin": other_origins,
+    "docs/how-to.md#replace-the-class-you-wrote-by-hand": rooms_of_a_class,
     "docs/how-to.md#send-from-an-http-route": http_route,
     "docs/how-to.md#send-from-an-http-route-#2": own_lifespan,
     "docs/how-to.md#send-from-a-thread": threads,
@@ -547,6 +570,21 @@ def run_test(test: Callable[[], Coroutine[Any, Any, None] | None]) -> None:
 
 def test_every_exercise_has_its_block() -> None:
     assert EXERCISES.keys() <= {block.name for block in BLOCKS}
+
+
+async def test_ban_of_the_how_to_waits_for_no_slow_tab() -> None:
+    (block,) = [block for block in BLOCKS if block.name == "docs/how-to.md#close-a-connection-or-throw-a-user-out"]
+    names = block.run()
+    slow, good = Peer(), Peer()
+    async with names["manager"] as manager:
+        for peer in (slow, good):
+            await manager.connect(peer.websocket, user="ada")
+        slow.stall()
+        for _ in range(SlowConsumer().max_backlog_messages):
+            manager.broadcast_nowait("a lot", exclude=good.websocket)
+        async with asyncio.timeout(SlowConsumer().send_timeout / 2):
+            await names["ban"]("ada", manager)
+            assert await good.wait_close() == CloseCode.POLICY_VIOLATION
 
 
 OUTSIDE = [block for block in BLOCKS if block.name.startswith("docs/how-to.md#publish-from-outside")]

@@ -95,6 +95,13 @@ async def other_loop(log: Log, patch: Patch) -> str:
         return str(caught.value)
 
 
+async def not_awaited(log: Log, patch: Patch) -> str:
+    with pytest.warns(RuntimeWarning) as caught:
+        ConnectionManager().broadcast("hello")  # type: ignore[unused-coroutine]
+    (warning,) = caught
+    return f"{warning.category.__name__}: {warning.message}"
+
+
 async def several_workers(log: Log, patch: Patch) -> None:
     patch.setenv("WEB_CONCURRENCY", "4")
     warn_of_several_workers()
@@ -154,6 +161,7 @@ SCENES: list[Callable[[Log, Patch], Awaitable[str | None]]] = [
     not_bound,
     not_connected,
     other_loop,
+    not_awaited,
     several_workers,
     slow,
     closed_before,
