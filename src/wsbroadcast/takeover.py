@@ -133,6 +133,10 @@ def is_plain(websocket: WebSocket) -> bool:
     return kind.receive is WebSocket.receive
 
 
+# What a user sees of it, in an error for example, is the class that it was.
+TakenOver.__name__ = TakenOver.__qualname__ = "WebSocket"
+
+
 @cache
 def _taken_over(kind: type[WebSocket]) -> type[TakenOver]:
     if kind is WebSocket:

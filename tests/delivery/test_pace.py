@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import Context
 from typing import Any, cast
 
 import pytest
@@ -26,6 +27,7 @@ class Peer:
 
     user_key: str | None = None
     channels: frozenset[str] = frozenset()
+    context = Context()
 
     def __init__(self, name: str) -> None:
         self.id = name
@@ -40,6 +42,10 @@ class Peer:
     @property
     def sink(self) -> Sink:
         return cast(Sink, self)
+
+    @property
+    def owner(self) -> Peer:
+        return self
 
     def abort(self) -> None:
         pass
