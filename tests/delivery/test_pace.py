@@ -147,23 +147,19 @@ async def test_majority_that_takes_next_to_nothing_does_not(room: Room, in_a_loo
     assert total <= (2 if in_a_loop else 0)
 
 
-@pytest.mark.parametrize("in_a_loop", [False, True])
-async def test_hundred_that_take_turns_at_reading_hold_up_the_four_who_read_no_longer_than_their_pace(
-    in_a_loop: bool,
-) -> None:
+@pytest.mark.parametrize(("in_a_loop", "most"), [(False, 0.0), (True, 1.5)])
+async def test_hundred_that_take_turns_at_reading_are_no_crowd(in_a_loop: bool, most: float) -> None:
     room = Room(104)
     hostile = room.peers[:100]
     room.fall_behind(*hostile, half_full=True)
     room.go_on(3)
-    waited = taken = 0.0
-    for turn in range(100):
-        one = hostile[turn]
-        one.taken += 50  # half a second's worth, and nothing for ten seconds
-        taken += 50
+    waited = 0.0
+    for one in hostile:
+        one.taken += 25  # what a quarter of a second costs, and nothing more
         room.go_on(0.1)
         waited += room.waited(in_a_loop=in_a_loop, most=30)
-    assert waited <= (3 if in_a_loop else 0)
     await room.aclose()
+    assert waited <= most
 
 
 @pytest.mark.parametrize(("in_a_loop", "longest"), [(False, 2.5), (True, 10)])
@@ -174,8 +170,9 @@ async def test_network_that_is_at_fault_is_waited_for_a_while(in_a_loop: bool, l
     assert room.waited(in_a_loop=in_a_loop) == 0  # and not by each broadcast anew
     for peer in room.peers:
         peer.pace = 1
-    assert room.waited(in_a_loop=in_a_loop) == 0
+    waited = room.waited(in_a_loop=in_a_loop)
     await room.aclose()
+    assert waited == 0
 
 
 # The tail of the crowd.

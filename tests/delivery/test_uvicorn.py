@@ -237,7 +237,7 @@ async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, st
     bench.sink = UvicornSink(bench.owner, bench.watch, bench.owner.app_send, bench.protocol)
     text = "x" * (3 * FRAGMENT_BYTES + 5)
     batch: Batch[Any] = Batch(Message.of(text), EVERYONE, frozenset())
-    bench.sink.enqueue(batch)
+    bench.sink.deliver_large(batch)
     await turns()
     assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES]
     return bench, text
@@ -274,7 +274,7 @@ async def test_pieces_of_a_large_message_are_not_copied_for_each_connection() ->
     batch: Batch[Any] = Batch(Message.of("x" * 300_000), EVERYONE, frozenset())
     benches = Bench(), Bench()
     for bench in benches:
-        bench.sink.enqueue(batch)
+        bench.sink.deliver_large(batch)
         await take_everything(bench)
     first, second = (bench.protocol.transport.written for bench in benches)
     assert isinstance(first[1], memoryview)

@@ -55,9 +55,8 @@ class Backlog:
         "_serial",
         "bytes",
         "handed_over",
-        "is_broken_off",
         "messages",
-        "unwritten",
+        "rest",
     )
 
     def __init__(self, options: SlowConsumer) -> None:
@@ -71,10 +70,9 @@ class Backlog:
         """How many messages wait."""
         self.handed_over = 0
         """What was written from here, in bytes, and a little more for each message: see `hand_over`."""
-        self.unwritten = 0
-        """Bytes of a large message that is partly written. They don't count as waiting: it can't be taken back."""
-        self.is_broken_off = False
-        """Whether the rest of that message is not to be written any more."""
+        self.rest: memoryview | None = None
+        """What is left of a large message that is partly written. It goes out before everything else, and isn't
+        counted: there is no room to be made by dropping it."""
 
     def __iter__(self) -> Iterator[Entry | Turn]:
         return iter(self._items.values())
@@ -82,7 +80,7 @@ class Backlog:
     @property
     def is_empty(self) -> bool:
         """Whether nothing waits, not even a turn."""
-        return not self._items
+        return not self._items and self.rest is None
 
     @property
     def is_past_high_water(self) -> bool:

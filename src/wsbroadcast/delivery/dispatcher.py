@@ -96,8 +96,7 @@ class Dispatcher(Generic[R]):
             if recipients is None:
                 recipients = self._registry.recipients(batch.audience, batch.exclude)
             if may_be_large and batch.is_large:
-                for recipient in recipients:
-                    recipient.sink.enqueue(batch)
+                self._deliver_large(batch, recipients)
             else:
                 self._deliver(batch, recipients)
             self._watch.counters.deliveries += len(recipients) * len(batch.messages)
@@ -106,9 +105,19 @@ class Dispatcher(Generic[R]):
         for recipient in recipients:
             try:
                 recipient.sink.deliver(batch)
-            except Exception:  # a server's: it must not cost the others their message
-                logger.exception("the server failed on a write")
-                recipient.sink.owner.lost(ABNORMAL, "")
+            except Exception:
+                self._failed(recipient)
+
+    def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
+        for recipient in recipients:
+            try:
+                recipient.sink.deliver_large(batch)
+            except Exception:
+                self._failed(recipient)
+
+    def _failed(self, recipient: R) -> None:
+        logger.exception("the server failed on a write")  # it must not cost the others their message
+        recipient.sink.owner.lost(ABNORMAL, "")
 
     @property
     def is_clear(self) -> bool:

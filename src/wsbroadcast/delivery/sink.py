@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
@@ -113,12 +113,14 @@ class Sink:
     @property
     def held_bytes(self) -> int:
         """Bytes that wait."""
-        return 0 if self.backlog is None else self.backlog.bytes + self.backlog.unwritten
+        backlog = self.backlog
+        return 0 if backlog is None else backlog.bytes + len(backlog.rest or b"")
 
     @property
     def held_messages(self) -> int:
         """Messages that wait."""
-        return 0 if self.backlog is None else self.backlog.messages + (self.backlog.unwritten > 0)
+        backlog = self.backlog
+        return 0 if backlog is None else backlog.messages + (backlog.rest is not None)
 
     @property
     def is_half_full(self) -> bool:
@@ -127,15 +129,19 @@ class Sink:
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
-        self.enqueue(batch)
+        self.enqueue(batch.entries(self._form))
 
-    def enqueue(self, batch: Batch[Any]) -> None:
-        """Put the messages of a batch into the backlog for the writer task."""
+    def deliver_large(self, batch: Batch[Any]) -> None:
+        """Hand over a batch with a message that is too large for one write."""
+        self.enqueue(batch.entries(self._form))
+
+    def enqueue(self, entries: Iterable[Entry]) -> None:
+        """Put messages into the backlog for the writer task."""
         if self.is_ended:
             return
         backlog = self.backlog or self._open_backlog()
         policy = self._watch.options.policy
-        rest = iter(batch.entries(self._form))
+        rest = iter(entries)
         for entry in rest:
             try:
                 dropped = backlog.push(entry)
@@ -222,7 +228,9 @@ class Sink:
         backlog = self.backlog
         if backlog is None:
             return
-        backlog.is_broken_off = backlog.unwritten > 0
+        if backlog.rest is not None:
+            backlog.rest = None
+            self.count_lost(1)
         close: Turn | None = None
         while (item := backlog.pop()) is not None:
             if isinstance(item, Entry):
@@ -315,6 +323,9 @@ class Sink:
         await self._send(self._watch.events.of(entry))
         backlog.hand_over(entry.size)
 
+    def write_rest(self, backlog: Backlog) -> None:
+        """Write what the peer takes of a large message; of a sink that writes in pieces."""
+
     def _hang_up(self) -> None:
         # Servers go on parsing what comes until the peer answers a close: a flood would cost as much as before. In the
         # turn of the close frame, because it makes uvicorn read again.
@@ -335,6 +346,9 @@ class Sink:
         try:
             while not backlog.is_empty:
                 await self.ready()
+                if backlog.rest is not None:
+                    self.write_rest(backlog)
+                    continue
                 item = backlog.pop()
                 if self._is_behind and not backlog.is_past_high_water:
                     self._catch_up()

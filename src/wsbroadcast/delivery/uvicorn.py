@@ -42,12 +42,25 @@ class UvicornSink(Sink):
         """Write the batch at once, as the same bytes that every other connection gets."""
         # Where the microseconds of a broadcast go: once per connection, so calls are saved rather than lines.
         if self.backlog is not None or not self._writable.is_set():
-            self.enqueue(batch)
+            self.enqueue(batch.entries(self._form))
         elif not self._protocol.close_sent and not self._transport.is_closing():
             self._transport.write(batch.wires.get(self._form) or batch.wire(self._form))
         elif not self.is_ended:
             self.count_lost(len(batch.messages))
             self.owner.lost(ABNORMAL, "")
+
+    def deliver_large(self, batch: Batch[Any]) -> None:
+        """Write as much of the batch as the transport takes, and let the rest wait."""
+        entries = iter(batch.entries(self._form))
+        if self.backlog is not None or not self._writable.is_set():
+            self.enqueue(entries)
+            return
+        for entry in entries:
+            rest = self._write_pieces(memoryview(entry.data))
+            if rest is not None:
+                self._open_backlog().rest = rest
+                self.enqueue(entries)
+                return
 
     async def send_event(self, event: Event) -> None:
         """Send what the app itself sends; straight through while nothing waits."""
@@ -82,36 +95,38 @@ class UvicornSink(Sink):
     async def ready(self) -> None:
         """Wait until the transport takes more."""
         await self._writable.wait()
-        if self._protocol.close_sent or self._transport.is_closing():
+        if self._is_over:
             raise ConnectionResetError
 
     async def write(self, entry: Entry, backlog: Backlog) -> None:
-        """Write one message from the backlog: at once, or a large one piece by piece, as the peer takes it."""
+        """Write one message from the backlog: at once, or as much of a large one as the transport takes."""
         if len(entry.data) <= PIECE_BYTES:
             self._transport.write(entry.data)
-            backlog.hand_over(len(entry.data))
         else:
-            await self._write_pieces(memoryview(entry.data), backlog)
+            backlog.rest = self._write_pieces(memoryview(entry.data))
+        backlog.hand_over(len(entry.data) - len(backlog.rest or b""))
 
-    async def _write_pieces(self, data: memoryview, backlog: Backlog) -> None:
+    def write_rest(self, backlog: Backlog) -> None:
+        """Go on with a large message."""
+        assert backlog.rest is not None
+        before = len(backlog.rest)
+        backlog.rest = self._write_pieces(backlog.rest)
+        backlog.hand_over(before - len(backlog.rest or b""))
+
+    def _write_pieces(self, data: memoryview) -> memoryview | None:
         # A transport keeps what it can't send at once, and copies it on some versions of Python. So it is given no more
         # than it asks for; the rest is shared by all connections. Each piece is a whole frame, because the server may
         # write a frame of its own before the next one.
-        backlog.unwritten = len(data)
-        try:
-            while not backlog.is_broken_off:
-                start = len(data) - backlog.unwritten
-                piece = data[start : start + PIECE_BYTES]
-                self._transport.write(piece)
-                backlog.hand_over(len(piece))
-                backlog.unwritten -= len(piece)
-                if not backlog.unwritten:
-                    return
-                await self.ready()
-        finally:
-            if backlog.unwritten:
-                backlog.unwritten = 0
-                self.count_lost(1)
+        while self._writable.is_set() and not self._is_over:
+            self._transport.write(data[:PIECE_BYTES])
+            data = data[PIECE_BYTES:]
+            if not data:
+                return None
+        return data
+
+    @property
+    def _is_over(self) -> bool:
+        return bool(self._protocol.close_sent) or self._transport.is_closing()
 
 
 def find_protocol(receive: object, send: object) -> tuple[Any, str]:
