@@ -31,7 +31,7 @@ async def expect_tracebacks(server: Server, times: int) -> None:
     """Wait until the server has logged the endpoints' failures, and forget them: they are the app's."""
 
     async def all_there() -> bool:
-        return server.log().count("EndpointFailed") >= times
+        return server.log().count("tests.support.apps.EndpointFailed") >= times  # the last line of each
 
     await eventually(all_there)
     server.mark()
