@@ -34,7 +34,7 @@ LAYERS = [
     {"calls", "delivery", "engines"},
     {"counters", "expiry", "loops", "registry", "tasks", "throttle"},
     {"message"},
-    {"denial"},
+    {"denial", "encoding"},
     {"audience", "close_codes", "options"},
     {"exceptions"},
 ]
