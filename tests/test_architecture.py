@@ -34,7 +34,7 @@ LAYERS = [
     {"calls", "delivery", "engines"},
     {"counters", "exit_stack", "expiry", "loops", "registry", "tasks", "throttle"},
     {"message"},
-    {"denial", "signatures"},
+    {"denial", "encoding", "signatures"},
     {"audience", "close_codes", "options"},
     {"exceptions"},
     {"text"},

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import inspect
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 import time
 import tomllib
@@ -234,6 +237,30 @@ def background_task(client: TestClient, block: Namespace) -> None:
         assert client.post("/order").status_code == 200
         while (message := ada.receive_json()) != {"order": "new"}:
             assert "tick" in message
+
+
+def database_row(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws") as ada:
+        client.post("/posts", params={"text": "hello"})
+        assert ada.receive_json() == {"id": 1, "text": "hello"}
+    block["engine"].dispose()
+
+
+def local_ticks(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws") as ada:
+        assert ada.receive_json()["time"] < ada.receive_json()["time"]
+        assert block["manager"].stats().broadcasts > 1
+
+
+def leader(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws") as ada:
+        first = ada.receive_json()["tick"]
+        assert ada.receive_json()["tick"] == first + 1
+        waiting = block["lead"](block["tick"])  # another worker, which has to wait as long as this one leads
+        with pytest.raises(TimeoutError):
+            client.portal.call(asyncio.wait_for, waiting, 0.3)  # type: ignore[union-attr]
+    with open(os.environ["LOCK_FILE"]) as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def only_sends(client: TestClient, block: Namespace) -> None:
@@ -519,6 +546,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#send-from-an-http-route-#2": own_lifespan,
     "docs/how-to.md#send-from-a-thread": threads,
     "docs/how-to.md#send-from-a-background-task": background_task,
+    "docs/how-to.md#send-a-row-of-your-database": database_row,
     "docs/how-to.md#write-an-endpoint-that-only-sends": only_sends,
     "docs/how-to.md#let-only-some-people-in": access,
     "docs/how-to.md#close-a-connection-or-throw-a-user-out": ban,
@@ -528,6 +556,8 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#see-what-is-going-on": stats,
     "docs/servers.md#uvicorn": fast_path,
     "docs/scale-out.md#two-workers": scale_out,
+    "docs/scale-out.md#background-tasks": local_ticks,
+    "docs/scale-out.md#background-tasks-#3": leader,
     "docs/tutorial.md#1-a-chat": tutorial_chat,
     "docs/tutorial.md#2-rooms": tutorial_rooms,
     "docs/tutorial.md#3-users": tutorial_users,
@@ -538,7 +568,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What blocks find: the tutorial's page, a broker's URL in the environment, and as much of Celery as they use."""
+    """What blocks find: the tutorial's page, a broker's URL and others in the environment, and a bit of Celery."""
     (page,) = blocks_of("docs/tutorial.md", "html")
     (tmp_path / "page.html").write_text(page.source, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -546,6 +576,8 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     celery.shared_task = lambda **options: lambda function: function  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "celery", celery)
     monkeypatch.setenv("WSBROADCAST_ENGINE", "redis://localhost")
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'app.db'}")
+    monkeypatch.setenv("LOCK_FILE", str(tmp_path / "lock"))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
@@ -614,6 +646,22 @@ async def test_publisher_of_the_how_to_reaches_an_app(
             return message in [event.get("text") for event in peer.sent]
 
         await eventually(is_there)
+
+
+async def test_process_that_publishes_prices_ends_when_it_is_told_to(
+    redis_server: Endpoint, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = (block for block in BLOCKS if block.name == "docs/scale-out.md#background-tasks-#2")
+    url = f"{redis_server.url}?prefix={prefix}"
+    monkeypatch.setenv("WSBROADCAST_ENGINE", url)
+    peer = Peer()
+    async with ConnectionManager(url) as manager:
+        await manager.connect(peer.websocket, channels=["prices"])
+        publishing = asyncio.create_task(block.run()["main"]())
+        assert (await peer.wait_messages(2))[:2] == ['{"gold":2345.6}'] * 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(publishing, 5)
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
 
 
 def test_shell_commands_of_the_how_to_are_understood() -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
+import sys
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, WebSocket
+from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, cancel_at, connected, eventually, lifespan, turns
 from wsbroadcast import (
     ConfigurationError,
     Connection,
+    ConnectionClosed,
     ConnectionManager,
     EncodeError,
     Engine,
+    Gap,
     Health,
     InvalidChannel,
     LifecycleError,
@@ -418,6 +424,450 @@ def test_a_second_running_event_loop_is_told_what_to_do(other_loop: LoopThread) 
 
     asyncio.run(main())
     other_loop.run(manager.aclose())
+    _quietly()
+
+
+# Event loops that own nothing.
+
+
+Use = Callable[[ConnectionManager], Any]
+
+USES: dict[str, Use] = {
+    "broadcast": lambda manager: manager.broadcast("to nobody"),
+    "broadcast_local": lambda manager: manager.broadcast_local("to nobody"),
+    "broadcast_nowait": lambda manager: _now(manager.broadcast_nowait, "to nobody"),
+    "health": lambda manager: manager.health(),
+    "disconnect_user": lambda manager: manager.disconnect_user("ann"),
+    "send": lambda manager: _refused_send(manager),
+}
+
+TOLD = "another event loop.*broadcast_threadsafe.*Publisher"
+
+
+async def _now(call: Callable[..., Any], *arguments: Any) -> None:
+    call(*arguments)
+
+
+async def _refused_send(manager: ConnectionManager) -> None:
+    try:
+        await manager.send(Peer().websocket, "never connected")
+    except ConnectionClosed:
+        pass
+
+
+class Life(SlowEngine):
+    """An engine that tells in which event loops it was started and stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.life: list[tuple[str, asyncio.AbstractEventLoop]] = []
+        self.may_start = threading.Event()
+        self.may_start.set()
+
+    async def start(self, receiver: Receiver) -> None:
+        self.life.append(("starts", asyncio.get_running_loop()))
+        while not self.may_start.is_set():  # noqa: ASYNC110  # set in another thread
+            await asyncio.sleep(0.001)
+        await super().start(receiver)
+        self.life.append(("started", asyncio.get_running_loop()))
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self.life.append(("stopped", asyncio.get_running_loop()))
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+async def test_event_loop_that_has_only_sent_something_owns_nothing(use: Use, other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    other_loop.run(use(manager))
+    [(peer, connection)] = await connected(manager, 1, user="ann")
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    with pytest.raises(LifecycleError, match=TOLD):
+        await asyncio.to_thread(other_loop.run, use(manager))
+    assert connection.is_open
+    await asyncio.to_thread(manager.broadcast_threadsafe, "from a thread")
+    assert await peer.next() == "from a thread"
+    await manager.aclose()
+    _quietly()
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize("way", ["start", "handshake", "lifespan"])
+async def test_who_starts_or_lets_somebody_in_wins_too(use: Use, way: str, other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    other_loop.run(use(manager))
+    peer = Peer()
+    ways: dict[str, AbstractAsyncContextManager[Any]] = {
+        "start": manager,
+        "handshake": manager.handshake(peer.websocket),
+        "lifespan": manager.lifespan(FastAPI()),
+    }
+    async with ways[way]:
+        with pytest.raises(LifecycleError, match=TOLD):
+            await asyncio.to_thread(other_loop.run, use(manager))
+        await manager.connect(peer.websocket)
+        await manager.broadcast("hello")
+        assert await peer.next() == "hello"
+    await manager.aclose()
+
+
+async def test_event_loop_that_has_a_connection_owns_the_manager_until_that_has_left(other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    [(theirs, _)] = other_loop.run(connected(manager, 1))
+    with pytest.raises(LifecycleError, match=TOLD):
+        await manager.connect(Peer().websocket)
+    with pytest.raises(LifecycleError, match=TOLD):
+        await manager.start()
+    other_loop.run(_now(manager.disconnect, theirs.websocket))
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    assert theirs.messages == []
+    await manager.aclose()
+
+
+async def test_event_loop_in_which_somebody_comes_in_owns_the_manager(other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    is_inside, may_go_on = threading.Event(), threading.Event()
+
+    async def come_in() -> None:
+        async with manager.handshake(Peer().websocket):
+            is_inside.set()
+            await asyncio.to_thread(may_go_on.wait, 5)
+
+    coming = asyncio.ensure_future(asyncio.to_thread(other_loop.run, come_in()))
+    await asyncio.to_thread(is_inside.wait, 5)
+    with pytest.raises(LifecycleError, match=TOLD):
+        await manager.connect(Peer().websocket)
+    may_go_on.set()
+    await coming
+    await connected(manager, 1)
+    await manager.aclose()
+
+
+async def test_engine_is_stopped_in_the_event_loop_that_is_left(other_loop: LoopThread) -> None:
+    engine = Life()
+    manager = ConnectionManager(engine)
+    other_loop.run(manager.broadcast("to nobody"))
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    here, there = asyncio.get_running_loop(), other_loop.loop
+    assert engine.life == [
+        ("starts", there), ("started", there), ("stopped", there), ("starts", here), ("started", here)
+    ]  # fmt: skip
+    await manager.aclose()
+    assert engine.life[-1] == ("stopped", here)
+    assert asyncio.all_tasks(there) == set()
+
+
+async def test_engine_that_is_being_started_elsewhere_is_waited_for(other_loop: LoopThread) -> None:
+    engine = Life()
+    engine.may_start.clear()
+    manager = ConnectionManager(engine)
+    sending = asyncio.run_coroutine_threadsafe(manager.broadcast("to nobody"), other_loop.loop)
+    await eventually(lambda: bool(engine.life))
+    connecting = asyncio.ensure_future(connected(manager, 1))
+    await turns()
+    assert not connecting.done()
+    engine.may_start.set()
+    [(peer, _)] = await connecting
+    with pytest.raises(LifecycleError, match=TOLD):
+        await asyncio.wrap_future(sending)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    assert [what for what, _ in engine.life] == ["starts", "started", "stopped", "starts", "started"]
+    await manager.aclose()
+
+
+async def test_broadcast_that_loses_its_event_loop_in_a_hook_reaches_nobody(other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    is_inside, may_go_on = threading.Event(), threading.Event()
+
+    @manager.on_broadcast
+    async def wait(message: Any, audience: Any) -> Any:
+        if message.data == "late":
+            is_inside.set()
+            while not may_go_on.is_set():  # noqa: ASYNC110  # set in another thread
+                await asyncio.sleep(0.001)
+        return message
+
+    calls = [manager.broadcast("late"), manager.broadcast_local("late")]
+    sending = [asyncio.run_coroutine_threadsafe(call, other_loop.loop) for call in calls]
+    await asyncio.to_thread(is_inside.wait, 5)
+    [(peer, _)] = await connected(manager, 1)
+    may_go_on.set()
+    for call in sending:
+        with pytest.raises(LifecycleError, match=TOLD):
+            await asyncio.wrap_future(call)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    await manager.aclose()
+
+
+async def test_event_loop_that_never_gets_to_its_tasks_lets_go_at_its_next_call() -> None:
+    manager = ConnectionManager()
+    has_sent, may_go_on = threading.Event(), threading.Event()
+    errors: list[Exception] = []
+
+    async def send() -> None:
+        await manager.broadcast("to nobody")
+        has_sent.set()
+        may_go_on.wait(5)  # blocks its event loop
+        try:
+            await manager.broadcast("to nobody")
+        except LifecycleError as error:
+            errors.append(error)
+        has_sent.clear()
+        may_go_on.clear()
+        has_sent.wait(5)  # and again
+
+    thread = threading.Thread(target=asyncio.run, args=(send(),))
+    thread.start()
+    assert await asyncio.to_thread(has_sent.wait, 5)
+    connecting = asyncio.ensure_future(connected(manager, 1))
+    await turns()
+    assert not connecting.done()
+    may_go_on.set()
+    [(peer, _)] = await connecting
+    assert len(errors) == 1
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    await manager.aclose()
+    has_sent.set()
+    thread.join()
+
+
+async def test_event_loop_that_is_blocked_for_long_is_named(
+    monkeypatch: pytest.MonkeyPatch, other_loop: LoopThread
+) -> None:
+    monkeypatch.setattr("wsbroadcast.lifecycle._LEAVE_SECONDS", 0.05)
+    manager = ConnectionManager()
+    other_loop.run(manager.broadcast("to nobody"))
+    may_go_on = threading.Event()
+    other_loop.loop.call_soon_threadsafe(may_go_on.wait, 5)
+    with pytest.raises(LifecycleError, match="blocked"):
+        await manager.connect(Peer().websocket)
+    may_go_on.set()
+    await connected(manager, 1)
+    await manager.aclose()
+
+
+async def test_event_loop_that_ends_meanwhile_is_not_waited_for(other_loop: LoopThread) -> None:
+    engine = Life()
+    manager = ConnectionManager(engine)
+    other_loop.run(manager.broadcast("to nobody"))
+    is_blocked, may_go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        is_blocked.set()
+        may_go_on.wait(5)
+        other_loop.loop.stop()
+
+    other_loop.loop.call_soon_threadsafe(block)
+    await asyncio.to_thread(is_blocked.wait, 5)
+    connecting = asyncio.ensure_future(connected(manager, 1))
+    await turns()
+    may_go_on.set()
+    await connecting
+    await manager.aclose()
+    # Its owner clears up as asyncio.run does.
+    await asyncio.to_thread(other_loop.stop, close=False)
+    for task in asyncio.all_tasks(other_loop.loop):
+        task.cancel()
+        await asyncio.to_thread(other_loop.loop.run_until_complete, asyncio.wait({task}))
+
+
+async def test_aclose_ends_it_in_an_event_loop_that_owns_nothing(other_loop: LoopThread) -> None:
+    engine = Life()
+    manager = ConnectionManager(engine)
+    other_loop.run(manager.broadcast("to nobody"))
+    await manager.aclose()
+    assert engine.life[-1] == ("stopped", other_loop.loop)
+    with pytest.raises(LifecycleError, match="closed"):
+        await asyncio.to_thread(other_loop.run, manager.broadcast("x"))
+    async with manager:
+        await connected(manager, 1)
+
+
+async def test_end_before_the_other_event_loop_has_let_go_stops_the_engine_once(other_loop: LoopThread) -> None:
+    engine = Life()
+    manager = ConnectionManager(engine)
+    other_loop.run(manager.broadcast("to nobody"))
+    may_go_on = threading.Event()
+    other_loop.loop.call_soon_threadsafe(may_go_on.wait, 5)
+    connecting = asyncio.ensure_future(manager.connect(Peer().websocket))
+    await turns()
+    connecting.cancel()
+    await asyncio.wait([connecting])
+    await manager.aclose()
+    may_go_on.set()
+    await eventually(lambda: engine.life[-1] == ("stopped", other_loop.loop))
+    assert [what for what, _ in engine.life] == ["starts", "started", "stopped"]
+
+
+def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopThread) -> None:
+    """The end there waits for the hook, which has to wait for nothing."""
+    manager = ConnectionManager(Life(), hook_timeout=60)
+    outcomes: list[str] = []
+
+    async def use() -> None:
+        await manager.broadcast("to nobody")
+
+        @manager.on_gap
+        async def tell(gap: Any) -> None:
+            for _ in range(2):
+                try:
+                    await manager.broadcast("reload")
+                except LifecycleError:
+                    outcomes.append("told")
+
+        manager._node._tasks.spawn(manager._node.gap(Gap("life", 1.0)), "on_gap hooks")
+
+    other_loop.run(use())
+
+    async def main() -> None:
+        async with manager:
+            await connected(manager, 1)
+
+    asyncio.run(main())
+    other_loop.stop()
+    assert set(outcomes) <= {"told"}
+    _quietly()
+
+
+@pytest.fixture
+def hasty_threads() -> Generator[None]:
+    """Threads that are switched at nearly every chance, which shows what they do to each other."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+async def test_many_event_loops_that_send_never_keep_anybody_out() -> None:
+    managers = [ConnectionManager(Life() if number % 2 else "memory://") for number in range(40)]
+    current = [managers[0]]
+    told: list[str] = []
+
+    async def send() -> None:
+        while current:
+            try:
+                await current[0].broadcast("from a loop of its own")
+            except (LifecycleError, IndexError) as error:
+                told.append(str(error))
+            await asyncio.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        sending = [pool.submit(asyncio.run, send()) for _ in range(4)]
+        try:
+            for manager in managers:
+                current[0] = manager
+                async with asyncio.timeout(10):
+                    [(peer, _)] = await connected(manager, 1)
+                    await manager.broadcast("hello")
+                assert await peer.next() == "hello"
+                assert peer.messages == ["hello"]
+                await manager.aclose()
+        finally:
+            current.clear()
+            await asyncio.to_thread(lambda: [each.result(10) for each in sending])
+    assert told
+    assert all("broadcast_threadsafe" in text or "closed" in text or "index" in text for text in told)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+async def test_thread_that_broadcasts_while_the_manager_moves_loses_nothing(other_loop: LoopThread) -> None:
+    manager = ConnectionManager(Life())
+    other_loop.run(manager.broadcast("to nobody"))
+    is_over = threading.Event()
+
+    def work() -> int:
+        number = 0
+        while not is_over.is_set():
+            number += 1
+            manager.broadcast_threadsafe(str(number))
+        return number
+
+    working = asyncio.ensure_future(asyncio.to_thread(work))
+    [(peer, _)] = await connected(manager, 1)
+    await peer.wait_messages(20)
+    is_over.set()
+    count = await working
+    numbers = [int(text) for text in await peer.wait_messages(1) if isinstance(text, str)]
+    await eventually(lambda: peer.messages[-1:] == [str(count)])
+    numbers = [int(str(text)) for text in peer.messages]
+    assert numbers == list(range(numbers[0], count + 1))
+    await manager.aclose()
+
+
+@pytest.mark.parametrize("broker", ["redis", "nats", "postgres"])
+async def test_engine_with_a_broker_leaves_nothing_where_it_was(
+    broker: str, request: pytest.FixtureRequest, prefix: str, other_loop: LoopThread
+) -> None:
+    url = request.getfixturevalue(f"{broker}_server").url
+    manager, far = ConnectionManager(f"{url}?prefix={prefix}"), ConnectionManager(f"{url}?prefix={prefix}")
+    [(elsewhere, _)] = await connected(far, 1)
+    for number in range(3):  # it works, as long as it runs there
+        await asyncio.to_thread(other_loop.run, manager.broadcast(f"{number}"))
+    assert await elsewhere.wait_messages(3) == ["0", "1", "2"]
+    [(peer, _)] = await connected(manager, 1)
+    assert asyncio.all_tasks(other_loop.loop) == set()
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    assert (await manager.health()).is_ok
+    with pytest.raises(LifecycleError, match=TOLD):
+        await asyncio.to_thread(other_loop.run, manager.broadcast("x"))
+    await far.broadcast("to both")
+    assert await peer.next() == "to both"
+    assert manager.stats().engine.gaps == 0
+    await manager.aclose()
+    await far.aclose()
+    _quietly()
+
+
+@pytest.mark.parametrize("broker", ["memory", "redis"])
+def test_clients_come_in_while_a_thread_sends_by_asyncio_run(broker: str, request: pytest.FixtureRequest) -> None:
+    """An app without a lifespan, and a scheduler in a thread: it was there first."""
+    url = "memory://" if broker == "memory" else request.getfixturevalue("redis_server").url
+    manager = ConnectionManager(url)
+    app = FastAPI()
+    has_sent, is_over = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        async for message in await manager.connect(websocket):
+            await manager.broadcast(message)
+
+    async def schedule() -> None:
+        while not is_over.is_set():
+            try:
+                await manager.broadcast("tick")
+            except LifecycleError as error:
+                told.append(str(error))
+            has_sent.set()
+            await asyncio.sleep(0.001)
+
+    thread = threading.Thread(target=asyncio.run, args=(schedule(),))
+    thread.start()
+    try:
+        assert has_sent.wait(5)
+        with TestClient(app).websocket_connect("/ws") as ada:
+            ada.send_text("hello")
+            assert ada.receive_text() == "hello"
+            told.clear()
+            while not told:
+                has_sent.clear()
+                assert has_sent.wait(5)
+            manager.broadcast_threadsafe("from a thread")
+            assert ada.receive_text() == "from a thread"
+    finally:
+        is_over.set()
+        thread.join()
+    assert re.search(TOLD, told[0])
     _quietly()
 
 

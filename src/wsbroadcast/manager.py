@@ -21,8 +21,8 @@ from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineE
 from wsbroadcast.expiry import ExpiresAt
 from wsbroadcast.hooks import Hook, HookChain
 from wsbroadcast.lifecycle import Lifecycle
-from wsbroadcast.loops import running_loop, submit, wait_in_thread, without_waiting
-from wsbroadcast.membership import CLOSED, Headers
+from wsbroadcast.loops import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
+from wsbroadcast.membership import Headers
 from wsbroadcast.message import Message
 from wsbroadcast.node import Node
 from wsbroadcast.options import Limits, SlowConsumer, check_positive
@@ -43,8 +43,8 @@ _NOBODY: frozenset[str] = frozenset()
 class ConnectionManager(Lifecycle, HookDecorators):
     """Keeps the connections of an app and broadcasts to them.
 
-    Made without any I/O, at import time if you like. It runs in the event loop where it is used first, or where
-    `start`, `async with` or `lifespan` begins it.
+    Made without any I/O, at import time if you like. It runs in one event loop: where `start`, `async with` or
+    `lifespan` begins it, or a connection comes in first. Another one may only use it before that.
 
     Args:
         engine: A URL that names the engine, or an engine. `memory://` reaches the connections of this process.
@@ -132,9 +132,13 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return Connecting(connect, self._part)
 
     async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
-        if not self._is_started or self._loop is not asyncio.get_running_loop():
-            await self._run_here()
-        return await self._node.membership.join(websocket, self, **options)
+        node = self._enter()
+        try:
+            if not self._is_started:
+                await self._run_here()
+            return await node.membership.join(websocket, self, **options)
+        finally:
+            node.entering -= 1
 
     async def _part(self, connection: Connection) -> None:
         await self._node.membership.part(connection)
@@ -193,11 +197,11 @@ class ConnectionManager(Lifecycle, HookDecorators):
             raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
         audience = Audience.of(user=user)
         publication = Publication(Message.of(cut_reason(reason)), audience, self._ids(exclude), int(code))
-        await self._run_here()
+        node = await self._run_here()
         try:
             await self._engine.publish(publication)
         except EngineError:
-            self._node.receive_nowait(publication)
+            node.receive_nowait(publication)
             raise
 
     @asynccontextmanager
@@ -213,14 +217,17 @@ class ConnectionManager(Lifecycle, HookDecorators):
             LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        self._settle_here()
-        known = find_connection(websocket, self)
-        if known is not None and known.is_open:
-            yield  # it has its place
-            return
-        async with self._node.membership.door.handshake(websocket):
-            await self._run_here()
-            yield
+        node = self._enter()
+        try:
+            known = find_connection(websocket, self)
+            if known is not None and known.is_open:
+                yield  # it has its place
+                return
+            async with node.membership.door.handshake(websocket):
+                await self._run_here()
+                yield
+        finally:
+            node.entering -= 1
 
     async def subscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
         """Subscribe a connection to channels; every later broadcast to them, from any node, arrives.
@@ -321,7 +328,8 @@ class ConnectionManager(Lifecycle, HookDecorators):
         publication = self._publication(message, channel, user, exclude, key)
         prepared = await self._prepare(publication)
         if prepared is not None:
-            await self._node.receive(prepared)
+            node = await self._run_here()
+            await node.receive(prepared)
 
     def broadcast_nowait(
         self,
@@ -344,7 +352,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
                 broadcast hook that has to wait, be it for this message or for one before it.
         """
         publication = self._publication(message, channel, user, exclude, key)
-        without_waiting(self._run_here(), "the engine has to start")
+        if not self._is_started or self._loop is not running_loop():
+            self._settle_here()
+            without_waiting(self._run_here(), "the engine has to start")
         if self.hooks.has("on_broadcast"):
             prepared = without_waiting(self._transform(publication), "an on_broadcast hook has to wait")
             if prepared is None:
@@ -366,16 +376,22 @@ class ConnectionManager(Lifecycle, HookDecorators):
         Raises:
             LifecycleError: If the manager isn't running, or the call comes from its own event loop.
         """
-        loop = self._loop
-        if loop is None or not loop.is_running():
-            raise LifecycleError(
-                "the manager isn't running, so a thread can't reach it: start the app with manager.lifespan, "
-                "a router made by create_router, or `async with manager`"
-            )
-        if running_loop() is loop:
-            raise LifecycleError("broadcast_threadsafe would block its own event loop: await `broadcast`")
-        broadcast = self.broadcast(message, channel=channel, user=user, exclude=exclude, key=key)
-        wait_in_thread(submit(broadcast, loop), loop)
+        while True:
+            loop = self._loop
+            if loop is None or not loop.is_running():
+                raise LifecycleError(
+                    "the manager isn't running, so a thread can't reach it: start the app with manager.lifespan, "
+                    "a router made by create_router, or `async with manager`"
+                )
+            if running_loop() is loop:
+                raise LifecycleError("broadcast_threadsafe would block its own event loop: await `broadcast`")
+            broadcast = self.broadcast(message, channel=channel, user=user, exclude=exclude, key=key)
+            try:
+                return wait_in_thread(submit(broadcast, loop), loop)
+            except LifecycleError as error:
+                if self._loop is loop or isinstance(error, LoopEnded):
+                    raise
+                # Another event loop has taken the manager from that one, before anything was sent.
 
     async def send(self, connection: WebSocket | Connection, message: object) -> None:
         """Send a message to one connection of this node, after everything handed over before.
@@ -438,17 +454,18 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return connection
 
     async def _prepare(self, publication: Publication) -> Publication | None:
-        if not self._is_started or self._loop is not asyncio.get_running_loop():
-            await self._run_here()
+        loop, node = asyncio.get_running_loop(), self._node
+        if not self._is_started or self._loop is not loop:
+            node = await self._run_here()
         if self.hooks.has("on_broadcast"):
             transformed = await self._transform(publication)
             if transformed is None:
                 return None
             publication = transformed
-        if not self._node.dispatcher.is_clear:
-            await self._node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        if self._loop is None:  # closed meanwhile
-            raise LifecycleError(CLOSED)
+        if not node.dispatcher.is_clear:
+            await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
+        if self._loop is not loop:  # closed meanwhile, or taken by another event loop
+            raise self._elsewhere()
         return publication
 
     async def _transform(self, publication: Publication) -> Publication | None:

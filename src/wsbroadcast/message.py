@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+from typing import Any
 
-from pydantic_core import PydanticSerializationError, to_json
-
+from wsbroadcast.encoding import to_json_bytes
 from wsbroadcast.exceptions import EncodeError, MessageTooLarge
 from wsbroadcast.text import plain
 
@@ -64,7 +62,7 @@ class Message:
         Raises:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
         """
-        return cls(_to_json(value), is_text=True, key=key)
+        return cls(to_json_bytes(value), is_text=True, key=key)
 
     def within(self, limit: int) -> Message:
         """Return the message itself.
@@ -84,21 +82,3 @@ class Message:
     def __repr__(self) -> str:
         kind = "text" if self.is_text else "binary"
         return f"<Message {kind} {self.size} bytes>"  # never the payload: a repr ends up in logs
-
-
-def _to_json(value: object) -> bytes:
-    try:
-        # "constants" writes NaN literally, where the default would turn a NaN into null behind the caller's back.
-        payload = to_json(value, inf_nan_mode="constants")
-        if b"NaN" in payload or b"Infinity" in payload:
-            # Rare, and maybe only text inside a string: a parser tells. Long integers it must not convert.
-            json.loads(payload, parse_constant=_refuse_constant, parse_int=str)
-    except EncodeError:
-        raise
-    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
-        raise EncodeError(f"{type(value).__name__} can't be written as JSON: {error}") from error
-    return payload
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise EncodeError(f"the message holds {constant}, which JSON can't carry; send None instead")

@@ -37,6 +37,8 @@ class Node:
         self._counters = counters
         self.starting = asyncio.Lock()
         """Held while the engine starts."""
+        self.entering = 0
+        """How many are on their way in; the manager counts."""
         # Keeps publications in order while on_deliver hooks take their time.
         self._order = asyncio.Lock()
 

@@ -439,6 +439,20 @@ class EndsWithABroker(BusEngine):
         await super().aclose()
 
 
+@fails("cancelled_health_leaves_no_trace")
+class CountsCancelledQuestions(BusEngine):
+    async def health(self) -> Health:
+        try:
+            await asyncio.sleep(0)
+            return await super().health()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+    def stats(self) -> EngineStats:
+        return EngineStats(bad_envelopes={"echo": 1}) if getattr(self, "cancelled", False) else super().stats()
+
+
 class Impatient(OnTheBus):
     """Waits no longer than it takes to be sure."""
 
