@@ -281,9 +281,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
         Returns once the engine has taken it. Connections receive it at most once, in the order in which the engine took
         the messages of the audience. On `memory://` nothing that is sent to a connection afterwards overtakes it; over
         a broker what goes to one connection directly, a close too, may be there first. A connection that is closed or
-        slow never makes the call fail or wait; if more than half of the recipients here are behind, it waits until that
-        is no longer so, at most `send_timeout`. Those who take nothing, while others do, are waited for a quarter
-        of that.
+        slow never makes the call fail or wait; if more than half of the recipients here are behind and keep pace, it
+        waits until that is no longer so, at most `send_timeout` and 10 s. Who takes nothing holds up nobody but a
+        tight loop, and that for a moment.
 
         Args:
             message: `str` for a text frame, `bytes` for a binary one, anything else is sent as JSON.
@@ -396,7 +396,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
     async def send(self, connection: WebSocket | Connection, message: object) -> None:
         """Send a message to one connection of this node, after everything handed over before.
 
-        If the connection is behind, the call waits until that is no longer so, at most `send_timeout`.
+        If the connection is behind, the call waits while it keeps pace, at most `send_timeout` and 10 s.
 
         Raises:
             ConnectionClosed: If the connection has ended, or was never here.

@@ -27,8 +27,8 @@ class SlowConsumer:
     max_backlog_messages: int = 1024
     """Messages that may wait for one connection."""
     send_timeout: float = 10.0
-    """Seconds a backlog may stand still before its connection is evicted, and the longest a broadcast waits for a
-    crowd that is behind."""
+    """Seconds in which a peer may take nothing before its connection is evicted, and the longest a broadcast waits for
+    a crowd that is behind, up to 10."""
     close_timeout: float = 1.0
     """Seconds a close waits for a peer that takes nothing, or doesn't answer it, before the connection is aborted."""
 
