@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 import pytest
@@ -655,3 +655,26 @@ async def test_a_state_that_cannot_follow_is_refused(manager: ConnectionManager)
     manager.disconnect(connection)
     with pytest.raises(RuntimeError, match="from closed to open"):
         connection.enter(ConnectionState.OPEN, 1000)
+
+
+async def test_websocket_of_a_subclass_that_has_a_send_of_its_own_is_not_passed_by() -> None:
+    class Redacting(WebSocket):
+        async def send(self, message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "websocket.send":
+                message = {**message, "text": message["text"].replace("secret", "******")}
+            await super().send(message)
+
+    peer = Peer()
+    manager = ConnectionManager()
+    connection = await manager.connect(Redacting(peer.scope, peer.receive, peer.send))
+    assert connection.fast_path_refused == "send is taken over"
+    await manager.broadcast("a secret")
+    await connection.websocket.send_text("the app's secret")
+    assert await peer.wait_messages(2) == ["a ******", "the app's ******"]
+    manager.disconnect(connection)
+    connection = await manager.connect(connection.websocket)  # anew
+    await manager.broadcast("another secret")
+    assert await peer.wait_messages(3) == ["a ******", "the app's ******", "another ******"]
+    await connection.close(4000)
+    assert peer.close_code == 4000
+    await manager.aclose()

@@ -16,14 +16,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from wsbroadcast.admission import InboundPace, Place
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, UvicornSink, find_protocol, find_transport
+from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSink, find_protocol, find_transport
 from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.expiry import ExpiresAt, unix_seconds
 from wsbroadcast.reading import Reading
 from wsbroadcast.receiving import Receiving
 from wsbroadcast.signatures import no_dependency
-from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_plain, is_untouched, take_over
+from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_plain, is_untouched, own_send, take_over
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
@@ -524,11 +524,13 @@ def _make_sink(connection: Connection, websocket: WebSocket, watch: Watch) -> tu
     if not is_untouched(websocket):
         # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
         return Sink(connection, watch, websocket.send), "send is taken over"
+    if (own := own_send(websocket)) is not None:
+        return Sink(connection, watch, own), "send is taken over"
     # Ours go to the server directly: Starlette's state then says only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
     shown = websocket.scope.get(SERVER_RECEIVE)
     receive = shown or getattr(websocket, "_receive", None)
-    protocol, refused = find_protocol(receive, send if shown is None else None)
+    protocol, refused = find_protocol(receive, send if shown is None else websocket.scope.get(SERVER_SEND))
     if protocol is not None:
         own = getattr(websocket, "_receive", None)
         is_read_directly = is_plain(websocket) and getattr(own, "__self__", None) is protocol

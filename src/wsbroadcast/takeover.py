@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Coroutine, MutableMapping
 from functools import cache
+from types import MethodType
 from typing import Any, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -131,6 +132,12 @@ def is_plain(websocket: WebSocket) -> bool:
     """Tell whether a WebSocket receives as Starlette's class does."""
     kind = websocket.kind if isinstance(websocket, TakenOver) else type(websocket)
     return kind.receive is WebSocket.receive
+
+
+def own_send(websocket: WebSocket) -> Callable[[Event], Coroutine[Any, Any, None]] | None:
+    """Return the `send` of a class of the app's own, which may change what goes out; `None` if it is Starlette's."""
+    kind = websocket.kind if isinstance(websocket, TakenOver) else type(websocket)
+    return None if kind.send is WebSocket.send else MethodType(kind.send, websocket)
 
 
 # What a user sees of it, in an error for example, is the class that it was.

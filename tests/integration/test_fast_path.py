@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import uvicorn
 from fastapi import FastAPI, WebSocket
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.sessions import SessionMiddleware
 from starlette.routing import WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
@@ -114,6 +117,47 @@ async def test_starlettes_own_layers_are_seen_through() -> None:
         app = outer
     async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
         assert await echo(manager, client) == {"uvicorn": 1}
+
+
+async def test_sessions_of_starlette_are_seen_through() -> None:
+    manager = ConnectionManager()
+    app = make_app(manager)
+    app.add_middleware(SessionMiddleware, secret_key="secret")
+    app.add_middleware(CORSMiddleware, allow_origins=["*"])
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        assert await echo(manager, client) == {"uvicorn": 1}
+
+
+class RedactsUnderTheNameOfAnother(Redacts):
+    """As decorators do it, it takes the name of what it wraps."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        @functools.wraps(send)
+        async def sender(event: Any) -> None:
+            if "text" in event:
+                event = {**event, "text": event["text"].replace("secret", "******")}
+            await send(event)
+
+        await self.app(scope, receive, sender)
+
+
+async def test_wrapper_under_the_name_of_starlettes_is_a_wrapper() -> None:
+    manager = ConnectionManager()
+    app = make_app(manager)
+    app.add_middleware(RedactsUnderTheNameOfAnother)
+    app.add_middleware(SessionMiddleware, secret_key="secret")
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        await client.send("a secret")
+        assert await asyncio.wait_for(client.recv(), 5) == "a ******"
+
+
+async def test_fast_path_layer_passes_by_nothing_that_is_around_it() -> None:
+    manager = ConnectionManager()
+    app = Redacts(FastPath(make_app(manager)))
+    async with serve_here(app) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
+        await client.send("a secret")
+        assert await asyncio.wait_for(client.recv(), 5) == "a ******"
+        assert manager.stats().fast_path_refused == {"send is wrapped": 1}
 
 
 async def test_fast_path_layer_keeps_it_around_a_wrapped_send() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 from wsbroadcast.close_codes import ABNORMAL
@@ -19,6 +19,9 @@ from wsbroadcast.delivery.watch import Owner, Watch
 
 SERVER_RECEIVE = "wsbroadcast.receive"
 """The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""
+
+SERVER_SEND = "wsbroadcast.send"
+"""The scope's key for the `send` that came with it."""
 
 
 class UvicornSink(Sink):
@@ -160,9 +163,15 @@ def find_protocol(receive: object, send: object) -> tuple[Any, str]:
 
 
 def _below_starlette(send: object) -> object:
-    # Starlette wraps `send` itself, once for each app and route that handles exceptions, and passes on what comes.
-    while (code := getattr(send, "__code__", None)) is not None and code is _SENDER:
-        send = send.__closure__[_SENDER_SEND].cell_contents  # type: ignore[attr-defined]  # a function of that code
+    # Starlette wraps `send` itself, once for each app and route that handles exceptions and once for sessions, and
+    # passes on every event of a WebSocket.
+    while isinstance(send, FunctionType) and (closure := send.__closure__) is not None:
+        if send.__code__ is _SENDER:
+            send = closure[_SENDER_SEND].cell_contents
+        elif (send.__globals__.get("__name__"), send.__code__.co_qualname) == _SESSION_SENDER:
+            send = closure[send.__code__.co_freevars.index("send")].cell_contents
+        else:
+            break
     return send
 
 
@@ -178,6 +187,10 @@ def _find_sender() -> CodeType | None:
                 return cast(CodeType, sender)
     return None
 
+
+# By name, because its module wants a package that may be missing; by the name of its code, because `functools.wraps`
+# gives a wrapper that of what it wraps.
+_SESSION_SENDER = ("starlette.middleware.sessions", "SessionMiddleware.__call__.<locals>.send_wrapper")
 
 _SENDER = _find_sender()
 _SENDER_SEND = 0 if _SENDER is None else _SENDER.co_freevars.index("send")

@@ -16,7 +16,14 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.denial import can_deny, deny, refuse
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineError, PermissionDenied, ungrouped
+from wsbroadcast.exceptions import (
+    ConfigurationError,
+    ConnectionClosed,
+    EngineError,
+    LimitExceeded,
+    PermissionDenied,
+    ungrouped,
+)
 from wsbroadcast.loops import finished
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain
@@ -215,7 +222,7 @@ def _denial(error: Exception, connection: Connection | Handshake) -> Exception:
         case HTTPException(status_code=status) if isinstance(connection, Connection):
             # Starlette would keep it to itself: there is nobody to answer any more.
             return RuntimeError(f"authorize failed with status {status}")
-        case WebSocketException() if not isinstance(error, PermissionDenied):
+        case WebSocketException() if not isinstance(error, (PermissionDenied, LimitExceeded)):
             return PermissionDenied(error.reason or "not allowed")
     return error  # the status of a handshake is its answer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE
+from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND
 from wsbroadcast.exit_stack import WithExitStack
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class FastPath:
         self._app = WithExitStack(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Remember the server's `receive` in the scope of a WebSocket."""
+        """Remember the server's `receive` and `send` in the scope of a WebSocket."""
         if scope["type"] == "websocket":
             scope[SERVER_RECEIVE] = receive
+            scope[SERVER_SEND] = send  # what wraps it outside of here is not ours to pass by
         await self._app(scope, receive, send)

@@ -12,6 +12,7 @@ from starlette.routing import compile_path
 from starlette.types import Scope
 
 from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.text import plain
 
 logger = logging.getLogger("wsbroadcast")
 
@@ -25,14 +26,14 @@ class Place:
 
     def __init__(self, manager: ConnectionManager, path: str) -> None:
         self._manager = manager
-        self._path = path
+        self._path = plain(path)
         # With the prefixes and mounts around it, once somebody came.
         self._whole: str | None = None
-        regex, _, parameters = compile_path(path)
+        regex, _, parameters = compile_path(self._path)
         self._regex: Pattern[str] = regex
         others = {place._path for place in self._others() if place._regex.groups}
-        if parameters and path not in others:
-            self._warn(path, others, next(iter(parameters)))
+        if parameters and self._path not in others:
+            self._warn(self._path, others, next(iter(parameters)))
         _PLACES.add(self)
 
     def see(self, scope: Scope, parameters: Mapping[str, Any]) -> None:

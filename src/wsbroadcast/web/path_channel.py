@@ -29,7 +29,7 @@ class PathChannel:
     """
 
     def __init__(self, path: str, pattern: str | None) -> None:
-        self._path = path
+        self._path = plain(path)
         self._pattern = None if pattern is None else plain(pattern)
         # What the pattern may leave out without a word: whoever wrote it saw these.
         self._seen = set(compile_path(path)[2])
