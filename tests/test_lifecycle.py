@@ -691,6 +691,29 @@ async def test_aclose_ends_it_in_an_event_loop_that_owns_nothing(other_loop: Loo
         await connected(manager, 1)
 
 
+async def test_third_event_loop_stops_nothing_that_the_second_could_not_start(other_loop: LoopThread) -> None:
+    engine = Life()
+    manager = ConnectionManager(engine)
+    other_loop.run(manager.broadcast("to nobody"))
+    may_go_on = threading.Event()
+    other_loop.loop.call_soon_threadsafe(may_go_on.wait, 5)
+    second = LoopThread()
+    coming = asyncio.run_coroutine_threadsafe(manager._connect(Peer().websocket), second.loop)
+    await eventually(lambda: manager._loop is second.loop)
+    coming.cancel()
+    await eventually(lambda: not manager._node.entering)
+    connecting = asyncio.ensure_future(connected(manager, 1))
+    await eventually(lambda: manager._loop is not second.loop)
+    may_go_on.set()
+    await connecting
+    here, there = asyncio.get_running_loop(), other_loop.loop
+    assert [each for each in engine.life if each[0] != "started"] == [
+        ("starts", there), ("stopped", there), ("starts", here)
+    ]  # fmt: skip
+    await manager.aclose()
+    second.stop()
+
+
 async def test_end_before_the_other_event_loop_has_let_go_stops_the_engine_once(other_loop: LoopThread) -> None:
     engine = Life()
     manager = ConnectionManager(engine)
@@ -710,30 +733,29 @@ async def test_end_before_the_other_event_loop_has_let_go_stops_the_engine_once(
 def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopThread) -> None:
     """The end there waits for the hook, which has to wait for nothing."""
     manager = ConnectionManager(Life(), hook_timeout=60)
-    outcomes: list[str] = []
+    is_taken, told = threading.Event(), threading.Event()
+
+    @manager.on_gap
+    async def tell(gap: Gap) -> None:
+        while not is_taken.is_set():  # noqa: ASYNC110  # set in another thread
+            await asyncio.sleep(0.001)
+        with pytest.raises(LifecycleError, match=TOLD):
+            await manager.broadcast("reload")
+        told.set()
 
     async def use() -> None:
         await manager.broadcast("to nobody")
-
-        @manager.on_gap
-        async def tell(gap: Any) -> None:
-            for _ in range(2):
-                try:
-                    await manager.broadcast("reload")
-                except LifecycleError:
-                    outcomes.append("told")
-
         manager._node._tasks.spawn(manager._node.gap(Gap("life", 1.0)), "on_gap hooks")
-
-    other_loop.run(use())
 
     async def main() -> None:
         async with manager:
+            is_taken.set()
             await connected(manager, 1)
+            assert await asyncio.to_thread(told.wait, 10)
 
+    other_loop.run(use())
     asyncio.run(main())
     other_loop.stop()
-    assert set(outcomes) <= {"told"}
     _quietly()
 
 

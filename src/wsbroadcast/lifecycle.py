@@ -1,4 +1,4 @@
-"""Where and for how long a manager runs: from its first use, or `start`, to `aclose`."""
+"""Where and for how long a manager runs: from its first connection, or `start`, to `aclose`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _ELSEWHERE = (
 _LOOK_SECONDS = 0.01
 _LEAVE_SECONDS = 5.0
 
+# For which a call there waits until it has.
 _FINISH_SECONDS = 1.0
 
 
@@ -94,7 +95,8 @@ class Departure:
     async def _leave(self) -> None:
         try:
             async with self._node.starting:  # whoever starts it there does that to the end
-                await self._engine.aclose()
+                if self._before is None or self._before.is_over:  # else nobody could start it there
+                    await self._engine.aclose()
         finally:
             self._is_done = True
         await self._node.aclose()
@@ -230,8 +232,10 @@ class Lifecycle(ABC):
 
     def _enter(self) -> Node:
         # Own the manager in this event loop while somebody comes in; who calls it counts down.
+        loop = asyncio.get_running_loop()
         with self._lock:
-            node = self._settle(is_owner=True)
+            is_here = self._is_started and self._loop is loop and not self._is_closed
+            node = self._node if is_here else self._settle(is_owner=True)
             node.entering += 1
             return node
 
