@@ -14,7 +14,7 @@ from playwright.async_api import Locator, Page, expect
 from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
-from tests.support.demo import OpenTab, complaints, open_tab, say, state
+from tests.support.demo import OpenTab, complaints, go_to, open_tab, say, state
 from tests.support.programs import needs_browser
 from wsbroadcast.demo import create_app
 
@@ -302,7 +302,7 @@ async def test_page_lets_three_tabs_chat_in_channels(open_tab: OpenTab, complain
         await expect(tab.locator("#log .line:not(.system) .text")).to_have_text([markup])
         assert await tab.locator("#log img").count() == 0
 
-    await linus.click("text=#news")
+    await go_to(linus, "news")
     await expect(linus.locator("#log")).to_contain_text("You are in #news")
     await expect(ada.locator("#log")).to_contain_text("Linus went to another channel")
     await expect(ada.locator("#roster li", has_text="Linus")).to_contain_text("#news")
@@ -395,9 +395,9 @@ async def test_log_shows_the_current_channel_only(open_tab: OpenTab, complaints:
     ada, grace = [await open_tab(name) for name in ("Ada", "Grace")]
     await say(grace, "in the lobby")
     await expect(ada.locator("#log")).to_contain_text("in the lobby")
-    await ada.click("text=#news")
+    await go_to(ada, "news")
     await expect(ada.locator("#log .line:visible .text")).to_have_text(["You are in #news as Ada"])
-    await grace.click("text=#news")
+    await go_to(grace, "news")
     await say(grace, "in the news")
     lines = ["You are in #news as Ada", "Grace is here", "in the news"]
     await expect(ada.locator("#log .line:visible .text")).to_have_text(lines)

@@ -112,6 +112,11 @@ async def _open_tab(context: BrowserContext, url: str, name: str, complaints: li
     return page
 
 
+async def go_to(page: Page, channel: str) -> None:
+    # By its button: the list of who is here names channels too.
+    await page.click(f"#channels >> text=#{channel}")
+
+
 async def say(page: Page, text: str) -> None:
     await page.fill("#text", text)
     await page.press("#text", "Enter")
