@@ -18,8 +18,9 @@ Result = dict[str, Any]
 # "What a node holds" in docs/reference.md, with the defaults of SlowConsumer: the connection, what may wait for it, and
 # its place in one channel.
 _CONNECTION = 40_000
-_BACKLOG = 1024 * 1024 + 1024 * 200
+_BACKLOG = 1024 * 1024 + 1024 * 330
 _TRANSPORT = 64 * 1024
+_FRAGMENT = 256 * 1024
 _CHANNEL = 400
 
 # One that stalls and reads, again and again. It stalls for a little less than a quarter of `send_timeout`.
@@ -50,7 +51,8 @@ def stalled_memory(scenario: Scenario, peer: Peer, options: Options) -> Result:
 def bound(scenario: Scenario) -> float:
     """Return what a connection may take by the documentation; what all of them share is held once."""
     shared = scenario.size / scenario.crowd.connections if scenario.texts == "shared" else 0.0
-    return _CONNECTION + _BACKLOG + _TRANSPORT + _CHANNEL + shared
+    transport = (_TRANSPORT + min(scenario.size, _FRAGMENT)) * (2 if scenario.crowd.tls else 1)
+    return _CONNECTION + _BACKLOG + transport + _CHANNEL + shared
 
 
 def pulsing(scenario: Scenario, peer: Peer, options: Options) -> Result:
