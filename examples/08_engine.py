@@ -20,9 +20,7 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI
 
 from wsbroadcast import ConfigurationError, ConnectionManager, create_router
-from wsbroadcast.engines.broker import BrokerEngine
-from wsbroadcast.engines.link import Inlet, Link, Parcel
-from wsbroadcast.engines.sockets import reset
+from wsbroadcast.engines.broker import BrokerEngine, Inlet, Link, Parcel, reset
 
 MAX_ENVELOPE_BYTES = 8 * 1024 * 1024
 MAX_BACKLOG_BYTES = 32 * 1024 * 1024

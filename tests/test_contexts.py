@@ -12,8 +12,8 @@ import pytest
 from tests.support.asgi import Peer, connected, eventually
 from tests.support.brokers import NATSServer
 from wsbroadcast import Connection, ConnectionManager, SlowConsumer
-from wsbroadcast.engines.base import Gap
 from wsbroadcast.hooks import Delivery
+from wsbroadcast.publication import Gap
 
 tenant: ContextVar[str] = ContextVar("tenant", default="nobody's")
 

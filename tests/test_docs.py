@@ -41,9 +41,9 @@ from wsbroadcast import (
     WSBroadcastError,
     should_reconnect,
 )
-from wsbroadcast.cli import _parser
-from wsbroadcast.counters import EngineStats
-from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.command import _parser
+from wsbroadcast.options import Timing
+from wsbroadcast.stats import EngineStats
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

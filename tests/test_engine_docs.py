@@ -21,11 +21,10 @@ from tests.support.examples import EXAMPLES
 from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
 from wsbroadcast import Audience, ConnectionManager
-from wsbroadcast.engines.envelope import MAX_HEADER_BYTES, decode
-from wsbroadcast.engines.names import AudienceNames
+from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, decode
+from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.testing import BrokerContract, EngineContract
-from wsbroadcast.testing.nodes import Nodes
-from wsbroadcast.testing.samples import NAMES, NEWS
+from wsbroadcast.testing.nodes import NAMES, NEWS, Nodes
 
 ENGINE = "docs/write-an-engine.md"
 ENVELOPE = "docs/envelope.md"
@@ -83,7 +82,7 @@ def test_page_has_every_attribute_of_the_contract_with_its_default() -> None:
 
 
 def test_page_has_every_reason_for_which_an_envelope_is_dropped() -> None:
-    sources = Path(wsbroadcast.__file__).parent.glob("engines/*.py")
+    sources = Path(wsbroadcast.__file__).parent.rglob("engines/**/*.py")
     code = "".join(path.read_text(encoding="utf-8") for path in sources)
     reasons = set(re.findall(r'(?:BadEnvelope|_drop)\("(\w+)"', code))
     assert {row[0].strip("`") for row in rows_of(ENVELOPE, "What is dropped")} == reasons

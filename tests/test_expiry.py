@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wsbroadcast.expiry import unix_seconds
+from wsbroadcast.options import unix_seconds
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from wsbroadcast import (
     PermissionDenied,
 )
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.counters import Counters
 from wsbroadcast.hooks import HookChain, HookEvent, is_delivering
+from wsbroadcast.stats import Counters
 
 EVENTS = get_args(HookEvent)
 OBSERVED = [event for event in EVENTS if event not in ("on_broadcast", "on_deliver", "on_error")]

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from wsbroadcast import ConnectionClosed
-from wsbroadcast.receiving import Receiving
+from wsbroadcast import Connection, ConnectionClosed
 
 
-class Reader(Receiving):
+class Reader(Connection):
     def __init__(self, *messages: str | bytes) -> None:
         self.messages = list(messages)
         self.closed: list[tuple[int, str]] = []

@@ -110,8 +110,8 @@ def test_tests_install_what_every_script_needs(clone: Clone) -> None:
 
 def test_coverage_is_an_option(clone: Clone) -> None:
     clone.has("python3", "3, 11")
-    measured = ["coverage run -m pytest -n 0 -x tests/test_node.py", "coverage report"]
-    assert clone.does("test", "-x", "--coverage", "tests/test_node.py") == [MAKE, TEST, *measured]
+    measured = ["coverage run -m pytest -n 0 -x tests/node/test_node.py", "coverage report"]
+    assert clone.does("test", "-x", "--coverage", "tests/node/test_node.py") == [MAKE, TEST, *measured]
 
 
 def test_changed_project_is_installed_again(clone: Clone) -> None:

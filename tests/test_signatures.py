@@ -161,7 +161,7 @@ def test_signature_shows_what_the_source_says() -> None:
         *("websocket", "user", "channels", "info", "subprotocol", "headers", "expires_at")
     ]
     assert str(inspect.signature(ConnectionManager.disconnect)).startswith("(self, websocket: 'WebSocket | Connection'")
-    assert str(inspect.signature(Identity)).startswith("(user: 'UserId | None', info: 'Any' = None")
+    assert str(inspect.signature(Identity)).startswith("(user: str | int | uuid.UUID | None, info: Any = None")
 
 
 async def test_mocks_take_the_arguments_of_the_real_thing() -> None:

@@ -31,7 +31,7 @@ from wsbroadcast import (
     SlowConsumer,
     create_router,
 )
-from wsbroadcast.engines.workers import warn_of_several_workers
+from wsbroadcast.engines.worker_count import warn_of_several_workers
 
 PAGE = "docs/troubleshooting.md"
 QUOTES = [block.source.strip() for block in blocks_of(PAGE, "text")]

@@ -3,10 +3,8 @@
 from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import CloseCode, should_reconnect
 from wsbroadcast.connection import Connection, ConnectionState
-from wsbroadcast.counters import EngineStats, Stats
-from wsbroadcast.engines.base import Engine, Gap, Health, Publication, Receiver
+from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.engines.memory import MemoryEngine
-from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import (
     ConfigurationError,
     ConnectionClosed,
@@ -24,8 +22,12 @@ from wsbroadcast.exceptions import (
 from wsbroadcast.hooks import Delivery, Hook
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.message import Message
-from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publisher import Publisher
+from wsbroadcast.options import Limits, SlowConsumer, Timing
+from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publishing.publisher import Publisher
+from wsbroadcast.stats import EngineStats, Stats
+from wsbroadcast.transports.exit_stack import FastPath
+from wsbroadcast.web.authentication import Handshake, Identity, TokenFrom
 from wsbroadcast.web.dependencies import (
     ConnectionDep,
     ManagerDep,
@@ -33,10 +35,7 @@ from wsbroadcast.web.dependencies import (
     get_connection,
     get_manager,
 )
-from wsbroadcast.web.fast_path import FastPath
-from wsbroadcast.web.identity import Handshake, Identity
 from wsbroadcast.web.routing import create_router, create_routes
-from wsbroadcast.web.tokens import TokenFrom
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from wsbroadcast.cli import main
+from wsbroadcast.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

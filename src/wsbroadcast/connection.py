@@ -13,20 +13,33 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from wsbroadcast.admission import InboundPace, Place
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
 from wsbroadcast.delivery.sink import Sink
+from wsbroadcast.delivery.slow_consumers import Watch
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSink, find_protocol, find_transport
-from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
-from wsbroadcast.expiry import ExpiresAt, unix_seconds
-from wsbroadcast.reading import Reading
-from wsbroadcast.receiving import Receiving
+from wsbroadcast.node.quotas import InboundPace, Place
+from wsbroadcast.options import ExpiresAt, unix_seconds
 from wsbroadcast.signatures import no_dependency
-from wsbroadcast.takeover import Ended, TakenOver, hand_on, has, is_plain, is_untouched, own_send, take_over
+from wsbroadcast.transports.websocket import (
+    Ended,
+    Reading,
+    TakenOver,
+    hand_on,
+    has,
+    is_plain,
+    is_untouched,
+    own_send,
+    take_over,
+)
 
 if TYPE_CHECKING:
     from wsbroadcast.manager import ConnectionManager  # what users reach from a connection; no import at run time
+from typing import Self
+
+from pydantic_core import from_json
+
+from wsbroadcast.message import Message
 
 
 class ConnectionState(Enum):
@@ -66,7 +79,7 @@ _NO_CHANNELS: frozenset[str] = frozenset()
 
 
 @no_dependency("take a ConnectionDep")
-class Connection(Receiving):
+class Connection:
     """One accepted WebSocket, as `ConnectionManager.connect` returns it.
 
     It takes over `websocket.send` and `websocket.receive`: what the app sends itself keeps its place among the
@@ -243,6 +256,57 @@ class Connection(Receiving):
             raise self.closed_error()
         text: str | None = event.get("text")  # hypercorn sends both keys, one of them None
         return event["bytes"] if text is None else text
+
+    async def receive_text(self) -> str:
+        """Wait for a text message; a binary one closes this connection with 1003.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, that way or another.
+        """
+        message = await self.receive()
+        if isinstance(message, str):
+            return message
+        raise await self.refuse(CloseCode.UNSUPPORTED_DATA, "expected a text message")
+
+    async def receive_bytes(self) -> bytes:
+        """Wait for a binary message; a text one closes this connection with 1003.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, that way or another.
+        """
+        message = await self.receive()
+        if isinstance(message, bytes):
+            return message
+        raise await self.refuse(CloseCode.UNSUPPORTED_DATA, "expected a binary message")
+
+    async def receive_json(self) -> Any:
+        """Wait for a message that holds JSON, text or binary; anything else closes this connection with 1007.
+
+        Raises:
+            ConnectionClosed: If the connection has ended, that way or another.
+        """
+        message = await self.receive()
+        try:
+            value = from_json(message, allow_inf_nan=False)
+            Message.json(value)  # which 1e999 can't: it is read as infinity
+            return value
+        except ValueError:  # broken, too deep, or too large a number
+            raise await self.refuse(CloseCode.INVALID_DATA, "expected JSON") from None
+
+    async def refuse(self, code: int, reason: str) -> ConnectionClosed:
+        """Close because of what the peer sent; return the error for whoever wanted to read it."""
+        await self.close(code, reason)
+        return ConnectionClosed(code, reason)
+
+    def __aiter__(self) -> Self:
+        """Iterate over the peer's messages until the connection ends; there is no exception to catch."""
+        return self
+
+    async def __anext__(self) -> str | bytes:
+        try:
+            return await self.receive()
+        except ConnectionClosed:
+            raise StopAsyncIteration from None
 
     async def wait_closed(self) -> None:
         """Wait for the connection's end, for an endpoint that only sends.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,16 +11,15 @@ from types import FunctionType, MethodType
 from typing import Any, Literal, TypeVar, get_args
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.blocking import BlockingWatch, Stepped
+from wsbroadcast.concurrency.blocking import BlockingWatch, Stepped
+from wsbroadcast.concurrency.loops import Unfinished, finished
 from wsbroadcast.connection import Connection
-from wsbroadcast.counters import Counters
-from wsbroadcast.engines.base import Gap
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of, ungrouped
-from wsbroadcast.loops import Unfinished, finished
+from wsbroadcast.logs import logger
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits
-
-logger = logging.getLogger("wsbroadcast")
+from wsbroadcast.publication import Gap
+from wsbroadcast.stats import Counters
 
 HookEvent = Literal[
     "on_connect",
@@ -316,3 +314,48 @@ def is_delivering() -> bool:
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+# The hook decorators of a manager.
+
+
+class HookDecorators:
+    """The decorators of a manager, such as `@manager.on_connect`, for functions with a `Hook` method's arguments."""
+
+    hooks: HookChain
+
+    def on_connect(self, function: F) -> F:
+        """Run `function(connection)` after a connection was accepted and registered."""
+        return self.hooks.add_function("on_connect", function)
+
+    def on_disconnect(self, function: F) -> F:
+        """Run `function(connection)` once after a connection ended."""
+        return self.hooks.add_function("on_disconnect", function)
+
+    def on_message(self, function: F) -> F:
+        """Run `function(connection, message)` before the endpoint gets a message of a peer."""
+        return self.hooks.add_function("on_message", function)
+
+    def on_subscribe(self, function: F) -> F:
+        """Run `function(connection, channel)` after a connection was subscribed to a channel."""
+        return self.hooks.add_function("on_subscribe", function)
+
+    def on_unsubscribe(self, function: F) -> F:
+        """Run `function(connection, channel)` after a connection left a channel."""
+        return self.hooks.add_function("on_unsubscribe", function)
+
+    def on_broadcast(self, function: F) -> F:
+        """Run `function(message, audience)` before each broadcast; it returns the message, another one, or `None`."""
+        return self.hooks.add_function("on_broadcast", function)
+
+    def on_deliver(self, function: F) -> F:
+        """Run `function(delivery)` before each broadcast reaches this node's recipients."""
+        return self.hooks.add_function("on_deliver", function)
+
+    def on_gap(self, function: F) -> F:
+        """Run `function(gap)` when messages from other nodes may be missing."""
+        return self.hooks.add_function("on_gap", function)
+
+    def on_error(self, function: F) -> F:
+        """Run `function(error, where)` when a hook failed."""
+        return self.hooks.add_function("on_error", function)

@@ -11,22 +11,21 @@ from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, is_sendable
-from wsbroadcast.connecting import Connecting
+from wsbroadcast.concurrency.awaitable import AwaitableContext
+from wsbroadcast.concurrency.loops import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
 from wsbroadcast.connection import Connection, find_connection, find_open
-from wsbroadcast.counters import Counters, Stats
-from wsbroadcast.decorators import HookDecorators
 from wsbroadcast.engines import create_engine
-from wsbroadcast.engines.base import Engine, Health, Publication, transactional
+from wsbroadcast.engines.contract import Engine, Health, transactional
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineError, LifecycleError
-from wsbroadcast.expiry import ExpiresAt
-from wsbroadcast.hooks import Hook, HookChain
-from wsbroadcast.lifecycle import Lifecycle
-from wsbroadcast.loops import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
-from wsbroadcast.membership import Headers
+from wsbroadcast.hooks import Hook, HookChain, HookDecorators
 from wsbroadcast.message import Message
-from wsbroadcast.node import Node
-from wsbroadcast.options import Limits, SlowConsumer, check_positive
+from wsbroadcast.node.lifecycle import Lifecycle
+from wsbroadcast.node.membership import Headers
+from wsbroadcast.node.node import Node
+from wsbroadcast.options import ExpiresAt, Limits, SlowConsumer, check_positive
+from wsbroadcast.publication import Publication
 from wsbroadcast.signatures import no_dependency
+from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.text import plain
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
@@ -90,7 +89,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
-    ) -> Connecting:
+    ) -> AwaitableContext[Connection]:
         """Accept a WebSocket, unless it is accepted already, and register it.
 
         Await it for the `Connection`, or use it with `async with`, which removes the connection on the way out. A
@@ -129,7 +128,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
             headers=headers,
             expires_at=expires_at,
         )
-        return Connecting(connect, self._part)
+        return AwaitableContext(connect, self._part)
 
     async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
         node = self._enter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from datetime import datetime
 from math import inf
 from typing import Literal, get_args
 
@@ -93,3 +94,53 @@ def check_positive(name: str, value: object) -> None:
 def _check_fields(options: object, *names: str) -> None:
     for name in names:
         check_positive(f"{type(options).__name__}.{name}", getattr(options, name))
+
+
+# Until when a connection may live. No I/O.
+
+
+_LAST_SECOND = 253_402_300_800  # of the year 9999; tokens that count milliseconds lie far beyond
+
+ExpiresAt = float | datetime | None
+
+
+def unix_seconds(expires_at: object) -> float | None:
+    """Return a moment as seconds since 1970; `None` is never.
+
+    Args:
+        expires_at: Seconds since 1970, such as the `exp` of a JWT (RFC 7519, 4.1.4), or a datetime with a timezone.
+
+    Raises:
+        ValueError: If it is neither, not finite, or can't be meant as seconds.
+    """
+    if expires_at is None:
+        return None
+    if isinstance(expires_at, datetime):
+        if expires_at.utcoffset() is None:
+            raise ValueError("expires_at has no timezone, so nobody knows when it is: use datetime.now(UTC) + …")
+        return expires_at.timestamp()
+    if isinstance(expires_at, bool) or not isinstance(expires_at, (int, float)):
+        raise ValueError(f"expires_at is seconds since 1970 or a datetime, not {type(expires_at).__name__}")
+    if not -_LAST_SECOND < expires_at < _LAST_SECOND:  # which NaN isn't either
+        raise ValueError("expires_at is in seconds since 1970: what came is not finite, or is milliseconds")
+    return float(expires_at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How long an engine waits for its broker, in seconds."""
+
+    connect_timeout: float = 1.5
+    """To open a connection. Together with `max_backoff` it bounds how long after its return a broker is noticed."""
+    request_timeout: float = 2.0
+    """For an answer of the broker; after that the connection counts as lost."""
+    probe_interval: float = 5.0
+    """Between two echoes that show whether messages travel."""
+    max_backoff: float = 0.4
+    """Between two attempts to connect, at most; each is a random part of it."""
+    linger: float = 1.0
+    """For which a subscription is kept after the last connection here has left its audience."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            check_positive(f"Timing.{name}", getattr(self, name))

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from wsbroadcast import Audience, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES
+from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.watch import Watch
-from wsbroadcast.registry import Registry
+from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.stats import Counters
 
 
 class Recorder:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from wsbroadcast.delivery.backlog import Entry
-from wsbroadcast.delivery.events import Events
+from wsbroadcast.delivery.frames import Events
 
 
 def entry(data: bytes, *, is_text: bool = True) -> Entry:

@@ -11,11 +11,11 @@ import pytest
 
 from wsbroadcast import SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.pace import Pace, Patience, Wait
+from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.watch import Watch
-from wsbroadcast.registry import Registry
+from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.stats import Counters
 
 # With it: a pace of 100 bytes a second, 2.5 s of patience, moments of half a second.
 OPTIONS = SlowConsumer(send_timeout=10.0, max_backlog_bytes=2000)

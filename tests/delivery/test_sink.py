@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from wsbroadcast import ConnectionClosed, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.watch import Watch
+from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.stats import Counters
 
 # Long enough for a busy machine, short enough to wait for.
 SEND_TIMEOUT = 0.08

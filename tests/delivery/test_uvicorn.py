@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.counters import Counters
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, PIECE_BYTES, PLAIN
+from wsbroadcast.delivery.slow_consumers import Watch
 from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
-from wsbroadcast.delivery.watch import Watch
 from wsbroadcast.message import Message
 from wsbroadcast.options import SlowConsumer
+from wsbroadcast.stats import Counters
 
 
 class Transport:

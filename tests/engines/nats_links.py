@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from wsbroadcast.engines.link import Link, Parcel
+from wsbroadcast.engines.broker.link import Link, Parcel
 from wsbroadcast.engines.nats import NATSEngine
 
 INFO = b'INFO {"server_id":"x","version":"2.10.0","max_payload":1048576,"headers":true}\r\n'

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.support.brokers import RedisServer
-from wsbroadcast.engines.link import Link
+from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.engines.redis import RedisEngine
-from wsbroadcast.engines.redis.replies import ReplyReader
+from wsbroadcast.engines.redis.protocol import ReplyReader
 
 _CONFIRMATION = b"*3\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n:1\r\n"
 

@@ -13,7 +13,7 @@ from wsbroadcast import Engine, MemoryEngine
 from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.redis import RedisEngine
-from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.options import Timing
 from wsbroadcast.testing import BrokerContract, EngineContract
 
 hub = load(EXAMPLES / "08_engine.py")

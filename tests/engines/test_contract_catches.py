@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Self
 import pytest
 
 from wsbroadcast import Audience, Engine, EngineUnavailable, Gap, Health, Message, Publication, Receiver
-from wsbroadcast.counters import EngineCounters, EngineStats
-from wsbroadcast.engines.inbox import Inbox
-from wsbroadcast.tasks import Tasks
+from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.node.lanes import Inbox
+from wsbroadcast.stats import EngineCounters, EngineStats
 from wsbroadcast.testing import BrokerContract
 
 

@@ -15,7 +15,7 @@ from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
 from wsbroadcast import ConnectionManager
 from wsbroadcast.engines.redis import RedisEngine
-from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.options import Timing
 
 NAMES = (
     "*",

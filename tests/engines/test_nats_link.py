@@ -11,8 +11,8 @@ import pytest
 from tests.engines.nats_links import Letters, Used, let_in, serving, used
 from tests.support.brokers import Endpoint, NATSServer
 from wsbroadcast import Audience, ConfigurationError, MessageTooLarge
-from wsbroadcast.engines.link import Parcel
-from wsbroadcast.engines.names import AudienceNames
+from wsbroadcast.engines.broker.link import Parcel
+from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.nats import NATSEngine
 
 OwnNATS = Callable[..., NATSServer]

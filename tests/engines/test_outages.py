@@ -21,7 +21,7 @@ from tests.support.brokers import NATSServer, PostgresServer, RedisServer
 from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
 from wsbroadcast import ConnectionManager, EngineUnavailable, Gap
-from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.options import Timing
 
 Broker = RedisServer | NATSServer | PostgresServer
 

@@ -15,12 +15,11 @@ import pytest
 from tests.support.brokers import Endpoint
 from tests.support.postgres import Life, Node, Run, drop_database, holding, living, new_link, until
 from tests.support.servers import eventually
-from wsbroadcast.engines.link import Parcel
+from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.postgres import PostgresEngine
-from wsbroadcast.engines.postgres.driver import Connection
 from wsbroadcast.engines.postgres.link import PostgresLink
-from wsbroadcast.engines.postgres.notifier import Notifier
-from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
+from wsbroadcast.engines.postgres.protocol import Connection
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 
 EVERY_BYTE = bytes(range(256)) * 4
@@ -287,7 +286,7 @@ async def test_table_is_made_by_several_at_once(postgres_server: Endpoint, prefi
 async def test_rows_are_removed_when_everybody_has_read_them(
     life: Life, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
     for _ in range(40):
         await life.publish(*[("news", LARGE)] * 4)
     table = f"{life.prefix}_spill"
@@ -308,7 +307,7 @@ async def test_rows_are_removed_by_who_only_reads(
 ) -> None:
     async with living(postgres_server.url, prefix) as reader, living(postgres_server.url, prefix) as writer:
         await reader.publish(("news", b"echo"))  # when the first clean-up is due
-        monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+        monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
         await reader.link.subscribe([reader.name("news")])
         await writer.publish(("nobody", LARGE), ("news", b"after"))
         await reader.arrives("news", b"after")
@@ -333,7 +332,7 @@ async def test_rows_are_removed_after_an_outage(
     postgres_server: Endpoint, prefix: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with Node(PostgresEngine(postgres_server.url, prefix=prefix)) as node:
-        monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+        monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
         await node.publish("x" * 20_000)
         lost = node.engine._link
         assert lost is not None
@@ -349,7 +348,7 @@ async def test_rows_are_removed_after_an_outage(
 async def test_clean_up_that_fails_is_only_logged(
     life: Life, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
     await life.publish(("news", LARGE))
     await run(f"ALTER TABLE {life.prefix}_spill RENAME expires TO elapses")
     assert await life.publish(("news", b"echo")) == [None]
@@ -359,7 +358,7 @@ async def test_clean_up_that_fails_is_only_logged(
 async def test_clean_up_without_a_table_is_nothing_to_be_logged(
     life: Life, run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
     assert await life.publish(("news", b"echo")) == [None]
     await life.publish(("news", LARGE))
     await run(f"DROP TABLE {life.prefix}_spill")
@@ -654,7 +653,7 @@ async def test_nothing_is_handed_over_after_abort(life: Life, run: Run) -> None:
 
 async def test_abort_resets_both_connections(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     transports: list[asyncio.BaseTransport] = []
-    monkeypatch.setattr("wsbroadcast.engines.postgres.driver.reset", transports.append)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.protocol.reset", transports.append)
     await life.link.abort()
     assert len(transports) == 2
     assert all(transport.get_extra_info("peername") for transport in transports)

@@ -19,8 +19,8 @@ from tests.support.postgres import Receiver, Run, drop_database, living, new_lin
 from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
 from wsbroadcast.engines.postgres import PostgresEngine
-from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.options import Timing
 
 SECRET = "s3cr3t/@:#"
 QUOTED = "s3cr3t%2F%40%3A%23"

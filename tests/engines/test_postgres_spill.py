@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wsbroadcast.engines.postgres.spill import KEPT_IN_TRANSACTION_SECONDS, KEPT_SECONDS, SpillTable
+from wsbroadcast.engines.postgres.notifier import KEPT_IN_TRANSACTION_SECONDS, KEPT_SECONDS, SpillTable
 
 
 class Clock:
@@ -20,7 +20,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.time", clock)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.time", clock)
     return clock
 
 

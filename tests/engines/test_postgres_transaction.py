@@ -20,14 +20,14 @@ from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint
 from tests.support.postgres import NEWS, Node, holding
 from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
-from wsbroadcast.engines.base import Transactional
-from wsbroadcast.engines.envelope import encode
+from wsbroadcast.engines.broker.envelope import encode
+from wsbroadcast.engines.contract import Transactional
 from wsbroadcast.engines.postgres import PostgresEngine
-from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES
+from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES
 from wsbroadcast.engines.postgres.transaction import Transaction
-from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.message import Message
+from wsbroadcast.options import Timing
 
 LARGE = "x" * 20_000
 
@@ -208,7 +208,7 @@ async def test_rows_of_a_transaction_outlive_it(postgres_server: Endpoint, node:
 async def test_rows_of_a_transaction_are_removed(
     postgres_server: Endpoint, node: Node, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
     nobody = Audience("channel", "nobody")
     async with asyncpg_connection(postgres_server.url) as connection:
         await node.engine.publish_in(connection, Publication(Message.of(LARGE), nobody))
@@ -229,7 +229,7 @@ async def test_row_of_a_transaction_is_expected_by_an_engine_that_does_not_hear_
         engine = PostgresEngine(postgres_server.url, prefix=prefix)
         assert engine._table.begin_clean_up()
         engine._table.end_clean_up(is_behind=False, has_more=False)
-        monkeypatch.setattr("wsbroadcast.engines.postgres.spill.KEPT_SECONDS", -1)
+        monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
         assert not engine._table.begin_clean_up()
         await engine.publish_in(connection, Publication(Message.of(LARGE), NEWS))
         assert engine._table.begin_clean_up()

@@ -143,7 +143,7 @@ def test_server_settings_are_a_dict() -> None:
 
 
 def test_engine_without_its_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = "wsbroadcast.engines.postgres.driver"
+    driver = "wsbroadcast.engines.postgres.protocol"
     monkeypatch.setitem(sys.modules, "asyncpg", None)
     monkeypatch.delitem(sys.modules, driver)
     with pytest.raises(MissingDependency, match=r'pip install "wsbroadcast\[postgres\]"'):

@@ -16,7 +16,7 @@ from tests.support.brokers.redis_groups import RedisSentinel, redis_cluster
 from wsbroadcast import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines import create_engine
-from wsbroadcast.engines.base import Engine
+from wsbroadcast.engines.contract import Engine
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.options import SCHEMES
 from wsbroadcast.testing import EngineContract, Node, Recorder

@@ -17,7 +17,7 @@ from tests.support.brokers.redis_groups import redis_cluster
 from tests.support.fake_broker import FakeNode
 from tests.support.servers import eventually
 from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, Message, Publication
-from wsbroadcast.engines.link import Parcel
+from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.cluster import ClusterLink
 

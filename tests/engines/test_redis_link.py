@@ -18,10 +18,10 @@ from tests.support.brokers import Endpoint, RedisServer, free_port
 from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
 from wsbroadcast import ConfigurationError
-from wsbroadcast.engines.link import Link, Parcel
+from wsbroadcast.engines.broker.link import Link, Parcel
 from wsbroadcast.engines.redis import RedisEngine
+from wsbroadcast.engines.redis.connection import Asker, Listener
 from wsbroadcast.engines.redis.options import target_from_url
-from wsbroadcast.engines.redis.wire import Asker, Listener
 from wsbroadcast.exceptions import EngineError, EngineUnavailable
 
 OwnRedis = Callable[..., RedisServer]

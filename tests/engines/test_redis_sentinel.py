@@ -18,7 +18,7 @@ from tests.support.brokers import RedisServer, free_port
 from tests.support.brokers.redis_groups import RedisSentinel
 from tests.support.servers import eventually
 from wsbroadcast import ConfigurationError
-from wsbroadcast.engines.link import Parcel
+from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.redis import RedisEngine
 
 

@@ -13,10 +13,10 @@ from tests.fuzz.harness import fuzz, watched
 
 with watched():
     from wsbroadcast.audience import Audience
-    from wsbroadcast.engines.envelope import BadEnvelope, decode, encode
-    from wsbroadcast.engines.nats.wire import Reader
-    from wsbroadcast.engines.postgres.wire import unpack
-    from wsbroadcast.engines.redis.replies import ReplyReader
+    from wsbroadcast.engines.broker.envelope import BadEnvelope, decode, encode
+    from wsbroadcast.engines.nats.protocol import Reader
+    from wsbroadcast.engines.postgres.protocol import unpack
+    from wsbroadcast.engines.redis.protocol import ReplyReader
 
 NEWS = Audience("channel", "news")
 MAX_BYTES = 500

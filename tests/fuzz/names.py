@@ -15,12 +15,12 @@ if __name__ == "__main__":
 from tests.fuzz.harness import fuzz, watched
 
 with watched():
-    from wsbroadcast.admission import address_of
     from wsbroadcast.audience import Audience, as_channels, check_channel, user_key
     from wsbroadcast.close_codes import MAX_REASON_BYTES, cut_reason
-    from wsbroadcast.engines.names import AudienceNames
+    from wsbroadcast.engines.broker.names import AudienceNames
     from wsbroadcast.exceptions import ConnectionClosed
-    from wsbroadcast.expiry import unix_seconds
+    from wsbroadcast.node.quotas import address_of
+    from wsbroadcast.options import unix_seconds
 
 NAMES = AudienceNames()
 ALLOWED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_~:@/%")

@@ -11,7 +11,8 @@ from websockets.asyncio.client import connect
 from tests.integration.test_servers import connections, on_every_server, receive_all
 from tests.support.rawclient import RawClient
 from tests.support.servers import DAPHNE, Server, eventually, serve_here
-from wsbroadcast import Connection, ConnectionManager, Limits, membership
+from wsbroadcast import Connection, ConnectionManager, Limits
+from wsbroadcast.node import membership
 
 HOWS = ["send", "personal", "broadcast", "channel", "user", "nowait", "own"]
 CODES = {"return": 1000, "finally": 1000, "raise": 1011, "code": 4008, "with": 1000, "cancelled": 1011}

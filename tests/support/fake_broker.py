@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from wsbroadcast import Audience, Gap, Publication
-from wsbroadcast.engines.broker import BrokerEngine
-from wsbroadcast.engines.link import Inlet, Link, Parcel
-from wsbroadcast.engines.supervisor import Timing
+from wsbroadcast.engines.broker import BrokerEngine, Inlet, Link, Parcel
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.options import Timing
 
 QUICK = Timing(connect_timeout=0.1, request_timeout=0.1, probe_interval=0.05, max_backoff=0.02, linger=0.01)
 

@@ -12,13 +12,13 @@ import asyncpg
 
 from tests.support.servers import eventually
 from wsbroadcast.audience import Audience
-from wsbroadcast.engines.base import Gap, Publication
-from wsbroadcast.engines.link import Parcel
+from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import PostgresLink
-from wsbroadcast.engines.postgres.spill import SpillTable
+from wsbroadcast.engines.postgres.notifier import SpillTable
 from wsbroadcast.engines.postgres.url import read_url
 from wsbroadcast.message import Message
+from wsbroadcast.publication import Gap, Publication
 
 NEWS = Audience("channel", "news")
 

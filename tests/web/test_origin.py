@@ -24,7 +24,7 @@ from wsbroadcast import (
     create_router,
     create_routes,
 )
-from wsbroadcast.throttle import Throttle
+from wsbroadcast.logs import Throttle
 from wsbroadcast.web.origin import AllowedOrigins, Origin, parse_origin
 
 # Reading an origin.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Generic
@@ -14,11 +13,10 @@ from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES
 from wsbroadcast.delivery.pace import Pace, R, Wait
-from wsbroadcast.delivery.watch import NOBODYS, Watch
+from wsbroadcast.delivery.registry import Registry
+from wsbroadcast.delivery.slow_consumers import NOBODYS, Watch
+from wsbroadcast.logs import logger
 from wsbroadcast.message import Message
-from wsbroadcast.registry import Registry
-
-logger = logging.getLogger("wsbroadcast")
 
 # A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
 # together, and little enough that other tasks of the app run in between.

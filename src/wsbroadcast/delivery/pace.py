@@ -7,9 +7,9 @@ from math import inf
 from typing import Generic, Protocol, TypeVar
 
 from wsbroadcast.audience import Audience
+from wsbroadcast.delivery.registry import Member, Registry
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.watch import PACE_PART, Watch
-from wsbroadcast.registry import Member, Registry
+from wsbroadcast.delivery.slow_consumers import PACE_PART, Watch
 
 # The longest wait, whatever `send_timeout` is: while an endpoint waits, servers don't read for it, and don't see the
 # pongs of its peer. uvicorn cuts it off after 20 s.

@@ -13,8 +13,14 @@ from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_co
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.frames import UNFRAMED, WireForm
-from wsbroadcast.delivery.outstanding import KNOWS_KERNEL, bound_buffer, outstanding_bytes, unsent_bytes
-from wsbroadcast.delivery.watch import Owner, Watch
+from wsbroadcast.delivery.slow_consumers import (
+    KNOWS_KERNEL,
+    Owner,
+    Watch,
+    bound_buffer,
+    outstanding_bytes,
+    unsent_bytes,
+)
 from wsbroadcast.exceptions import ConnectionClosed
 
 Event = Mapping[str, Any]

@@ -15,7 +15,7 @@ from wsbroadcast.delivery.backlog import Backlog, Entry
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.frames import PIECE_BYTES, PLAIN, WireForm, deflated
 from wsbroadcast.delivery.sink import Event, Send, Sink
-from wsbroadcast.delivery.watch import Owner, Watch
+from wsbroadcast.delivery.slow_consumers import Owner, Watch
 
 SERVER_RECEIVE = "wsbroadcast.receive"
 """The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""

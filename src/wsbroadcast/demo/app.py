@@ -10,6 +10,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from pydantic import ValidationError
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from wsbroadcast import (
     CloseCode,
@@ -23,7 +25,6 @@ from wsbroadcast import (
     SlowConsumer,
 )
 from wsbroadcast.demo.comparison import Comparison
-from wsbroadcast.demo.headers import SecurityHeaders
 from wsbroadcast.demo.messages import (
     INBOUND,
     Chat,
@@ -37,9 +38,10 @@ from wsbroadcast.demo.messages import (
     Refused,
     Stall,
     State,
+    Visitor,
     Welcome,
+    next_visitor,
 )
-from wsbroadcast.demo.visitors import Visitor, next_visitor
 
 # A shorter `send_timeout` than the default of 10 s, so that nobody has to wait for the eviction, and four times the
 # default backlog, so that there is time to see it grow.
@@ -191,6 +193,54 @@ async def asset(name: str = "index.html") -> Response:
     if file is None:
         raise HTTPException(404)
     return Response(file.read_bytes(), headers={"content-type": _MEDIA_TYPES[PurePath(name).suffix]})
+
+
+_CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",  # the icon
+        "connect-src 'self'",
+        "worker-src 'self'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+)
+
+_HEADERS = {
+    "content-security-policy": _CONTENT_SECURITY_POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+    "permissions-policy": "camera=(), geolocation=(), microphone=()",
+    # These three make the page "cross-origin isolated". Only then a browser lends it the shared memory through which
+    # the page wakes a stalled worker.
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-embedder-policy": "require-corp",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class SecurityHeaders:
+    """Adds the headers to every HTTP response; WebSockets pass untouched, so that they stay on the fast path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
 
 
 def create_app() -> FastAPI:

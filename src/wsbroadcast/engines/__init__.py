@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from wsbroadcast.engines import urls
-from wsbroadcast.engines.base import Engine
+from wsbroadcast.engines.contract import Engine
+from wsbroadcast.engines.urls import split
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.text import plain
 
@@ -45,7 +45,7 @@ def create_engine(engine: str | Engine) -> Engine:
         )
     url = plain(engine)
     try:
-        scheme = urls.split(url).scheme
+        scheme = split(url).scheme
     except ValueError:
         raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:

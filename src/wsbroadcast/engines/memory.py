@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, Self
 
-from wsbroadcast.engines.base import Engine, Health, Publication, Receiver
-from wsbroadcast.engines.workers import warn_of_several_workers
+from wsbroadcast.engines.contract import Engine, Health, Receiver
+from wsbroadcast.engines.worker_count import warn_of_several_workers
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.publication import Publication
 
 
 class MemoryEngine(Engine):

@@ -5,8 +5,7 @@ import pytest
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in ("contract", "nodes", "outages")))
 
 from wsbroadcast.testing.contract import EngineContract  # noqa: E402  # pytest wants to know before
-from wsbroadcast.testing.nodes import Node  # noqa: E402
+from wsbroadcast.testing.nodes import Node, Recorder  # noqa: E402
 from wsbroadcast.testing.outages import BrokerContract  # noqa: E402
-from wsbroadcast.testing.recorder import Recorder  # noqa: E402
 
 __all__ = ["BrokerContract", "EngineContract", "Node", "Recorder"]

@@ -10,13 +10,11 @@ import pytest
 
 from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.counters import EngineStats
-from wsbroadcast.engines.base import Publication
 from wsbroadcast.exceptions import EngineUnavailable, MessageTooLarge
 from wsbroadcast.message import Message
-from wsbroadcast.testing.nodes import Nodes, content, use
-from wsbroadcast.testing.recorder import Recorder
-from wsbroadcast.testing.samples import MESSAGES, NAMES, NEWS, SPORT
+from wsbroadcast.publication import Publication
+from wsbroadcast.stats import EngineStats
+from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, content, use
 
 
 @pytest.mark.asyncio

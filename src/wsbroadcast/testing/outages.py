@@ -16,9 +16,7 @@ import pytest
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import EngineUnavailable
 from wsbroadcast.testing.contract import EngineContract
-from wsbroadcast.testing.nodes import Node, use
-from wsbroadcast.testing.recorder import Recorder
-from wsbroadcast.testing.samples import NEWS, SPORT
+from wsbroadcast.testing.nodes import NEWS, SPORT, Node, Recorder, use
 
 LATER = Audience("channel", "joined during the outage")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from inspect import iscoroutinefunction
 from typing import Any, Literal, NoReturn, get_args
@@ -14,8 +13,8 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
+from wsbroadcast.concurrency.loops import finished
 from wsbroadcast.connection import Connection
-from wsbroadcast.denial import can_deny, deny, refuse
 from wsbroadcast.exceptions import (
     ConfigurationError,
     ConnectionClosed,
@@ -24,16 +23,12 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     ungrouped,
 )
-from wsbroadcast.loops import finished
+from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain
-from wsbroadcast.throttle import Throttle
-from wsbroadcast.web.authentication import Authenticator
-from wsbroadcast.web.identity import Handshake, Identity, UserKey, identity_of
+from wsbroadcast.transports.refusal import can_deny, deny, refuse
+from wsbroadcast.web.authentication import Authenticator, Handshake, Identity, UserKey, choose_subprotocol, identity_of
 from wsbroadcast.web.origin import AllowedOrigins
-from wsbroadcast.web.tokens import choose_subprotocol
-
-logger = logging.getLogger("wsbroadcast")
 
 Action = Literal["subscribe", "publish"]
 """What a client asks to do with a channel."""

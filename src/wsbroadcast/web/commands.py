@@ -13,7 +13,6 @@ Every command gets one answer; if it has an `id`, the answer has it too. What is
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from wsbroadcast.audience import check_channel
@@ -27,10 +26,8 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     ungrouped,
 )
-from wsbroadcast.throttle import Throttle
+from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.web.access import Access
-
-logger = logging.getLogger("wsbroadcast")
 
 MAX_ID_CHARACTERS = 64
 """The longest `id` of a command, as text."""

@@ -1,13 +1,13 @@
 """The manager and the connection as FastAPI dependencies."""
 
-# No postponed annotations here: FastAPI reads them, and `chosen` is a local name.
-
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Annotated
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Annotated, Any
 
 from fastapi import Depends, WebSocket
 from starlette.exceptions import WebSocketException
 from starlette.requests import HTTPConnection
+from starlette.routing import BaseRoute, Mount, Router
+from starlette.types import Scope
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
@@ -16,8 +16,8 @@ from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, Permiss
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.web.access import Access, Authenticate, end_quietly
-from wsbroadcast.web.binding import is_mounted, managers_of
-from wsbroadcast.web.identity import UserKey
+from wsbroadcast.web.authentication import UserKey
+from wsbroadcast.web.serving import Endpoint
 
 
 async def get_manager(connection: HTTPConnection) -> ConnectionManager:
@@ -135,3 +135,49 @@ get_connection = connection_dependency()
 
 ConnectionDep = Annotated[Connection, Depends(get_connection)]
 """The endpoint's connection, accepted and registered, as a parameter's type."""
+
+
+# Which manager belongs to the app that a request came to.
+
+
+def managers_of(scope: Scope) -> tuple[ConnectionManager, ...]:
+    """Return the managers that are bound to the app of a request, or else to the outermost app around it.
+
+    A manager is bound by a lifespan, which a mounted app doesn't get. So one whose router an app has included, or whose
+    lifespan it was given, counts as bound to it.
+    """
+    app, outermost = scope["app"], scope["router"]
+    if bound := _bound(app.router):
+        return bound
+    for manager in dict.fromkeys(_carried(app.router)):
+        manager.bind(app)
+    return _bound(app.router) or _bound(outermost) or tuple(dict.fromkeys(_carried(outermost)))
+
+
+def is_mounted(scope: Scope) -> bool:
+    """Tell whether the app of a request is mounted in another one."""
+    return scope["app"].router is not scope["router"]
+
+
+def _bound(router: Any) -> tuple[ConnectionManager, ...]:
+    managers: tuple[ConnectionManager, ...] = getattr(router, "wsbroadcast_managers", ())
+    return managers
+
+
+def _carried(router: Any) -> Iterator[ConnectionManager]:
+    for method in (router.lifespan_context, *_endpoints(router.routes)):
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, ConnectionManager):
+            yield owner
+        elif isinstance(owner, Endpoint):
+            yield owner.manager
+
+
+def _endpoints(routes: Iterable[BaseRoute]) -> Iterator[Any]:
+    for route in routes:
+        # An older FastAPI copies the routes of an included router, a newer one keeps the router.
+        router = route.app if isinstance(route, Mount) else getattr(route, "original_router", None)
+        if isinstance(router, Router):  # and no app, whose managers are its own
+            yield from _endpoints(router.routes)
+        else:
+            yield getattr(route, "endpoint", None)

@@ -7,7 +7,7 @@ from starlette.routing import WebSocketRoute
 
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.web.access import Access, Authenticate, Authorize, OnDenied
-from wsbroadcast.web.identity import UserKey
+from wsbroadcast.web.authentication import UserKey
 from wsbroadcast.web.serving import Accepts, Endpoint, Inbound
 
 

@@ -11,7 +11,6 @@ from starlette.exceptions import WebSocketException
 from wsbroadcast.audience import UNSET
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
-from wsbroadcast.denial import refuse
 from wsbroadcast.exceptions import (
     ConfigurationError,
     ConnectionClosed,
@@ -23,12 +22,12 @@ from wsbroadcast.exceptions import (
     ungrouped,
 )
 from wsbroadcast.manager import ConnectionManager, count_unpublished
-from wsbroadcast.membership import ROUTER
 from wsbroadcast.message import Message
+from wsbroadcast.node.membership import ROUTER
+from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.commands import Commands, Outage
-from wsbroadcast.web.namesakes import Place
-from wsbroadcast.web.path_channel import PathChannel
+from wsbroadcast.web.path_channel import PathChannel, Place
 
 Inbound = Literal["broadcast", "commands", "handle", "ignore"]
 Accepts = Literal["any", "text", "bytes", "json"]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import parse_qsl
 
-from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
-from wsbroadcast.engines.link import Link
-from wsbroadcast.engines.names import DEFAULT_PREFIX
+from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, BrokerEngine, truth
+from wsbroadcast.engines.broker.link import Link
+from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
 from wsbroadcast.engines.nats.link import NATSLink
 from wsbroadcast.engines.nats.target import NATS_PORT, Target
-from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.options import Timing
 
 # Options that a URL can hold.
 _TEXTS = {"name", "nkeys_seed", "prefix", "tls_hostname", "user_credentials"}

@@ -7,20 +7,20 @@ from itertools import count
 from typing import Any, Self
 from uuid import uuid4
 
-from wsbroadcast.engines.base import Publication
-from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
-from wsbroadcast.engines.envelope import encode
-from wsbroadcast.engines.link import Parcel
-from wsbroadcast.engines.names import DEFAULT_PREFIX
-from wsbroadcast.engines.outages import is_bug
+from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, BrokerEngine, truth
+from wsbroadcast.engines.broker.envelope import encode
+from wsbroadcast.engines.broker.health import is_bug
+from wsbroadcast.engines.broker.link import Parcel
+from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
 from wsbroadcast.engines.postgres.link import PostgresLink
-from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.protocol import channel_of, pack, pack_row
 from wsbroadcast.engines.postgres.transaction import Transaction
 from wsbroadcast.engines.postgres.url import read_url, split_url
-from wsbroadcast.engines.postgres.wire import channel_of, pack, pack_row
-from wsbroadcast.engines.supervisor import Timing
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
-from wsbroadcast.loops import Patience
+from wsbroadcast.options import Timing
+from wsbroadcast.publication import Publication
 from wsbroadcast.text import plain
 
 _NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"

@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from uuid import uuid4
 
-from wsbroadcast.engines.link import Inlet, Link, Parcel
-from wsbroadcast.engines.postgres.driver import Connection, drop, is_refusal, refusal
+from wsbroadcast.concurrency.loops import Patience, submit, wait_elsewhere
+from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
 from wsbroadcast.engines.postgres.listener import Listener
-from wsbroadcast.engines.postgres.notifier import Notifier
-from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
+from wsbroadcast.engines.postgres.protocol import Connection, drop, is_refusal, refusal
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
-from wsbroadcast.loops import Patience, submit, wait_elsewhere
 
 # For a notification to ourselves.
 _ROUND_TRIP_SECONDS = 0.7

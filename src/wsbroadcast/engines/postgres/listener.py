@@ -7,10 +7,18 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from uuid import UUID
 
-from wsbroadcast.engines.link import Inlet
-from wsbroadcast.engines.postgres.driver import Connection, PostgresError, is_loss, said
-from wsbroadcast.engines.postgres.spill import MAX_ENVELOPE_BYTES, SpillTable
-from wsbroadcast.engines.postgres.wire import Note, channel_of, is_row, unpack
+from wsbroadcast.engines.broker.link import Inlet
+from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.protocol import (
+    Connection,
+    Note,
+    PostgresError,
+    channel_of,
+    is_loss,
+    is_row,
+    said,
+    unpack,
+)
 
 # Notes that wait for a large envelope of the same name, at most.
 _MAX_HELD_BACK = 10_000

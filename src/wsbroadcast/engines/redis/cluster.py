@@ -9,15 +9,13 @@ from collections import defaultdict
 from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple
 
-from wsbroadcast.engines.link import Inlet, Link, Parcel
-from wsbroadcast.engines.redis.driver import key_slot
-from wsbroadcast.engines.redis.link import Answer, RedisLink
-from wsbroadcast.engines.redis.pair import Pair, together
-from wsbroadcast.engines.redis.replies import ErrorReply, pack
-from wsbroadcast.engines.redis.target import Host, Target
-from wsbroadcast.engines.redis.wire import Listener
+from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
+from wsbroadcast.engines.redis.connection import Listener
+from wsbroadcast.engines.redis.link import Answer, Pair, RedisLink, together
+from wsbroadcast.engines.redis.protocol import ErrorReply, pack
+from wsbroadcast.engines.redis.target import Host, Target, key_slot
 from wsbroadcast.exceptions import ConfigurationError
-from wsbroadcast.loops import Patience
 
 
 class Slots(NamedTuple):

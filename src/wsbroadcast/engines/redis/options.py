@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from wsbroadcast.engines import urls
-from wsbroadcast.engines.redis.driver import (
+from wsbroadcast.engines.redis.target import (
     AbstractConnection,
+    Access,
     Connection,
+    Host,
     Redis,
     RedisCluster,
     SentinelConnectionPool,
     SSLConnection,
+    Target,
     parse_url,
 )
-from wsbroadcast.engines.redis.target import Access, Host, Target
+from wsbroadcast.engines.urls import split
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 Kind = Literal["server", "sentinel", "cluster"]
@@ -76,7 +78,7 @@ def split_url(url: str) -> SplitResult:
     if not isinstance(url, str):
         raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; a client is given by client=…")
     try:
-        parts = urls.split(url)
+        parts = split(url)
         SCHEMES[parts.scheme]
     except (KeyError, ValueError):
         raise ConfigurationError(

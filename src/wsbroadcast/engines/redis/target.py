@@ -6,16 +6,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from wsbroadcast.engines.redis.driver import (
-    AbstractConnection,
-    Connection,
-    NoBackoff,
-    RedisError,
-    Retry,
-    SSLConnection,
-    UnixDomainSocketConnection,
-)
-from wsbroadcast.exceptions import ConfigurationError, kind_of
+# All that we use of redis-py, which is installed only with the extra `redis`.
+from wsbroadcast.exceptions import ConfigurationError, MissingDependency, kind_of
+
+try:
+    from redis.asyncio import Redis, RedisCluster
+    from redis.asyncio.connection import (
+        AbstractConnection,
+        Connection,
+        SSLConnection,
+        UnixDomainSocketConnection,
+        parse_url,
+    )
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import SentinelConnectionPool
+    from redis.backoff import NoBackoff
+    from redis.crc import key_slot
+    from redis.exceptions import AuthenticationError, AuthorizationError, DataError, RedisError, ResponseError
+except ImportError as error:
+    raise MissingDependency('the Redis engine needs redis-py: pip install "wsbroadcast[redis]"') from error
+
+__all__ = [
+    "AbstractConnection",
+    "AuthenticationError",
+    "AuthorizationError",
+    "Connection",
+    "DataError",
+    "NoBackoff",
+    "Redis",
+    "RedisCluster",
+    "RedisError",
+    "ResponseError",
+    "Retry",
+    "SSLConnection",
+    "SentinelConnectionPool",
+    "UnixDomainSocketConnection",
+    "key_slot",
+    "parse_url",
+]
 
 
 class Host(NamedTuple):

@@ -1,0 +1,370 @@
+"""The command line: `python -m wsbroadcast demo` and `python -m wsbroadcast publish`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import errno
+import logging
+import os
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from pydantic_core import from_json
+
+from wsbroadcast.audience import check_channel, user_key
+from wsbroadcast.exceptions import EncodeError, MessageTooLarge, MissingDependency, WSBroadcastError
+from wsbroadcast.options import Limits
+from wsbroadcast.publishing.publisher import Publisher
+
+# What a shell makes of a program that Ctrl+C has ended: 128 and the signal's number.
+_INTERRUPTED = 130
+
+_ENGINE = "WSBROADCAST_ENGINE"
+
+Broadcast = Callable[[str | bytes], Awaitable[None]]
+
+
+class CommandFailed(Exception):
+    """Raised by a command that can't do its work; the text is for the person at the keyboard."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status.
+
+    Args:
+        argv: The arguments after the program's name; by default those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except CommandFailed as error:
+        _say("wsbroadcast: " + " ".join(str(error).split()))  # one line, whatever a driver says
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _say(text: str) -> None:
+    try:
+        sys.stderr.write(f"{text}\n")
+    except (AttributeError, OSError):
+        pass  # closed, or a pipe that nobody reads
+
+
+def _parser() -> argparse.ArgumentParser:
+    # Each command is a subparser and a function that is its `run`.
+    parser = argparse.ArgumentParser(prog="python -m wsbroadcast", description="WebSocket broadcasting for FastAPI.")
+    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="serve a page on which browser tabs chat, stall and flood each other",
+        description="Serve a page on which browser tabs chat, stall and flood each other. Ctrl+C ends it.",
+    )
+    demo.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
+    demo.add_argument(
+        "--port", type=_port, default=8000, help="the port to listen on, 0 for any that is free (default: %(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+    _add_publish(commands)
+    return parser
+
+
+def _add_publish(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    publish = commands.add_parser(
+        "publish",
+        help="send messages through a broker to the connections of an app",
+        description="Send messages through a broker to the connections of an app: each text is one. Without a text, "
+        "each line of standard input is one, sent as it comes.",
+    )
+    publish.add_argument(
+        "--engine",
+        metavar="URL",
+        default=os.environ.get(_ENGINE),
+        help=f"the broker, such as redis://localhost; by default ${_ENGINE}, where other users don't see a password",
+    )
+    audience = publish.add_mutually_exclusive_group(required=True)
+    audience.add_argument("--channel", type=_checked(check_channel), help="to the subscribers of a channel")
+    audience.add_argument("--user", type=_checked(user_key), help="to the connections of a user")
+    audience.add_argument("--everyone", action="store_true", help="to every connection")
+    form = publish.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="refuse what isn't JSON; blank lines are passed over")
+    form.add_argument("--binary", action="store_true", help="send all of standard input as one binary message")
+    publish.add_argument("texts", nargs="*", metavar="text", help="a message")
+    publish.set_defaults(run=_publish, refuse=publish.error)
+
+
+def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        try:
+            return check(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _port(text: str) -> int:
+    if text.isdecimal() and int(text) < 65536:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"a port is a number from 0 to 65535, not {text!r}")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from wsbroadcast.demo import server  # here, because other commands need no server
+
+    try:
+        server.check_dependencies()
+        listener = server.listen(arguments.host, arguments.port)
+    except MissingDependency as error:
+        raise CommandFailed(str(error)) from error
+    except OSError as error:
+        raise CommandFailed(_why_not_listening(arguments.host, arguments.port, error)) from error
+    with listener:
+        url = server.url_of(*listener.getsockname()[:2])
+        sys.stdout.write(f"The demo is at {url} (Ctrl+C ends it)\n")
+        sys.stdout.flush()
+        try:
+            server.serve(listener)
+        except KeyboardInterrupt:
+            pass  # the way to end it; the server has closed its connections by now
+    return 0
+
+
+def _why_not_listening(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is taken: choose another with --port, or --port 0 for any that is free"
+    return f"can't listen on {host} port {port}: {error.strerror or error}"
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    if not arguments.engine:
+        arguments.refuse(f"name the broker: --engine URL, or ${_ENGINE}")
+    if arguments.binary and arguments.texts:
+        arguments.refuse("--binary sends standard input, so give no text")
+    logging.getLogger("wsbroadcast").addHandler(logging.NullHandler())  # the error says it all, in one line
+    try:
+        asyncio.run(_publish_all(arguments))
+    except (WSBroadcastError, OSError) as error:
+        raise CommandFailed(str(error)) from error
+    return 0
+
+
+async def _publish_all(arguments: argparse.Namespace) -> None:
+    audience = {} if arguments.everyone else {"channel": arguments.channel, "user": arguments.user}
+    audience = {kind: name for kind, name in audience.items() if name is not None}
+    texts = [(as_json if arguments.json else as_text)(os.fsencode(text)) for text in arguments.texts]
+    async with Publisher(arguments.engine) as publisher:
+        broadcast = partial(publisher.broadcast, **audience)
+        if texts:
+            await _publish_texts(broadcast, texts)
+        elif arguments.binary:
+            await _publish_binary(broadcast)
+        else:
+            await _publish_lines(Piping(broadcast, as_json_line if arguments.json else as_text))
+
+
+async def _publish_texts(broadcast: Broadcast, texts: Sequence[str]) -> None:
+    for number, text in enumerate(texts, 1):
+        try:
+            await broadcast(text)
+        except WSBroadcastError as error:
+            which = f"message {number} of {len(texts)}: " if len(texts) > 1 else ""
+            raise CommandFailed(f"{which}{error}") from error
+
+
+async def _publish_binary(broadcast: Broadcast) -> None:
+    message = await everything(_standard_input(), Limits().max_message_bytes)
+    if message:
+        await broadcast(message)
+    _say_published(1 if message else 0)
+
+
+async def _publish_lines(piping: Piping) -> None:
+    file = _standard_input()
+    try:
+        await piping.run(lines(file, Limits().max_message_bytes))
+    finally:
+        _say_published(piping.published)
+    if piping.failures:
+        number, error = piping.failures[0]
+        raise CommandFailed(f"line {number}: {error}") from error
+
+
+def _say_published(messages: int) -> None:
+    _say(f"published {messages} message{'' if messages == 1 else 's'}")
+
+
+def _standard_input() -> int:
+    if sys.stdin is None:
+        raise CommandFailed("standard input is closed: give the messages as arguments")
+    if sys.stdin.isatty():
+        _say("each line is a message; Ctrl+D ends")
+    return sys.stdin.fileno()
+
+
+# From standard input to a publisher: each line is one message, published as it comes.
+
+
+# What may be on its way to the broker at the same time.
+_MAX_MESSAGES = 512
+_MAX_BYTES = 4 * 1024 * 1024
+
+_READ_BYTES = 64 * 1024
+
+
+async def lines(file: int, limit: int) -> AsyncIterator[bytes]:
+    """Read the lines of a file descriptor as they come, without their ends.
+
+    Raises:
+        MessageTooLarge: If a line is longer than the limit, in bytes; the rest isn't read.
+        OSError: If it can't be read.
+    """
+    rest = b""
+    while chunk := await _read(file):
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            yield line.removesuffix(b"\r")
+        if len(rest) > limit:
+            raise MessageTooLarge(len(rest), limit)
+    if rest:
+        yield rest
+
+
+async def everything(file: int, limit: int) -> bytes:
+    """Read a file descriptor to its end.
+
+    Raises:
+        MessageTooLarge: If that is more than the limit, in bytes.
+        OSError: If it can't be read.
+    """
+    whole = bytearray()
+    while chunk := await _read(file):
+        whole += chunk
+        if len(whole) > limit:
+            raise MessageTooLarge(len(whole), limit)
+    return bytes(whole)
+
+
+async def _read(file: int) -> bytes:
+    # A thread for each read: no event loop can wait for a terminal, a pipe and a file alike, and a thread that is still
+    # reading when the program ends must not be waited for.
+    future: Future[bytes] = Future()
+    future.set_running_or_notify_cancel()
+
+    def read() -> None:
+        try:
+            future.set_result(os.read(file, _READ_BYTES))
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=read, name="wsbroadcast stdin", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+def as_text(line: bytes) -> str:
+    """Return a line as a text message.
+
+    Raises:
+        EncodeError: If it isn't UTF-8.
+    """
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise EncodeError(f"byte {error.start + 1} is not UTF-8") from None
+
+
+def as_json(line: bytes) -> str:
+    """Return a line as a text message, if it is JSON.
+
+    Raises:
+        EncodeError: If it isn't.
+    """
+    try:
+        from_json(line, allow_inf_nan=False)
+    except ValueError as error:
+        raise EncodeError(f"not JSON: {error}") from None
+    return line.decode()
+
+
+def as_json_line(line: bytes) -> str | None:
+    """Return a line as `as_json` does, or `None` if it is blank."""
+    return as_json(line) if line.strip() else None
+
+
+class Piping:
+    """Publishes lines in their order, many at a time, until one fails.
+
+    Args:
+        broadcast: Publishes one message.
+        convert: Makes a message of a line; `None` if it is to be passed over.
+    """
+
+    def __init__(self, broadcast: Callable[[str], Awaitable[None]], convert: Callable[[bytes], str | None]) -> None:
+        self.published = 0
+        """Messages that the broker has taken."""
+        self.failures: list[tuple[int, Exception]] = []
+        """The number of each line that could not be published, from 1 on, and why; the first line first."""
+        self._broadcast = broadcast
+        self._convert = convert
+        self._on_their_way: set[asyncio.Task[None]] = set()
+        self._bytes = 0
+        self._eased = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
+
+    async def run(self, lines: AsyncIterator[bytes]) -> None:
+        """Publish until the lines end, one fails, or this is cancelled; it ends when nothing is on its way any more.
+
+        Raises:
+            OSError: If the lines can't be read.
+        """
+        reading = self._reading = asyncio.create_task(self._read(lines), name="wsbroadcast stdin")
+        try:
+            await asyncio.wait([reading])
+        finally:
+            reading.cancel()
+            await asyncio.wait([reading, *self._on_their_way])
+        self.failures.sort(key=lambda failure: failure[0])
+        if not reading.cancelled():
+            reading.result()
+
+    async def _read(self, lines: AsyncIterator[bytes]) -> None:
+        number = 1
+        try:
+            async for line in lines:
+                message = self._convert(line)
+                if message is not None:
+                    await self._wait_for_room()
+                    self._send(number, message, len(line))
+                number += 1
+        except EncodeError as error:
+            self.failures.append((number, error))
+
+    async def _wait_for_room(self) -> None:
+        while len(self._on_their_way) >= _MAX_MESSAGES or self._bytes >= _MAX_BYTES:
+            self._eased.clear()
+            await self._eased.wait()
+
+    def _send(self, number: int, message: str, size: int) -> None:
+        def sent(task: asyncio.Task[None]) -> None:
+            self._on_their_way.discard(task)
+            self._bytes -= size
+            self._eased.set()
+
+        task = asyncio.create_task(self._publish(number, message), name="wsbroadcast stdin message")
+        self._on_their_way.add(task)
+        self._bytes += size
+        task.add_done_callback(sent)
+
+    async def _publish(self, number: int, message: str) -> None:
+        try:
+            await self._broadcast(message)
+            self.published += 1
+        except Exception as error:
+            self.failures.append((number, error))
+            if self._reading is not None:
+                self._reading.cancel()

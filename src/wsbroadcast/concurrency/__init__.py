@@ -1,0 +1,1 @@
+"""Tasks, event loops and the borders between them."""

@@ -1,0 +1,140 @@
+"""One connection to a broker: opened, used, lost, thrown away. What a new broker engine has to write."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class Parcel(NamedTuple):
+    """What travels through a broker."""
+
+    name: str
+    """The name of an audience at the broker, as `AudienceNames` makes it."""
+    envelope: bytes
+    """The envelope, any bytes."""
+
+
+class Inlet(Protocol):
+    """Where a link hands over what comes from the broker. Synchronous: a link never waits for a slow node."""
+
+    def take(self, name: str, envelope: bytes) -> None:
+        """Take one envelope, in the order in which the broker sent them."""
+
+    def missed(self, why: str, since: float | None = None) -> None:
+        """Take note that messages are missing: those that a full buffer dropped, or that a lost link had yet to read.
+
+        Args:
+            why: What happened to them, for the log.
+            since: When, by the event loop's clock, something last came before the first of them; the last `take`
+                unless it is given.
+        """
+
+
+class Link(ABC):
+    """One connection to a broker, or one to publish and one to receive.
+
+    The supervisor opens it, runs `read`, and when anything fails, calls `abort` and makes a new one: a link neither
+    reconnects nor resubscribes, and never sends again what it could not send. Every call has a timeout outside; being
+    cancelled anywhere must leave nothing behind that `abort` doesn't end.
+    """
+
+    max_envelope_bytes: int = 512 * 1024 * 1024
+    """The largest envelope the broker takes, once the link is open."""
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Connect and authenticate.
+
+        Raises:
+            ConfigurationError: If the broker refuses us, which trying again doesn't mend: password, permission.
+            Exception: Any other means that the broker can't be reached now.
+        """
+
+    @abstractmethod
+    async def read(self, inlet: Inlet) -> None:
+        """Hand what arrives to the inlet until the connection is lost; runs as a task while the link is used.
+
+        Raises:
+            Exception: Why it was lost. It never returns otherwise.
+        """
+
+    @abstractmethod
+    async def subscribe(self, names: Sequence[str]) -> None:
+        """Receive what is published to these names; returns once the broker has confirmed each.
+
+        `subscribe` and `unsubscribe` are never called at the same time as each other, but while `read` and `publish`
+        run.
+
+        Raises:
+            ConfigurationError: If the broker forbids a name to us.
+        """
+
+    @abstractmethod
+    async def unsubscribe(self, names: Sequence[str]) -> None:
+        """Receive it no more; returns once the broker has confirmed, so that a later `subscribe` can't be confused."""
+
+    @abstractmethod
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+        """Publish in this order, in one go; returns once the broker has taken them. Never called concurrently.
+
+        Returns:
+            For each parcel `None`, or what the broker refused it with: a `ConfigurationError` if it forbids us to
+            publish it, an `OSError` such as `EngineUnavailable` if it takes nothing now, `MessageTooLarge`, or any
+            other error if trying again with this very parcel doesn't help.
+
+        Raises:
+            Exception: If the connection was lost; whether the broker took them isn't known.
+        """
+
+    async def read_limits(self) -> None:  # noqa: B027  # most brokers say what has changed, or change nothing
+        """Find out whether `max_envelope_bytes` is still right; called when somebody publishes more than that.
+
+        Raises:
+            Exception: If the broker doesn't say it now; that is no loss of the link.
+        """
+
+    @abstractmethod
+    async def abort(self) -> None:
+        """Drop the connection now, without waiting for the broker; idempotent.
+
+        Nothing that is still in a buffer may reach the broker later: the socket is closed with a reset
+        (`reset_on_close`), because a kernel goes on sending after a partition what a closed socket had left.
+        """
+
+
+# What the drivers don't do with their sockets.
+
+
+# Two shorts on Windows, two ints elsewhere: do linger, for no time at all.
+_NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+
+
+def no_linger(transport: asyncio.BaseTransport) -> None:
+    """Make every later close of the connection a reset (RFC 9293, 3.10.5), whoever closes it.
+
+    The kernel then drops what it could not send yet. It is no use to a unix socket, whose peer has at once what was
+    written, and not there on transports without a socket.
+    """
+    # Closed already: None or a closed socket, of which uvloop says ValueError and everybody else OSError. Over
+    # TLS, once somebody has closed it twice, asyncio's `get_extra_info` itself says AttributeError.
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+
+
+def reset(transport: asyncio.BaseTransport) -> None:
+    """Close the connection with a reset: nothing that is still in a buffer, ours or the kernel's, is sent any more.
+
+    Takes every transport, one over TLS too, and one that is closed. The socket is gone a turn of the event loop later.
+    """
+    no_linger(transport)
+    # By name: uvloop's transports are none of asyncio's classes.
+    getattr(transport, "abort", transport.close)()

@@ -1,0 +1,151 @@
+"""The contract of an engine, which links the nodes. It knows audiences and nodes, never connections."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, runtime_checkable
+
+from wsbroadcast.audience import Audience
+from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.stats import EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether messages travel between the nodes now."""
+
+    engine: str
+    """The engine's name."""
+    is_ok: bool
+    """Whether the engine's own echo came back through the broker."""
+    detail: str = ""
+    """What is wrong, if anything."""
+
+
+class Receiver(Protocol):
+    """What an engine hands to a node."""
+
+    def receive(self, publication: Publication) -> Coroutine[Any, Any, None]:
+        """Deliver a publication to this node's connections; in the order of calls."""
+
+    def receive_nowait(self, publication: Publication) -> None:
+        """Deliver it without awaiting; only hooks that are plain functions can run."""
+
+    def is_ready(self, publication: Publication) -> bool:
+        """Tell whether it can be delivered by `receive_nowait` now: no hook has to run, the crowd is not behind."""
+
+    def receive_paced(self, publication: Publication) -> Coroutine[Any, Any, None]:
+        """Deliver it at the pace of the crowd here; for engines whose publishers are on other nodes."""
+
+    def gap(self, gap: Gap) -> Coroutine[Any, Any, None]:
+        """Messages of other nodes are missing."""
+
+
+@runtime_checkable
+class Transactional(Protocol):
+    """What an engine can do whose broker is the app's database."""
+
+    def publish_in(self, transaction: object, publication: Publication) -> Coroutine[Any, Any, None]:
+        """Publish as part of a transaction of the caller's: a commit sends it, a rollback doesn't.
+
+        Raises:
+            ConfigurationError: If the object is no connection or session that the engine knows.
+        """
+
+
+class Engine(ABC):
+    """Carries publications from the node where they are made to every node that wants them, this one included.
+
+    At most once per node; per audience in the order in which the engine took them, the same on every node. An engine
+    that can promise only the order of each publishing node, as NATS, says so.
+    """
+
+    name: str
+    """The name in `health()` and in logs."""
+
+    @classmethod
+    @abstractmethod
+    def from_url(cls, url: str) -> Self:
+        """Make an engine without any I/O.
+
+        Raises:
+            ConfigurationError: If the URL makes no sense to this engine.
+        """
+
+    @abstractmethod
+    async def start(self, receiver: Receiver) -> None:
+        """Begin to hand publications to the receiver.
+
+        A broker that can't be reached is no error, unless the engine was told to fail fast: it starts degraded, says so
+        in `health()`, and heals by itself.
+
+        Raises:
+            ConfigurationError: If the broker refuses us: a wrong password, a missing permission.
+            EngineUnavailable: If the broker can't be reached and the engine fails fast.
+            EngineError: If the engine fails in a way that no broker causes: a driver that doesn't fit, a bug.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Stop; nothing reaches the receiver afterwards. Idempotent."""
+
+    def subscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # for some engines nothing is right
+        """Want publications to these audiences from now on; returns at once, `confirmed` waits.
+
+        An engine that brings every publication to every node has nothing to do here.
+        """
+
+    def unsubscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # likewise
+        """No longer want publications to these audiences: nobody here is in them any more."""
+
+    async def confirmed(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # likewise
+        """Return when every later publication to these wanted audiences, on any node, arrives here.
+
+        During an outage it returns at once: the audiences are wanted, and subscribed when the broker is back. What was
+        missed until then is announced as a gap.
+
+        Raises:
+            EngineUnavailable: If the broker forbids us one of them.
+        """
+
+    @abstractmethod
+    async def publish(self, publication: Publication) -> None:
+        """Return once the engine has taken the publication.
+
+        Raises:
+            EngineUnavailable: If the broker can't be reached, takes no messages now, or forbids us to publish: nothing
+                was sent, or the text says that it isn't known.
+            MessageTooLarge: If it is larger than the broker takes.
+            EngineError: If the broker refuses this very publication, so that to try again doesn't help.
+        """
+
+    @abstractmethod
+    def publish_nowait(self, publication: Publication) -> None:
+        """Take the publication without waiting for a confirmation.
+
+        Raises:
+            EngineUnavailable: If the broker is known to be out of reach; nothing was sent.
+            MessageTooLarge: If it is larger than the broker takes.
+        """
+
+    def stats(self) -> EngineStats:
+        """Return what was counted."""
+        return EngineStats()
+
+    @abstractmethod
+    async def health(self) -> Health:
+        """Tell whether publications arrive, by sending one to ourselves."""
+
+
+def transactional(engine: Engine) -> Transactional:
+    """Return the engine itself, if it can publish inside a transaction.
+
+    Raises:
+        ConfigurationError: If it can't.
+    """
+    if not isinstance(engine, Transactional):
+        raise ConfigurationError(f"the {engine.name} engine can't publish inside a transaction, Postgres can")
+    return engine

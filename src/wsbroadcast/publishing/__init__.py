@@ -1,0 +1,1 @@
+"""Broadcasts from programs that hold no connections."""

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, MutableMapping
+from contextvars import Context
+from typing import Any, cast
+
+import pytest
+
+from wsbroadcast import SlowConsumer
+from wsbroadcast.delivery.slow_consumers import Progress, Watch, unsent_bytes
+from wsbroadcast.stats import Counters
+
+SEND_TIMEOUT = 0.08
+
+
+def watch_with(**options: Any) -> Watch:
+    return Watch(SlowConsumer(**{"send_timeout": SEND_TIMEOUT, "close_timeout": 0.03, **options}), Counters())
+
+
+class Waiting:
+    """A sink that has something waiting for as long as the test wants."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.owner = self
+        self.held_bytes = self.held_messages = 1
+        self.is_half_full = False
+        self.taken = 0
+        self.evictions = 0
+        self.losses = 0
+        self._watch = watch
+        self._may_end = asyncio.Event()
+        self.writer = watch.start_writer(self, self._drain())
+
+    async def _drain(self) -> None:
+        await self._may_end.wait()
+        self._watch.writer_ended(self)
+
+    def abort(self) -> None:
+        self.writer.cancel()
+        self._watch.writer_ended(self)
+
+    def evict(self, cause: str) -> None:
+        assert cause == "send_timeout"
+        self.evictions += 1
+        self.abort()
+
+    context = Context()
+
+    def lost(self, code: int, reason: str) -> None:
+        self.losses += 1
+
+    async def app_send(self, event: MutableMapping[str, Any]) -> None:
+        raise AssertionError("nobody sends here")
+
+    async def end(self) -> None:
+        self._may_end.set()
+        await self.writer
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  # any condition, not only an event
+            await asyncio.sleep(0.001)
+
+
+async def test_only_the_sink_that_stands_still_is_evicted() -> None:
+    watch = watch_with()
+    still, moving = Waiting(watch), Waiting(watch)
+    async with asyncio.timeout(5):
+        while not still.evictions:
+            moving.taken += 1
+            await asyncio.sleep(0.001)
+    assert moving.evictions == 0
+    assert set(watch.waiting) == {moving}
+    await moving.end()
+    assert not watch.waiting
+
+
+async def test_standstill_counts_from_when_the_sink_began_to_wait() -> None:
+    watch = watch_with(send_timeout=0.2)
+    first = Waiting(watch)
+    await asyncio.sleep(0.15)
+    second = Waiting(watch)
+    began = time.monotonic()
+    await until(lambda: second.evictions)
+    assert first.evictions == 1
+    assert time.monotonic() - began > 0.15  # a tick may be at hand when it comes, so not quite send_timeout
+
+
+async def test_watch_looks_again_after_nothing_was_waiting() -> None:
+    watch = watch_with()
+    await Waiting(watch).end()
+    await asyncio.sleep(SEND_TIMEOUT / 2)
+    again = Waiting(watch)
+    await until(lambda: again.evictions)
+
+
+async def test_writer_has_a_name_and_its_end_is_noticed() -> None:
+    watch = watch_with()
+    sink = Waiting(watch)
+    assert sink.writer.get_name() == "wsbroadcast writer"
+    assert list(watch.waiting) == [sink]
+    await sink.end()
+    assert not watch.waiting
+    watch.writer_ended(sink)  # once more is no mistake
+
+
+async def test_wake_lets_every_waiting_broadcaster_look_again() -> None:
+    watch = watch_with()
+    deadline = asyncio.get_running_loop().time() + 60
+    waiting = [asyncio.ensure_future(watch.wait_for_change(deadline)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert not any(each.done() for each in waiting)
+    waiting[0].cancel()
+    watch.wake()
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(result) for result in results] == [asyncio.CancelledError, type(None), type(None)]
+
+
+async def test_broadcaster_that_was_cancelled_is_forgotten() -> None:
+    watch = watch_with()
+    waiting = asyncio.ensure_future(watch.wait_for_change(asyncio.get_running_loop().time() + 60))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    watch.wake()
+
+
+async def test_change_is_waited_for_until_the_deadline() -> None:
+    watch = watch_with()
+    async with asyncio.timeout(5):
+        await watch.wait_for_change(asyncio.get_running_loop().time() + 0.01)
+        await watch.wait_for_change(asyncio.get_running_loop().time() - 1)
+
+
+async def test_sink_that_catches_up_wakes_the_broadcasters() -> None:
+    watch = watch_with()
+    sink = Waiting(watch)
+    watch.fell_behind(sink)
+    assert set(watch.behind) == {sink}
+    waiting = asyncio.ensure_future(watch.wait_for_change(asyncio.get_running_loop().time() + 60))
+    await asyncio.sleep(0)
+    watch.caught_up(sink)
+    async with asyncio.timeout(5):
+        await waiting
+    assert set(watch.behind) == set()
+    await sink.end()
+
+
+async def test_aclose_ends_every_writer_and_waits_for_it() -> None:
+    watch = watch_with()
+    sinks = [Waiting(watch) for _ in range(3)]
+    await watch.aclose()
+    assert all(sink.writer.done() for sink in sinks)
+    assert not watch.waiting
+    await watch.aclose()
+    await asyncio.sleep(SEND_TIMEOUT * 1.5)
+    assert [sink.evictions for sink in sinks] == [0, 0, 0]
+
+
+async def test_aclose_with_nothing_waiting_returns() -> None:
+    await watch_with().aclose()
+
+
+# The tail of the crowd.
+
+
+async def test_slow_consumer_is_about_to_lose_messages_from_half_full_until_it_has_caught_up() -> None:
+    watch = watch_with()
+    sink = Waiting(watch)
+    watch.fell_behind(sink)
+    assert watch.tail() == []
+    sink.is_half_full = True
+    assert watch.tail() == [sink]
+    sink.is_half_full = False
+    assert watch.tail() == [sink]
+    watch.caught_up(sink)
+    assert watch.tail() == []
+    await sink.end()
+
+
+# What a peer takes.
+
+
+async def progress_of(taken: int, **options: Any) -> tuple[Waiting, Progress]:
+    watch = watch_with(**options)
+    sink = Waiting(watch)
+    sink.taken = taken
+    progress = watch.waiting[sink]
+    await sink.end()
+    return sink, progress
+
+
+async def test_peer_that_takes_less_than_before_stands_still() -> None:
+    sink, progress = await progress_of(1000)
+    now = asyncio.get_running_loop().time()
+    progress.tick(now)  # the first one only learns where it stands
+    ticks = []
+    for taken in (994, 988, 988, 988 + 1, 980):  # the server adds pongs to what is outstanding
+        sink.taken = taken
+        progress.tick(now)
+        ticks.append(progress.ticks)
+    assert ticks == [1, 2, 3, 0, 1]
+
+
+async def test_what_a_peer_takes_buys_it_time_at_the_slowest_pace() -> None:
+    sink, progress = await progress_of(0, send_timeout=40.0, max_backlog_bytes=80_000)  # 10,000 bytes in 10 s
+    now = asyncio.get_running_loop().time() + 100
+    progress.look(now)
+    assert progress.paid_until < now
+    sink.taken = 4_000
+    progress.look(now + 1)
+    assert progress.paid_until == pytest.approx(now + 4)
+    sink.taken = 5_000
+    progress.look(now + 2)
+    assert progress.paid_until == pytest.approx(now + 5)
+    assert progress.took_at == now + 2
+    progress.look(now + 7)
+    assert progress.took_at == now + 2
+    sink.taken += 1
+    progress.look(now + 8)
+    assert now + 7 < progress.paid_until < now + 7.1  # a byte is something, and buys nearly nothing
+    sink.taken += 1_000_000
+    progress.look(now + 9)
+    assert progress.paid_until == pytest.approx(now + 19)  # nobody pays for longer ahead
+
+
+def test_transport_that_has_forgotten_its_size_holds_nothing() -> None:
+    assert unsent_bytes(cast("asyncio.Transport", object())) == 0

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wsbroadcast import Audience, EncodeError, Message, Publication
+from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, BadEnvelope, Origin, decode, encode
+
+NEWS = Audience("channel", "news")
+LIMIT = 10_000
+ORIGIN = Origin("node", 7)
+
+
+def refused(envelope: bytes) -> str:
+    with pytest.raises(BadEnvelope) as caught:
+        decode(envelope, NEWS, LIMIT)
+    return str(caught.value)
+
+
+def with_header(payload: bytes = b"text", **header: Any) -> bytes:
+    return json.dumps({"v": 1} | header).encode() + b"\n" + payload
+
+
+def same(one: Publication, other: Publication) -> bool:
+    fields = [(p.message.payload, p.message.is_text, p.message.key, *p[1:]) for p in (one, other)]
+    return fields[0] == fields[1]
+
+
+def test_text_from_this_library_is_a_short_line_and_the_payload() -> None:
+    assert encode(Publication(Message.of("hi\n"), NEWS), ORIGIN) == b'{"v":1,"node":"node","seq":7}\nhi\n'
+
+
+def test_text_of_another_program_needs_a_version_only() -> None:
+    publication, origin = decode(b'{"v":1}\nhello', NEWS, LIMIT)
+    assert same(publication, Publication(Message.of("hello"), NEWS))
+    assert publication.message.data == "hello"
+    assert origin is None
+
+
+@given(
+    st.one_of(st.text(max_size=50), st.binary(max_size=50)),
+    st.frozensets(st.text("abc", min_size=1, max_size=3), max_size=3),
+    st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=5)),
+    st.one_of(st.none(), st.integers(1, 2**60)),
+)
+def test_publication_survives_the_way(
+    value: str | bytes, exclude: frozenset[str], key: str | None, seq: int | None
+) -> None:
+    publication = Publication(Message.of(value, key), NEWS, exclude)
+    origin = None if seq is None else Origin("nöde", seq)
+    decoded, again = decode(encode(publication, origin), NEWS, LIMIT)
+    assert same(decoded, publication)
+    assert again == origin
+
+
+def test_request_to_close_survives_the_way() -> None:
+    publication = Publication(Message.of("logged out"), NEWS, close_code=4401)
+    decoded, _ = decode(encode(publication, ORIGIN), NEWS, LIMIT)
+    assert same(decoded, publication)
+
+
+def test_too_many_excluded_connections_are_refused_at_the_publisher() -> None:
+    exclude = frozenset(f"connection-{number:06}" for number in range(20_000))
+    with pytest.raises(EncodeError, match="excludes 20000 connections"):
+        encode(Publication(Message.of("x"), NEWS, exclude), ORIGIN)
+
+
+def test_field_of_a_later_release_is_passed_over() -> None:
+    publication, _ = decode(with_header(offset=5, epoch="x", id="y", something=[1]), NEWS, LIMIT)
+    assert publication.message.data == "text"
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        b"",
+        b"\n",
+        b"hello",
+        b"hello\nworld",
+        pickle.dumps({"v": 1}),
+        b"cos\nsystem\n(S'true'\ntR.",
+        b'\xff\xfe{"v":1}\nx',
+        b'{"v":1',
+        b'{"v":1}',
+        b"[" * 100_000 + b"\nx",
+        b'{"v":1,"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}\nx",
+        b'{"v":NaN}\nx',
+        b"[1]\nx",
+        b'"v"\nx',
+        b" " * (MAX_HEADER_BYTES + 1) + b'{"v":1}\nx',
+    ],
+)
+def test_what_has_no_header_is_refused(envelope: bytes) -> None:
+    assert refused(envelope) == "header"
+
+
+@pytest.mark.parametrize("version", [0, 2, 99, -1, 2**70])
+def test_other_version_is_refused(version: int) -> None:
+    assert refused(with_header(v=version)) == "version"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"v": "1"},
+        {"v": True},
+        {"v": 1.0},
+        {"v": None},
+        {"type": "pickle"},
+        {"type": 1},
+        {"type": None},
+        {"type": []},
+        {"key": 1},
+        {"exclude": "abc"},
+        {"exclude": [1]},
+        {"exclude": {"a": 1}},
+        {"node": "x"},
+        {"seq": 1},
+        {"node": "", "seq": 1},
+        {"node": "x" * 65, "seq": 1},
+        {"node": 1, "seq": 1},
+        {"node": "x", "seq": 0},
+        {"node": "x", "seq": True},
+        {"node": "x", "seq": "1"},
+        {"type": "close"},
+        {"type": "close", "code": 1006},
+        {"type": "close", "code": True},
+        {"type": "close", "code": "1000"},
+    ],
+)
+def test_wrong_types_and_values_are_refused(header: dict[str, Any]) -> None:
+    assert refused(with_header(**header)) == "schema"
+
+
+@pytest.mark.parametrize("payload", [b"\xff", b"\xed\xa0\x80", b"ok\x80"])
+def test_text_that_is_no_utf_8_is_refused_and_bytes_are_not(payload: bytes) -> None:
+    assert refused(with_header(payload)) == "text"
+    publication, _ = decode(with_header(payload, type="binary"), NEWS, LIMIT)
+    assert publication.message.data == payload
+
+
+@pytest.mark.parametrize("size", [LIMIT + 1, LIMIT + MAX_HEADER_BYTES + 1])
+def test_larger_payload_than_the_limit_is_refused(size: int) -> None:
+    decode(with_header(b"x" * LIMIT), NEWS, LIMIT)
+    assert refused(with_header(b"x" * size)) == "too_large"
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_envelope_or_refused(envelope: bytes) -> None:
+    for data in (envelope, b'{"v":1,' + envelope, b'{"v":1}\n' + envelope):
+        try:
+            decode(data, NEWS, LIMIT)
+        except BadEnvelope:
+            pass
+
+
+@given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text()), st.lists, max_leaves=5), st.data())
+def test_any_header_is_good_or_refused(value: Any, data: st.DataObject) -> None:
+    field = data.draw(st.sampled_from(["v", "type", "node", "seq", "key", "exclude", "code"]))
+    try:
+        decode(with_header(**{field: value}), NEWS, LIMIT)
+    except BadEnvelope:
+        pass
