@@ -14,6 +14,7 @@ from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES
 from wsbroadcast.delivery.pace import Pace, R, Wait
+from wsbroadcast.delivery.uvicorn import UvicornSink
 from wsbroadcast.delivery.watch import NOBODYS, Watch
 from wsbroadcast.message import Message
 from wsbroadcast.registry import Registry
@@ -98,15 +99,8 @@ class Dispatcher(Generic[R]):
             if may_be_large and batch.is_large:
                 self._deliver_large(batch, recipients)
             else:
-                self._deliver(batch, recipients)
+                UvicornSink.deliver_all(batch, recipients, self._failed)
             self._watch.counters.deliveries += len(recipients) * len(batch.messages)
-
-    def _deliver(self, batch: Batch[R], recipients: Sequence[R]) -> None:
-        for recipient in recipients:
-            try:
-                recipient.sink.deliver(batch)
-            except Exception:
-                self._failed(recipient)
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
