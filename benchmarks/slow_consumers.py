@@ -22,6 +22,7 @@ _BACKLOG = 1024 * 1024 + 1024 * 330
 _TRANSPORT = 64 * 1024
 _FRAGMENT = 256 * 1024
 _CHANNEL = 400
+_TLS = 280_000
 
 # One that stalls and reads, again and again. It stalls for a little less than a quarter of `send_timeout`.
 _STALL, _READ, _PULSES = 2.3, 0.5, 6
@@ -52,7 +53,8 @@ def bound(scenario: Scenario) -> float:
     """Return what a connection may take by the documentation; what all of them share is held once."""
     shared = scenario.size / scenario.crowd.connections if scenario.texts == "shared" else 0.0
     transport = (_TRANSPORT + min(scenario.size, _FRAGMENT)) * (2 if scenario.crowd.tls else 1)
-    return _CONNECTION + _BACKLOG + transport + _CHANNEL + shared
+    tls = _TLS if scenario.crowd.tls else 0
+    return _CONNECTION + tls + _BACKLOG + transport + _CHANNEL + shared
 
 
 def pulsing(scenario: Scenario, peer: Peer, options: Options) -> Result:

@@ -15,6 +15,7 @@ from wsbroadcast.delivery.frames import FRAGMENT_BYTES
 from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import NOBODYS, Watch
+from wsbroadcast.delivery.uvicorn import UvicornSink
 from wsbroadcast.logs import logger
 from wsbroadcast.message import Message
 
@@ -96,15 +97,8 @@ class Dispatcher(Generic[R]):
             if may_be_large and batch.is_large:
                 self._deliver_large(batch, recipients)
             else:
-                self._deliver(batch, recipients)
+                UvicornSink.deliver_all(batch, recipients, self._failed)
             self._watch.counters.deliveries += len(recipients) * len(batch.messages)
-
-    def _deliver(self, batch: Batch[R], recipients: Sequence[R]) -> None:
-        for recipient in recipients:
-            try:
-                recipient.sink.deliver(batch)
-            except Exception:
-                self._failed(recipient)
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:

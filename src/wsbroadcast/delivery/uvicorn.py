@@ -6,9 +6,10 @@ Nothing of the server is patched. Whatever looks different from what this module
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterable
 from functools import cache
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import Backlog, Entry
@@ -22,6 +23,13 @@ SERVER_RECEIVE = "wsbroadcast.receive"
 
 SERVER_SEND = "wsbroadcast.send"
 """The scope's key for the `send` that came with it."""
+
+
+class Recipient(Protocol):
+    """Who has a sink."""
+
+    @property
+    def sink(self) -> Sink: ...  # noqa: D102
 
 
 class UvicornSink(Sink):
@@ -43,14 +51,48 @@ class UvicornSink(Sink):
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Write the batch at once, as the same bytes that every other connection gets."""
-        # Where the microseconds of a broadcast go: once per connection, so calls are saved rather than lines.
         if self.backlog is not None or not self._writable.is_set():
             self.enqueue(batch.entries(self._form))
         elif not self._protocol.close_sent and not self._transport.is_closing():
-            self._transport.write(batch.wires.get(self._form) or batch.wire(self._form))
-        elif not self.is_ended:
+            self._transport.write(batch.wire(self._form))
+        else:
+            self._found_lost(batch)
+
+    def _found_lost(self, batch: Batch[Any]) -> None:
+        if not self.is_ended:
             self.count_lost(len(batch.messages))
             self.owner.lost(ABNORMAL, "")
+
+    @staticmethod
+    def deliver_all(batch: Batch[Any], recipients: Iterable[Recipient], failed: Callable[[Any], None]) -> None:
+        """Hand a batch to all recipients, whatever kind of sink they have.
+
+        Here the microseconds of a broadcast go. `deliver` is repeated in the loop, because a call of it for each
+        connection would cost a twelfth of them.
+
+        Args:
+            batch: What to deliver.
+            recipients: To whom.
+            failed: Called in an `except` block with a recipient for which the server failed; the others get theirs.
+        """
+        form: WireForm | None = None
+        wire = b""
+        for recipient in recipients:
+            sink = recipient.sink
+            try:
+                if sink.__class__ is not UvicornSink:
+                    sink.deliver(batch)
+                elif sink.backlog is not None or not sink._writable.is_set():
+                    sink.enqueue(batch.entries(sink._form))
+                elif not sink._protocol.close_sent and not (transport := sink._transport).is_closing():
+                    if sink._form is not form:
+                        form = sink._form
+                        wire = batch.wire(form)
+                    transport.write(wire)
+                else:
+                    sink._found_lost(batch)
+            except Exception:
+                failed(recipient)
 
     def deliver_large(self, batch: Batch[Any]) -> None:
         """Write as much of the batch as the transport takes, and let the rest wait."""
