@@ -23,7 +23,7 @@ from wsbroadcast.hooks import Delivery, Hook
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits, SlowConsumer, Timing
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Dismissal, Gap, Position, Publication
 from wsbroadcast.publishing.publisher import Publisher
 from wsbroadcast.stats import EngineStats, Stats
 from wsbroadcast.transports.exit_stack import FastPath
@@ -49,6 +49,7 @@ __all__ = [
     "ConnectionManager",
     "ConnectionState",
     "Delivery",
+    "Dismissal",
     "EncodeError",
     "Engine",
     "EngineError",
@@ -70,6 +71,7 @@ __all__ = [
     "MessageTooLarge",
     "MissingDependency",
     "PermissionDenied",
+    "Position",
     "Publication",
     "Publisher",
     "Receiver",

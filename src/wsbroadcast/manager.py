@@ -23,15 +23,13 @@ from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.membership import Headers
 from wsbroadcast.node.node import Node
 from wsbroadcast.options import ExpiresAt, Limits, SlowConsumer, check_positive
-from wsbroadcast.publication import Publication
+from wsbroadcast.publication import NOBODY, Dismissal, Publication
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.text import plain
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
 """Who does not get a broadcast."""
-
-_NOBODY: frozenset[str] = frozenset()
 
 
 @no_dependency(
@@ -194,13 +192,12 @@ class ConnectionManager(Lifecycle, HookDecorators):
         """
         if not is_sendable(code):
             raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
-        audience = Audience.of(user=user)
-        publication = Publication(Message.of(cut_reason(reason)), audience, self._ids(exclude), int(code))
+        dismissal = Dismissal(Audience.of(user=user), int(code), cut_reason(reason), self._ids(exclude))
         node = await self._run_here()
         try:
-            await self._engine.publish(publication)
+            await self._engine.publish(dismissal)
         except EngineError:
-            node.receive_nowait(publication)
+            node.receive_nowait(dismissal)
             raise
 
     @asynccontextmanager
@@ -408,7 +405,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
             await self._node.dispatcher.ease(encoded.size, audience)
             self._find_open(connection)
         self._counters.sends += 1
-        self._node.dispatcher.dispatch(encoded, audience)
+        self._node.dispatcher.dispatch(Publication(encoded, audience))
 
     async def send_personal_message(self, message: object, websocket: WebSocket | Connection) -> None:
         """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
@@ -433,7 +430,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
     def _publication(
         self, message: object, channel: object, user: object, exclude: Exclude, key: str | None
     ) -> Publication:
-        ids = self._ids(exclude) if exclude != () else _NOBODY
+        ids = self._ids(exclude) if exclude != () else NOBODY
         return Publication.of(message, channel, user, key, self._limits, ids)
 
     def _encode(self, message: object, key: str | None) -> Message:
@@ -469,7 +466,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
 
     async def _transform(self, publication: Publication) -> Publication | None:
         message = await self.hooks.transform(publication.message, publication.audience)
-        return None if message is None else publication._replace(message=self._encode(message, None))
+        return None if message is None else publication.with_message(self._encode(message, None))
 
     def _new_node(self) -> Node:
         return Node(self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)

@@ -18,6 +18,7 @@ from wsbroadcast.delivery.frames import FRAGMENT_BYTES
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
 
 
@@ -36,7 +37,7 @@ class Recorder:
         self.evictions = 0
 
     def deliver(self, batch: Batch[Any]) -> None:
-        self.batches.append([message.data for message in batch.messages])
+        self.batches.append([each.message.data for each in batch.publications])
 
     is_half_full = False
     context = Context()
@@ -92,7 +93,7 @@ class Node:
         exclude: Collection[str] = (),
         recipients: list[Member] | None = None,
     ) -> None:
-        self.dispatcher.dispatch(Message.of(text), audience, frozenset(exclude), recipients)
+        self.dispatcher.dispatch(Publication(Message.of(text), audience, frozenset(exclude)), recipients)
 
     def fall_behind(self, *members: Member) -> None:
         for member in members:

@@ -12,7 +12,7 @@ from websockets.frames import Frame, Opcode
 from websockets.streams import StreamReader
 
 from wsbroadcast import Message
-from wsbroadcast.delivery.frames import FRAGMENT_BYTES, PIECE_BYTES, PLAIN, UNFRAMED, deflated
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES, Deflated, Unframed, wire_form
 
 LENGTHS = [0, 1, 124, 125, 126, 127, 65534, 65535, 65536]
 
@@ -26,25 +26,24 @@ def serialized(message: Message) -> bytes:
 @pytest.mark.parametrize("letter", ["x", b"\xff"])
 def test_plain_frame_is_what_websockets_writes(length: int, letter: str | bytes) -> None:
     message = Message.of(letter * length)
-    assert PLAIN.frame(message) == serialized(message)
+    assert message.encoded(FRAMED) == serialized(message)
 
 
 @given(st.text() | st.binary() | st.lists(st.integers()))
 @example("\U0001f600" * 40)
 def test_plain_frame_of_anything_is_what_websockets_writes(value: object) -> None:
     message = Message.of(value)
-    assert PLAIN.frame(message) == serialized(message)
+    assert message.encoded(FRAMED) == serialized(message)
 
 
 def test_frame_is_made_once_for_everybody() -> None:
     message = Message.of("text")
-    assert PLAIN.frame(message) is PLAIN.frame(message)
+    assert message.encoded(FRAMED) is message.encoded(FRAMED)
 
 
 def test_unframed_is_the_payload() -> None:
     message = Message.of("text")
-    assert UNFRAMED.frame(message) is message.payload
-    assert not message.frames
+    assert message.encoded(Unframed()) is message.payload
 
 
 # Fragments.
@@ -84,7 +83,7 @@ LARGE = [FRAGMENT_BYTES + 1, 2 * FRAGMENT_BYTES - 1, 2 * FRAGMENT_BYTES, 2 * FRA
 @pytest.mark.parametrize("letter", ["x", b"\xff"])
 def test_large_message_is_cut_into_fragments(length: int, letter: str | bytes) -> None:
     message = Message.of(letter * length)
-    parts = pieces(PLAIN.frame(message))
+    parts = pieces(message.encoded(FRAMED))
     assert b"".join(part.data for part in parts) == message.payload
     first = Opcode.TEXT if message.is_text else Opcode.BINARY
     assert [part.frame.opcode for part in parts] == [first] + [Opcode.CONT] * (len(parts) - 1)
@@ -96,7 +95,7 @@ def test_large_message_is_cut_into_fragments(length: int, letter: str | bytes) -
 @pytest.mark.parametrize("bits", [9, 12, 15])
 def test_large_compressed_message_is_cut_into_fragments_and_says_so_in_the_first(bits: int) -> None:
     message = Message.of(random.Random(1).randbytes(300_000).hex())
-    parts = pieces(deflated(bits).frame(message))
+    parts = pieces(deflated(message, bits))
     assert len(parts) > 1
     assert [part.is_compressed for part in parts] == [True] + [False] * (len(parts) - 1)
     assert [part.frame.opcode for part in parts] == [Opcode.TEXT] + [Opcode.CONT] * (len(parts) - 1)
@@ -105,12 +104,19 @@ def test_large_compressed_message_is_cut_into_fragments_and_says_so_in_the_first
 
 
 def test_message_that_is_small_once_compressed_is_one_frame() -> None:
-    [part] = pieces(deflated(12).frame(Message.of("x" * 1_000_000)))
+    [part] = pieces(deflated(Message.of("x" * 1_000_000), 12))
     assert part.frame.fin
     assert part.is_compressed
 
 
 # permessage-deflate
+
+DEFLATED = {bits: Deflated(bits) for bits in range(9, 16)}
+
+
+def deflated(message: Message, bits: int) -> bytes:
+    return message.encoded(DEFLATED[bits])
+
 
 windows = pytest.mark.parametrize("bits", range(9, 16))
 text = st.text("ab \u00e9", max_size=3000) | st.text(min_size=200).map(lambda some: some * 5)
@@ -147,20 +153,20 @@ def test_deflated_frames_reach_a_client_as_they_were(bits: int, values: list[str
     for value in values:
         message = Message.of(value)
         opcode = Opcode.TEXT if message.is_text else Opcode.BINARY
-        assert client.read(deflated(bits).frame(message)) == (opcode, message.payload)
+        assert client.read(deflated(message, bits)) == (opcode, message.payload)
 
 
 @windows
 def test_deflated_frame_is_smaller_where_that_is_possible(bits: int) -> None:
     message = Message.of({"values": list(range(1000))})
-    frame = deflated(bits).frame(message)
+    frame = deflated(message, bits)
     assert len(frame) < message.size * 0.6
-    assert deflated(bits).frame(message) is frame
-    assert deflated(bits) is deflated(bits)
+    assert deflated(message, bits) is frame
+    assert wire_form(window_bits=bits) is wire_form(window_bits=bits)
 
 
 @windows
 @pytest.mark.parametrize("value", ["", "short", bytes(range(256))])
 def test_what_does_not_shrink_goes_plain(bits: int, value: str | bytes) -> None:
     message = Message.of(value)
-    assert deflated(bits).frame(message) is PLAIN.frame(message)
+    assert deflated(message, bits) is message.encoded(FRAMED)

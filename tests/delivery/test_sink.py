@@ -15,6 +15,7 @@ from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
 
 # Long enough for a busy machine, short enough to wait for.
@@ -109,9 +110,9 @@ class Wire:
         await self.peer.app_send(event)
 
     def deliver(self, *values: object, key: str | None = None) -> None:
-        messages = [Message.of(value, key) for value in values]
-        batch = Batch[Any](messages[0], EVERYONE, frozenset())
-        batch.messages.extend(messages[1:])
+        publications = [Publication(Message.of(value, key), EVERYONE) for value in values]
+        batch = Batch[Any](publications[0])
+        batch.publications.extend(publications[1:])
         self.sink.deliver(batch)
 
     async def drained(self) -> None:

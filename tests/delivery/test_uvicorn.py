@@ -10,11 +10,12 @@ import pytest
 
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import FRAGMENT_BYTES, PIECE_BYTES, PLAIN
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES
 from wsbroadcast.delivery.slow_consumers import Watch
 from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
 from wsbroadcast.message import Message
 from wsbroadcast.options import SlowConsumer
+from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
 
 
@@ -94,9 +95,9 @@ class Bench:
         self.sink = UvicornSink(self.owner, self.watch, self.owner.app_send, self.protocol)
 
     def deliver(self, *texts: str) -> None:
-        messages = [Message.of(text) for text in texts]
-        batch: Batch[Any] = Batch(messages[0], EVERYONE, frozenset())
-        batch.messages.extend(messages[1:])
+        publications = [Publication(Message.of(text), EVERYONE) for text in texts]
+        batch: Batch[Any] = Batch(publications[0])
+        batch.publications.extend(publications[1:])
         self.sink.deliver(batch)
 
     async def drained(self) -> None:
@@ -112,7 +113,7 @@ class Bench:
 
 
 def frames(*texts: str) -> bytes:
-    return b"".join(PLAIN.frame(Message.of(text)) for text in texts)
+    return b"".join(Message.of(text).encoded(FRAMED) for text in texts)
 
 
 async def test_batch_is_one_write_while_the_transport_takes_more() -> None:
@@ -124,7 +125,7 @@ async def test_batch_is_one_write_while_the_transport_takes_more() -> None:
 
 async def test_batch_is_the_same_bytes_for_every_connection() -> None:
     one, other = Bench(), Bench()
-    batch: Batch[Any] = Batch(Message.of("a"), EVERYONE, frozenset())
+    batch: Batch[Any] = Batch(Publication(Message.of("a"), EVERYONE))
     one.sink.deliver(batch)
     other.sink.deliver(batch)
     assert one.protocol.transport.written[0] is other.protocol.transport.written[0]
@@ -236,10 +237,10 @@ async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, st
     bench.protocol.transport = transport
     bench.sink = UvicornSink(bench.owner, bench.watch, bench.owner.app_send, bench.protocol)
     text = "x" * (3 * FRAGMENT_BYTES + 5)
-    batch: Batch[Any] = Batch(Message.of(text), EVERYONE, frozenset())
+    batch: Batch[Any] = Batch(Publication(Message.of(text), EVERYONE))
     bench.sink.deliver_large(batch)
     await turns()
-    assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES]
+    assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES]
     return bench, text
 
 
@@ -258,7 +259,7 @@ async def take_everything(bench: Bench) -> None:
 async def test_large_message_is_written_piece_by_piece_and_nothing_else_comes_in_between() -> None:
     bench, text = await partly_written()
     assert bench.sink.held_messages == 1
-    assert bench.sink.held_bytes == len(PLAIN.frame(Message.of(text))) - PIECE_BYTES
+    assert bench.sink.held_bytes == len(Message.of(text).encoded(FRAMED)) - PIECE_BYTES
     bench.deliver("behind it")
     own = asyncio.create_task(bench.sink.send_event({"type": "websocket.send", "text": "own"}))
     await turns()
@@ -271,7 +272,7 @@ async def test_large_message_is_written_piece_by_piece_and_nothing_else_comes_in
 
 
 async def test_pieces_of_a_large_message_are_not_copied_for_each_connection() -> None:
-    batch: Batch[Any] = Batch(Message.of("x" * 300_000), EVERYONE, frozenset())
+    batch: Batch[Any] = Batch(Publication(Message.of("x" * 300_000), EVERYONE))
     benches = Bench(), Bench()
     for bench in benches:
         bench.sink.deliver_large(batch)
@@ -298,7 +299,7 @@ async def test_what_is_thrown_away_breaks_a_large_message_off_between_two_frames
     await turns()
     await take_everything(bench)
     await closing
-    assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES] + b"websocket.close"
+    assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES] + b"websocket.close"
     assert bench.watch.counters.dropped == {"closed": 2}
 
 
@@ -312,7 +313,7 @@ async def test_connection_that_ends_in_the_middle_of_a_large_message_gets_nothin
         bench.sink.end()
     await turns()
     assert bench.sink.backlog is None
-    assert bench.written == PLAIN.frame(Message.of(text))[:PIECE_BYTES]
+    assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES]
     assert bench.watch.counters.dropped == {"closed": 1}
     assert bench.owner.lost_with == ([1006] if end == "closing" else [])
 

@@ -17,6 +17,7 @@ with watched():
     from wsbroadcast.engines.nats.protocol import Reader
     from wsbroadcast.engines.postgres.protocol import unpack
     from wsbroadcast.engines.redis.protocol import ReplyReader
+    from wsbroadcast.publication import Publication
 
 NEWS = Audience("channel", "news")
 MAX_BYTES = 500
@@ -49,16 +50,10 @@ def _check_envelope(envelope: bytes) -> None:
         publication, origin = decode(envelope, NEWS, MAX_BYTES)
     except BadEnvelope:
         return
-    message = publication.message
-    assert message.size <= MAX_BYTES
-    assert isinstance(message.data, str) is message.is_text
-    again, same_origin = decode(encode(publication, origin), NEWS, MAX_BYTES)
-    assert (again.message.payload, again.message.is_text, again.message.key) == (
-        message.payload,
-        message.is_text,
-        message.key,
-    )
-    assert (again[1:], same_origin) == (publication[1:], origin)
+    assert publication.size <= MAX_BYTES
+    if isinstance(publication, Publication):
+        assert isinstance(publication.message.data, str) is publication.message.is_text
+    assert decode(encode(publication, origin), NEWS, MAX_BYTES) == (publication, origin)
 
 
 def _check_stream(feed: Callable[[bytes], object], data: bytes) -> None:

@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from tests.support.rawclient import CLOSE, PING, RawClient, masked_frame
 from tests.support.servers import eventually, serve_here
 from wsbroadcast import Audience, ConnectionManager, Message, SlowConsumer
+from wsbroadcast.publication import Publication
 
 KIB = 1024
 SEND_TIMEOUT = 4.0
@@ -137,7 +138,8 @@ async def test_own_messages_of_those_who_read_nothing_are_held_once(kind: str, s
                 full = False
                 text = "x" * (size - 4) + ("\U0001f600" if kind == "emoji" else "yyyy")
                 value: Any = text.encode() if kind == "bytes" else text
-                manager._node.dispatcher.dispatch(Message.of(value), Audience("connection", connection.id))
+                to_it = Audience("connection", connection.id)
+                manager._node.dispatcher.dispatch(Publication(Message.of(value), to_it))
             await asyncio.sleep(0)
         assert manager.stats().backlog_bytes >= 10 * (1024 * KIB - size)
         assert each() <= BOUND

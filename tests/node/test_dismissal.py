@@ -30,11 +30,11 @@ from wsbroadcast import (
     Health,
     LifecycleError,
     Limits,
-    Message,
     PermissionDenied,
     Publication,
     Receiver,
 )
+from wsbroadcast.publication import Dismissal
 
 
 @pytest.fixture
@@ -74,13 +74,13 @@ class WireEngine(Engine):
             self._wire.receivers.remove(self._receiver)
             self._receiver = None
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         if self._wire.is_cut:
             raise self._wire.error("the wire is cut")
         for receiver in self._wire.receivers:
             await receiver.receive(publication)
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         raise NotImplementedError
 
     async def health(self) -> Health:
@@ -428,7 +428,7 @@ async def test_closed_manager_disconnects_nobody() -> None:
     ],
 )
 @pytest.mark.parametrize("waits", [False, True])
-async def test_publication_that_closes_reaches_any_audience(
+async def test_dismissal_reaches_any_audience(
     manager: ConnectionManager, audience: Audience, stay: list[int], waits: bool
 ) -> None:
     @manager.on_deliver
@@ -441,7 +441,7 @@ async def test_publication_that_closes_reaches_any_audience(
         *await connected(manager, 1),
     ]
     node = manager._node
-    publication = Publication(Message.of("maintenance"), audience, close_code=1012)
+    publication = Dismissal(audience, 1012, "maintenance")
     if waits:
         await node.receive(publication)
     else:
@@ -454,9 +454,9 @@ async def test_publication_that_closes_reaches_any_audience(
     assert manager.stats().broadcasts == 0
 
 
-async def test_publication_that_closes_spares_the_excluded(manager: ConnectionManager) -> None:
+async def test_dismissal_spares_the_excluded(manager: ConnectionManager) -> None:
     pairs = await connected(manager, 2)
-    publication = Publication(Message.of(""), Audience("everyone"), frozenset({pairs[0][1].id}), 4000)
+    publication = Dismissal(Audience("everyone"), 4000, exclude=frozenset({pairs[0][1].id}))
     await manager._node.receive(publication)
     assert await pairs[1][0].wait_close() == 4000
     assert manager.connections == [pairs[0][1]]

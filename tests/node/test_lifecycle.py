@@ -33,6 +33,7 @@ from wsbroadcast import (
     Receiver,
     SlowConsumer,
 )
+from wsbroadcast.publication import Dismissal
 
 # Start and end.
 
@@ -251,12 +252,12 @@ class SlowEngine(Engine):
         await asyncio.sleep(0)
         self.receivers.clear()
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         await asyncio.sleep(0)
         for receiver in self.receivers:
             await receiver.receive(publication)
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         for receiver in self.receivers:
             receiver.receive_nowait(publication)
 

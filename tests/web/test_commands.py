@@ -28,6 +28,7 @@ from wsbroadcast import (
     create_router,
     create_routes,
 )
+from wsbroadcast.publication import Dismissal
 
 
 def _app(manager: ConnectionManager, path: str = "/ws", *, inbound: Any = "commands", **options: Any) -> FastAPI:
@@ -207,7 +208,7 @@ async def test_too_many_channels_are_an_error_and_nothing_more() -> None:
 class _BrokenEngine(MemoryEngine):
     error: Exception = EngineUnavailable("no route to redis://:hunter2@internal:6379")
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         raise self.error
 
 

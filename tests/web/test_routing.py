@@ -35,6 +35,7 @@ from wsbroadcast import (
     create_router,
     create_routes,
 )
+from wsbroadcast.publication import Dismissal
 
 
 def _app(manager: ConnectionManager, path: str = "/ws", prefix: str = "", **options: Any) -> FastAPI:
@@ -288,7 +289,7 @@ class _Failing(MemoryEngine):
 
     error: Exception = EngineError("read-only")
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         raise self.error
 
 

@@ -1,4 +1,4 @@
-"""Collects the messages of one turn of the event loop and hands them to the connections in batches."""
+"""Collects the publications of one turn of the event loop and hands them to the connections in batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import NOBODYS, Watch
 from wsbroadcast.delivery.uvicorn import UvicornSink
 from wsbroadcast.logs import logger
-from wsbroadcast.message import Message
+from wsbroadcast.publication import NOBODY, Publication
 
 # A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
 # together, and little enough that other tasks of the app run in between.
@@ -28,11 +28,8 @@ _TURN_MESSAGES = 128
 _LOOK_AGAIN_SECONDS = 0.05
 
 
-_NOBODY: frozenset[str] = frozenset()
-
-
 class Dispatcher(Generic[R]):
-    """From a message and its audience to the sinks of one node, in order.
+    """From a publication to the sinks of one node, in order.
 
     Nothing is awaited between the registry and a sink: whoever is a member when a message is handed over gets it.
     Whoever changes the registry calls `flush` first.
@@ -54,25 +51,14 @@ class Dispatcher(Generic[R]):
         # Broadcasters that wait for a turn, first come, first served: one in a tight loop would always be first again.
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
 
-    def dispatch(
-        self,
-        message: Message,
-        audience: Audience,
-        exclude: frozenset[str] = _NOBODY,
-        recipients: Sequence[R] | None = None,
-    ) -> None:
-        """Hand over a message for an audience, or for some recipients in it. Synchronous; written within this turn."""
+    def dispatch(self, publication: Publication, recipients: Sequence[R] | None = None) -> None:
+        """Hand over a publication to its audience, or to some in it. Written in this turn of the event loop."""
         batches = self._batches
-        if (
-            batches
-            and (last := batches[-1]).audience == audience
-            and last.exclude == exclude
-            and last.recipients == recipients
-        ):
-            last.messages.append(message)
+        if batches and batches[-1].takes(publication, recipients):
+            batches[-1].publications.append(publication)
         else:
-            batches.append(Batch(message, audience, exclude, recipients))
-        self._bytes += message.size
+            batches.append(Batch(publication, recipients))
+        self._bytes += publication.message.size
         self._messages += 1
         if self._bytes >= self._turn_bytes or self._messages >= self._turn_messages:
             self.flush()
@@ -93,12 +79,13 @@ class Dispatcher(Generic[R]):
         for batch in batches:
             recipients = batch.recipients
             if recipients is None:
-                recipients = self._registry.recipients(batch.audience, batch.exclude)
+                first = batch.publications[0]
+                recipients = self._registry.recipients(first.audience, first.exclude)
             if may_be_large and batch.is_large:
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
-            self._watch.counters.deliveries += len(recipients) * len(batch.messages)
+            self._watch.counters.deliveries += len(recipients) * len(batch.publications)
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
@@ -123,7 +110,7 @@ class Dispatcher(Generic[R]):
         now = asyncio.get_running_loop().time
         return not self._watch.behind or not self._pace.must_wait(audience, exclude, Wait(), now())
 
-    async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = _NOBODY) -> None:
+    async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = NOBODY) -> None:
         """Wait for a place in a turn, and for those whom `Pace` names; at most `send_timeout`.
 
         Args:

@@ -12,7 +12,8 @@ from functools import cache
 from typing import Any
 
 from wsbroadcast.delivery.backlog import Entry
-from wsbroadcast.message import Message
+from wsbroadcast.message import Encoding, Message
+from wsbroadcast.publication import Protocol, Publication, plain
 
 _FIN = 0x80
 _COMPRESSED = 0x40  # RSV1 (RFC 7692, 6), in the first frame of a message only
@@ -62,57 +63,92 @@ def _frames(first: int, payload: bytes) -> bytes:
     return b"".join(parts)
 
 
-class WireForm:
-    """One way of putting a message on the wire. Connections with the same wire form share the same bytes."""
+class Framed:
+    """The encoding as frames: the payload behind a header."""
 
-    def frame(self, message: Message) -> bytes:
-        """Return the message's frame, or the frames of a large one, made once per message and wire form."""
-        frame = message.frames.get(self)
-        if frame is None:
-            frame = message.frames[self] = self._encode(message)
-        return frame
-
-    def _encode(self, message: Message) -> bytes:
+    def encode(self, message: Message) -> bytes:
+        """Return the message's frame, or the frames of a large one."""
         return _frames(_TEXT if message.is_text else _BINARY, message.payload)
 
 
-PLAIN = WireForm()
-"""The payload is the frame."""
+FRAMED = Framed()
 
 
-class _Unframed(WireForm):
-    """The payload as it is."""
+class Deflated:
+    """The encoding as frames that are compressed; small and incompressible messages stay as they are.
 
-    def frame(self, message: Message) -> bytes:
-        return message.payload
-
-
-UNFRAMED = _Unframed()
-"""For servers that make the frames themselves."""
-
-
-class Deflated(WireForm):
-    """The payload compressed for one window size; small and incompressible messages stay plain, as each may."""
+    Args:
+        window_bits: The binary logarithm of the window the receiver keeps, 9 to 15.
+    """
 
     def __init__(self, window_bits: int) -> None:
-        self.window_bits = window_bits
-        """The binary logarithm of the window the receiver keeps, 9 to 15."""
+        self._window_bits = window_bits
 
-    def _encode(self, message: Message) -> bytes:
+    def encode(self, message: Message) -> bytes:
+        """Return the message's frame, or the frames of a large one."""
         if message.size < _MIN_COMPRESSED_BYTES:
-            return PLAIN.frame(message)
-        compressor = zlib.compressobj(wbits=-self.window_bits, memLevel=5)
+            return message.encoded(FRAMED)
+        compressor = zlib.compressobj(wbits=-self._window_bits, memLevel=5)
         payload = compressor.compress(message.payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
         payload = payload.removesuffix(_EMPTY_BLOCK)
         if len(payload) >= message.size:
-            return PLAIN.frame(message)
+            return message.encoded(FRAMED)
         return _frames(_COMPRESSED | (_TEXT if message.is_text else _BINARY), payload)
 
 
+class Unframed:
+    """The encoding for servers that make the frames themselves: the payload."""
+
+    def encode(self, message: Message) -> bytes:
+        """Return the payload."""
+        return message.payload
+
+
+class WireForm:
+    """What connections get that share a protocol and an encoding: of each publication the same bytes.
+
+    Ask `wire_form` for one: there is only one of each, so it is compared by identity.
+    """
+
+    __slots__ = ("_encoding", "_protocol")
+
+    def __init__(self, protocol: Protocol, encoding: Encoding) -> None:
+        self._protocol = protocol
+        self._encoding = encoding
+
+    def encode(self, publication: Publication) -> bytes:
+        """Return what is written of a publication."""
+        message = publication.message if self._protocol is plain else publication.seen_by(self._protocol)
+        return message.encoded(self._encoding)
+
+    def entry(self, publication: Publication) -> Entry:
+        """Return a publication as it waits in backlogs."""
+        message = publication.seen_by(self._protocol)
+        key = publication.message.key
+        return Entry(
+            message.encoded(self._encoding),
+            message.size,
+            is_text=message.is_text,
+            key=None if key is None else (publication.audience, key),
+        )
+
+
 @cache
-def deflated(window_bits: int) -> Deflated:
-    """Return the one wire form for a window size."""
-    return Deflated(window_bits)
+def wire_form(protocol: Protocol = plain, window_bits: int | None = None) -> WireForm:
+    """Return the wire form of connections whose frames we make.
+
+    Args:
+        protocol: What publications look like to their clients.
+        window_bits: Of permessage-deflate, if that was negotiated: the binary logarithm of the window that the receiver
+            keeps, 9 to 15.
+    """
+    return WireForm(protocol, FRAMED if window_bits is None else Deflated(window_bits))
+
+
+@cache
+def unframed(protocol: Protocol = plain) -> WireForm:
+    """Return the wire form of connections whose server makes the frames."""
+    return WireForm(protocol, Unframed())
 
 
 # The ASGI events of what is written to servers that make the frames themselves. No I/O.

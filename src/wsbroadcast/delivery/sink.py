@@ -12,7 +12,7 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import UNFRAMED, WireForm
+from wsbroadcast.delivery.frames import WireForm, unframed
 from wsbroadcast.delivery.slow_consumers import (
     KNOWS_KERNEL,
     Owner,
@@ -94,7 +94,7 @@ class Sink:
         watch: Watch,
         send: Send,
         transport: asyncio.Transport | None = None,
-        form: WireForm = UNFRAMED,
+        form: WireForm | None = None,
     ) -> None:
         self.owner = owner
         self.backlog: Backlog | None = None
@@ -109,7 +109,7 @@ class Sink:
             bound_buffer(transport)
         self._watch = watch
         # What the server is given of a message.
-        self._form = form
+        self._form = form or unframed()
         # The server's own `send`, for what we send.
         self._send = send
         # Exists as long as the backlog, but for the moment in which that gets its first item.
@@ -134,7 +134,7 @@ class Sink:
         return self.backlog is not None and self.backlog.is_half_full
 
     def deliver(self, batch: Batch[Any]) -> None:
-        """Hand over the messages of a batch. Never waits, never fails; a full backlog is the policy's affair."""
+        """Hand over a batch. Never waits, never fails; a full backlog is handled by the policy."""
         self.enqueue(batch.entries(self._form))
 
     def deliver_large(self, batch: Batch[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import Backlog, Entry
 from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import PIECE_BYTES, PLAIN, WireForm, deflated
+from wsbroadcast.delivery.frames import PIECE_BYTES, WireForm, wire_form
 from wsbroadcast.delivery.sink import Event, Send, Sink
 from wsbroadcast.delivery.slow_consumers import Owner, Watch
 
@@ -60,7 +60,7 @@ class UvicornSink(Sink):
 
     def _found_lost(self, batch: Batch[Any]) -> None:
         if not self.is_ended:
-            self.count_lost(len(batch.messages))
+            self.count_lost(len(batch.publications))
             self.owner.lost(ABNORMAL, "")
 
     @staticmethod
@@ -258,8 +258,8 @@ def _take_over_compression(protocol: Any) -> WireForm:
             if not extension.local_no_context_takeover:
                 extension.local_no_context_takeover = True
                 del extension.encoder
-            return deflated(window_bits)
-    return PLAIN  # which every receiver takes, compression negotiated or not
+            return wire_form(window_bits=window_bits)
+    return wire_form()  # which every receiver takes, compression negotiated or not
 
 
 def find_transport(receive: object) -> asyncio.Transport | None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Dismissal, Gap, Publication
 from wsbroadcast.stats import EngineStats
 
 
@@ -28,10 +28,10 @@ class Health:
 class Receiver(Protocol):
     """What an engine hands to a node."""
 
-    def receive(self, publication: Publication) -> Coroutine[Any, Any, None]:
+    def receive(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
         """Deliver a publication to this node's connections; in the order of calls."""
 
-    def receive_nowait(self, publication: Publication) -> None:
+    def receive_nowait(self, publication: Publication | Dismissal) -> None:
         """Deliver it without awaiting; only hooks that are plain functions can run."""
 
     def is_ready(self, publication: Publication) -> bool:
@@ -112,7 +112,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         """Return once the engine has taken the publication.
 
         Raises:
@@ -123,7 +123,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         """Take the publication without waiting for a confirmation.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.engines.worker_count import warn_of_several_workers
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
-from wsbroadcast.publication import Publication
+from wsbroadcast.publication import Dismissal, Publication
 
 
 class MemoryEngine(Engine):
@@ -35,11 +35,11 @@ class MemoryEngine(Engine):
         """Stop."""
         self._receiver = None
 
-    def publish(self, publication: Publication) -> Coroutine[Any, Any, None]:
+    def publish(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
         """Deliver to this node's connections; returns when they have it."""
         return self._started().receive(publication)  # its coroutine, without one of our own around it
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         """Deliver to this node's connections."""
         self._started().receive_nowait(publication)
 

@@ -9,7 +9,7 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency.tasks import Tasks
 from wsbroadcast.engines.contract import Receiver
 from wsbroadcast.logs import logger
-from wsbroadcast.publication import Publication
+from wsbroadcast.publication import Dismissal, Publication
 
 # What may wait here for crowds that are behind and for hooks that take their time.
 _MAX_BYTES = 32 * 1024 * 1024
@@ -35,11 +35,11 @@ class Inbox:
         self._bytes = 0
         self._tasks = Tasks()
 
-    def put(self, publication: Publication) -> None:
+    def put(self, publication: Publication | Dismissal) -> None:
         """Deliver a publication, now or when its turn has come. One that closes waits for nothing and nobody."""
         audience = publication.audience
         lane = self._lanes.get(audience)
-        if publication.close_code is not None or (lane is None and self._receiver.is_ready(publication)):
+        if isinstance(publication, Dismissal) or (lane is None and self._receiver.is_ready(publication)):
             self._deliver(publication)
             return
         if self._bytes >= _MAX_BYTES or self._publications >= _MAX_PUBLICATIONS:
@@ -75,7 +75,7 @@ class Inbox:
         self._bytes -= publication.message.size
         return publication
 
-    def _deliver(self, publication: Publication) -> None:
+    def _deliver(self, publication: Publication | Dismissal) -> None:
         try:
             self._receiver.receive_nowait(publication)
         except Exception:  # whatever it is, the reader of the broker goes on

@@ -17,7 +17,7 @@ from wsbroadcast.engines.contract import Engine
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.node.membership import Membership
 from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Dismissal, Gap, Publication
 from wsbroadcast.stats import Counters, Stats
 
 
@@ -43,10 +43,10 @@ class Node:
         # Keeps publications in order while on_deliver hooks take their time.
         self._order = asyncio.Lock()
 
-    async def receive(self, publication: Publication) -> None:
+    async def receive(self, publication: Publication | Dismissal) -> None:
         """Deliver a publication, through the on_deliver hooks if there are any."""
-        if publication.close_code is not None:
-            self._dismiss(publication, publication.close_code)
+        if isinstance(publication, Dismissal):
+            self._dismiss(publication)
         elif not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif is_delivering():
@@ -56,14 +56,14 @@ class Node:
             async with self._order:
                 await self._deliver_through_hooks(publication)
 
-    def receive_nowait(self, publication: Publication) -> None:
+    def receive_nowait(self, publication: Publication | Dismissal) -> None:
         """Deliver a publication without awaiting anything.
 
         Raises:
             LifecycleError: If an on_deliver hook has to wait.
         """
-        if publication.close_code is not None:
-            self._dismiss(publication, publication.close_code)
+        if isinstance(publication, Dismissal):
+            self._dismiss(publication)
         elif self._hooks.has("on_deliver"):
             without_waiting(self.receive(publication), "an on_deliver hook has to wait, for this message or one before")
         else:
@@ -119,12 +119,11 @@ class Node:
 
     def _deliver(self, publication: Publication) -> None:
         self._counters.broadcasts += 1
-        self.dispatcher.dispatch(publication.message, publication.audience, publication.exclude)
+        self.dispatcher.dispatch(publication)
 
-    def _dismiss(self, publication: Publication, code: int) -> None:
-        # No hook is asked and nothing is waited for: whoever is no longer welcome doesn't get what waits either.
-        reason = publication.message.payload.decode(errors="replace")
-        self.membership.dismiss_all(publication.audience, publication.exclude, code, reason)
+    def _dismiss(self, dismissal: Dismissal) -> None:
+        # No hook is asked and nothing is waited for: who is no longer welcome doesn't get what waits either.
+        self.membership.dismiss_all(dismissal.audience, dismissal.exclude, dismissal.code, dismissal.reason)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         recipients = self.registry.recipients(publication.audience, publication.exclude)
@@ -135,4 +134,4 @@ class Node:
             # Who has left the audience while the hooks ran gets nothing any more.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
             if still_here:
-                self.dispatcher.dispatch(message, publication.audience, recipients=still_here)
+                self.dispatcher.dispatch(publication.with_message(message), still_here)

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from wsbroadcast.concurrency.loops import Patience
 from wsbroadcast.engines.contract import Engine, Health
 from wsbroadcast.exceptions import EngineUnavailable
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Dismissal, Gap, Publication
 from wsbroadcast.publishing.calls import Calls, HasEnded, Ticket
 
 T = TypeVar("T")
@@ -32,17 +32,17 @@ Call: TypeAlias = Callable[["Home", Ticket], Coroutine[Any, Any, T]]
 class Nobody:
     """Receives for a node without connections, which is subscribed to nothing."""
 
-    async def receive(self, publication: Publication) -> None:
+    async def receive(self, publication: Publication | Dismissal) -> None:
         """There is nobody here."""
 
-    def receive_nowait(self, publication: Publication) -> None:
+    def receive_nowait(self, publication: Publication | Dismissal) -> None:
         """There is nobody here."""
 
-    def is_ready(self, publication: Publication) -> bool:
+    def is_ready(self, publication: Publication | Dismissal) -> bool:
         """Nobody is always ready."""
         return True
 
-    async def receive_paced(self, publication: Publication) -> None:
+    async def receive_paced(self, publication: Publication | Dismissal) -> None:
         """There is nobody here."""
 
     async def gap(self, gap: Gap) -> None:
@@ -146,7 +146,7 @@ class Home:
             raise HasEnded
         return is_started
 
-    async def publish(self, publication: Publication, ticket: Ticket | None = None) -> None:
+    async def publish(self, publication: Publication | Dismissal, ticket: Ticket | None = None) -> None:
         """Start if need be, and return once the engine has taken the publication.
 
         Args:
@@ -163,7 +163,7 @@ class Home:
             raise HasEnded
         await self._engine.publish(publication)
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         """Take the publication without waiting for a confirmation."""
         self._engine.publish_nowait(publication)
 

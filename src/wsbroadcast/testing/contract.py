@@ -9,12 +9,11 @@ from contextlib import suppress
 import pytest
 
 from wsbroadcast.audience import EVERYONE, Audience
-from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.exceptions import EngineUnavailable, MessageTooLarge
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Publication
+from wsbroadcast.publication import Dismissal, Publication
 from wsbroadcast.stats import EngineStats
-from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, content, use
+from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, use
 
 
 @pytest.mark.asyncio
@@ -31,25 +30,30 @@ class EngineContract(Nodes):
         published = [Publication(message, NEWS) for message in MESSAGES]
         await self._check_same(published)
 
-    async def test_publication_keeps_audience_exclusions_and_close_code(self) -> None:
-        """Audiences of every kind, excluded connections and a code to close with arrive as they were."""
-        message = Message.of("reason")
+    async def test_publication_keeps_audience_and_exclusions(self) -> None:
+        """Audiences of every kind and excluded connections arrive as they were, and the id of a broadcast."""
+        message = Message.of("hello")
         some, many = frozenset({"a", "b\n"}), frozenset(f"connection {number}" for number in range(1000))
         kinds = [EVERYONE, NEWS, Audience("user", "news"), Audience("connection", "news")]
         published = [Publication(message, kind, exclude) for kind in kinds for exclude in (frozenset(), some, many)]
-        published += [Publication(message, kind, some, CloseCode.POLICY_VIOLATION) for kind in kinds]
-        await self._check_same([*published, Publication(Message.of(""), NEWS, close_code=4999)])
+        await self._check_same([*published, Publication(message, NEWS, some, id="xyz")])
 
-    async def _check_same(self, published: Sequence[Publication]) -> None:
+    async def test_dismissal_arrives_as_it_was(self) -> None:
+        """What closes the connections of an audience keeps its code, its reason and who stays."""
+        kinds = [EVERYONE, NEWS, Audience("user", "news"), Audience("connection", "news")]
+        published = [Dismissal(kind, 1008, "reäson", frozenset({"a", "b\n"})) for kind in kinds]
+        await self._check_same([*published, Dismissal(NEWS, 4999)])
+
+    async def _check_same(self, published: Sequence[Publication | Dismissal]) -> None:
         audiences = list(dict.fromkeys(each.audience for each in published))
         async with self.nodes(*audiences) as nodes:
             for publication in published:
                 await nodes[0].engine.publish(publication)
             for _, recorder, seconds in nodes:
-                await recorder.wait_until(lambda: len(recorder.publications) >= len(published), seconds)  # noqa: B023
+                await recorder.wait_until(lambda: len(recorder.received) >= len(published), seconds)  # noqa: B023
                 for audience in audiences:
-                    came = [content(each) for each in recorder.publications if each.audience == audience]
-                    assert came == [content(each) for each in published if each.audience == audience]
+                    came = [each for each in recorder.received if each.audience == audience]
+                    assert came == [each for each in published if each.audience == audience]
 
     async def test_large_message_arrives_or_is_refused(self) -> None:
         """1 MiB arrives, or `MessageTooLarge` names a limit, and what is as large as that arrives."""

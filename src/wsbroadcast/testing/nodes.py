@@ -12,7 +12,7 @@ from unicodedata import normalize
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Dismissal, Gap, Publication
 
 # Messages and names that engines and brokers have been known to get wrong.
 
@@ -55,7 +55,9 @@ class Recorder:
 
     def __init__(self, *, is_ready: bool = True) -> None:
         self.publications: list[Publication] = []
-        """What was received, in order."""
+        """What was received, in order; but for what closes connections."""
+        self.dismissals: list[Dismissal] = []
+        """What closes connections, in order."""
         self.gaps: list[Gap] = []
         """What was reported missing, in order."""
         self.failing: set[Audience] = set()
@@ -71,7 +73,7 @@ class Recorder:
 
     # What an engine calls.
 
-    async def receive(self, publication: Publication) -> None:
+    async def receive(self, publication: Publication | Dismissal) -> None:
         """Keep a publication, in the order of calls."""
         if publication.audience in self.stalled:
             self.waiting += 1
@@ -81,20 +83,23 @@ class Recorder:
             await asyncio.sleep(0)
         self.receive_nowait(publication)
 
-    def receive_nowait(self, publication: Publication) -> None:
+    def receive_nowait(self, publication: Publication | Dismissal) -> None:
         """Keep a publication."""
         if publication.audience in self.failing:
             self.failures += 1
             self._changed.set()
             raise RuntimeError("the recorder was told to fail")
-        self.publications.append(publication)
+        if isinstance(publication, Dismissal):
+            self.dismissals.append(publication)
+        else:
+            self.publications.append(publication)
         self._changed.set()
 
-    def is_ready(self, publication: Publication) -> bool:
+    def is_ready(self, publication: Publication | Dismissal) -> bool:
         """Tell whether `receive_nowait` will do."""
         return self._is_ready and publication.audience not in self.stalled
 
-    async def receive_paced(self, publication: Publication) -> None:
+    async def receive_paced(self, publication: Publication | Dismissal) -> None:
         """Keep a publication of another node."""
         await self.receive(publication)
 
@@ -104,6 +109,11 @@ class Recorder:
         self._changed.set()
 
     # What a test asks.
+
+    @property
+    def received(self) -> list[Publication | Dismissal]:
+        """What was received of both kinds."""
+        return [*self.publications, *self.dismissals]
 
     def data(self, audience: Audience) -> list[str | bytes]:
         """Return what clients of an audience would have received, in order."""
@@ -198,9 +208,3 @@ async def use(engine: Engine, recorder: Recorder, seconds: float) -> None:
         await node.publish("hello")
         await node.receives(["hello"])
         await engine.aclose()
-
-
-def content(publication: Publication) -> tuple[object, ...]:
-    """Return what two publications have in common that are the same."""
-    message = publication.message
-    return (message.payload, message.data, message.is_text, message.key, *publication[1:])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from wsbroadcast import Audience, EncodeError, Message, Publication
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, BadEnvelope, Origin, decode, encode
+from wsbroadcast.publication import Dismissal
 
 NEWS = Audience("channel", "news")
 LIMIT = 10_000
@@ -26,42 +27,56 @@ def with_header(payload: bytes = b"text", **header: Any) -> bytes:
     return json.dumps({"v": 1} | header).encode() + b"\n" + payload
 
 
-def same(one: Publication, other: Publication) -> bool:
-    fields = [(p.message.payload, p.message.is_text, p.message.key, *p[1:]) for p in (one, other)]
-    return fields[0] == fields[1]
+def data_of(publication: Publication | Dismissal) -> str | bytes:
+    assert isinstance(publication, Publication)
+    return publication.message.data
 
 
 def test_text_from_this_library_is_a_short_line_and_the_payload() -> None:
     assert encode(Publication(Message.of("hi\n"), NEWS), ORIGIN) == b'{"v":1,"node":"node","seq":7}\nhi\n'
 
 
+def test_json_from_this_library_says_so() -> None:
+    envelope = encode(Publication(Message.of({"a": 1}), NEWS), ORIGIN)
+    assert envelope == b'{"v":1,"node":"node","seq":7,"type":"json"}\n{"a":1}'
+
+
 def test_text_of_another_program_needs_a_version_only() -> None:
     publication, origin = decode(b'{"v":1}\nhello', NEWS, LIMIT)
-    assert same(publication, Publication(Message.of("hello"), NEWS))
-    assert publication.message.data == "hello"
+    assert publication == Publication(Message.of("hello"), NEWS)
+    assert data_of(publication) == "hello"
     assert origin is None
 
 
 @given(
-    st.one_of(st.text(max_size=50), st.binary(max_size=50)),
+    st.one_of(st.text(max_size=50), st.binary(max_size=50), st.lists(st.integers())),
     st.frozensets(st.text("abc", min_size=1, max_size=3), max_size=3),
     st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=5)),
     st.one_of(st.none(), st.integers(1, 2**60)),
+    st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=64)),
 )
 def test_publication_survives_the_way(
-    value: str | bytes, exclude: frozenset[str], key: str | None, seq: int | None
+    value: object, exclude: frozenset[str], key: str | None, seq: int | None, several: str | None
 ) -> None:
-    publication = Publication(Message.of(value, key), NEWS, exclude)
+    publication = Publication(Message.of(value, key), NEWS, exclude, id=several)
     origin = None if seq is None else Origin("nöde", seq)
     decoded, again = decode(encode(publication, origin), NEWS, LIMIT)
-    assert same(decoded, publication)
+    assert decoded == publication
     assert again == origin
 
 
-def test_request_to_close_survives_the_way() -> None:
-    publication = Publication(Message.of("logged out"), NEWS, close_code=4401)
-    decoded, _ = decode(encode(publication, ORIGIN), NEWS, LIMIT)
-    assert same(decoded, publication)
+@pytest.mark.parametrize("exclude", [frozenset[str](), frozenset({"a", "b"})])
+@pytest.mark.parametrize("origin", [None, ORIGIN])
+def test_dismissal_survives_the_way(exclude: frozenset[str], origin: Origin | None) -> None:
+    dismissal = Dismissal(NEWS, 4401, "lögged out", exclude)
+    assert decode(encode(dismissal, origin), NEWS, LIMIT) == (dismissal, origin)
+
+
+@pytest.mark.parametrize("field", ["audiences", "exclude_users", "something"])
+def test_what_must_be_understood_and_is_not_is_refused(field: str) -> None:
+    assert refused(with_header(**{"must": [field], field: ["a"]})) == "must"
+    publication, _ = decode(with_header(must=[], something=1), NEWS, LIMIT)
+    assert data_of(publication) == "text"
 
 
 def test_too_many_excluded_connections_are_refused_at_the_publisher() -> None:
@@ -71,8 +86,10 @@ def test_too_many_excluded_connections_are_refused_at_the_publisher() -> None:
 
 
 def test_field_of_a_later_release_is_passed_over() -> None:
-    publication, _ = decode(with_header(offset=5, epoch="x", id="y", something=[1]), NEWS, LIMIT)
-    assert publication.message.data == "text"
+    publication, _ = decode(
+        with_header(offset=5, epoch="x", previous=4, traceparent="y", at=1.5, something=[1]), NEWS, LIMIT
+    )
+    assert data_of(publication) == "text"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +133,10 @@ def test_other_version_is_refused(version: int) -> None:
         {"type": None},
         {"type": []},
         {"key": 1},
+        {"id": 1},
+        {"id": "x" * 65},
+        {"must": "audiences"},
+        {"must": None},
         {"exclude": "abc"},
         {"exclude": [1]},
         {"exclude": {"a": 1}},
@@ -141,7 +162,7 @@ def test_wrong_types_and_values_are_refused(header: dict[str, Any]) -> None:
 def test_text_that_is_no_utf_8_is_refused_and_bytes_are_not(payload: bytes) -> None:
     assert refused(with_header(payload)) == "text"
     publication, _ = decode(with_header(payload, type="binary"), NEWS, LIMIT)
-    assert publication.message.data == payload
+    assert data_of(publication) == payload
 
 
 @pytest.mark.parametrize("size", [LIMIT + 1, LIMIT + MAX_HEADER_BYTES + 1])
@@ -161,7 +182,7 @@ def test_any_bytes_are_an_envelope_or_refused(envelope: bytes) -> None:
 
 @given(st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text()), st.lists, max_leaves=5), st.data())
 def test_any_header_is_good_or_refused(value: Any, data: st.DataObject) -> None:
-    field = data.draw(st.sampled_from(["v", "type", "node", "seq", "key", "exclude", "code"]))
+    field = data.draw(st.sampled_from(["v", "type", "node", "seq", "key", "exclude", "code", "id", "must"]))
     try:
         decode(with_header(**{field: value}), NEWS, LIMIT)
     except BadEnvelope:

@@ -13,7 +13,7 @@ from wsbroadcast.engines.broker.session import Session
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
 from wsbroadcast.options import Timing, check_positive
-from wsbroadcast.publication import Publication
+from wsbroadcast.publication import Dismissal, Publication
 from wsbroadcast.stats import EngineCounters, EngineStats
 
 DEFAULT_TIMING = Timing()
@@ -126,7 +126,7 @@ class BrokerEngine(Engine):
         """
         return self._started().confirmed(audiences)
 
-    def publish(self, publication: Publication) -> Coroutine[Any, Any, None]:
+    def publish(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
         """Return once the broker has taken the publication; publications of one turn of the loop go out together.
 
         Raises:
@@ -137,7 +137,7 @@ class BrokerEngine(Engine):
         """
         return self._started().publish(publication)
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         """Hand over the publication; if the broker doesn't take it, that is counted and logged.
 
         Raises:

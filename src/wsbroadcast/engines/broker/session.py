@@ -23,7 +23,7 @@ from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavai
 from wsbroadcast.logs import logger
 from wsbroadcast.node.lanes import Inbox
 from wsbroadcast.options import Timing
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Dismissal, Gap, Publication
 from wsbroadcast.stats import EngineCounters
 
 # One warning about bad envelopes in this many seconds: whoever sends garbage sends much.
@@ -142,7 +142,7 @@ class Session:
 
     # To the broker.
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         """Return once the broker has taken it."""
         try:
             parcel = self._parcel(publication)
@@ -153,7 +153,7 @@ class Session:
             parcel = self._parcel(publication)
         await self._outbox.put(parcel)
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         """Hand it over; that it failed is counted and logged."""
         try:
             self._outbox.put_nowait(self._parcel(publication))
@@ -162,19 +162,19 @@ class Session:
                 self._look_at_limits()  # for the next one
             raise
 
-    def _parcel(self, publication: Publication) -> Parcel:
+    def _parcel(self, publication: Publication | Dismissal) -> Parcel:
         link = self._supervisor.link
         if link is None:
             self._counters.publish_failures += 1
             why = self._outages.trouble or "its event loop ends"
             raise EngineUnavailable(f"{self._where} is out of reach ({why}); nothing was sent")
-        if publication.message.size > self._max_message_bytes:  # the other nodes would drop it
-            raise MessageTooLarge(publication.message.size, self._max_message_bytes)
+        if publication.size > self._max_message_bytes:  # the other nodes would drop it
+            raise MessageTooLarge(publication.size, self._max_message_bytes)
         self._published += 1
         envelope = encode(publication, Origin(self._node, self._published))
         if len(envelope) > link.max_envelope_bytes:
-            overhead = len(envelope) - publication.message.size
-            raise MessageTooLarge(publication.message.size, link.max_envelope_bytes - overhead)
+            overhead = len(envelope) - publication.size
+            raise MessageTooLarge(publication.size, link.max_envelope_bytes - overhead)
         return Parcel(self._names.of(publication.audience), envelope)
 
     def _look_at_limits(self) -> asyncio.Task[None]:
