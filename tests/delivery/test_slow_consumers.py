@@ -119,16 +119,6 @@ async def test_wake_lets_every_waiting_broadcaster_look_again() -> None:
     assert [type(result) for result in results] == [asyncio.CancelledError, type(None), type(None)]
 
 
-async def test_broadcaster_that_was_cancelled_is_forgotten() -> None:
-    watch = watch_with()
-    waiting = asyncio.ensure_future(watch.wait_for_change(asyncio.get_running_loop().time() + 60))
-    await asyncio.sleep(0)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    watch.wake()
-
-
 async def test_change_is_waited_for_until_the_deadline() -> None:
     watch = watch_with()
     async with asyncio.timeout(5):

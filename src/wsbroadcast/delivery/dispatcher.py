@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Generic
 
 from wsbroadcast.audience import Audience
@@ -24,7 +25,8 @@ from wsbroadcast.publication import NOBODY, Publication
 _TURN_BYTES = 16 * 1024
 _TURN_MESSAGES = 128
 
-# How often a broadcaster that waits for the crowd looks again when nothing wakes it.
+# How often a broadcaster that waits for the crowd looks again when nothing wakes it: nothing tells what a peer's kernel
+# has taken, nor that the time is up which it had.
 _LOOK_AGAIN_SECONDS = 0.05
 
 
@@ -133,16 +135,11 @@ class Dispatcher(Generic[R]):
                 wait.patience.spend(began, loop.time())
 
     async def _queue_up(self, size: int, deadline: float) -> None:
-        place = (asyncio.get_running_loop().create_future(), size)
-        self._queue.append(place)
-        try:
+        place = asyncio.get_running_loop().create_future()
+        self._queue.append((place, size))
+        with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                await place[0]
-        except TimeoutError:
-            pass
-        finally:
-            if place in self._queue:
-                self._queue.remove(place)
+                await place
 
     def _end_turn(self) -> None:
         self._is_scheduled = False
@@ -154,7 +151,7 @@ class Dispatcher(Generic[R]):
         messages, size = 0, 0
         while self._queue and messages < max(1, self._turn_messages) and size < max(1, self._turn_bytes):
             place, place_size = self._queue.popleft()
-            if not place.done():  # else it was cancelled, and hasn't left yet
+            if not place.done():  # else its broadcaster was cancelled, or has waited long enough
                 place.set_result(None)
                 messages += 1
                 size += place_size

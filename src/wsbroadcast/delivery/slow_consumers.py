@@ -135,8 +135,8 @@ class Watch:
         """The sinks with a backlog."""
         self.behind: dict[Waiting, bool] = {}
         """Those among them that are slow consumers: past their high-water mark. With whether they were half full."""
-        # Broadcasters that wait for the crowd.
-        self._waiters: list[asyncio.Future[None]] = []
+        # Done at the next change; there while a broadcaster waits for one.
+        self._change: asyncio.Future[None] | None = None
         self._is_wake_scheduled = False
         self._tick: asyncio.TimerHandle | None = None
 
@@ -166,7 +166,7 @@ class Watch:
     def caught_up(self, sink: Waiting) -> None:
         """A sink is below its high-water mark again."""
         self.behind.pop(sink, None)
-        if self._waiters and not self._is_wake_scheduled:
+        if self._change is not None and not self._is_wake_scheduled:
             self._is_wake_scheduled = True
             asyncio.get_running_loop().call_soon(self.wake, context=NOBODYS)  # once for all that catch up in one turn
 
@@ -190,24 +190,17 @@ class Watch:
 
     async def wait_for_change(self, deadline: float) -> None:
         """Return after the next `wake`, or at the deadline."""
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await waiter
-        except TimeoutError:
-            pass
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+        loop = asyncio.get_running_loop()
+        if self._change is None:
+            self._change = loop.create_future()
+        await asyncio.wait((self._change,), timeout=max(0.0, deadline - loop.time()))
 
     def wake(self) -> None:
         """Let waiting broadcasters look again whether they may go on."""
         self._is_wake_scheduled = False
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        change, self._change = self._change, None
+        if change is not None:
+            change.set_result(None)
 
     async def aclose(self) -> None:
         """End every writer and wait for them."""
