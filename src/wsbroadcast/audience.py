@@ -38,7 +38,7 @@ class Audience(NamedTuple):
 
         Raises:
             InvalidChannel: If the channel's name breaks a rule.
-            ValueError: If the user is no id, or both are given. `None` is never "everybody".
+            ValueError: If `user` is not a str, int or UUID, or both are given. `None` is an error, never "everyone".
         """
         if channel is UNSET and user is UNSET:
             return EVERYONE

@@ -72,7 +72,7 @@ class Backlog:
         """What was written from here, in bytes, and a little more for each message: see `hand_over`."""
         self.rest: memoryview | None = None
         """What is left of a large message that is partly written. It goes out before everything else, and isn't
-        counted: there is no room to be made by dropping it."""
+        counted, because dropping it would make no room."""
 
     def __iter__(self) -> Iterator[Entry | Turn]:
         return iter(self._items.values())

@@ -33,8 +33,8 @@ _LOOK_AGAIN_SECONDS = 0.05
 class Dispatcher(Generic[R]):
     """From a publication to the sinks of one node, in order.
 
-    Nothing is awaited between the registry and a sink: whoever is a member when a message is handed over gets it.
-    Whoever changes the registry calls `flush` first.
+    Nothing is awaited between the registry and a sink, so each member at that moment gets the message. Code that changes
+    the registry calls `flush` first.
     """
 
     def __init__(self, registry: Registry[R], watch: Watch) -> None:

@@ -166,7 +166,7 @@ class Sink:
     async def send_event(self, event: Event) -> None:
         """Send what the app itself sends: after everything handed over before, and before everything after.
 
-        Cancelled while it waits, it is withdrawn; once it is being written it is finished, whoever is cancelled.
+        If the caller is cancelled while the event waits, the event is withdrawn. Once it is being written, it is finished.
 
         Raises:
             ConnectionClosed: If the connection ended before its turn came.
@@ -397,7 +397,7 @@ class Sink:
             if not turn.done.done():
                 turn.done.set_exception(error)
             if isinstance(error, WebSocketDisconnect):
-                raise  # the peer is gone, whoever still listens: what follows must not find Starlette's state for it
+                raise  # the peer is gone, and Starlette's state must not tell otherwise to what follows
         else:
             if not turn.done.done():
                 turn.done.set_result(None)

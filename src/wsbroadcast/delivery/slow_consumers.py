@@ -105,7 +105,7 @@ class Progress:
         return now - self._looked_at >= _FRESH_SECONDS
 
     def look(self, now: float) -> None:
-        """See what it has taken meanwhile."""
+        """See what it has taken since the last look."""
         taken = self._sink.taken
         if self._taken is not None and taken > self._taken:
             bought = (taken - self._taken) / self._pace

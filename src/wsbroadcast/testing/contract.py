@@ -117,7 +117,7 @@ class EngineContract(Nodes):
                 await node.receives(sent)
 
     async def test_publishers_at_the_same_time_have_one_order(self) -> None:
-        """Whoever publishes at the same time, on any node: all messages arrive, in one order on all nodes."""
+        """When several nodes publish at the same time, all messages arrive, in one order on all nodes."""
         async with self.nodes(NEWS) as nodes:
             sent = [[f"{number} of {task}" for number in range(40)] for task in range(4 * len(nodes))]
 

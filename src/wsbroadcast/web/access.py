@@ -147,7 +147,7 @@ class Access:
         Raises:
             PermissionDenied: If it returns something false, or raises this itself, another `WebSocketException` or an
                 `HTTPException` of 4xx.
-            ConnectionClosed: If the connection ended meanwhile.
+            ConnectionClosed: If the connection has ended in the meantime.
             ConfigurationError: If it returns something true that isn't `True`, such as a coroutine.
         """
         assert self.authorize is not None
@@ -161,7 +161,7 @@ class Access:
                 raise
             raise denial from error
         is_allowed = _is_yes(allowed)
-        if isinstance(connection, Connection) and not connection.is_open:  # closed meanwhile: nobody acts for it now
+        if isinstance(connection, Connection) and not connection.is_open:  # it has been closed: nobody acts for it now
             raise connection.closed_error()
         if not is_allowed:
             raise PermissionDenied("not allowed")

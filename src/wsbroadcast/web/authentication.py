@@ -36,7 +36,7 @@ class Authenticator:
         dependency: A dependency as in `Depends(…)`, the `Depends` or `Security` itself, or an `Annotated` with one.
 
     Raises:
-        ConfigurationError: If it is none of them, or wants a `Request`.
+        ConfigurationError: If it is something else, or wants a `Request`.
     """
 
     def __init__(self, dependency: Callable[..., Any] | params.Depends) -> None:
@@ -135,7 +135,7 @@ UserKey = Callable[[Any], UserId]
 """Makes the id of a user from what `authenticate` returned."""
 
 
-@no_dependency("whoever connects would say in the query who it is; return one from a function that finds it out")
+@no_dependency("a client would say in the query who it is; return one from a function that finds it out")
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who is behind a connection, and until when; what `authenticate` may return."""
@@ -148,7 +148,7 @@ class Identity:
     """When the connection is closed with 4401: seconds since 1970, or a datetime with a timezone. `None` is never."""
 
 
-@no_dependency("whoever connects would say in the query who it is; authorize gets one")
+@no_dependency("a client would say in the query who it is; authorize gets one")
 @dataclass(frozen=True, slots=True)
 class Handshake:
     """A connection that isn't accepted yet, as `authorize` sees it: what of a `Connection` is known by then."""
@@ -215,13 +215,13 @@ def _user_by(user_key: UserKey, found: Any) -> UserId:
 
 
 MAX_TOKEN_CHARACTERS = 8192
-"""A longer token is none."""
+"""Longer tokens are rejected."""
 
 MAX_SUBPROTOCOLS = 32
 """As many of the subprotocols that a client offers are looked at."""
 
 FIRST_MESSAGE = "wsbroadcast.first_message"
-"""Where in the scope a token that came as the first message stands, for whoever asks for it again."""
+"""The scope's key for a token that came as the first message, for a dependency that asks for it again."""
 
 
 @no_dependency("name the places, as in Depends(TokenFrom(header=True))")
@@ -229,7 +229,7 @@ class TokenFrom:
     """A dependency that finds a token: `token: Annotated[str, Depends(TokenFrom(cookie="session"))]`.
 
     It looks in the places that are named, in this order: header, subprotocol, cookie, query, first message. A token is
-    1 to 8,192 visible ASCII characters; anything else is none. On an HTTP route the places that only a WebSocket has
+    1 to 8,192 visible ASCII characters; anything else is rejected. On an HTTP route the places that only a WebSocket has
     are passed over.
 
     Args:
@@ -243,7 +243,7 @@ class TokenFrom:
             closed with 4401. Asked for again, it is the same token.
 
     Raises:
-        ConfigurationError: If no place is named, or the seconds are none.
+        ConfigurationError: If no place is named, or the seconds aren't valid.
     """
 
     def __init__(

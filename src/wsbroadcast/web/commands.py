@@ -68,7 +68,7 @@ class Commands:
         """Do what a client asks for, and answer.
 
         Raises:
-            ConnectionClosed: If the connection ended meanwhile, which a denied command may make it do.
+            ConnectionClosed: If the connection has ended. A command that is denied may end it.
         """
         try:
             answer = await self._run(connection, command)

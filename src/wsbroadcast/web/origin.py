@@ -36,9 +36,9 @@ class Origin(NamedTuple):
 
 
 def parse_origin(text: str) -> Origin | None:
-    """Read an origin as browsers write it; `None` for `null` and for whatever else is none.
+    """Read an origin as browsers write it; `None` for `null` and for anything else that isn't an origin.
 
-    A host outside ASCII is none either: browsers write it in punycode (RFC 6454, 6.2).
+    A host outside ASCII isn't one: browsers write it in punycode (RFC 6454, 6.2).
     """
     match = _ORIGIN.fullmatch(text) if text.isascii() else None
     if match is None:

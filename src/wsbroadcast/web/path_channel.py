@@ -33,7 +33,7 @@ class PathChannel:
     def __init__(self, path: str, pattern: str | None) -> None:
         self._path = plain(path)
         self._pattern = None if pattern is None else plain(pattern)
-        # What the pattern may leave out without a word: whoever wrote it saw these.
+        # What the pattern may leave out without a word: its author saw these.
         self._seen = set(compile_path(path)[2])
         self._fields: list[str] = []
         # Before, between and after the fields.
