@@ -104,8 +104,8 @@ def test_connect_is_no_dependency(use: Callable[[Any], None], connect: Any) -> N
 @pytest.mark.parametrize(
     ("dependency", "text"),
     [
-        (Identity, "Identity is no dependency: whoever connects would say in the query who it is"),
-        (Handshake, "Handshake is no dependency: whoever connects would say in the query who it is"),
+        (Identity, "Identity is no dependency: a client would say in the query who it is"),
+        (Handshake, "Handshake is no dependency: a client would say in the query who it is"),
         (Connection, "Connection is no dependency: take a ConnectionDep"),
         (ConnectionManager, "ConnectionManager is no dependency: take a ManagerDep"),
         (Subclass, "ConnectionManager is no dependency: take a ManagerDep"),

@@ -33,8 +33,8 @@ _LOOK_AGAIN_SECONDS = 0.05
 class Dispatcher(Generic[R]):
     """From a publication to the sinks of one node, in order.
 
-    Nothing is awaited between the registry and a sink, so each member at that moment gets the message. Code that changes
-    the registry calls `flush` first.
+    Nothing is awaited between the registry and a sink, so who is a member at that moment gets it. Code that
+    changes the registry calls `flush` first.
     """
 
     def __init__(self, registry: Registry[R], watch: Watch) -> None:

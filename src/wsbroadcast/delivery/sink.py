@@ -166,7 +166,7 @@ class Sink:
     async def send_event(self, event: Event) -> None:
         """Send what the app itself sends: after everything handed over before, and before everything after.
 
-        If the caller is cancelled while the event waits, the event is withdrawn. Once it is being written, it is finished.
+        If the caller is cancelled while the event waits, it is withdrawn. Once it is being written, it is finished.
 
         Raises:
             ConnectionClosed: If the connection ended before its turn came.

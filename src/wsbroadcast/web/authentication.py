@@ -229,8 +229,8 @@ class TokenFrom:
     """A dependency that finds a token: `token: Annotated[str, Depends(TokenFrom(cookie="session"))]`.
 
     It looks in the places that are named, in this order: header, subprotocol, cookie, query, first message. A token is
-    1 to 8,192 visible ASCII characters; anything else is rejected. On an HTTP route the places that only a WebSocket has
-    are passed over.
+    1 to 8,192 visible ASCII characters; anything else is rejected. On an HTTP route the places that only a WebSocket
+    has are passed over.
 
     Args:
         header: Whether to take `Authorization: Bearer …`. Browsers can't send it with a WebSocket; programs can.
