@@ -32,7 +32,7 @@ LAYERS = [
     {"engines"},
     {"publication"},
     {"message"},
-    {"audience", "concurrency", "encoding", "options", "signatures"},
+    {"audience", "concurrency", "options", "signatures"},
     {"close_codes", "exceptions", "logs", "stats"},
     {"text"},
 ]

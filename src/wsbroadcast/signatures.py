@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 def no_dependency(instead: str, **instead_of_methods: str) -> Callable[[T], T]:
     """Make FastAPI refuse a function as a dependency, or a class with all its methods, when the route is made.
 
-    FastAPI takes the arguments of a dependency from the query: with `Depends(manager.connect)` a client would say who it
+    FastAPI takes the arguments of a dependency from the query: `Depends(manager.connect)` lets a client say who it
     is. What takes no arguments isn't refused. Parameters keep their names and order, which mocks look at.
 
     Args:

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from wsbroadcast import Audience, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.delivery.batch import Batch
 from wsbroadcast.delivery.dispatcher import Dispatcher
-from wsbroadcast.delivery.frames import FRAGMENT_BYTES
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, Batch
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import Watch

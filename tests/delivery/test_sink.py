@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wsbroadcast import ConnectionClosed, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.delivery.batch import Batch
+from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import Watch
 from wsbroadcast.publication import Publication

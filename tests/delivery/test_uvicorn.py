@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES, Batch
 from wsbroadcast.delivery.slow_consumers import Watch
 from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
 from wsbroadcast.message import Message

@@ -11,8 +11,7 @@ from typing import Generic
 from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import HIGH_WATER_PART
-from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import FRAGMENT_BYTES
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, Batch
 from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import NOBODYS, Watch

@@ -11,8 +11,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
-from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import WireForm, unframed
+from wsbroadcast.delivery.frames import Batch, WireForm, unframed
 from wsbroadcast.delivery.slow_consumers import (
     KNOWS_KERNEL,
     Owner,

@@ -13,8 +13,7 @@ from typing import Any, Protocol, cast
 
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import Backlog, Entry
-from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import PIECE_BYTES, WireForm, wire_form
+from wsbroadcast.delivery.frames import PIECE_BYTES, Batch, WireForm, wire_form
 from wsbroadcast.delivery.sink import Event, Send, Sink
 from wsbroadcast.delivery.slow_consumers import Owner, Watch
 

@@ -17,7 +17,7 @@ from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.web.access import Access, Authenticate, end_quietly
 from wsbroadcast.web.authentication import UserKey
-from wsbroadcast.web.serving import Endpoint
+from wsbroadcast.web.routing import Endpoint
 
 
 async def get_manager(connection: HTTPConnection) -> ConnectionManager:

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 
 from wsbroadcast import Message
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.delivery.batch import Batch
-from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, unframed, wire_form
+from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, Batch, unframed, wire_form
 from wsbroadcast.publication import Publication
 
 PLAIN = wire_form()
