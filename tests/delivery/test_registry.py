@@ -51,10 +51,7 @@ class RegistryAgainstModel(RuleBasedStateMachine):
     def add(self, user: str | None, channels: set[str]) -> Member:
         self.made += 1
         member = Member(str(self.made), user, channels)
-        wanted = {audience for audience in self.audiences(member) if not self.in_audience(audience)}
-        first = self.registry.add(member)
-        assert len(first) == len(set(first))
-        assert set(first) == wanted
+        self.registry.add(member)
         self.model.append(member)
         return member
 
@@ -81,8 +78,7 @@ class RegistryAgainstModel(RuleBasedStateMachine):
 
     @rule(member=members, channel=st.sampled_from(CHANNELS))
     def subscribe(self, member: Member, channel: str) -> None:
-        was_empty = not self.in_audience(Audience("channel", channel))
-        assert self.registry.subscribe(member, channel) is was_empty
+        self.registry.subscribe(member, channel)
         assert channel in member.channels
 
     @rule(member=members, channel=st.sampled_from(CHANNELS))

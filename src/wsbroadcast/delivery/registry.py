@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Generic, Protocol, TypeVar
 
 from wsbroadcast.audience import EVERYONE, Audience
+from wsbroadcast.publication import NOBODY
 
 
 class Member(Protocol):
@@ -20,8 +21,6 @@ class Member(Protocol):
 
 
 M = TypeVar("M", bound=Member)
-
-_NOBODY: frozenset[str] = frozenset()
 
 
 class Registry(Generic[M]):
@@ -41,14 +40,13 @@ class Registry(Generic[M]):
     def __len__(self) -> int:
         return len(self.by_id)
 
-    def add(self, member: M) -> list[Audience]:
-        """Add a member with the channels it names; return the audiences it is the first of."""
-        first = [] if self.by_id else [EVERYONE]
+    def add(self, member: M) -> None:
+        """Add a member, with the channels that it names."""
         self.by_id[member.id] = member
-        if member.user_key is not None and _join(self.users, member.user_key, member):
-            first.append(Audience("user", member.user_key))
-        first += [Audience("channel", name) for name in member.channels if _join(self.channels, name, member)]
-        return first
+        if member.user_key is not None:
+            _join(self.users, member.user_key, member)
+        for name in member.channels:
+            _join(self.channels, name, member)
 
     def remove(self, member: M) -> list[Audience] | None:
         """Remove a member everywhere; return the audiences it was the last of, or `None` if it wasn't there.
@@ -64,10 +62,10 @@ class Registry(Generic[M]):
         last += [Audience("channel", name) for name in member.channels if _leave(self.channels, name, member)]
         return last
 
-    def subscribe(self, member: M, channel: str) -> bool:
-        """Put a member into a channel; return whether it is the first there."""
+    def subscribe(self, member: M, channel: str) -> None:
+        """Put a member into a channel."""
         member.channels |= {channel}
-        return _join(self.channels, channel, member)
+        _join(self.channels, channel, member)
 
     def unsubscribe(self, member: M, channel: str) -> bool:
         """Take a member out of a channel; return whether it was the last there."""
@@ -91,7 +89,7 @@ class Registry(Generic[M]):
             return member in self
         return member in self.members(audience)
 
-    def recipients(self, audience: Audience, exclude: Iterable[str] = _NOBODY) -> list[M]:
+    def recipients(self, audience: Audience, exclude: frozenset[str] = NOBODY) -> list[M]:
         """Return an audience's members without the excluded ids, as a list of the caller's own."""
         members = self.members(audience)
         if not exclude:
@@ -99,13 +97,12 @@ class Registry(Generic[M]):
         return [member for member in members if member.id not in exclude]
 
 
-def _join(index: dict[str, set[M]], name: str, member: M) -> bool:
+def _join(index: dict[str, set[M]], name: str, member: M) -> None:
     members = index.get(name)
     if members is None:
         index[name] = {member}
-        return True
-    members.add(member)
-    return False
+    else:
+        members.add(member)
 
 
 def _leave(index: dict[str, set[M]], name: str, member: M) -> bool:
