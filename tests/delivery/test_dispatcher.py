@@ -144,6 +144,23 @@ async def test_messages_of_one_turn_arrive_as_one_batch_within_the_turn() -> Non
     assert member.recorder.batches == [["one", "two"], ["three"]]
 
 
+async def test_turn_is_ended_by_one_callback_however_many_messages_it_has() -> None:
+    node = Node(members(1))
+    flushes = 0
+
+    class Counting(Dispatcher[Member]):
+        def flush(self) -> None:
+            nonlocal flushes
+            flushes += 1
+            super().flush()
+
+    node.dispatcher = Counting(node.registry, node.watch)
+    for text in ("a", "b", "c"):
+        node.dispatch(text)
+    await turns()
+    assert flushes == 1
+
+
 async def test_other_audience_or_exclusion_begins_a_batch_and_keeps_the_order() -> None:
     ann, bob = Member("ann", channels=["a"]), Member("bob", channels=["a"])
     node = Node([ann, bob])
