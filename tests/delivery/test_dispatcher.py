@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Collection, Coroutine, Iterable
 from contextvars import Context
@@ -327,6 +328,19 @@ async def test_broadcaster_that_is_cancelled_in_the_queue_holds_nobody_up() -> N
         results = await asyncio.gather(*queue, return_exceptions=True)
     assert [type(result) for result in results] == [asyncio.CancelledError, type(None), type(None)]
     assert node.dispatcher.is_clear
+
+
+async def test_queue_moves_by_a_turn_at_a_time_and_newcomers_go_behind_it() -> None:
+    node = Node(members(1))
+    queue = [start(node.dispatcher.ease(0, EVERYONE)) for _ in range(300)]
+    node.dispatch("x" * 20_000)  # a full turn before they begin
+    gone = [0]
+    while gone[-1] < 300:
+        await asyncio.sleep(0)
+        gone.append(sum(each.done() for each in queue))
+        assert node.dispatcher.is_clear is (gone[-1] >= 256)
+    steps = [after - before for before, after in itertools.pairwise(gone) if after > before]
+    assert steps == [128, 128, 44]
 
 
 # The crowd.
