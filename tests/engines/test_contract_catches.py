@@ -13,9 +13,7 @@ from typing import Any, ClassVar, Self
 import pytest
 
 from wsbroadcast import Audience, Engine, EngineUnavailable, Gap, Health, Message, Publication, Receiver
-from wsbroadcast.concurrency.tasks import Tasks
-from wsbroadcast.node.lanes import Inbox
-from wsbroadcast.stats import EngineCounters, EngineStats
+from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing import BrokerContract
 
 
@@ -44,7 +42,7 @@ class BusEngine(Engine):
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        self.counters = EngineCounters()
+        self.reconnects = self.gaps = self.publish_failures = 0
         self.receiver: Receiver | None = None
         self.wanted: set[Audience] = set()
 
@@ -53,8 +51,7 @@ class BusEngine(Engine):
         raise NotImplementedError
 
     async def start(self, receiver: Receiver) -> None:
-        self.receiver, self.wanted, self.tasks = receiver, set(), Tasks()
-        self.inbox = Inbox(receiver, lambda why: None)
+        self.receiver, self.wanted = receiver, set()
         self.bus.engines.append(self)
         self.lost_at = time.monotonic()
 
@@ -62,8 +59,6 @@ class BusEngine(Engine):
         if self.receiver is not None:
             self.receiver = None
             self.bus.engines.remove(self)
-            await self.inbox.aclose()
-            await self.tasks.cancel()
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:
         self.wanted.update(audiences)
@@ -82,14 +77,14 @@ class BusEngine(Engine):
 
     def send(self, publication: Publication) -> None:
         if not self.is_ok:
-            self.counters.publish_failures += 1
+            self.publish_failures += 1
             raise EngineUnavailable("no bus")
         for engine in self.bus.engines:
             engine.take(publication, self)
 
     def take(self, publication: Publication, publisher: BusEngine) -> None:
-        if publication.audience in self.wanted:
-            self.inbox.put(publication)
+        if self.receiver is not None and publication.audience in self.wanted:
+            self.receiver.take(publication)
 
     @property
     def is_ok(self) -> bool:
@@ -99,16 +94,16 @@ class BusEngine(Engine):
         self.lost_at = time.monotonic()
 
     def found(self) -> None:
-        self.counters.reconnects += 1
+        self.reconnects += 1
         self.report(time.monotonic() - self.lost_at)
 
     def report(self, seconds: float) -> None:
         assert self.receiver is not None
-        self.counters.gaps += 1
-        self.tasks.spawn(self.receiver.gap(Gap(self.name, seconds)), "gap")
+        self.gaps += 1
+        self.receiver.gap(Gap(self.name, seconds))
 
     def stats(self) -> EngineStats:
-        return self.counters.snapshot()
+        return EngineStats(reconnects=self.reconnects, gaps=self.gaps, publish_failures=self.publish_failures)
 
     async def health(self) -> Health:
         return Health(self.name, self.is_ok, "" if self.is_ok else "no bus")
@@ -176,18 +171,20 @@ class DropsWhatIsLarge(BusEngine):
 class IgnoresCase(BusEngine):
     def take(self, publication: Publication, publisher: BusEngine) -> None:
         kind, name = publication.audience
+        assert self.receiver is not None
         for audience in self.wanted:
             if audience.kind == kind and audience.name.casefold() == name.casefold():
-                self.inbox.put(publication._replace(audience=audience))
+                self.receiver.take(publication._replace(audience=audience))
 
 
 @fails("message_reaches_its_audience_and_no_other")
 class CutsNames(BusEngine):
     def take(self, publication: Publication, publisher: BusEngine) -> None:
         kind, name = publication.audience
+        assert self.receiver is not None
         for audience in self.wanted:
             if audience.kind == kind and audience.name.encode()[:63] == name.encode()[:63]:
-                self.inbox.put(publication._replace(audience=audience))
+                self.receiver.take(publication._replace(audience=audience))
 
 
 @fails("every_message_arrives_once")
@@ -267,10 +264,13 @@ class WaitsForWhatWasGivenUp(BusEngine):
 @fails("receiver_that_fails_holds_up_nobody")
 class DiesOfAnError(BusEngine):
     def take(self, publication: Publication, publisher: BusEngine) -> None:
+        if publication.audience in self.wanted:
+            self.delivering = asyncio.create_task(self.deliver(publication))
+
+    async def deliver(self, publication: Publication) -> None:
         assert self.receiver is not None
         try:
-            if publication.audience in self.wanted:
-                self.receiver.receive_nowait(publication)
+            await self.receiver.deliver(publication)
         except Exception:
             self.wanted.clear()
 
@@ -281,14 +281,18 @@ class HasOneLane(BusEngine):
     def lane(self) -> asyncio.Lock:
         return asyncio.Lock()
 
+    @cached_property
+    def delivering(self) -> list[asyncio.Task[None]]:
+        return []
+
     def take(self, publication: Publication, publisher: BusEngine) -> None:
         if publication.audience in self.wanted:
-            self.tasks.spawn(self.deliver(publication), "lane")
+            self.delivering.append(asyncio.create_task(self.deliver(publication)))
 
     async def deliver(self, publication: Publication) -> None:
         assert self.receiver is not None
         async with self.lane:
-            await self.receiver.receive_paced(publication)
+            await self.receiver.deliver(publication)
 
 
 @fails("node_that_takes_nothing_is_no_matter_for_the_others")
@@ -297,7 +301,7 @@ class WaitsForReceivers(BusEngine):
         for engine in self.bus.engines:
             assert engine.receiver is not None
             if publication.audience in engine.wanted:
-                await engine.receiver.receive_paced(publication)
+                await engine.receiver.deliver(publication)
 
 
 @fails("engine_is_made_where_no_event_loop_runs")
@@ -418,7 +422,7 @@ class SaysItTooEarly(BusEngine):
         self.report(0.1)
 
     def found(self) -> None:
-        self.counters.reconnects += 1
+        self.reconnects += 1
         self.wanted, wanted = set(), self.wanted
         asyncio.get_running_loop().call_later(0.1, self.wanted.update, wanted)
 

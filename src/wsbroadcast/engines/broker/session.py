@@ -21,7 +21,6 @@ from wsbroadcast.engines.broker.supervisor import Supervisor
 from wsbroadcast.engines.contract import Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.logs import logger
-from wsbroadcast.node.lanes import Inbox
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Gap, Publication
 from wsbroadcast.stats import EngineCounters
@@ -73,7 +72,6 @@ class Session:
         # Names that are wanted and that the broker has forbidden us on this link.
         self._refusals: dict[str, ConfigurationError] = {}
         self._freshness = Freshness()
-        self._inbox = Inbox(receiver, self.missed)
         self._outbox = Outbox(timing.request_timeout, counters)
         self._interest = Interest(timing.linger)
         self._supervisor = Supervisor(new_link, timing, self._interest, self._outbox, self, self)
@@ -137,7 +135,6 @@ class Session:
             self._outages.end()
             self._outbox.fail(f"the {self._engine} engine was stopped")
             self._echoes.fail("stopped")
-            await self._inbox.aclose()
             await self._tasks.join()  # among them `running`, which awaits its own
 
     # To the broker.
@@ -244,7 +241,7 @@ class Session:
         except BadEnvelope as bad:
             self._drop(str(bad), name, len(envelope))
         else:
-            self._inbox.put(publication)
+            self._receiver.take(publication)
 
     def _take_other(self, name: str, envelope: bytes) -> None:
         if name == self._echoes.name:
@@ -277,7 +274,7 @@ class Session:
         self._echoes.fail(why)
 
     def _report_gap(self, seconds: float) -> None:
-        self._tasks.spawn(self._receiver.gap(Gap(self._engine, seconds)), "on_gap hooks")
+        self._receiver.gap(Gap(self._engine, seconds))
 
     def refused(self, name: str, error: ConfigurationError) -> None:
         """The broker forbids us a name; without our own nothing works."""
