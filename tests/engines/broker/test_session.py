@@ -22,7 +22,6 @@ from wsbroadcast import (
     MessageTooLarge,
     Publication,
 )
-from wsbroadcast.engines.broker import outgoing
 from wsbroadcast.engines.broker.envelope import Origin, encode
 from wsbroadcast.exceptions import EngineError
 from wsbroadcast.options import Timing
@@ -458,21 +457,6 @@ async def test_name_that_was_never_asked_for_is_counted(started: Started) -> Non
     assert started.engine.stats().bad_envelopes == {"unknown_name": 1}
 
 
-async def test_outbox_that_is_full_refuses_more_at_once(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outgoing, "_MAX_WAITING_BYTES", 100)
-    while not (refused := _refusal_of(started.engine)):
-        pass
-    assert "doesn't keep up" in refused
-
-
-def _refusal_of(engine: FakeEngine) -> str:
-    try:
-        engine.publish_nowait(news())
-    except EngineUnavailable as error:
-        return str(error)
-    return ""
-
-
 async def test_failure_of_what_nobody_awaits_is_counted_and_logged(
     started: Started, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -715,19 +699,6 @@ async def test_gap_begins_when_the_first_of_the_missed_came(started: Started) ->
     await asyncio.sleep(0)
     (gap,) = started.node.gaps
     assert 200 <= gap.seconds < 300
-
-
-async def test_what_is_missed_at_the_end_is_reported_to_nobody(
-    started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.broker.health._MISSED_SECONDS", 0)
-    inlet = started.broker.links[0].inlet
-    assert inlet is not None
-    await started.engine.aclose()
-    inlet.missed("was held back")
-    for _ in range(3):
-        await asyncio.sleep(0)
-    assert started.engine.stats().gaps == 0
 
 
 def test_engine_whose_event_loop_cancels_what_is_left_may_be_started_elsewhere() -> None:
