@@ -52,19 +52,13 @@ class Receiver:
 
 
 class OurReceiver(Receiver):
-    async def receive(self, publication: Publication) -> None:
+    def take(self, publication: Publication) -> None:
         self.arrived()
 
-    def receive_nowait(self, publication: Publication) -> None:
+    async def deliver(self, publication: Publication) -> None:
         self.arrived()
 
-    def is_ready(self, publication: Publication) -> bool:
-        return True
-
-    async def receive_paced(self, publication: Publication) -> None:
-        self.arrived()
-
-    async def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap) -> None:
         raise RuntimeError("a gap in a benchmark")
 
 

@@ -43,7 +43,6 @@ UPWARD = {
     ("connection", "manager"),
     ("connection", "node.quotas"),
     ("node.membership", "manager"),
-    ("engines.broker.session", "node.lanes"),
 }
 
 # Somebody else's packages, and the rooms that may know them; `None` for all.

@@ -197,7 +197,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         try:
             await self._engine.publish(dismissal)
         except EngineError:
-            node.receive_nowait(dismissal)
+            node.take(dismissal)
             raise
 
     @asynccontextmanager
@@ -325,7 +325,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         prepared = await self._prepare(publication)
         if prepared is not None:
             node = await self._run_here()
-            await node.receive(prepared)
+            await node.deliver_local(prepared)
 
     def broadcast_nowait(
         self,
@@ -338,14 +338,16 @@ class ConnectionManager(Lifecycle, HookDecorators):
     ) -> None:
         """Send a message like `broadcast`, without awaiting anything: for hot loops and plain callbacks.
 
-        It sets no pace: what a connection can't take, and its backlog can't hold, is the slow-consumer policy's affair.
+        It sets no pace: what a connection can't take, and its backlog can't hold, is handled by the slow-consumer
+        policy. Where `on_deliver` hooks run, the message waits for its turn: it keeps its place among the broadcasts to
+        its audience, what is sent to a connection directly may overtake it, and a hook that fails is logged.
 
         Raises:
             EngineUnavailable: If the broker is known to be out of reach, or too much waits for it. What it refuses
                 later is logged.
-            EncodeError: As for `broadcast`.
-            LifecycleError: If called outside the event loop, before the start of an engine that needs one, or with a
-                broadcast hook that has to wait, be it for this message or for one before it.
+            EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
+            LifecycleError: If called outside the event loop, before the start of an engine that needs one, or with an
+                `on_broadcast` hook that has to wait.
         """
         publication = self._publication(message, channel, user, exclude, key)
         if not self._is_started or self._loop is not running_loop():

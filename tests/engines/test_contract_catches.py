@@ -12,10 +12,8 @@ from typing import Any, ClassVar, Self
 
 import pytest
 
-from wsbroadcast import Audience, Engine, EngineUnavailable, Gap, Health, Message, Publication, Receiver
-from wsbroadcast.concurrency.tasks import Tasks
-from wsbroadcast.node.lanes import Inbox
-from wsbroadcast.stats import EngineCounters, EngineStats
+from wsbroadcast import Audience, Dismissal, Engine, EngineUnavailable, Gap, Health, Message, Publication, Receiver
+from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing import BrokerContract
 
 
@@ -44,7 +42,7 @@ class BusEngine(Engine):
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
-        self.counters = EngineCounters()
+        self.reconnects = self.gaps = self.publish_failures = 0
         self.receiver: Receiver | None = None
         self.wanted: set[Audience] = set()
 
@@ -53,8 +51,7 @@ class BusEngine(Engine):
         raise NotImplementedError
 
     async def start(self, receiver: Receiver) -> None:
-        self.receiver, self.wanted, self.tasks = receiver, set(), Tasks()
-        self.inbox = Inbox(receiver, lambda why: None)
+        self.receiver, self.wanted = receiver, set()
         self.bus.engines.append(self)
         self.lost_at = time.monotonic()
 
@@ -62,8 +59,6 @@ class BusEngine(Engine):
         if self.receiver is not None:
             self.receiver = None
             self.bus.engines.remove(self)
-            await self.inbox.aclose()
-            await self.tasks.cancel()
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:
         self.wanted.update(audiences)
@@ -74,22 +69,22 @@ class BusEngine(Engine):
     async def confirmed(self, audiences: Iterable[Audience]) -> None:
         pass
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         self.send(publication)
 
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         self.send(publication)
 
-    def send(self, publication: Publication) -> None:
+    def send(self, publication: Publication | Dismissal) -> None:
         if not self.is_ok:
-            self.counters.publish_failures += 1
+            self.publish_failures += 1
             raise EngineUnavailable("no bus")
         for engine in self.bus.engines:
             engine.take(publication, self)
 
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
-        if publication.audience in self.wanted:
-            self.inbox.put(publication)
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if self.receiver is not None and publication.audience in self.wanted:
+            self.receiver.take(publication)
 
     @property
     def is_ok(self) -> bool:
@@ -99,16 +94,16 @@ class BusEngine(Engine):
         self.lost_at = time.monotonic()
 
     def found(self) -> None:
-        self.counters.reconnects += 1
+        self.reconnects += 1
         self.report(time.monotonic() - self.lost_at)
 
     def report(self, seconds: float) -> None:
         assert self.receiver is not None
-        self.counters.gaps += 1
-        self.tasks.spawn(self.receiver.gap(Gap(self.name, seconds)), "gap")
+        self.gaps += 1
+        self.receiver.gap(Gap(self.name, seconds))
 
     def stats(self) -> EngineStats:
-        return self.counters.snapshot()
+        return EngineStats(reconnects=self.reconnects, gaps=self.gaps, publish_failures=self.publish_failures)
 
     async def health(self) -> Health:
         return Health(self.name, self.is_ok, "" if self.is_ok else "no bus")
@@ -154,72 +149,96 @@ async def for_ever() -> None:
 
 @fails("publication_arrives_as_it_was")
 class TextOnly(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
-        text = publication.message.payload.decode(errors="replace")
-        super().take(publication._replace(message=Message.of(text)), publisher)
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if isinstance(publication, Publication):
+            text = publication.message.payload.decode(errors="replace")
+            super().take(publication.with_message(Message.of(text)), publisher)
 
 
-@fails("publication_keeps_audience_exclusions_and_close_code")
+@fails("publication_keeps_audience_and_exclusions")
 class ForgetsWhoIsExcluded(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
-        super().take(publication._replace(exclude=frozenset()), publisher)
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if isinstance(publication, Publication):
+            super().take(Publication(publication.message, publication.audience, id=publication.id), publisher)
+
+
+@fails("publication_keeps_audience_and_exclusions")
+class ForgetsWhatBelongsTogether(BusEngine):
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if isinstance(publication, Publication):
+            super().take(Publication(publication.message, publication.audience, publication.exclude), publisher)
+
+
+@fails("dismissal_arrives_as_it_was")
+class ClosesWithoutAReason(BusEngine):
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if isinstance(publication, Dismissal):
+            publication = Dismissal(publication.audience, publication.code, exclude=publication.exclude)
+        super().take(publication, publisher)
 
 
 @fails("large_message_arrives_or_is_refused")
 class DropsWhatIsLarge(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
-        if publication.message.size < 65536:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if publication.size < 65536:
             super().take(publication, publisher)
+
+
+def renamed(publication: Publication | Dismissal, audience: Audience) -> Publication:
+    assert isinstance(publication, Publication)
+    return Publication(publication.message, audience, publication.exclude)
 
 
 @fails("message_reaches_its_audience_and_no_other")
 class IgnoresCase(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
         kind, name = publication.audience
+        assert self.receiver is not None
         for audience in self.wanted:
             if audience.kind == kind and audience.name.casefold() == name.casefold():
-                self.inbox.put(publication._replace(audience=audience))
+                self.receiver.take(renamed(publication, audience))
 
 
 @fails("message_reaches_its_audience_and_no_other")
 class CutsNames(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
         kind, name = publication.audience
+        assert self.receiver is not None
         for audience in self.wanted:
             if audience.kind == kind and audience.name.encode()[:63] == name.encode()[:63]:
-                self.inbox.put(publication._replace(audience=audience))
+                self.receiver.take(renamed(publication, audience))
 
 
 @fails("every_message_arrives_once")
 class DeliversTwice(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
         super().take(publication, publisher)
         super().take(publication, publisher)
 
 
 @fails("every_message_arrives_once")
 class DoesNotHearItself(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
         if publisher is not self:
             super().take(publication, publisher)
 
 
 @fails("messages_arrive_in_the_order_of_publish")
 class LosesOrder(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
-        late = 0.01 if publication.message.data == "7" else 0
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        late = 0.01 if isinstance(publication, Publication) and publication.message.data == "7" else 0
         asyncio.get_running_loop().call_later(late, super().take, publication, publisher)
 
 
 @fails("publish_and_publish_nowait_keep_their_order")
 class OvertakesWhatIsNotAwaited(BusEngine):
-    def publish_nowait(self, publication: Publication) -> None:
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
         asyncio.get_running_loop().call_soon(self.send, publication)
 
 
 @fails("publishers_at_the_same_time_have_one_order")
 class HearsItselfFirst(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
         if publisher is self:
             super().take(publication, publisher)
         else:
@@ -232,7 +251,7 @@ class StaysLocked(BusEngine):
     def lock(self) -> asyncio.Lock:
         return asyncio.Lock()
 
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         await self.lock.acquire()
         await asyncio.sleep(0)
         self.send(publication)
@@ -266,11 +285,14 @@ class WaitsForWhatWasGivenUp(BusEngine):
 
 @fails("receiver_that_fails_holds_up_nobody")
 class DiesOfAnError(BusEngine):
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if publication.audience in self.wanted:
+            self.delivering = asyncio.create_task(self.deliver(publication))
+
+    async def deliver(self, publication: Publication | Dismissal) -> None:
         assert self.receiver is not None
         try:
-            if publication.audience in self.wanted:
-                self.receiver.receive_nowait(publication)
+            await self.receiver.deliver(publication)
         except Exception:
             self.wanted.clear()
 
@@ -281,23 +303,27 @@ class HasOneLane(BusEngine):
     def lane(self) -> asyncio.Lock:
         return asyncio.Lock()
 
-    def take(self, publication: Publication, publisher: BusEngine) -> None:
-        if publication.audience in self.wanted:
-            self.tasks.spawn(self.deliver(publication), "lane")
+    @cached_property
+    def delivering(self) -> list[asyncio.Task[None]]:
+        return []
 
-    async def deliver(self, publication: Publication) -> None:
+    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+        if publication.audience in self.wanted:
+            self.delivering.append(asyncio.create_task(self.deliver(publication)))
+
+    async def deliver(self, publication: Publication | Dismissal) -> None:
         assert self.receiver is not None
         async with self.lane:
-            await self.receiver.receive_paced(publication)
+            await self.receiver.deliver(publication)
 
 
 @fails("node_that_takes_nothing_is_no_matter_for_the_others")
 class WaitsForReceivers(BusEngine):
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         for engine in self.bus.engines:
             assert engine.receiver is not None
             if publication.audience in engine.wanted:
-                await engine.receiver.receive_paced(publication)
+                await engine.receiver.deliver(publication)
 
 
 @fails("engine_is_made_where_no_event_loop_runs")
@@ -309,7 +335,7 @@ class WantsALoop(BusEngine):
 
 @fails("publishing_needs_a_running_engine")
 class SaysNothing(BusEngine):
-    def send(self, publication: Publication) -> None:
+    def send(self, publication: Publication | Dismissal) -> None:
         with suppress(EngineUnavailable):
             super().send(publication)
 
@@ -349,9 +375,9 @@ class TakesOthersWithIt(BusEngine):
 
 @fails("publishing_fails_during_an_outage_and_never_arrives_late", "order_survives_an_outage")
 class ReplaysLate(BusEngine):
-    held: ClassVar[list[Publication]] = []
+    held: ClassVar[list[Publication | Dismissal]] = []
 
-    def send(self, publication: Publication) -> None:
+    def send(self, publication: Publication | Dismissal) -> None:
         if not self.bus.is_up:
             self.held.append(publication)
         super().send(publication)
@@ -364,7 +390,7 @@ class ReplaysLate(BusEngine):
 
 @fails("publishing_fails_during_an_outage_and_never_arrives_late")
 class Waits(BusEngine):
-    async def publish(self, publication: Publication) -> None:
+    async def publish(self, publication: Publication | Dismissal) -> None:
         if not self.is_ok:
             await for_ever()
         self.send(publication)
@@ -418,7 +444,7 @@ class SaysItTooEarly(BusEngine):
         self.report(0.1)
 
     def found(self) -> None:
-        self.counters.reconnects += 1
+        self.reconnects += 1
         self.wanted, wanted = set(), self.wanted
         asyncio.get_running_loop().call_later(0.1, self.wanted.update, wanted)
 

@@ -9,58 +9,37 @@ from wsbroadcast import (
     ConfigurationError,
     Engine,
     EngineUnavailable,
-    Gap,
     Health,
     MemoryEngine,
     Message,
     Publication,
 )
 from wsbroadcast.engines import create_engine
+from wsbroadcast.testing import Recorder
 
 PUBLICATION = Publication(Message.of("text"), Audience("channel", "news"), frozenset({"1"}))
 
 
-class Node:
-    def __init__(self) -> None:
-        self.received: list[tuple[str, Publication]] = []
-
-    async def receive(self, publication: Publication) -> None:
-        self.received.append(("awaited", publication))
-
-    def receive_nowait(self, publication: Publication) -> None:
-        self.received.append(("at once", publication))
-
-    def is_ready(self, publication: Publication) -> bool:
-        return True
-
-    async def receive_paced(self, publication: Publication) -> None:
-        raise AssertionError("memory's publishers set their own pace")
-
-    async def gap(self, gap: Gap) -> None:
-        raise AssertionError("memory has no gap")
-
-
 async def test_publication_is_received_as_it_is_when_publish_returns() -> None:
-    engine, node = MemoryEngine(), Node()
-    await engine.start(node)
+    engine, recorder = MemoryEngine(), Recorder()
+    await engine.start(recorder)
     await engine.publish(PUBLICATION)
     engine.publish_nowait(PUBLICATION)
-    assert node.received == [("awaited", PUBLICATION), ("at once", PUBLICATION)]
+    assert recorder.publications == [PUBLICATION, PUBLICATION]
 
 
-async def test_errors_of_the_receiver_reach_the_publisher() -> None:
-    class Refusing(Node):
-        async def receive(self, publication: Publication) -> None:
-            raise KeyError("hook")
-
-    engine = MemoryEngine()
-    await engine.start(Refusing())
-    with pytest.raises(KeyError, match="hook"):
+async def test_errors_of_the_receiver_reach_whoever_awaits() -> None:
+    engine, recorder = MemoryEngine(), Recorder()
+    recorder.failing.add(PUBLICATION.audience)
+    await engine.start(recorder)
+    with pytest.raises(RuntimeError, match="told to fail"):
         await engine.publish(PUBLICATION)
+    engine.publish_nowait(PUBLICATION)
+    assert recorder.failures == 2
 
 
 async def test_publish_before_the_start_and_after_the_end_is_refused() -> None:
-    engine, node = MemoryEngine(), Node()
+    engine, node = MemoryEngine(), Recorder()
     for _ in range(2):
         with pytest.raises(EngineUnavailable, match="not started"):
             await engine.publish(PUBLICATION)
@@ -69,22 +48,22 @@ async def test_publish_before_the_start_and_after_the_end_is_refused() -> None:
         await engine.start(node)
         await engine.aclose()
         await engine.aclose()
-    assert node.received == []
+    assert node.publications == []
 
 
 async def test_engine_can_be_started_again() -> None:
-    engine, first, second = MemoryEngine(), Node(), Node()
+    engine, first, second = MemoryEngine(), Recorder(), Recorder()
     await engine.start(first)
     await engine.aclose()
     await engine.start(second)
     await engine.publish(PUBLICATION)
-    assert (len(first.received), len(second.received)) == (0, 1)
+    assert (len(first.publications), len(second.publications)) == (0, 1)
 
 
 async def test_health_tells_whether_it_runs() -> None:
     engine = MemoryEngine()
     assert await engine.health() == Health("memory", False, "not started")
-    await engine.start(Node())
+    await engine.start(Recorder())
     assert await engine.health() == Health("memory", True)
 
 

@@ -337,7 +337,7 @@ async def test_rows_are_removed_after_an_outage(
         lost = node.engine._link
         assert lost is not None
         await run("SELECT pg_terminate_backend($1)", lost._listener._connection.get_server_pid())
-        await until(lambda: node.receiver.gaps != [])
+        await until(lambda: node.recorder.gaps != [])
         assert node.engine._link is not lost
         assert await run(f"SELECT count(*) FROM {prefix}_spill") == 1
         await run(f"UPDATE {prefix}_spill SET expires = clock_timestamp()")

@@ -15,12 +15,13 @@ import pytest
 import trustme
 
 from tests.support.brokers import Endpoint, PostgresServer, free_port
-from tests.support.postgres import Receiver, Run, drop_database, living, new_link, until
+from tests.support.postgres import Run, drop_database, living, new_link, until
 from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.options import Timing
+from wsbroadcast.testing import Recorder
 
 SECRET = "s3cr3t/@:#"
 QUOTED = "s3cr3t%2F%40%3A%23"
@@ -137,7 +138,7 @@ async def test_engine_that_is_refused_does_not_start(own_postgres: Own, prefix: 
     server = own_postgres(password=SECRET)
     engine = PostgresEngine.from_url(server.url.replace(QUOTED, f"{QUOTED}x"))
     with pytest.raises(ConfigurationError, match="password authentication failed") as caught:
-        await engine.start(Receiver())
+        await engine.start(Recorder())
     assert not any("s3cr3t" in text for text in texts(caught.value))
 
 
@@ -186,7 +187,7 @@ async def test_first_host_that_does_not_answer_is_passed_over(postgres_server: E
         proxy.black_hole()
         url = postgres_server.url.replace("@", f"@{proxy.host}:{proxy.port},")
         engine = PostgresEngine(url, prefix=prefix, timing=Timing(connect_timeout=0.3))
-        await engine.start(Receiver())
+        await engine.start(Recorder())
         assert not (await engine.health()).is_ok
 
         async def is_ok() -> bool:
@@ -307,7 +308,7 @@ async def test_server_without_tls_that_must_have_it_is_told(own_postgres: Own, t
     trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
     engine = PostgresEngine.from_url(f"{server.url}?sslmode={sslmode}&sslrootcert={tmp_path}/ca.pem")
     with pytest.raises(ConfigurationError) as caught:
-        await engine.start(Receiver())
+        await engine.start(Recorder())
     expected = f"postgres at 127.0.0.1:{server.port}/postgres offers no TLS: write sslmode=prefer if it may be without"
     assert str(caught.value) == expected
     assert not any("s3cr3t" in text for text in texts(caught.value))

@@ -14,12 +14,12 @@ from redis.crc import key_slot
 from tests.engines.redis_links import Used, fake_redis, obliging, skip_without_shards, used
 from tests.support.brokers import BrokerMissing, RedisServer, free_port
 from tests.support.brokers.redis_groups import redis_cluster
-from tests.support.fake_broker import FakeNode
 from tests.support.servers import eventually
 from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, Message, Publication
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.cluster import ClusterLink
+from wsbroadcast.testing import Recorder
 
 COMMANDS = ["+spublish", "+ssubscribe", "+sunsubscribe", "+ping", "+cluster|slots"]
 
@@ -158,7 +158,7 @@ async def test_names_that_are_forbidden_cost_the_others_nothing(cluster: list[Re
     for node in cluster:
         node.command("ACL", "SETUSER", prefix, "on", ">secret", "resetchannels", *rules, "-@all", *COMMANDS)
     url = f"{url_of(cluster).replace('://', f'://{prefix}:secret@')}?prefix={prefix}"
-    engine, node_of_ours = RedisEngine.from_url(url), FakeNode()
+    engine, node_of_ours = RedisEngine.from_url(url), Recorder()
     good, bad = ([Audience("channel", f"{kind}{number}") for number in range(12)] for kind in ("ok", "bad"))
     await engine.start(node_of_ours)
     try:
@@ -169,7 +169,7 @@ async def test_names_that_are_forbidden_cost_the_others_nothing(cluster: list[Re
                 await engine.confirmed([audience])
         for audience in good:
             await engine.publish(Publication(Message.of(audience.name), audience))
-        await eventually(lambda: _equals(len(node_of_ours.received), len(good)))
+        await eventually(lambda: _equals(len(node_of_ours.publications), len(good)))
         assert (node_of_ours.gaps, engine.stats().reconnects, engine.stats().gaps) == ([], 0, 0)
     finally:
         await engine.aclose()

@@ -78,7 +78,7 @@ class WireEngine(Engine):
         if self._wire.is_cut:
             raise self._wire.error("the wire is cut")
         for receiver in self._wire.receivers:
-            await receiver.receive(publication)
+            await receiver.deliver(publication)
 
     def publish_nowait(self, publication: Publication | Dismissal) -> None:
         raise NotImplementedError
@@ -443,9 +443,9 @@ async def test_dismissal_reaches_any_audience(
     node = manager._node
     publication = Dismissal(audience, 1012, "maintenance")
     if waits:
-        await node.receive(publication)
+        await node.deliver(publication)
     else:
-        node.receive_nowait(publication)
+        node.take(publication)
     assert manager.connections == [pairs[index][1] for index in stay]
     for index, (peer, connection) in enumerate(pairs):
         if index not in stay:
@@ -457,7 +457,7 @@ async def test_dismissal_reaches_any_audience(
 async def test_dismissal_spares_the_excluded(manager: ConnectionManager) -> None:
     pairs = await connected(manager, 2)
     publication = Dismissal(Audience("everyone"), 4000, exclude=frozenset({pairs[0][1].id}))
-    await manager._node.receive(publication)
+    await manager._node.deliver(publication)
     assert await pairs[1][0].wait_close() == 4000
     assert manager.connections == [pairs[0][1]]
 

@@ -255,11 +255,11 @@ class SlowEngine(Engine):
     async def publish(self, publication: Publication | Dismissal) -> None:
         await asyncio.sleep(0)
         for receiver in self.receivers:
-            await receiver.receive(publication)
+            await receiver.deliver(publication)
 
     def publish_nowait(self, publication: Publication | Dismissal) -> None:
         for receiver in self.receivers:
-            receiver.receive_nowait(publication)
+            receiver.take(publication)
 
     async def health(self) -> Health:
         return Health(self.name, bool(self.receivers))
@@ -746,7 +746,7 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
 
     async def use() -> None:
         await manager.broadcast("to nobody")
-        manager._node._tasks.spawn(manager._node.gap(Gap("life", 1.0)), "on_gap hooks")
+        manager._node.gap(Gap("life", 1.0))
 
     async def main() -> None:
         async with manager:

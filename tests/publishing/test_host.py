@@ -23,11 +23,9 @@ async def publish(home: Home, ticket: Ticket) -> None:
 
 async def test_nobody_takes_everything_and_does_nothing() -> None:
     nobody = Nobody()
-    assert nobody.is_ready(PUBLICATION)
-    nobody.receive_nowait(PUBLICATION)
-    await nobody.receive(PUBLICATION)
-    await nobody.receive_paced(PUBLICATION)
-    await nobody.gap(Gap("fake", 1.0))
+    nobody.take(PUBLICATION)
+    await nobody.deliver(PUBLICATION)
+    nobody.gap(Gap("fake", 1.0))
 
 
 async def test_home_that_was_ended_refuses() -> None:

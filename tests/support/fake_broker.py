@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from wsbroadcast import Audience, Gap, Publication
 from wsbroadcast.engines.broker import BrokerEngine, Inlet, Link, Parcel
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.options import Timing
@@ -156,41 +155,3 @@ class FakeEngine(BrokerEngine):
 
     def new_link(self) -> Link:
         return FakeLink(self.broker)
-
-
-class FakeNode:
-    """A receiver that remembers, and that can be told to be behind."""
-
-    def __init__(self) -> None:
-        self.received: list[Publication] = []
-        self.gaps: list[Gap] = []
-        self.behind: set[Audience] = set()
-        self.moved = asyncio.Event()
-        self.fails = False
-
-    @property
-    def payloads(self) -> list[bytes]:
-        return [publication.message.payload for publication in self.received]
-
-    async def receive(self, publication: Publication) -> None:
-        self.receive_nowait(publication)
-
-    def receive_nowait(self, publication: Publication) -> None:
-        if self.fails:
-            raise KeyError("a hook")
-        self.received.append(publication)
-
-    def is_ready(self, publication: Publication) -> bool:
-        return publication.audience not in self.behind
-
-    async def receive_paced(self, publication: Publication) -> None:
-        while not self.is_ready(publication):
-            await self.moved.wait()
-        self.receive_nowait(publication)
-
-    def catch_up(self) -> None:
-        self.behind.clear()
-        self.moved.set()
-
-    async def gap(self, gap: Gap) -> None:
-        self.gaps.append(gap)

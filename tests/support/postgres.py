@@ -18,7 +18,8 @@ from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import SpillTable
 from wsbroadcast.engines.postgres.url import read_url
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Gap, Publication
+from wsbroadcast.publication import Publication
+from wsbroadcast.testing import Recorder
 
 NEWS = Audience("channel", "news")
 
@@ -132,38 +133,15 @@ async def living(url: str, prefix: str, **options: Any) -> AsyncIterator[Life]:
         await link.abort()
 
 
-class Receiver:
-    """A node's receiving side, which keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.data: list[str | bytes] = []
-        self.gaps: list[Gap] = []
-
-    def is_ready(self, publication: Publication) -> bool:
-        return True
-
-    def receive_nowait(self, publication: Publication) -> None:
-        self.data.append(publication.message.data)
-
-    async def receive(self, publication: Publication) -> None:
-        self.receive_nowait(publication)
-
-    async def receive_paced(self, publication: Publication) -> None:
-        self.receive_nowait(publication)
-
-    async def gap(self, gap: Gap) -> None:
-        self.gaps.append(gap)
-
-
 class Node:
     """An engine that is started and has joined `NEWS`, and what has arrived."""
 
     def __init__(self, engine: PostgresEngine) -> None:
         self.engine = engine
-        self.receiver = Receiver()
+        self.recorder = Recorder()
 
     async def __aenter__(self) -> Self:
-        await self.engine.start(self.receiver)
+        await self.engine.start(self.recorder)
         self.engine.subscribe([NEWS])
         await self.engine.confirmed([NEWS])
         return self
@@ -180,5 +158,5 @@ class Node:
     async def receives(self, *expected: str | bytes) -> None:
         """Wait for as many messages; they and no others must have come, in this order."""
         with suppress(AssertionError):  # the next line says more
-            await until(lambda: len(self.receiver.data) >= len(expected))
-        assert self.receiver.data == list(expected)
+            await until(lambda: len(self.recorder.data(NEWS)) >= len(expected))
+        assert self.recorder.data(NEWS) == list(expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError
@@ -26,22 +26,26 @@ class Health:
 
 
 class Receiver(Protocol):
-    """What an engine hands to a node."""
+    """What an engine hands publications to: a node."""
 
-    def receive(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
-        """Deliver a publication to this node's connections; in the order of calls."""
+    def take(self, publication: Publication | Dismissal) -> None:
+        """Take a publication for this node's connections.
 
-    def receive_nowait(self, publication: Publication | Dismissal) -> None:
-        """Deliver it without awaiting; only hooks that are plain functions can run."""
+        It never blocks and never raises. Publications to one audience are delivered in the order of the calls. They
+        wait inside the node while hooks run or most clients are behind, and hold up no other audience.
+        """
 
-    def is_ready(self, publication: Publication) -> bool:
-        """Tell whether it can be delivered by `receive_nowait` now: no hook has to run, the crowd is not behind."""
+    def deliver(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
+        """Deliver a publication behind those to its audience that were taken; return when the connections have it.
 
-    def receive_paced(self, publication: Publication) -> Coroutine[Any, Any, None]:
-        """Deliver it at the pace of the crowd here; for engines whose publishers are on other nodes."""
+        For an engine whose publishers are on this node: whoever awaits it publishes at the pace of the hooks.
 
-    def gap(self, gap: Gap) -> Coroutine[Any, Any, None]:
-        """Messages of other nodes are missing."""
+        Raises:
+            Exception: Whatever an `on_deliver` hook raises; nobody gets the message then.
+        """
+
+    def gap(self, gap: Gap) -> None:
+        """Take note that messages of other nodes are missing. Never blocks, never raises."""
 
 
 @runtime_checkable
@@ -65,6 +69,8 @@ class Engine(ABC):
 
     name: str
     """The name in `health()` and in logs."""
+    links_nodes: ClassVar[bool] = True
+    """Whether publications reach other nodes too; if not, it is an engine for a single process."""
 
     @classmethod
     @abstractmethod

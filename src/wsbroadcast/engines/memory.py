@@ -15,6 +15,7 @@ class MemoryEngine(Engine):
     """Reaches the connections of this process only. No I/O, nothing to configure."""
 
     name = "memory"
+    links_nodes = False
 
     def __init__(self) -> None:
         self._receiver: Receiver | None = None
@@ -37,11 +38,11 @@ class MemoryEngine(Engine):
 
     def publish(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
         """Deliver to this node's connections; returns when they have it."""
-        return self._started().receive(publication)  # its coroutine, without one of our own around it
+        return self._started().deliver(publication)  # its coroutine, without one of our own around it
 
     def publish_nowait(self, publication: Publication | Dismissal) -> None:
-        """Deliver to this node's connections."""
-        self._started().receive_nowait(publication)
+        """Deliver to this node's connections, behind what waits for `on_deliver` hooks."""
+        self._started().take(publication)
 
     async def health(self) -> Health:
         """Tell whether the engine was started."""

@@ -1,49 +1,91 @@
-"""What came from the broker, on its way to this node's connections, at the pace of each audience's crowd."""
+"""What waits on this node for hooks or for a crowd that is behind: one lane for each audience."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from contextvars import Context
+from typing import Protocol, TypeAlias
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency.tasks import Tasks
-from wsbroadcast.engines.contract import Receiver
 from wsbroadcast.logs import logger
-from wsbroadcast.publication import Dismissal, Publication
+from wsbroadcast.publication import Publication
 
-# What may wait here for crowds that are behind and for hooks that take their time.
-_MAX_BYTES = 32 * 1024 * 1024
-_MAX_PUBLICATIONS = 65_536
+# A lane delivers no more than this before the event loop gets its chance, although no hook waits for anything.
+_TURN_PUBLICATIONS = 64
+
+# What is dropped is reported once for all that is dropped within this time.
+_REPORT_SECONDS = 1.0
 
 
-class Inbox:
-    """Delivers at once where nothing stands in the way, else in order, one lane for each audience.
+class Deliverer(Protocol):
+    """What the lanes ask of their node."""
 
-    The reader of the broker never waits: a crowd that is behind holds up its own audience and no other. What doesn't
-    fit is dropped, and said to be missed.
+    def is_ready(self, publication: Publication) -> bool:
+        """Tell whether `deliver_now` may be called: no hook has to run, and most clients keep up."""
+
+    def deliver_now(self, publication: Publication) -> None:
+        """Hand a publication to the connections."""
+
+    async def deliver_paced(self, publication: Publication) -> None:
+        """Hand it over when most clients keep up, through the hooks."""
+
+    def overrun(self, seconds: float) -> None:
+        """Publications of the last seconds were dropped, because too many wait."""
+
+
+class _Turn:
+    """A place in a lane for somebody who delivers by himself."""
+
+    __slots__ = ("begun", "ended")
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.ended = asyncio.Event()
+
+
+_Lane: TypeAlias = deque[Publication | _Turn]
+
+
+class Lanes:
+    """Delivers at once where nothing stands in the way, else in order.
+
+    Nobody who puts something in ever waits. An audience whose crowd is behind holds up no other audience. What doesn't
+    fit is dropped, and reported.
 
     Args:
-        receiver: The node.
-        missed: Called when something was dropped.
+        node: Delivers.
+        max_publications: How many may wait in all lanes.
+        max_bytes: How many bytes of payload they may have.
     """
 
-    def __init__(self, receiver: Receiver, missed: Callable[[str], None]) -> None:
-        self._receiver = receiver
-        self._missed = missed
-        self._lanes: dict[Audience, deque[Publication]] = {}
+    def __init__(self, node: Deliverer, *, max_publications: int = 65_536, max_bytes: int = 32 * 1024 * 1024) -> None:
+        self._node = node
+        self._max_publications = max_publications
+        self._max_bytes = max_bytes
+        self._lanes: dict[Audience, _Lane] = {}
         self._publications = 0
         self._bytes = 0
         self._tasks = Tasks()
+        self._is_closed = False
+        # The timer of a report about what was dropped.
+        self._report: asyncio.TimerHandle | None = None
 
-    def put(self, publication: Publication | Dismissal) -> None:
-        """Deliver a publication, now or when its turn has come. One that closes waits for nothing and nobody."""
+    def __contains__(self, audience: Audience) -> bool:
+        return audience in self._lanes
+
+    def put(self, publication: Publication) -> None:
+        """Deliver a publication, now or when its turn has come."""
         audience = publication.audience
         lane = self._lanes.get(audience)
-        if isinstance(publication, Dismissal) or (lane is None and self._receiver.is_ready(publication)):
-            self._deliver(publication)
+        if lane is None and self._node.is_ready(publication):
+            self._deliver_now(publication)
             return
-        if self._bytes >= _MAX_BYTES or self._publications >= _MAX_PUBLICATIONS:
-            self._missed("more came from the broker than the connections here take")
+        if self._bytes >= self._max_bytes or self._publications >= self._max_publications or self._is_closed:
+            self._drop()
             return
         self._publications += 1
         self._bytes += publication.message.size
@@ -53,36 +95,79 @@ class Inbox:
             lane = self._lanes[audience] = deque((publication,))
             self._tasks.spawn(self._run(audience, lane), f"deliveries to {audience.kind}")
 
-    async def aclose(self) -> None:
-        """Forget what waits."""
-        await self._tasks.cancel()
-        self._lanes.clear()
+    @asynccontextmanager
+    async def turn(self, audience: Audience) -> AsyncIterator[None]:
+        """Return a block that runs when everything that waits for an audience is delivered, and before what comes."""
+        lane = self._lanes.get(audience)
+        if lane is None:
+            yield
+            return
+        turn = _Turn()
+        lane.append(turn)
+        try:
+            await turn.begun.wait()
+            yield
+        finally:
+            turn.ended.set()
 
-    async def _run(self, audience: Audience, lane: deque[Publication]) -> None:
+    async def aclose(self, patience: float = 0.0) -> None:
+        """Take nothing more that would have to wait, and forget what waits.
+
+        Args:
+            patience: Seconds for which what waits may still be delivered.
+        """
+        self._is_closed = True
+        if patience and len(self._tasks):
+            try:
+                async with asyncio.timeout(patience):
+                    await self._tasks.join()
+            except TimeoutError:
+                pass
+        if self._report is not None:
+            self._report.cancel()
+        await self._tasks.cancel()
+
+    async def _run(self, audience: Audience, lane: _Lane) -> None:
+        number = 0
         try:
             while lane:
-                publication = self._take(lane)
-                if self._receiver.is_ready(publication):
-                    self._deliver(publication)
+                number += 1
+                first = lane.popleft()
+                if isinstance(first, _Turn):
+                    first.begun.set()
+                    await first.ended.wait()
+                    continue
+                self._publications -= 1
+                self._bytes -= first.message.size
+                if self._node.is_ready(first):
+                    self._deliver_now(first)
                 else:
-                    await self._deliver_paced(publication)
+                    await self._deliver_paced(first)
+                if number % _TURN_PUBLICATIONS == 0:
+                    await asyncio.sleep(0)
         finally:
             del self._lanes[audience]
+            for left in lane:  # at the end of the node nobody is kept waiting
+                if isinstance(left, _Turn):
+                    left.begun.set()
 
-    def _take(self, lane: deque[Publication]) -> Publication:
-        publication = lane.popleft()
-        self._publications -= 1
-        self._bytes -= publication.message.size
-        return publication
-
-    def _deliver(self, publication: Publication | Dismissal) -> None:
+    def _deliver_now(self, publication: Publication) -> None:
         try:
-            self._receiver.receive_nowait(publication)
-        except Exception:  # whatever it is, the reader of the broker goes on
-            logger.exception("a message from the broker was not delivered")
+            self._node.deliver_now(publication)
+        except Exception:  # whatever it is, the engine goes on
+            logger.exception("a message was not delivered")
 
     async def _deliver_paced(self, publication: Publication) -> None:
         try:
-            await self._receiver.receive_paced(publication)
+            await self._node.deliver_paced(publication)
         except Exception:  # a hook's: it fails closed, and there is no caller here to see it
-            logger.exception("a message from the broker was not delivered")
+            logger.exception("a message was not delivered")
+
+    def _drop(self) -> None:
+        if self._report is None and not self._is_closed:
+            loop = asyncio.get_running_loop()
+            self._report = loop.call_later(_REPORT_SECONDS, self._tell, loop.time(), context=Context())
+
+    def _tell(self, since: float) -> None:
+        self._report = None
+        self._node.overrun(asyncio.get_running_loop().time() - since)

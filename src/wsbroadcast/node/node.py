@@ -7,7 +7,6 @@ from collections import Counter
 
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.concurrency.loops import without_waiting
 from wsbroadcast.concurrency.tasks import Tasks
 from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
@@ -15,6 +14,8 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import Watch
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
+from wsbroadcast.logs import logger
+from wsbroadcast.node.lanes import Lanes
 from wsbroadcast.node.membership import Membership
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.publication import Dismissal, Gap, Publication
@@ -42,47 +43,41 @@ class Node:
         """How many are on their way in; the manager counts."""
         # Keeps publications in order while on_deliver hooks take their time.
         self._order = asyncio.Lock()
+        self._lanes = Lanes(self)
+        self._is_closed = False
 
-    async def receive(self, publication: Publication | Dismissal) -> None:
-        """Deliver a publication, through the on_deliver hooks if there are any."""
+    # What an engine calls.
+
+    def take(self, publication: Publication | Dismissal) -> None:
+        """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if isinstance(publication, Dismissal):
             self._dismiss(publication)
-        elif not self._hooks.has("on_deliver"):
-            self._deliver(publication)
-        elif is_delivering():
-            # A hook broadcasts while its own delivery holds the order: this one goes first.
-            await self._deliver_through_hooks(publication)
         else:
-            async with self._order:
-                await self._deliver_through_hooks(publication)
+            self._lanes.put(publication)
 
-    def receive_nowait(self, publication: Publication | Dismissal) -> None:
-        """Deliver a publication without awaiting anything.
+    async def deliver(self, publication: Publication | Dismissal) -> None:
+        """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
+        if isinstance(publication, Dismissal):
+            self._dismiss(publication)
+        elif publication.audience in self._lanes and not is_delivering():
+            async with self._lanes.turn(publication.audience):
+                await self._deliver(publication)
+        else:
+            await self._deliver(publication)
 
-        Raises:
-            LifecycleError: If an on_deliver hook has to wait.
+    def gap(self, gap: Gap) -> None:
+        """Tell the hooks that messages of other nodes are missing. Never blocks."""
+        if not self._is_closed:
+            self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
+
+    # What the manager calls.
+
+    async def deliver_local(self, publication: Publication) -> None:
+        """Deliver a publication that is for this node only.
+
+        It doesn't wait behind those of other nodes, which wait for most clients to keep up.
         """
-        if isinstance(publication, Dismissal):
-            self._dismiss(publication)
-        elif self._hooks.has("on_deliver"):
-            without_waiting(self.receive(publication), "an on_deliver hook has to wait, for this message or one before")
-        else:
-            self._deliver(publication)
-
-    def is_ready(self, publication: Publication) -> bool:
-        """Tell whether `receive_nowait` can deliver it now: no hook has to run, the crowd is not behind."""
-        if self._hooks.has("on_deliver"):
-            return False
-        return self.dispatcher.is_ready(publication.audience, publication.exclude)
-
-    async def receive_paced(self, publication: Publication) -> None:
-        """Deliver a publication of another node as `receive` does, at the pace of the crowd here."""
-        await self.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        await self.receive(publication)
-
-    async def gap(self, gap: Gap) -> None:
-        """Tell the hooks that messages of other nodes are missing."""
-        await self._hooks.observe("on_gap", gap)
+        await (self._deliver if self._engine.links_nodes else self.deliver)(publication)
 
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
@@ -113,13 +108,53 @@ class Node:
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
+        await self._lanes.aclose(patience=0.0 if self._engine.links_nodes else self._hooks.timeout)
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
+        self._is_closed = True
         await self._tasks.join()
         await self._watch.aclose()
 
-    def _deliver(self, publication: Publication) -> None:
+    # What the lanes call.
+
+    def is_ready(self, publication: Publication) -> bool:
+        """Tell whether no hook has to run, and most clients keep up."""
+        if self._hooks.has("on_deliver"):
+            return False
+        # What is published here and not awaited sets no pace: the slow-consumer policy deals with what doesn't fit.
+        return not self._engine.links_nodes or self.dispatcher.is_ready(publication.audience, publication.exclude)
+
+    def deliver_now(self, publication: Publication) -> None:
+        """Hand a publication to the connections."""
         self._counters.broadcasts += 1
         self.dispatcher.dispatch(publication)
+
+    async def deliver_paced(self, publication: Publication) -> None:
+        """Hand it over when most clients keep up, through the hooks."""
+        if self._engine.links_nodes:
+            await self.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
+        await self._deliver(publication)
+
+    def overrun(self, seconds: float) -> None:
+        """Tell that publications were dropped, because too many wait."""
+        logger.warning(
+            "messages of the last %.1f s are missing here: more came by the %s engine than connections and hooks take",
+            seconds,
+            self._engine.name,
+        )
+        if self._engine.links_nodes:
+            self.gap(Gap(self._engine.name, seconds))
+
+    # Inside.
+
+    async def _deliver(self, publication: Publication) -> None:
+        if not self._hooks.has("on_deliver"):
+            self.deliver_now(publication)
+        elif is_delivering():
+            # A hook broadcasts while its own delivery holds the order: this one goes first.
+            await self._deliver_through_hooks(publication)
+        else:
+            async with self._order:
+                await self._deliver_through_hooks(publication)
 
     def _dismiss(self, dismissal: Dismissal) -> None:
         # No hook is asked and nothing is waited for: who is no longer welcome doesn't get what waits either.

@@ -32,20 +32,13 @@ Call: TypeAlias = Callable[["Home", Ticket], Coroutine[Any, Any, T]]
 class Nobody:
     """Receives for a node without connections, which is subscribed to nothing."""
 
-    async def receive(self, publication: Publication | Dismissal) -> None:
+    def take(self, publication: Publication | Dismissal) -> None:
         """There is nobody here."""
 
-    def receive_nowait(self, publication: Publication | Dismissal) -> None:
+    async def deliver(self, publication: Publication | Dismissal) -> None:
         """There is nobody here."""
 
-    def is_ready(self, publication: Publication | Dismissal) -> bool:
-        """Nobody is always ready."""
-        return True
-
-    async def receive_paced(self, publication: Publication | Dismissal) -> None:
-        """There is nobody here."""
-
-    async def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap) -> None:
         """Nobody misses anything."""
 
 

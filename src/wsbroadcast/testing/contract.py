@@ -94,11 +94,10 @@ class EngineContract(Nodes):
 
     # In which order.
 
-    @pytest.mark.parametrize("is_ready", [True, False])
-    async def test_messages_arrive_in_the_order_of_publish(self, is_ready: bool) -> None:
-        """Messages of one publisher arrive in its order, whether a receiver takes them at once or takes its time."""
+    async def test_messages_arrive_in_the_order_of_publish(self) -> None:
+        """Messages of one publisher arrive in its order."""
         sent = [str(number) for number in range(200)]
-        async with self.nodes(NEWS, is_ready=is_ready) as nodes:
+        async with self.nodes(NEWS) as nodes:
             for text in sent:
                 await nodes[0].publish(text)
             for node in nodes:
@@ -211,10 +210,9 @@ class EngineContract(Nodes):
 
     # Receivers.
 
-    @pytest.mark.parametrize("is_ready", [True, False])
-    async def test_receiver_that_fails_holds_up_nobody(self, is_ready: bool) -> None:
+    async def test_receiver_that_fails_holds_up_nobody(self) -> None:
         """An error in the receiver costs the one message; what comes later is delivered, other audiences are too."""
-        async with self.nodes(NEWS, SPORT, is_ready=is_ready) as nodes:
+        async with self.nodes(NEWS, SPORT) as nodes:
             recorder = nodes[-1].recorder
             recorder.failing.add(NEWS)
             with suppress(RuntimeError):  # an engine without a broker may hand it to the publisher

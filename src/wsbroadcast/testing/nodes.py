@@ -47,13 +47,9 @@ NAMES = (
 
 
 class Recorder:
-    """A receiver that keeps publications and gaps, and can be told to fail or to take its time.
+    """A receiver that keeps publications and gaps, and can be told to fail or to take its time."""
 
-    Args:
-        is_ready: Whether it can deliver at once; else every publication is awaited, as with slow hooks.
-    """
-
-    def __init__(self, *, is_ready: bool = True) -> None:
+    def __init__(self) -> None:
         self.publications: list[Publication] = []
         """What was received, in order; but for what closes connections."""
         self.dismissals: list[Dismissal] = []
@@ -61,49 +57,38 @@ class Recorder:
         self.gaps: list[Gap] = []
         """What was reported missing, in order."""
         self.failing: set[Audience] = set()
-        """Audiences for which receiving raises `RuntimeError`."""
+        """Audiences for which `deliver` raises `RuntimeError`; `take` only counts."""
         self.stalled: set[Audience] = set()
-        """Audiences for which receiving never ends."""
+        """Audiences for which `deliver` never ends; `take` only counts."""
         self.failures = 0
-        """How often it has raised."""
+        """How many publications to a failing audience came."""
         self.waiting = 0
-        """How many deliveries have begun that never end."""
-        self._is_ready = is_ready
+        """How many publications to a stalled audience came."""
         self._changed = asyncio.Event()
 
     # What an engine calls.
 
-    async def receive(self, publication: Publication | Dismissal) -> None:
-        """Keep a publication, in the order of calls."""
+    def take(self, publication: Publication | Dismissal) -> None:
+        """Keep a publication."""
         if publication.audience in self.stalled:
             self.waiting += 1
-            self._changed.set()
-            await asyncio.Event().wait()
-        if not self._is_ready:
-            await asyncio.sleep(0)
-        self.receive_nowait(publication)
-
-    def receive_nowait(self, publication: Publication | Dismissal) -> None:
-        """Keep a publication."""
-        if publication.audience in self.failing:
+        elif publication.audience in self.failing:
             self.failures += 1
-            self._changed.set()
-            raise RuntimeError("the recorder was told to fail")
-        if isinstance(publication, Dismissal):
+        elif isinstance(publication, Dismissal):
             self.dismissals.append(publication)
         else:
             self.publications.append(publication)
         self._changed.set()
 
-    def is_ready(self, publication: Publication | Dismissal) -> bool:
-        """Tell whether `receive_nowait` will do."""
-        return self._is_ready and publication.audience not in self.stalled
+    async def deliver(self, publication: Publication | Dismissal) -> None:
+        """Keep a publication, unless it was told to fail or to take its time."""
+        self.take(publication)
+        if publication.audience in self.stalled:
+            await asyncio.Event().wait()
+        if publication.audience in self.failing:
+            raise RuntimeError("the recorder was told to fail")
 
-    async def receive_paced(self, publication: Publication | Dismissal) -> None:
-        """Keep a publication of another node."""
-        await self.receive(publication)
-
-    async def gap(self, gap: Gap) -> None:
+    def gap(self, gap: Gap) -> None:
         """Keep a gap."""
         self.gaps.append(gap)
         self._changed.set()
@@ -179,12 +164,12 @@ class Nodes(ABC):
         """Return a new engine that isn't started; all that one test makes are linked by the same broker."""
 
     @asynccontextmanager
-    async def nodes(self, *audiences: Audience, is_ready: bool = True) -> AsyncIterator[list[Node]]:
-        """Run nodes that have joined these audiences; `is_ready` is their recorders'."""
+    async def nodes(self, *audiences: Audience) -> AsyncIterator[list[Node]]:
+        """Run nodes that have joined these audiences."""
         async with asyncio.timeout(12 * self.seconds), AsyncExitStack() as stack:
             nodes = []
             for _ in range(self.node_count):
-                node = Node(self.make_engine(), Recorder(is_ready=is_ready), self.seconds)
+                node = Node(self.make_engine(), Recorder(), self.seconds)
                 await node.engine.start(node.recorder)
                 stack.push_async_callback(node.engine.aclose)
                 await node.join(*audiences)

@@ -74,7 +74,7 @@ def test_dismissal_survives_the_way(exclude: frozenset[str], origin: Origin | No
 
 @pytest.mark.parametrize("field", ["audiences", "exclude_users", "something"])
 def test_what_must_be_understood_and_is_not_is_refused(field: str) -> None:
-    assert refused(with_header(**{"must": [field], field: ["a"]})) == "must"
+    assert refused(with_header(must=[field], audiences=["a"])) == "must"
     publication, _ = decode(with_header(must=[], something=1), NEWS, LIMIT)
     assert data_of(publication) == "text"
 

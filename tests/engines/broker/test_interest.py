@@ -19,7 +19,6 @@ def test_wanted_name_is_asked_for_once_and_held_when_confirmed() -> None:
     assert interest.first_unsettled(["b", "a"]) == "a"
     interest.confirm(["a"], 0.0)
     assert interest.first_unsettled(["a"]) is None
-    assert interest.state_of("a") is Holding.HELD
 
 
 def test_name_that_nobody_wants_lingers_and_is_released() -> None:
@@ -32,7 +31,6 @@ def test_name_that_nobody_wants_lingers_and_is_released() -> None:
     assert interest.release(11.0, 9) == ["a"]
     interest.released(["a"])
     assert "a" not in interest
-    assert len(interest) == 0
     assert interest.next_release is None
 
 
@@ -96,7 +94,8 @@ def test_name_that_nobody_waits_for_any_more_is_settled_and_released_after_its_c
 
 def test_lost_connection_leaves_only_what_is_wanted_to_ask_for() -> None:
     interest = Interest(LINGER)
-    for name in ("asked", "held", "lingering", "releasing", "regretted", "doubted"):
+    names = ("asked", "held", "lingering", "releasing", "regretted", "doubted")
+    for name in names:
         interest.want(name)
     interest.ask()
     interest.confirm(["held", "lingering", "releasing", "regretted"], 0.0)
@@ -110,7 +109,26 @@ def test_lost_connection_leaves_only_what_is_wanted_to_ask_for() -> None:
     interest.lost()
     assert sorted(interest.ask()) == ["asked", "held", "new", "regretted"]
     assert interest.next_release is None
-    assert len(interest) == 4
+    assert [name for name in names if name in interest] == ["asked", "held", "regretted"]
+
+
+def test_refusal_is_known_until_the_connection_is_lost_or_nobody_wants_the_name() -> None:
+    interest = Interest(LINGER)
+    refusals = {name: PermissionError(name) for name in "abc"}
+    for name in refusals:
+        interest.want(name)
+    interest.ask()
+    interest.unwant("c", 0.0)
+    for name, refusal in refusals.items():
+        interest.refuse(name, refusal)
+    assert interest.first_unsettled("abc") is None
+    assert interest.refusal(["d", "b", "a"]) is refusals["b"]
+    assert interest.refusal(["c"]) is None
+    interest.unwant("b", 0.0)
+    assert interest.refusal(["b"]) is None
+    interest.lost()
+    assert interest.refusal(["a"]) is None
+    assert interest.ask() == ["a"]
 
 
 def test_step_that_can_not_be_is_an_error_that_names_it() -> None:
@@ -192,4 +210,4 @@ def test_broker_holds_what_is_wanted_once_all_is_done(steps: list[tuple[str, str
     for step in ("answer", "subscribe", "answer", "wait", "wait", "release", "answer", "subscribe", "answer"):
         do(step, None)
     assert held == wanted
-    assert len(interest) == len(wanted)
+    assert {name for name in "abc" if name in interest} == wanted

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.support.fake_broker import QUICK, FakeBroker, FakeEngine, FakeLink, FakeNode
+from tests.support.fake_broker import QUICK, FakeBroker, FakeEngine, FakeLink
 from tests.support.servers import eventually
 from wsbroadcast import (
     Audience,
@@ -22,11 +22,10 @@ from wsbroadcast import (
     MessageTooLarge,
     Publication,
 )
-from wsbroadcast.engines.broker import outgoing
 from wsbroadcast.engines.broker.envelope import Origin, encode
 from wsbroadcast.exceptions import EngineError
-from wsbroadcast.node import lanes
 from wsbroadcast.options import Timing
+from wsbroadcast.testing import Recorder
 
 NEWS, SPORT = Audience("channel", "news"), Audience("channel", "sport")
 NAME = "wsbroadcast:channel:news"
@@ -39,15 +38,19 @@ def news(text: str = "text", audience: Audience = NEWS) -> Publication:
 class Started:
     """A started engine with its broker and its node."""
 
-    def __init__(self, broker: FakeBroker, engine: FakeEngine, node: FakeNode) -> None:
+    def __init__(self, broker: FakeBroker, engine: FakeEngine, node: Recorder) -> None:
         self.broker, self.engine, self.node = broker, engine, node
+
+    @property
+    def payloads(self) -> list[bytes]:
+        return [publication.message.payload for publication in self.node.publications]
 
     async def got(self, *payloads: bytes) -> None:
         async def arrived() -> bool:
-            return len(self.node.received) >= len(payloads)
+            return len(self.node.publications) >= len(payloads)
 
         await eventually(arrived)
-        assert self.node.payloads == list(payloads)
+        assert self.payloads == list(payloads)
 
     async def is_up(self) -> None:
         async def ok() -> bool:
@@ -64,7 +67,7 @@ class Started:
 
 @pytest.fixture
 async def started() -> AsyncIterator[Started]:
-    broker, node = FakeBroker(), FakeNode()
+    broker, node = FakeBroker(), Recorder()
     engine = FakeEngine(broker)
     await engine.start(node)
     engine.subscribe([NEWS])
@@ -77,7 +80,7 @@ async def started() -> AsyncIterator[Started]:
 async def test_publication_comes_back_from_the_broker(started: Started) -> None:
     await started.engine.publish(news())
     await started.got(b"text")
-    assert started.node.received[0].audience == NEWS
+    assert started.node.publications[0].audience == NEWS
 
 
 async def test_publications_of_one_turn_go_out_together_and_in_order(started: Started) -> None:
@@ -136,7 +139,7 @@ async def test_messages_that_are_too_large_ask_for_the_limit_together(started: S
 async def test_limit_of_our_own_is_not_asked_for() -> None:
     broker = FakeBroker()
     engine = FakeEngine(broker, max_message_bytes=100)
-    await engine.start(FakeNode())
+    await engine.start(Recorder())
     with pytest.raises(MessageTooLarge) as caught:
         await engine.publish(news("x" * 101))
     assert (caught.value.size, caught.value.limit) == (101, 100)
@@ -161,7 +164,7 @@ async def test_limit_that_can_not_be_asked_for_stays(started: Started, fault: st
 async def test_who_waits_for_the_limit_when_the_engine_stops_is_told() -> None:
     broker = FakeBroker()
     engine = FakeEngine(broker)
-    await engine.start(FakeNode())
+    await engine.start(Recorder())
     publishing = asyncio.create_task(engine.publish(news("x" * 5000)))
     await asyncio.sleep(0)
     await engine.aclose()
@@ -304,7 +307,7 @@ async def test_waiting_for_a_confirmation_ends_when_nobody_wants_it_any_more(sta
 
 
 async def test_start_without_a_broker_is_degraded_and_heals() -> None:
-    broker, node = FakeBroker(), FakeNode()
+    broker, node = FakeBroker(), Recorder()
     broker.is_down = True
     engine = FakeEngine(broker)
     await engine.start(node)
@@ -327,9 +330,9 @@ async def test_start_that_fails_fast_raises_and_leaves_nothing() -> None:
     broker.is_down = True
     engine = FakeEngine(broker, fail_fast=True)
     with pytest.raises(EngineUnavailable, match="fake at nowhere:1 can't be reached: ConnectionRefusedError"):
-        await engine.start(FakeNode())
+        await engine.start(Recorder())
     broker.is_down = False
-    await engine.start(FakeNode())  # it can be tried again
+    await engine.start(Recorder())  # it can be tried again
     await engine.aclose()
 
 
@@ -338,7 +341,7 @@ async def test_broker_that_refuses_us_is_an_error_at_the_start() -> None:
     broker.refuses = ConfigurationError("the fake refuses user 'ann'")
     engine = FakeEngine(broker)
     with pytest.raises(ConfigurationError, match="refuses user 'ann'"):
-        await engine.start(FakeNode())
+        await engine.start(Recorder())
     assert broker.links == []
 
 
@@ -346,7 +349,7 @@ async def test_start_that_is_cancelled_leaves_nothing() -> None:
     broker = FakeBroker()
     broker.is_hung.set()
     engine = FakeEngine(broker, timing=Timing(connect_timeout=60))
-    starting = asyncio.create_task(engine.start(FakeNode()))
+    starting = asyncio.create_task(engine.start(Recorder()))
     await asyncio.sleep(0.01)
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -356,7 +359,7 @@ async def test_start_that_is_cancelled_leaves_nothing() -> None:
 
 async def test_second_start_is_refused(started: Started) -> None:
     with pytest.raises(LifecycleError, match="needs one of its own"):
-        await started.engine.start(FakeNode())
+        await started.engine.start(Recorder())
 
 
 async def test_end_publishes_what_waits_and_receives_nothing_more(started: Started) -> None:
@@ -364,12 +367,12 @@ async def test_end_publishes_what_waits_and_receives_nothing_more(started: Start
     await started.engine.aclose()
     await started.engine.aclose()
     assert [parcel.envelope[-4:] for parcel in started.broker.batches[-1]] == [b"last"]
-    count = len(started.node.received)
+    count = len(started.node.publications)
     started.broker.send(NAME, b'{"v":1}\nlate')
     with pytest.raises(EngineUnavailable, match="not started"):
         started.engine.publish_nowait(news())
     started.engine.unsubscribe([NEWS])
-    assert len(started.node.received) == count
+    assert len(started.node.publications) == count
 
 
 async def test_end_during_an_outage_does_not_wait(started: Started) -> None:
@@ -437,7 +440,7 @@ async def test_echo_that_comes_too_late_is_no_bad_envelope(started: Started, cap
     send(NAME, b'{"v":1}\nlast')
 
     async def last_came() -> bool:
-        return started.node.payloads[-1:] == [b"last"]
+        return started.payloads[-1:] == [b"last"]
 
     await eventually(last_came)
     assert late
@@ -452,69 +455,6 @@ async def test_name_that_was_never_asked_for_is_counted(started: Started) -> Non
     started.broker.send(NAME, b'{"v":1}\ngood')
     await started.got(b"good")
     assert started.engine.stats().bad_envelopes == {"unknown_name": 1}
-
-
-async def test_crowd_that_is_behind_holds_up_its_own_audience_only(started: Started) -> None:
-    started.engine.subscribe([SPORT])
-    await started.engine.confirmed([SPORT])
-    started.node.behind.add(NEWS)
-    await started.engine.publish(news("1"))
-    await started.engine.publish(news("2"))
-    await started.engine.publish(news("sport", SPORT))
-    await started.got(b"sport")
-    await started.is_up()
-    started.node.catch_up()
-    await started.engine.publish(news("3"))
-    await started.got(b"sport", b"1", b"2", b"3")
-
-
-async def test_what_a_full_inbox_drops_is_announced_as_one_gap(
-    started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lanes, "_MAX_PUBLICATIONS", 3)
-    started.node.behind.add(NEWS)
-    for number in range(10):
-        await started.engine.publish(news(str(number)))
-    await started.is_up()
-    started.node.catch_up()
-
-    async def told() -> bool:
-        return bool(started.node.gaps)
-
-    await eventually(told)
-    assert len(started.node.gaps) == 1
-    assert started.node.payloads == [b"0", b"1", b"2", b"3"]
-
-
-async def test_receiver_that_raises_stops_nothing(started: Started, caplog: pytest.LogCaptureFixture) -> None:
-    started.node.fails = True
-    await started.engine.publish(news("1"))
-    started.node.behind.add(NEWS)
-    await started.engine.publish(news("2"))
-    started.node.catch_up()
-
-    async def logged() -> bool:
-        return caplog.text.count("was not delivered") == 2
-
-    await eventually(logged)
-    started.node.fails = False
-    await started.engine.publish(news("3"))
-    await started.got(b"3")
-
-
-async def test_outbox_that_is_full_refuses_more_at_once(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outgoing, "_MAX_WAITING_BYTES", 100)
-    while not (refused := _refusal_of(started.engine)):
-        pass
-    assert "doesn't keep up" in refused
-
-
-def _refusal_of(engine: FakeEngine) -> str:
-    try:
-        engine.publish_nowait(news())
-    except EngineUnavailable as error:
-        return str(error)
-    return ""
 
 
 async def test_failure_of_what_nobody_awaits_is_counted_and_logged(
@@ -640,17 +580,17 @@ async def test_error_that_is_no_outage_comes_out_at_the_start(bug: Exception, ca
     with pytest.raises(
         EngineError, match=rf"fake at nowhere:1 can't be used: {type(bug).__name__}: .*a bug.* no outage"
     ) as caught:
-        await engine.start(FakeNode())
+        await engine.start(Recorder())
     assert not isinstance(caught.value, (EngineUnavailable, ConfigurationError))
     assert caught.value.__cause__ is bug
     assert caplog.records == []  # the error tells
-    await engine.start(FakeNode())
+    await engine.start(Recorder())
     await engine.aclose()
 
 
 @pytest.mark.parametrize("outage", OUTAGES, ids=repr)
 async def test_error_that_may_be_an_outage_is_one(outage: Exception, caplog: pytest.LogCaptureFixture) -> None:
-    broker, node = FakeBroker(), FakeNode()
+    broker, node = FakeBroker(), Recorder()
     broker.breaks_on_open = outage
     engine = FakeEngine(broker)
     await engine.start(node)
@@ -667,7 +607,7 @@ async def test_link_that_can_not_be_made_is_an_error_at_the_start(monkeypatch: p
     engine = FakeEngine(FakeBroker())
     monkeypatch.setattr(engine, "new_link", broken)
     with pytest.raises(EngineError, match="can't be used: ZeroDivisionError: a bug"):
-        await engine.start(FakeNode())
+        await engine.start(Recorder())
 
 
 async def test_error_that_is_no_outage_is_seen_later_too(
@@ -761,24 +701,11 @@ async def test_gap_begins_when_the_first_of_the_missed_came(started: Started) ->
     assert 200 <= gap.seconds < 300
 
 
-async def test_what_is_missed_at_the_end_is_reported_to_nobody(
-    started: Started, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.broker.health._MISSED_SECONDS", 0)
-    inlet = started.broker.links[0].inlet
-    assert inlet is not None
-    await started.engine.aclose()
-    inlet.missed("was held back")
-    for _ in range(3):
-        await asyncio.sleep(0)
-    assert started.engine.stats().gaps == 0
-
-
 def test_engine_whose_event_loop_cancels_what_is_left_may_be_started_elsewhere() -> None:
     engine = FakeEngine(FakeBroker())
 
     async def elsewhere() -> None:
-        await engine.start(FakeNode())
+        await engine.start(Recorder())
         await engine.publish(news())
         await engine.aclose()
 
@@ -795,7 +722,7 @@ def test_engine_whose_event_loop_cancels_what_is_left_may_be_started_elsewhere()
             outlived.append(True)
 
     async def use() -> asyncio.Task[None]:
-        await engine.start(FakeNode())
+        await engine.start(Recorder())
         last = asyncio.create_task(outlive())
         await asyncio.sleep(0)
         return last  # and it is cancelled, together with what the engine runs

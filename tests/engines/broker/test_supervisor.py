@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.support.fake_broker import FakeBroker, FakeEngine, FakeNode
+from tests.support.fake_broker import FakeBroker, FakeEngine
 from tests.support.servers import eventually
 from wsbroadcast import Audience
 from wsbroadcast.options import Timing
+from wsbroadcast.testing import Recorder
 
 NEWS, SPORT = Audience("channel", "news"), Audience("channel", "sport")
 
@@ -37,7 +38,7 @@ class Rush:
 @asynccontextmanager
 async def started(broker: FakeBroker, *audiences: Audience) -> AsyncIterator[FakeEngine]:
     engine = FakeEngine(broker, timing=PATIENT)
-    await engine.start(FakeNode())
+    await engine.start(Recorder())
     try:
         engine.subscribe(audiences)
         await engine.confirmed(audiences)
@@ -204,7 +205,7 @@ async def test_end_ends_in_every_turn_of_the_loop_in_which_a_link_is_being_lost(
 ) -> None:
     broker = FakeBroker()
     engine = FakeEngine(broker)
-    await engine.start(FakeNode())
+    await engine.start(Recorder())
     broker.is_down = True
     broker.drop_links()
     for _ in range(turns):

@@ -135,7 +135,7 @@ class BrokerEngine(Engine):
             MessageTooLarge: If it is larger than the broker takes.
             EngineError: If the broker refuses this very publication.
         """
-        return self._started().publish(publication)
+        return self._started().outgoing.publish(publication)
 
     def publish_nowait(self, publication: Publication | Dismissal) -> None:
         """Hand over the publication; if the broker doesn't take it, that is counted and logged.
@@ -144,13 +144,13 @@ class BrokerEngine(Engine):
             EngineUnavailable: If the broker is known to be out of reach, or too much waits for it.
             MessageTooLarge: If it is larger than the broker takes.
         """
-        self._started().publish_nowait(publication)
+        self._started().outgoing.publish_nowait(publication)
 
     async def health(self) -> Health:
         """Tell whether a message to ourselves comes back through the broker."""
         if self._session is None:
             return Health(self.name, False, "not started")
-        return await self._session.health()
+        return await self._session.health.health()
 
     def stats(self) -> EngineStats:
         """Return what was counted since the engine was made."""

@@ -1,20 +1,17 @@
-"""Since when messages may be missing, and telling it once."""
+"""How well a link carries messages: echoes to ourselves, outages, and one gap for each."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from wsbroadcast.concurrency.loops import Patience
 from wsbroadcast.engines.broker.link import Parcel
-from wsbroadcast.engines.broker.outgoing import Outbox
-from wsbroadcast.exceptions import EngineUnavailable, WSBroadcastError
+from wsbroadcast.engines.broker.outgoing import Outgoing
+from wsbroadcast.engines.contract import Health, Receiver
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, WSBroadcastError
 from wsbroadcast.logs import logger
+from wsbroadcast.publication import Gap
 from wsbroadcast.stats import EngineCounters
-
-# Messages that are missed while the link lives on are reported as one gap, this long after the first.
-_MISSED_SECONDS = 1.0
-
 
 # What neither a broker nor the way to it raises, nor a driver about them.
 _BUGS = (
@@ -30,23 +27,104 @@ _BUGS = (
 
 
 def is_bug(error: BaseException | None) -> bool:
-    """Tell whether an error is no outage: a driver or an option that doesn't fit, or a bug. Trying again mends none."""
+    """Tell whether an error is no outage, so that trying again is no use: a wrong option or driver, or a bug."""
     return isinstance(error, _BUGS) and not isinstance(error, WSBroadcastError)
 
 
-class Outages:
-    """One gap for each outage, whatever it was.
+# More digits than the number of any echo has; the bytes of others may be long.
+_MAX_DIGITS = 18
+
+
+class Echoes:
+    """Messages of a node to itself, which show that others arrive too.
 
     Args:
-        where: The engine and its broker's address, for logs.
-        counters: Where reconnects and gaps are counted.
-        report: Called with the seconds for which messages may be missing.
+        name: The node's own name at the broker.
+        outgoing: The way there.
+        timeout: Seconds after which one counts as lost.
     """
 
-    def __init__(self, where: str, counters: EngineCounters, report: Callable[[float], None]) -> None:
+    def __init__(self, name: str, outgoing: Outgoing, timeout: float) -> None:
+        self.name = name
+        """The name under which they come back."""
+        self._outgoing = outgoing
+        self._timeout = timeout
+        self._sent = 0
+        self._awaited: dict[bytes, asyncio.Future[None]] = {}
+
+    async def send(self) -> None:
+        """Send one through the broker and wait until it is back.
+
+        Raises:
+            TimeoutError: If it isn't back in time.
+            EngineError: If it could not be sent.
+        """
+        self._sent += 1
+        token = b"%d" % self._sent
+        echo = self._awaited[token] = asyncio.get_running_loop().create_future()
+        try:
+            async with Patience(self._timeout):
+                await self._outgoing.put_first(Parcel(self.name, token))
+                await echo
+        finally:
+            self._awaited.pop(token, None)
+
+    def take(self, envelope: bytes) -> bool:
+        """Take what came under our name; return whether it is one of ours, even if it is late."""
+        echo = self._awaited.pop(envelope, None)
+        if echo is None:
+            return self._was_sent(envelope)
+        if not echo.done():
+            echo.set_result(None)
+        return True
+
+    def _was_sent(self, envelope: bytes) -> bool:
+        # By its number, because a memory of those that nobody waits for any more would grow with those that are lost.
+        number = int(envelope) if envelope.isdigit() and len(envelope) <= _MAX_DIGITS else 0
+        return 0 < number <= self._sent and envelope == b"%d" % number
+
+    def fail(self, why: str) -> None:
+        """None of them will come back."""
+        for echo in self._awaited.values():
+            if not echo.done():
+                echo.set_exception(EngineUnavailable(f"the connection to the broker is lost ({why})"))
+                echo.exception()  # looked at: who waits may be cancelled in this turn of the loop
+        self._awaited.clear()
+
+
+class LinkHealth:
+    """What the supervisor tells and asks about the links of one session: one gap for each outage, whatever it was.
+
+    Args:
+        engine: The engine's name, for gaps.
+        where: The engine and its broker's address, for logs.
+        echoes: The messages to ourselves.
+        outgoing: Is told when the link is lost.
+        receiver: Is told of gaps.
+        counters: Where reconnects and gaps are counted.
+        missed_seconds: Messages that are missed while the link lives on are reported as one gap, this long after the
+            first.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        where: str,
+        echoes: Echoes,
+        outgoing: Outgoing,
+        receiver: Receiver,
+        counters: EngineCounters,
+        *,
+        missed_seconds: float = 1.0,
+    ) -> None:
+        self.echoes = echoes
+        """The messages to ourselves."""
+        self._engine = engine
         self._where = where
+        self._outgoing = outgoing
+        self._receiver = receiver
         self._counters = counters
-        self._report = report
+        self._missed_seconds = missed_seconds
         self._loop = asyncio.get_running_loop()
         self.trouble = "not connected yet"
         """Why nothing travels; empty while it does."""
@@ -67,7 +145,7 @@ class Outages:
             self._log()
 
     def up(self) -> None:
-        """The link is in use: if there was trouble before, messages are missing."""
+        """Take note that the link is in use: if there was trouble before, messages are missing."""
         since, self._since = self._since, None
         why, self.trouble = self.trouble, ""
         if self._was_up:
@@ -76,8 +154,9 @@ class Outages:
             self._tell(since, why)
         self._was_up = True
 
-    def down(self, why: str, error: Exception | None = None) -> None:
-        """The link is lost, or could not be opened; because of an error, if there is one to look at."""
+    def down(self, why: str, error: Exception) -> None:
+        """Take note that the link is lost, or could not be opened."""
+        lost = why
         if is_bug(error):
             why = f"{why}, which is no outage but a wrong option, a driver that doesn't fit, or a bug"
         self._has_failed = True
@@ -91,14 +170,16 @@ class Outages:
         is_new, self.trouble = why != self.trouble, why
         if is_new and self._is_announced:
             self._log(error if is_bug(error) else None)
+        self.echoes.fail(lost)
+        self._outgoing.fail(f"the connection to the broker is lost ({lost})", self.trouble)
 
     def missed(self, why: str, since: float | None = None) -> None:
-        """Messages are missing although the link lives on; many such calls are one gap, from the earliest on."""
+        """Take note that messages are missing although the link lives on; many calls are one gap, from the earliest."""
         if self._is_ended:
             return
         began = self.last_sign if since is None else since
         if self._missed is None:
-            self._missed = (self._loop.call_later(_MISSED_SECONDS, self._tell_missed, why), began)
+            self._missed = (self._loop.call_later(self._missed_seconds, self._tell_missed, why), began)
         else:
             timer, earlier = self._missed
             self._missed = (timer, min(earlier, began))
@@ -108,11 +189,46 @@ class Outages:
             (_, since), self._missed = self._missed, None
             self._tell(since, why)
 
+    def refused(self, name: str, error: ConfigurationError) -> None:
+        """Take note that the broker forbids us a name.
+
+        Raises:
+            ConfigurationError: If it is our own, without which nothing works.
+        """
+        if name == self.echoes.name:
+            raise error
+        logger.error("%s: %s", self._where, error)
+
+    async def probe(self) -> None:
+        """Find out whether messages arrive: an echo, or any other message that comes while we wait for it.
+
+        Raises:
+            TimeoutError: If nothing comes.
+            EngineError: If it could not be sent.
+        """
+        began = self._loop.time()
+        try:
+            await self.echoes.send()
+        except TimeoutError:
+            if self.last_sign <= began:
+                raise
+
+    async def health(self) -> Health:
+        """Tell whether an echo comes back."""
+        if self._outgoing.link is None:
+            return Health(self._engine, False, self.trouble)
+        try:
+            await self.probe()
+        except (TimeoutError, EngineError) as error:
+            return Health(self._engine, False, str(error))
+        return Health(self._engine, True)
+
     def end(self) -> None:
         """Report nothing any more."""
         self._is_ended = True
         if self._missed is not None:
             self._missed[0].cancel()
+        self.echoes.fail("stopped")
 
     def _log(self, bug: Exception | None = None) -> None:
         if bug is None:
@@ -124,68 +240,4 @@ class Outages:
         seconds = self._loop.time() - since
         self._counters.gaps += 1
         logger.warning("%s: messages of the last %.1f s may be missing (%s)", self._where, seconds, why)
-        self._report(seconds)
-
-
-# Messages of a node to itself, which show that others arrive too.
-
-
-# More than the number of any echo has; the bytes of others may be long.
-_MAX_DIGITS = 18
-
-
-class Echoes:
-    """Sends them, and recognises them when they are back.
-
-    Args:
-        name: The node's own name at the broker.
-        outbox: The way there.
-        timeout: Seconds after which one counts as lost.
-    """
-
-    def __init__(self, name: str, outbox: Outbox, timeout: float) -> None:
-        self.name = name
-        """The name under which they come back."""
-        self._outbox = outbox
-        self._timeout = timeout
-        self._sent = 0
-        self._awaited: dict[bytes, asyncio.Future[None]] = {}
-
-    async def send(self) -> None:
-        """Send one through the broker and wait until it is back.
-
-        Raises:
-            TimeoutError: If it isn't back in time.
-            EngineError: If it could not be sent.
-        """
-        self._sent += 1
-        token = b"%d" % self._sent
-        echo = self._awaited[token] = asyncio.get_running_loop().create_future()
-        try:
-            async with Patience(self._timeout):
-                await self._outbox.put_first(Parcel(self.name, token))
-                await echo
-        finally:
-            self._awaited.pop(token, None)
-
-    def take(self, envelope: bytes) -> bool:
-        """Take what came under our name; return whether it is one of ours, be it late."""
-        echo = self._awaited.pop(envelope, None)
-        if echo is None:
-            return self._was_sent(envelope)
-        if not echo.done():
-            echo.set_result(None)
-        return True
-
-    def _was_sent(self, envelope: bytes) -> bool:
-        # By its number: to remember each one that nobody waits for any more would want an end for those that are lost.
-        number = int(envelope) if envelope.isdigit() and len(envelope) <= _MAX_DIGITS else 0
-        return 0 < number <= self._sent and envelope == b"%d" % number
-
-    def fail(self, why: str) -> None:
-        """None of them will come back."""
-        for echo in self._awaited.values():
-            if not echo.done():
-                echo.set_exception(EngineUnavailable(f"the connection to the broker is lost ({why})"))
-                echo.exception()  # looked at: who waits may be cancelled in this turn of the loop
-        self._awaited.clear()
+        self._receiver.gap(Gap(self._engine, seconds))

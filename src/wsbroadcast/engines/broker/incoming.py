@@ -1,8 +1,17 @@
-"""Whether an envelope is newer than those that came before it from the same node."""
+"""What comes from the broker: checked, fresh, and handed on to the node."""
 
 from __future__ import annotations
 
-from wsbroadcast.engines.broker.envelope import Origin
+import asyncio
+
+from wsbroadcast.audience import Audience
+from wsbroadcast.engines.broker.envelope import BadEnvelope, Origin, decode
+from wsbroadcast.engines.broker.health import LinkHealth
+from wsbroadcast.engines.broker.interest import Interest
+from wsbroadcast.engines.broker.outgoing import Outgoing
+from wsbroadcast.engines.contract import Receiver
+from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.stats import EngineCounters
 
 # Origins and names that are remembered, twice: a node that broadcasts to more audiences than that between two
 # envelopes for the same one is no longer checked for that one.
@@ -15,8 +24,8 @@ _BELIEVABLE = 2**20
 class Freshness:
     """The newest place in the order that was seen, by node and name.
 
-    An envelope that a broker, a proxy or somebody who listens brings a second time is not fresh; neither is one that
-    was held up while newer ones overtook it.
+    An envelope that a broker, a proxy or an eavesdropper brings a second time is not fresh; neither is one that was
+    held up while newer ones overtook it.
     """
 
     def __init__(self) -> None:
@@ -38,3 +47,75 @@ class Freshness:
             return False
         young[key] = seq
         return True
+
+
+class Incoming:
+    """The inlet of one session's links.
+
+    Args:
+        where: The engine and its broker's address, for logs.
+        max_message_bytes: The largest payload that is taken.
+        interest: Knows the names that the broker holds for us.
+        outgoing: Knows what this node has published.
+        health: Is told when something comes, and when something is missing.
+        receiver: The node.
+        counters: Where bad envelopes are counted.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        max_message_bytes: int,
+        interest: Interest,
+        outgoing: Outgoing,
+        health: LinkHealth,
+        receiver: Receiver,
+        counters: EngineCounters,
+    ) -> None:
+        self.audiences: dict[str, Audience] = {}
+        """The wanted audiences by their names at the broker."""
+        self._where = where
+        self._max_message_bytes = max_message_bytes
+        self._interest = interest
+        self._outgoing = outgoing
+        self._health = health
+        self._receiver = receiver
+        self._counters = counters
+        self._loop = asyncio.get_running_loop()
+        self._freshness = Freshness()
+        self._throttle = Throttle()
+
+    def take(self, name: str, envelope: bytes) -> None:
+        """Hand an envelope on, if it is a good one."""
+        self._health.last_sign = self._loop.time()
+        audience = self.audiences.get(name)
+        if audience is None:
+            self._take_other(name, envelope)
+            return
+        try:
+            publication, origin = decode(envelope, audience, self._max_message_bytes)
+            if origin is not None:
+                if self._outgoing.is_forged(origin):
+                    raise BadEnvelope("forged")
+                if not self._freshness.is_fresh(origin, name):
+                    raise BadEnvelope("stale")
+        except BadEnvelope as bad:
+            self._drop(str(bad), name, len(envelope))
+        else:
+            self._receiver.take(publication)
+
+    def missed(self, why: str, since: float | None = None) -> None:
+        """Report messages that are missing although the link lives on; many such reports are one gap."""
+        self._health.missed(why, since)
+
+    def _take_other(self, name: str, envelope: bytes) -> None:
+        if name == self._health.echoes.name:
+            if not self._health.echoes.take(envelope):
+                self._drop("echo", name, len(envelope))
+        elif name not in self._interest:  # else it is on its way out: nobody is there any more
+            self._drop("unknown_name", name, len(envelope))
+
+    def _drop(self, reason: str, name: str, size: int) -> None:
+        self._counters.bad_envelopes[reason] += 1
+        if self._throttle.is_due("bad envelope"):  # a broken publisher usually sends many
+            logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)

@@ -96,19 +96,14 @@ class Interest:
         self._states: dict[str, Holding] = {}
         # The names in WANTED, in the order in which they came: those that the broker will be asked for.
         self._wanted: dict[str, None] = {}
+        # Why the broker refuses those in REFUSED.
+        self._refusals: dict[str, Exception] = {}
         # When lingering ends, by name, and in the order of the ends; an end that isn't the name's any more is skipped.
         self._ends: dict[str, float] = {}
         self._queue: deque[tuple[float, str]] = deque()
 
     def __contains__(self, name: str) -> bool:
         return name in self._states
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-    def state_of(self, name: str) -> Holding | None:
-        """Return where a name stands; `None` if it is neither wanted nor held."""
-        return self._states.get(name)
 
     def first_unsettled(self, names: Iterable[str]) -> str | None:
         """Return the first of these that is wanted and not yet confirmed by the broker."""
@@ -134,9 +129,15 @@ class Interest:
         for name in names:
             self._step(name, _Step.CONFIRM, now)
 
-    def refuse(self, name: str) -> None:
+    def refuse(self, name: str, error: Exception) -> None:
         """The broker has refused a name that it was asked for."""
         self._step(name, _Step.REFUSE)
+        if self._states.get(name) is Holding.REFUSED:  # else nobody wants it any more
+            self._refusals[name] = error
+
+    def refusal(self, names: Iterable[str]) -> Exception | None:
+        """Return why the broker refuses the first of these that it does refuse."""
+        return next((self._refusals[name] for name in names if name in self._refusals), None)
 
     @property
     def is_waiting(self) -> bool:
@@ -185,6 +186,8 @@ class Interest:
             self._wanted[name] = None
         elif state is Holding.WANTED:
             del self._wanted[name]
+        if state is Holding.REFUSED:
+            del self._refusals[name]
         if after is Holding.LINGERING:
             self._ends[name] = now + self._linger
             self._queue.append((self._ends[name], name))

@@ -5,70 +5,168 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from secrets import token_urlsafe
 
 from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.engines.broker.envelope import Origin, encode
 from wsbroadcast.engines.broker.link import Link, Parcel
-from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable
+from wsbroadcast.engines.broker.names import AudienceNames
+from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.options import Timing
+from wsbroadcast.publication import Dismissal, Publication
 from wsbroadcast.stats import EngineCounters
 
 # What one call of `Link.publish` gets at most, so that its timeout is for something that can be done in time.
 _BATCH_PARCELS = 512
 _BATCH_BYTES = 4 * 1024 * 1024
 
-# What `broadcast_nowait` may leave waiting; whoever awaits holds the message anyway.
-_MAX_WAITING_BYTES = 16 * 1024 * 1024
-
+# Seconds between two looks at the broker's limits, because some clients send what is too large again and again.
+_LOOK_SECONDS = 0.25
 
 # A parcel, and who waits until the broker has taken it.
 _Item = tuple[Parcel, asyncio.Future[None] | None]
 
 
-class Outbox:
-    """Parcels in the order of the calls, and who waits for the broker to take them.
+class Outgoing:
+    """Publications in the order of the calls, and who waits for the broker to take them.
 
-    Nothing outlives the connection it was meant for: `fail` tells everybody that waits.
+    Nothing outlives the connection it was meant for: `fail` tells everybody who waits.
+
+    Args:
+        where: The engine and its broker's address, for errors.
+        names: How audiences are called at the broker.
+        timing: How long to wait for the broker.
+        max_message_bytes: The largest payload that other nodes take.
+        counters: Where failures are counted.
+        max_waiting_bytes: How much `broadcast_nowait` may leave waiting. Whoever awaits holds the message anyway.
     """
 
-    def __init__(self, timeout: float, counters: EngineCounters) -> None:
-        self._timeout = timeout
+    def __init__(
+        self,
+        where: str,
+        names: AudienceNames,
+        timing: Timing,
+        max_message_bytes: int,
+        counters: EngineCounters,
+        *,
+        max_waiting_bytes: int = 16 * 1024 * 1024,
+    ) -> None:
+        self.link: Link | None = None
+        """The link in use; `None` while there is none."""
+        self.node = token_urlsafe(9)
+        """What this node calls itself in envelopes."""
+        self._where = where
+        self._names = names
+        self._timing = timing
+        self._max_message_bytes = max_message_bytes
         self._counters = counters
+        self._max_waiting_bytes = max_waiting_bytes
+        self._published = 0
         self._waiting: deque[_Item] = deque()
         self._in_flight: Sequence[_Item] = ()
         self._bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
+        # Why there is no link; empty if nothing is wrong.
+        self._trouble = "not connected yet"
         self._throttle = Throttle()
         # Of `broadcast_nowait`, refused since the log was told last.
         self._refused = 0
+        self._tasks = Tasks()
+        # Looks whether the broker takes more than it did; all messages that are too large wait for one look.
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = -_LOOK_SECONDS
 
-    def put(self, parcel: Parcel) -> asyncio.Future[None]:
-        """Put a parcel at the end; the future is done when the broker has taken it."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._append(parcel, future)
-        return future
+    # What a node publishes.
 
-    def put_first(self, parcel: Parcel) -> asyncio.Future[None]:
-        """Put a parcel before all that wait, because nothing has to come before it."""
-        future = self.put(parcel)
-        self._waiting.rotate(1)
-        return future
+    async def publish(self, publication: Publication | Dismissal) -> None:
+        """Return once the broker has taken it."""
+        try:
+            parcel = self._parcel(publication)
+        except MessageTooLarge as error:
+            if error.size > self._max_message_bytes:
+                raise
+            await asyncio.wait([self._look_at_limits()])
+            parcel = self._parcel(publication)
+        await self._put(parcel)
 
-    def put_nowait(self, parcel: Parcel) -> None:
-        """Put a parcel at the end; if the broker doesn't take it, that is counted and logged.
+    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+        """Hand it over; that it failed is counted and logged.
 
         Raises:
             EngineUnavailable: If too much is waiting; nothing was sent.
         """
-        if self._bytes > _MAX_WAITING_BYTES:
+        try:
+            parcel = self._parcel(publication)
+        except MessageTooLarge as error:
+            if error.size <= self._max_message_bytes:
+                self._look_at_limits()  # for the next one
+            raise
+        if self._bytes > self._max_waiting_bytes:
             self._counters.publish_failures += 1
             raise EngineUnavailable(f"{self._bytes} bytes wait for the broker already, which doesn't keep up")
         self._append(parcel, None)
+
+    def put_first(self, parcel: Parcel) -> asyncio.Future[None]:
+        """Put a parcel before all that wait, because nothing has to come before it."""
+        future = self._put(parcel)
+        self._waiting.rotate(1)
+        return future
+
+    def is_forged(self, origin: Origin) -> bool:
+        """Tell whether an envelope says that it comes from here, and has never been published."""
+        return origin.node == self.node and origin.seq > self._published
+
+    def _parcel(self, publication: Publication | Dismissal) -> Parcel:
+        link = self.link
+        if link is None:
+            self._counters.publish_failures += 1
+            why = self._trouble or "its event loop ends"
+            raise EngineUnavailable(f"{self._where} is out of reach ({why}); nothing was sent")
+        if publication.size > self._max_message_bytes:  # the other nodes would drop it
+            raise MessageTooLarge(publication.size, self._max_message_bytes)
+        self._published += 1
+        envelope = encode(publication, Origin(self.node, self._published))
+        if len(envelope) > link.max_envelope_bytes:
+            overhead = len(envelope) - publication.size
+            raise MessageTooLarge(publication.size, link.max_envelope_bytes - overhead)
+        return Parcel(self._names.of(publication.audience), envelope)
+
+    def _look_at_limits(self) -> asyncio.Task[None]:
+        if self._looking is None:
+            self._looking = self._tasks.spawn(self._read_limits(), "engine limits")
+        return self._looking
+
+    async def _read_limits(self) -> None:
+        try:
+            await asyncio.sleep(self._looked_at + _LOOK_SECONDS - asyncio.get_running_loop().time())
+            if self.link is not None:
+                async with Patience(self._timing.connect_timeout):
+                    await self.link.read_limits()
+        except Exception as error:  # who publishes is told of the limit that is known
+            logger.info("%s doesn't say whether its limits have changed: %s", self._where, error)
+        finally:
+            self._looked_at = asyncio.get_running_loop().time()
+            self._looking = None
+
+    def _put(self, parcel: Parcel) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._append(parcel, future)
+        return future
 
     def _append(self, parcel: Parcel, future: asyncio.Future[None] | None) -> None:
         self._waiting.append((parcel, future))
         self._bytes += len(parcel.envelope)
         self._filled.set()
+
+    # What the supervisor calls.
+
+    def use(self, link: Link) -> None:
+        """Publish by this link from now on."""
+        self.link = link
+        self._trouble = ""
 
     async def send(self, link: Link) -> None:
         """Publish what comes, until the link fails; runs as a task while the link is used."""
@@ -82,7 +180,7 @@ class Outbox:
                 self._emptied.set()
 
     async def _publish(self, link: Link, batch: Sequence[_Item]) -> None:
-        async with Patience(self._timeout):
+        async with Patience(self._timing.request_timeout):
             refusals = await link.publish([parcel for parcel, _ in batch])
         for (_, future), refusal in zip(batch, refusals, strict=True):
             if refusal is not None:
@@ -96,8 +194,14 @@ class Outbox:
             self._emptied.clear()
             await self._emptied.wait()
 
-    def fail(self, why: str) -> None:
-        """The link is lost: tell everybody who waits, and forget their parcels, so that none arrives late."""
+    def fail(self, why: str, trouble: str) -> None:
+        """Tell everybody who waits that the link is lost, and forget their parcels, so that none arrives late.
+
+        Args:
+            why: What happened.
+            trouble: What to tell those who publish while there is no link.
+        """
+        self._trouble = trouble
         in_flight, self._in_flight = self._in_flight, ()
         waiting, self._waiting = self._waiting, deque()
         self._bytes = 0
@@ -111,6 +215,11 @@ class Outbox:
                 _tell(future, EngineUnavailable(f"{why}; {consequence}"))
         if lost:
             logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
+
+    async def aclose(self, why: str) -> None:
+        """Tell everybody who still waits."""
+        self.fail(why, why)
+        await self._tasks.cancel()
 
     def _take(self) -> Sequence[_Item]:
         batch: list[_Item] = []
@@ -137,7 +246,7 @@ class Outbox:
 
 
 def _documented(error: Exception) -> Exception:
-    # Whoever publishes handles few kinds of errors: this message is wrong, or no message goes out now.
+    # Callers of `broadcast` handle two kinds of errors: this message is wrong, or no message goes out now.
     if isinstance(error, (EngineError, EncodeError)):
         return error
     if isinstance(error, (ConfigurationError, OSError)):
@@ -151,4 +260,4 @@ def _documented(error: Exception) -> Exception:
 def _tell(future: asyncio.Future[None] | None, error: Exception) -> None:
     if future is not None and not future.done():
         future.set_exception(error)
-        future.exception()  # looked at: who was cancelled meanwhile leaves nobody to complain to
+        future.exception()  # looked at, because asyncio would complain if the caller was cancelled

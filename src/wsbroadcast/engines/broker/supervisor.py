@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.engines.broker.health import LinkHealth
+from wsbroadcast.engines.broker.incoming import Incoming
 from wsbroadcast.engines.broker.interest import Interest
 from wsbroadcast.engines.broker.link import Inlet, Link
-from wsbroadcast.engines.broker.outgoing import Outbox
+from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.options import Timing
@@ -24,25 +26,6 @@ _FIRST_BACKOFF = 0.05
 _ABORT_SECONDS = 1.0
 
 
-class Keeper(Protocol):
-    """What the supervisor tells the engine."""
-
-    def up(self) -> None:
-        """Every name is subscribed but those that somebody waits for, and what is published goes out."""
-
-    def down(self, why: str, error: Exception) -> None:
-        """The link is lost, or could not be opened."""
-
-    def refused(self, name: str, error: ConfigurationError) -> None:
-        """The broker forbids us a name. Raises the error if nothing works without that."""
-
-    def echo(self) -> Awaitable[None]:
-        """Send a message to ourselves through the broker; return when it is back."""
-
-    def probe(self) -> Awaitable[None]:
-        """Do the same, but be content with any other message that arrives."""
-
-
 class Supervisor:
     """One link after the other, each used by four tasks: read, publish, reconcile subscriptions, probe."""
 
@@ -51,16 +34,16 @@ class Supervisor:
         new_link: Callable[[], Link],
         timing: Timing,
         interest: Interest,
-        outbox: Outbox,
-        inlet: Inlet,
-        keeper: Keeper,
+        outgoing: Outgoing,
+        health: LinkHealth,
+        incoming: Incoming,
     ) -> None:
         self._new_link = new_link
         self._timing = timing
         self._interest = interest
-        self._outbox = outbox
-        self._inlet = inlet
-        self._keeper = keeper
+        self._outgoing = outgoing
+        self._health = health
+        self._incoming = incoming
         self._changed = asyncio.Event()
         # Whether who joins waits for a confirmation: while a link is in use, and while it takes the last step there.
         self._joins_wait = False
@@ -68,8 +51,6 @@ class Supervisor:
         # One for each, because in a crowd that joins everybody would wake for everybody else's.
         self._awaited: dict[str, asyncio.Future[None]] = {}
         self._throttle = Throttle()
-        self.link: Link | None = None
-        """The link in use; `None` while there is none."""
 
     async def run(self, tried: Callable[[Exception | None], None]) -> None:
         """Keep a link alive until cancelled.
@@ -87,13 +68,13 @@ class Supervisor:
                     error = unmade
                 else:
                     error = await _end_of(self._use(link, tried))
-                was_used = self.link is not None
+                was_used = self._outgoing.link is not None
                 tried(error)
                 self._lose(error)
                 if was_used:
                     backoff = _FIRST_BACKOFF
             finally:
-                self.link = None
+                self._outgoing.link = None
                 self._joins_wait = False
                 self._wake(list(self._awaited))
                 if link is not None:
@@ -105,17 +86,17 @@ class Supervisor:
         async with Patience(self._timing.connect_timeout):
             await link.open()
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(_read(link, self._inlet), name="wsbroadcast engine read")
+            tasks.create_task(_read(link, self._incoming), name="wsbroadcast engine read")
             await self._subscribe(link)  # among them our own name, for the echo
-            tasks.create_task(self._outbox.send(link), name="wsbroadcast engine publish")
-            await self._keeper.echo()  # a broker that lets us in and carries nothing is not back
+            tasks.create_task(self._outgoing.send(link), name="wsbroadcast engine publish")
+            await self._health.echoes.send()  # a broker that lets us in and carries nothing is not back
             # Who joins waits from here on, so this pass has all who didn't. One pass and no more, here as everywhere:
             # names may come faster than confirmations, and what comes during a pass is for the next.
             self._joins_wait = True
             await self._subscribe(link)
-            self.link = link
+            self._outgoing.use(link)
             tasks.create_task(self._reconcile(link), name="wsbroadcast engine subscriptions")
-            self._keeper.up()
+            self._health.up()
             tried(None)
             tasks.create_task(self._probe(), name="wsbroadcast engine probe")
 
@@ -130,8 +111,7 @@ class Supervisor:
     def _lose(self, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__
         self._interest.lost()
-        self._outbox.fail(f"the connection to the broker is lost ({why})")
-        self._keeper.down(why, error)
+        self._health.down(why, error)
 
     # Subscriptions.
 
@@ -188,7 +168,8 @@ class Supervisor:
                 await link.subscribe(names)
         except ConfigurationError as error:
             if len(names) == 1:
-                self._keeper.refused(names[0], error)
+                self._health.refused(names[0], error)
+                self._interest.refuse(names[0], error)
                 self._wake(names)
                 return
             middle = len(names) // 2  # one that is forbidden must not cost the others
@@ -203,7 +184,7 @@ class Supervisor:
     async def _probe(self) -> None:
         while True:
             await asyncio.sleep(self._timing.probe_interval)
-            await self._keeper.probe()
+            await self._health.probe()
 
 
 async def _end_of(using: Coroutine[Any, Any, None]) -> Exception:
