@@ -190,3 +190,18 @@ def test_high_water_is_an_eighth_of_what_may_wait(sizes: list[int], expected: bo
     for size in sizes:
         backlog.push(message_of(size))
     assert backlog.is_past_high_water is expected
+
+
+def test_backlog_with_the_rest_of_a_message_is_not_empty() -> None:
+    backlog = Backlog(SlowConsumer())
+    assert backlog.is_empty
+    backlog.rest = memoryview(b"rest")
+    assert not backlog.is_empty
+
+
+def test_small_message_that_was_written_counts_like_its_share_of_a_full_backlog() -> None:
+    backlog = Backlog(SlowConsumer(max_backlog_bytes=1000, max_backlog_messages=10))
+    backlog.hand_over(5)
+    assert backlog.handed_over == 105
+    backlog.hand_over(0)
+    assert backlog.handed_over == 205
