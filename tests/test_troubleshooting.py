@@ -31,7 +31,6 @@ from wsbroadcast import (
     SlowConsumer,
     create_router,
 )
-from wsbroadcast.engines.worker_count import warn_of_several_workers
 
 PAGE = "docs/troubleshooting.md"
 QUOTES = [block.source.strip() for block in blocks_of(PAGE, "text")]
@@ -104,7 +103,8 @@ async def not_awaited(log: Log, patch: Patch) -> str:
 
 async def several_workers(log: Log, patch: Patch) -> None:
     patch.setenv("WEB_CONCURRENCY", "4")
-    warn_of_several_workers()
+    async with ConnectionManager():
+        pass
 
 
 async def slow(log: Log, patch: Patch) -> None:

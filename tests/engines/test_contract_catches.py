@@ -12,7 +12,18 @@ from typing import Any, ClassVar, Self
 
 import pytest
 
-from wsbroadcast import Audience, Dismissal, Engine, EngineUnavailable, Gap, Health, Message, Publication, Receiver
+from wsbroadcast import (
+    Audience,
+    Dismissal,
+    Engine,
+    EngineUnavailable,
+    Gap,
+    Health,
+    LifecycleError,
+    Message,
+    Publication,
+    Receiver,
+)
 from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing import BrokerContract
 
@@ -44,6 +55,7 @@ class BusEngine(Engine):
         self.bus = bus
         self.reconnects = self.gaps = self.publish_failures = 0
         self.receiver: Receiver | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.wanted: set[Audience] = set()
 
     @classmethod
@@ -51,8 +63,11 @@ class BusEngine(Engine):
         raise NotImplementedError
 
     async def start(self, receiver: Receiver) -> None:
-        self.receiver, self.wanted = receiver, set()
-        self.bus.engines.append(self)
+        if self.receiver is not None and self.loop is not None and self.loop.is_running():
+            raise LifecycleError("it runs")
+        self.receiver, self.wanted, self.loop = receiver, set(), asyncio.get_running_loop()
+        if self not in self.bus.engines:
+            self.bus.engines.append(self)
         self.lost_at = time.monotonic()
 
     async def aclose(self) -> None:
@@ -362,6 +377,30 @@ class EndsOnce(BusEngine):
 class KeepsItsFirstReceiver(BusEngine):
     async def start(self, receiver: Receiver) -> None:
         self.first = receiver = getattr(self, "first", receiver)
+        await super().start(receiver)
+
+
+@fails("aclose_ends_a_start_that_runs")
+class WaitsForItsReceiver(BusEngine):
+    async def start(self, receiver: Receiver) -> None:
+        await super().start(receiver)
+        await asyncio.sleep(0)
+        if self.receiver is None:
+            await for_ever()
+
+
+@fails("engine_serves_one_node_at_a_time")
+class ServesTheLastNode(BusEngine):
+    async def start(self, receiver: Receiver) -> None:
+        self.receiver = None
+        await super().start(receiver)
+
+
+@fails("engine_can_be_started_again_when_its_event_loop_has_ended")
+class WantsToBeClosed(BusEngine):
+    async def start(self, receiver: Receiver) -> None:
+        if self.receiver is not None:
+            raise LifecycleError("it runs")
         await super().start(receiver)
 
 

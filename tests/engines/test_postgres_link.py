@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
@@ -21,6 +22,7 @@ from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
 from wsbroadcast.engines.postgres.protocol import Connection
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
+from wsbroadcast.options import Timing
 
 EVERY_BYTE = bytes(range(256)) * 4
 LARGE = random.Random(1).randbytes(50_000)
@@ -334,11 +336,11 @@ async def test_rows_are_removed_after_an_outage(
     async with Node(PostgresEngine(postgres_server.url, prefix=prefix)) as node:
         monkeypatch.setattr("wsbroadcast.engines.postgres.notifier.KEPT_SECONDS", -1)
         await node.publish("x" * 20_000)
-        lost = node.engine._link
-        assert lost is not None
+        lost = node.engine.link
+        assert isinstance(lost, PostgresLink)
         await run("SELECT pg_terminate_backend($1)", lost._listener._connection.get_server_pid())
         await until(lambda: node.recorder.gaps != [])
-        assert node.engine._link is not lost
+        assert node.engine.link is not lost
         assert await run(f"SELECT count(*) FROM {prefix}_spill") == 1
         await run(f"UPDATE {prefix}_spill SET expires = clock_timestamp()")
         await node.publish("echo")
@@ -534,11 +536,12 @@ class Pooled:
             await self._connection.add_listener(channel, callback)
 
 
-def pooled(url: str, prefix: str, *, forgets: bool, pid: int | None = -1) -> PostgresLink:
+def pooled(url: str, prefix: str, *, forgets: bool, pid: int | None = -1, connect_timeout: float = 1.5) -> PostgresLink:
     async def connect() -> Any:
         return Pooled(await asyncpg.connect(url), forgets=forgets, pid=pid)
 
-    return PostgresLink(connect, prefix, SpillTable(prefix, "public"), "postgres at pooler:6432")
+    timing = Timing(connect_timeout=connect_timeout)
+    return PostgresLink(connect, prefix, SpillTable(prefix, "public"), "postgres at pooler:6432", timing)
 
 
 async def test_pooler_in_transaction_mode_is_refused(postgres_server: Endpoint, prefix: str) -> None:
@@ -555,9 +558,11 @@ async def test_pooler_in_session_mode_will_do(postgres_server: Endpoint, prefix:
 
 
 async def test_server_that_brings_nothing_is_out_of_reach(postgres_server: Endpoint, prefix: str) -> None:
-    link = pooled(postgres_server.url, prefix, forgets=True, pid=None)
+    link = pooled(postgres_server.url, prefix, forgets=True, pid=None, connect_timeout=0.2)
+    began = time.monotonic()
     with pytest.raises(EngineUnavailable, match="takes notifications and brings none"):
         await link.open()
+    assert time.monotonic() - began < 0.6
     await link.abort()
 
 

@@ -19,6 +19,7 @@ from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, Message
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.cluster import ClusterLink
+from wsbroadcast.options import Timing
 from wsbroadcast.testing import Recorder
 
 COMMANDS = ["+spublish", "+ssubscribe", "+sunsubscribe", "+ping", "+cluster|slots"]
@@ -224,9 +225,7 @@ async def test_lost_node_loses_the_link(own_cluster: list[RedisServer]) -> None:
 
 
 async def test_node_that_hangs_is_noticed_although_nothing_is_sent_to_it(cluster: list[RedisServer]) -> None:
-    link = RedisEngine(url_of(cluster)).new_link()
-    assert isinstance(link, ClusterLink)
-    link.ping_interval = link.ping_seconds = 0.1
+    link = RedisEngine(url_of(cluster), timing=Timing(probe_interval=0.1, request_timeout=0.1)).new_link()
     before = _pings(cluster[1])
     async with used(link, "a") as used_link:
         await eventually(lambda: _equals(_pings(cluster[1]) - before > 2, True))  # it answers, subscribed or not

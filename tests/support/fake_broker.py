@@ -33,6 +33,8 @@ class FakeBroker:
         """How long it takes to take a batch."""
         self.max_envelope_bytes = 4096
         """What it takes. Links know what it was when they were opened, and ask on demand."""
+        self.loses_cancellation = False
+        """A driver that goes on when it is cancelled while it connects, once."""
         self.limits_read = 0
         """How often it was asked for that."""
         self.breaks_on_open: BaseException | None = None
@@ -76,7 +78,12 @@ class FakeLink(Link):
         self.arrived.put_nowait(error)
 
     async def open(self) -> None:
-        await self.broker.answer()
+        try:
+            await self.broker.answer()
+        except asyncio.CancelledError:
+            if not self.broker.loses_cancellation:
+                raise
+            self.broker.is_hung.clear()
         breaks, self.broker.breaks_on_open = self.broker.breaks_on_open, None
         if breaks is not None:
             raise breaks

@@ -18,6 +18,7 @@ from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import SpillTable
 from wsbroadcast.engines.postgres.url import read_url
 from wsbroadcast.message import Message
+from wsbroadcast.options import Timing
 from wsbroadcast.publication import Publication
 from wsbroadcast.testing import Recorder
 
@@ -113,7 +114,8 @@ async def holding(url: str, statement: str) -> AsyncIterator[None]:
 def new_link(url: str, prefix: str, schema: str = "public", **options: Any) -> PostgresLink:
     """Make a link as the engine does."""
     target = read_url(url, options)
-    return PostgresLink(partial(target.connect, 0), prefix, SpillTable(prefix, schema), f"postgres at {target.address}")
+    where = f"postgres at {target.address}"
+    return PostgresLink(partial(target.connect, 0), prefix, SpillTable(prefix, schema), where, Timing())
 
 
 @asynccontextmanager

@@ -88,7 +88,11 @@ class Engine(ABC):
         A broker that can't be reached is no error, unless the engine was told to fail fast: it starts degraded, says so
         in `health()`, and heals by itself.
 
+        It may be called again after `aclose`, and without `aclose` when the event loop of the last `start` has ended:
+        what was left there is gone, and the engine begins anew.
+
         Raises:
+            LifecycleError: If it runs already, because an engine serves one node; or if `aclose` is called meanwhile.
             ConfigurationError: If the broker refuses us: a wrong password, a missing permission.
             EngineUnavailable: If the broker can't be reached and the engine fails fast.
             EngineError: If the engine fails in a way that no broker causes: a driver that doesn't fit, a bug.
@@ -96,7 +100,7 @@ class Engine(ABC):
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Stop; nothing reaches the receiver afterwards. Idempotent."""
+        """Stop; nothing reaches the receiver afterwards. Idempotent. A `start` that runs ends, too."""
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # for some engines nothing is right
         """Want publications to these audiences from now on; returns at once, `confirmed` waits.
@@ -104,10 +108,10 @@ class Engine(ABC):
         An engine that brings every publication to every node has nothing to do here.
         """
 
-    def unsubscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # likewise
-        """No longer want publications to these audiences: nobody here is in them any more."""
+    def unsubscribe(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # for some engines nothing is right
+        """No longer want publications to these audiences: they have no members here any more."""
 
-    async def confirmed(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # likewise
+    async def confirmed(self, audiences: Iterable[Audience]) -> None:  # noqa: B027  # for some engines nothing is right
         """Return when every later publication to these wanted audiences, on any node, arrives here.
 
         During an outage it returns at once: the audiences are wanted, and subscribed when the broker is back. What was

@@ -9,7 +9,7 @@ from contextlib import suppress
 import pytest
 
 from wsbroadcast.audience import EVERYONE, Audience
-from wsbroadcast.exceptions import EngineUnavailable, MessageTooLarge
+from wsbroadcast.exceptions import EngineUnavailable, LifecycleError, MessageTooLarge, WSBroadcastError
 from wsbroadcast.message import Message
 from wsbroadcast.publication import Dismissal, Publication
 from wsbroadcast.stats import EngineStats
@@ -34,13 +34,13 @@ class EngineContract(Nodes):
         """Audiences of every kind and excluded connections arrive as they were, and the id of a broadcast."""
         message = Message.of("hello")
         some, many = frozenset({"a", "b\n"}), frozenset(f"connection {number}" for number in range(1000))
-        kinds = [EVERYONE, NEWS, Audience("user", "news"), Audience("connection", "news")]
+        kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Publication(message, kind, exclude) for kind in kinds for exclude in (frozenset(), some, many)]
         await self._check_same([*published, Publication(message, NEWS, some, id="xyz")])
 
     async def test_dismissal_arrives_as_it_was(self) -> None:
         """What closes the connections of an audience keeps its code, its reason and who stays."""
-        kinds = [EVERYONE, NEWS, Audience("user", "news"), Audience("connection", "news")]
+        kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Dismissal(kind, 1008, "reäson", frozenset({"a", "b\n"})) for kind in kinds]
         await self._check_same([*published, Dismissal(NEWS, 4999)])
 
@@ -308,6 +308,37 @@ class EngineContract(Nodes):
         await engine.start(Recorder())
         await asyncio.gather(engine.aclose(), engine.aclose())
         await engine.aclose()
+
+    async def test_aclose_ends_a_start_that_runs(self) -> None:
+        """An engine that is stopped while it starts: both calls end, and it can be started again."""
+        engine = self.make_engine()
+        for turns in range(20):
+            starting = asyncio.ensure_future(engine.start(Recorder()))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(self.seconds):
+                await engine.aclose()
+                with suppress(WSBroadcastError):
+                    await starting
+                await engine.aclose()
+        await use(engine, Recorder(), self.seconds)
+
+    async def test_engine_serves_one_node_at_a_time(self) -> None:
+        """While it runs, another `start` is a `LifecycleError`, and the first receiver gets what it got before."""
+        async with self.nodes(NEWS) as nodes:
+            for node in nodes:
+                with pytest.raises(LifecycleError):
+                    await node.engine.start(Recorder())
+            await nodes[0].publish("hello")
+            for node in nodes:
+                await node.receives(["hello"])
+
+    async def test_engine_can_be_started_again_when_its_event_loop_has_ended(self) -> None:
+        """An event loop may end without `aclose`: the engine can then be started in another one."""
+        engine, last = self.make_engine(), Recorder()
+        await asyncio.to_thread(asyncio.run, engine.start(Recorder()))
+        await use(engine, last, self.seconds)
+        assert last.data(NEWS) == ["hello"]
 
     async def test_engine_can_be_started_again(self) -> None:
         """After `aclose` it starts again, with another receiver, in another event loop too; the first gets no more."""

@@ -6,14 +6,17 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
+from tests.support.asgi import Peer
 from tests.support.fake_broker import QUICK, FakeBroker, FakeEngine, FakeLink
 from tests.support.servers import eventually
 from wsbroadcast import (
     Audience,
     ConfigurationError,
+    ConnectionManager,
     EncodeError,
     EngineUnavailable,
     Health,
@@ -355,6 +358,41 @@ async def test_start_that_is_cancelled_leaves_nothing() -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert await engine.health() == Health("fake", False, "not started")
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("loses_cancellation", [False, True])
+async def test_end_during_the_start_ends_both(turns: int, loses_cancellation: bool) -> None:
+    broker = FakeBroker()
+    broker.loses_cancellation = loses_cancellation
+    broker.is_hung.set()
+    engine = FakeEngine(broker, timing=Timing(connect_timeout=60))
+    starting = asyncio.ensure_future(engine.start(Recorder()))
+    for _ in range(1 + turns):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(engine.aclose(), 5)
+    with pytest.raises(LifecycleError, match="the fake engine was stopped while it started"):
+        await asyncio.wait_for(starting, 5)
+    broker.is_hung.clear()
+    await engine.start(Recorder())
+    await engine.aclose()
+
+
+async def test_manager_that_ends_while_its_engine_starts_lets_nobody_wait() -> None:
+    broker = FakeBroker()
+    broker.is_hung.set()
+    manager = ConnectionManager(FakeEngine(broker, timing=Timing(connect_timeout=60)))
+    waiting: list[asyncio.Future[Any]] = [
+        asyncio.ensure_future(manager.start()),
+        asyncio.ensure_future(manager.broadcast("x")),
+    ]
+    waiting += [asyncio.ensure_future(manager._connect(Peer().websocket)) for _ in range(2)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await asyncio.wait_for(manager.aclose(), 5)
+    outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+    assert [type(outcome) for outcome in outcomes] == [LifecycleError] * 4
+    assert manager.connections == []
 
 
 async def test_second_start_is_refused(started: Started) -> None:

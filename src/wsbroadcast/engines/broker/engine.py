@@ -12,11 +12,14 @@ from wsbroadcast.engines.broker.names import DEFAULT_PREFIX, AudienceNames
 from wsbroadcast.engines.broker.session import Session
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
-from wsbroadcast.options import Timing, check_positive
+from wsbroadcast.options import Limits, Timing, check_positive
 from wsbroadcast.publication import Dismissal, Publication
 from wsbroadcast.stats import EngineCounters, EngineStats
 
 DEFAULT_TIMING = Timing()
+
+MAX_MESSAGE_BYTES = Limits().max_message_bytes
+"""The largest payload that is taken from a broker, by default; as large as what a manager sends."""
 
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
@@ -36,8 +39,8 @@ def truth(option: str, value: str, broker: str) -> bool:
 class BrokerEngine(Engine):
     """An engine whose nodes are linked by a broker.
 
-    It survives every outage by itself: publishing raises `EngineUnavailable` meanwhile, local broadcasts go on, and
-    when the broker is back, every audience is subscribed again and one gap is reported.
+    It survives every outage by itself: until the broker is back, publishing raises `EngineUnavailable`, and local
+    broadcasts go on. Then every audience is subscribed again and one gap is reported.
 
     Args:
         prefix: What all names at the broker begin with; apps that share one take a prefix each.
@@ -60,7 +63,7 @@ class BrokerEngine(Engine):
         separator: str = ":",
         address: str = "",
         fail_fast: bool = False,
-        max_message_bytes: int = 16 * 1024 * 1024,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
         check_positive("max_message_bytes", max_message_bytes)
@@ -81,6 +84,11 @@ class BrokerEngine(Engine):
     @abstractmethod
     def new_link(self) -> Link:
         """Make a link that isn't open yet."""
+
+    @property
+    def link(self) -> Link | None:
+        """The link in use; `None` while there is none."""
+        return None if self._session is None else self._session.outgoing.link
 
     async def start(self, receiver: Receiver) -> None:
         """Connect, and stay connected until `aclose`; what `Engine.start` promises."""

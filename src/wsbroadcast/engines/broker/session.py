@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency.loops import Patience
@@ -17,7 +18,7 @@ from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.broker.supervisor import Supervisor
 from wsbroadcast.engines.contract import Receiver
-from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, LifecycleError
 from wsbroadcast.options import Timing
 from wsbroadcast.stats import EngineCounters
 
@@ -86,10 +87,14 @@ class Session:
 
         self._running = self._tasks.spawn(self._supervisor.run(first), f"{self._engine} engine")
         try:
-            error = await tried
+            ends: set[asyncio.Future[Any]] = {tried, self._running}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         except BaseException:
             await self.aclose()
             raise
+        if not tried.done() or self._running is None:
+            raise LifecycleError(f"the {self._engine} engine was stopped while it started")
+        error = tried.result()
         if error is not None and (fail_fast or isinstance(error, ConfigurationError) or is_bug(error)):
             await self.aclose()
             if isinstance(error, ConfigurationError):

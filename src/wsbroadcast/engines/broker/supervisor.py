@@ -23,7 +23,7 @@ _ASK_NAMES = 1000
 
 _FIRST_BACKOFF = 0.05
 
-_ABORT_SECONDS = 1.0
+_CANCEL_AGAIN_SECONDS = 0.1
 
 
 class Supervisor:
@@ -58,7 +58,7 @@ class Supervisor:
         Args:
             tried: Told how the first attempt went: `None` when the link is in use.
         """
-        backoff = _FIRST_BACKOFF
+        first = backoff = min(_FIRST_BACKOFF, self._timing.max_backoff)
         while True:
             link: Link | None = None
             try:
@@ -72,7 +72,7 @@ class Supervisor:
                 tried(error)
                 self._lose(error)
                 if was_used:
-                    backoff = _FIRST_BACKOFF
+                    backoff = first
             finally:
                 self._outgoing.link = None
                 self._joins_wait = False
@@ -102,7 +102,7 @@ class Supervisor:
 
     async def _abort(self, link: Link) -> None:
         try:
-            async with asyncio.timeout(_ABORT_SECONDS):
+            async with asyncio.timeout(self._timing.request_timeout):
                 await link.abort()
         except Exception:  # a driver's, on a connection that is given up anyway
             if self._throttle.is_due("abort"):
@@ -194,8 +194,13 @@ async def _end_of(using: Coroutine[Any, Any, None]) -> Exception:
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        # Again and again, because a driver may lose it: before Python 3.12 `wait_for` does, if what it waits for comes
+        # at the same moment.
+        while not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
+        if not task.cancelled():
+            task.exception()  # looked at: it came too late to matter
         raise
     if task.cancelled():
         return EngineUnavailable("the driver gave the connection up")

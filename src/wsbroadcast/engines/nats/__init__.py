@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import parse_qsl
 
-from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, BrokerEngine, truth
+from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
 from wsbroadcast.engines.nats.link import NATSLink
@@ -53,7 +53,7 @@ class NATSEngine(BrokerEngine):
         *,
         prefix: str = DEFAULT_PREFIX,
         fail_fast: bool = False,
-        max_message_bytes: int = 16 * 1024 * 1024,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         timing: Timing = DEFAULT_TIMING,
         **options: Any,
     ) -> None:

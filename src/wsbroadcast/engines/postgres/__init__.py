@@ -71,7 +71,6 @@ class PostgresEngine(BrokerEngine):
         self._prefix = plain(prefix)
         self._table = SpillTable(self._prefix, schema)
         self._turns = count()
-        self._link: PostgresLink | None = None
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -88,8 +87,7 @@ class PostgresEngine(BrokerEngine):
     def new_link(self) -> PostgresLink:
         """Make a link that isn't open yet."""
         connect = partial(self._target.connect, next(self._turns))
-        self._link = PostgresLink(connect, self._prefix, self._table, f"postgres at {self.address}")
-        return self._link
+        return PostgresLink(connect, self._prefix, self._table, f"postgres at {self.address}", self._timing)
 
     async def publish_in(self, transaction: object, publication: Publication) -> None:
         """Publish as a part of a transaction that the app has begun: it is sent if and when that is committed.
@@ -114,7 +112,7 @@ class PostgresEngine(BrokerEngine):
         if len(envelope) > MAX_ENVELOPE_BYTES:
             overhead = len(envelope) - publication.message.size
             raise MessageTooLarge(publication.message.size, MAX_ENVELOPE_BYTES - overhead)
-        link = self._link
+        link = self._postgres_link
         parcel = Parcel(self.names.of(publication.audience), envelope)
         note = pack(parcel, takes_unicode=link is not None and link.takes_unicode)
         channel = channel_of(parcel.name, self._prefix)
@@ -127,6 +125,12 @@ class PostgresEngine(BrokerEngine):
                 f"the transaction is in the database {row and row[0]!r}, and nobody listens there: roll it back"
             )
 
+    @property
+    def _postgres_link(self) -> PostgresLink | None:
+        link = self.link
+        assert link is None or isinstance(link, PostgresLink)
+        return link
+
     async def _spill(self, running: Transaction, parcel: Parcel) -> str:
         if await running.fetch(self._table.exists, {}) != (True,):
             await self._create_table()
@@ -137,8 +141,8 @@ class PostgresEngine(BrokerEngine):
 
     async def _create_table(self) -> None:
         # Not in the app's transaction, where it would be locked for everybody until that ends.
-        link = self._link
-        if link is None or not link.is_open:
+        link = self._postgres_link
+        if link is None:
             raise EngineUnavailable(
                 f"postgres at {self.address} is out of reach, to make the table that a message over 7.5 kB needs;"
                 " nothing was sent"

@@ -12,9 +12,10 @@ from wsbroadcast.engines.postgres.listener import Listener
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
 from wsbroadcast.engines.postgres.protocol import Connection, drop, is_refusal, refusal
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.options import Timing
 
-# For a notification to ourselves.
-_ROUND_TRIP_SECONDS = 0.7
+# A notification to ourselves takes this part of the time to connect, at most.
+_ROUND_TRIP_PART = 1 / 2
 
 # A node that is gone without a word must not keep its session, whose unread notifications fill the server's queue; and
 # one that only listens is idle on purpose. From pg_settings, because older servers lack one or the other.
@@ -33,13 +34,20 @@ class PostgresLink(Link):
         prefix: The engine's prefix.
         table: Where large envelopes go.
         where: The engine and its broker's address, for logs and errors.
+        timing: How long to wait for Postgres.
     """
 
     max_envelope_bytes = MAX_ENVELOPE_BYTES
 
     def __init__(
-        self, connect: Callable[[], Awaitable[Connection]], prefix: str, table: SpillTable, where: str
+        self,
+        connect: Callable[[], Awaitable[Connection]],
+        prefix: str,
+        table: SpillTable,
+        where: str,
+        timing: Timing,
     ) -> None:
+        self._timing = timing
         self._connect = connect
         self._prefix = prefix
         self._where = where
@@ -98,7 +106,7 @@ class PostgresLink(Link):
         await listening.add_listener(self._prefix, on_notification)
         await self._notifier.notify(self._prefix, token)
         try:
-            async with Patience(_ROUND_TRIP_SECONDS):
+            async with Patience(self._timing.connect_timeout * _ROUND_TRIP_PART):
                 await came.wait()
         except TimeoutError:
             if is_pooled:

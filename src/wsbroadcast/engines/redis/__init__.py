@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Self
 from urllib.parse import unquote
 
-from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, BrokerEngine, truth
+from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
+from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
 from wsbroadcast.engines.redis.cluster import ClusterLink
@@ -14,9 +15,6 @@ from wsbroadcast.engines.redis.options import split_url, target_from_client, tar
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.options import Timing
 from wsbroadcast.text import plain
-
-# What an envelope may have around its payload.
-_HEADER_BYTES = 1024 * 1024
 
 
 class RedisEngine(BrokerEngine):
@@ -60,7 +58,7 @@ class RedisEngine(BrokerEngine):
         client: object = None,
         prefix: str = DEFAULT_PREFIX,
         fail_fast: bool = False,
-        max_message_bytes: int = 16 * 1024 * 1024,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
         timing: Timing = DEFAULT_TIMING,
         **options: Any,
     ) -> None:
@@ -103,4 +101,4 @@ class RedisEngine(BrokerEngine):
     def new_link(self) -> Link:
         """Make a link that isn't open yet."""
         kind = ClusterLink if self._target.kind == "cluster" else ServerLink
-        return kind(self._target, self._prefix, self._max_message_bytes + _HEADER_BYTES)
+        return kind(self._target, self._prefix, self._timing, self._max_message_bytes + MAX_HEADER_BYTES + 1)

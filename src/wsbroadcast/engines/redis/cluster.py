@@ -16,6 +16,7 @@ from wsbroadcast.engines.redis.link import Answer, Pair, RedisLink, together
 from wsbroadcast.engines.redis.protocol import ErrorReply, pack
 from wsbroadcast.engines.redis.target import Host, Target, key_slot
 from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.options import Timing
 
 
 class Slots(NamedTuple):
@@ -33,13 +34,10 @@ class ClusterLink(RedisLink):
     of the supervisor sees only one node, so every connection to receive is tried by itself.
     """
 
-    ping_interval = 5.0
-    """Between two pings to each node, in seconds."""
-    ping_seconds = 2.0
-    """After which a ping that isn't answered means that the node is lost."""
-
-    def __init__(self, target: Target, prefix: str, max_envelope_bytes: int = Link.max_envelope_bytes) -> None:
-        super().__init__(target, prefix, max_envelope_bytes)
+    def __init__(
+        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
+    ) -> None:
+        super().__init__(target, prefix, timing, max_envelope_bytes)
         self._firsts: list[int] = []
         self._slots: list[Slots] = []
         self._pairs: dict[Host, Pair] = {}
@@ -91,13 +89,14 @@ class ClusterLink(RedisLink):
         return refusals
 
     async def _ping(self, listener: Listener) -> None:
+        seconds = self.timing.request_timeout
         while True:
-            await asyncio.sleep(self.ping_interval)
+            await asyncio.sleep(self.timing.probe_interval)
             try:
-                async with Patience(self.ping_seconds):
+                async with Patience(seconds):
                     await listener.ping()
             except TimeoutError:
-                raise TimeoutError(f"Redis at {listener.where} doesn't answer within {self.ping_seconds:g} s") from None
+                raise TimeoutError(f"Redis at {listener.where} doesn't answer within {seconds:g} s") from None
 
     def _pair_of(self, name: str) -> Pair:
         slot = key_slot(name.encode())

@@ -13,9 +13,11 @@ from wsbroadcast.engines.redis.connection import Asker, Listener, Wire
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
 from wsbroadcast.engines.redis.target import Access, Host, Target
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
+from wsbroadcast.options import Timing
 
-# A sentinel or a node of a cluster that hasn't answered after so many seconds is left out: there are others.
-_ASK_SECONDS = 0.5
+# A sentinel or a node of a cluster that hasn't answered after this part of the time to connect is left out: there are
+# others.
+_ASK_PART = 1 / 3
 
 
 class Answer(NamedTuple):
@@ -31,12 +33,17 @@ class RedisLink(Link):
     Args:
         target: Where to connect, and how.
         prefix: What the names begin with.
+        timing: How long to wait for Redis.
         max_envelope_bytes: The largest envelope that we will publish. Redis takes 512 MiB, but by default it cuts off
             every subscriber for whom more than 32 MiB wait, so a single envelope of 31 MiB would cost all nodes a gap.
     """
 
-    def __init__(self, target: Target, prefix: str, max_envelope_bytes: int = Link.max_envelope_bytes) -> None:
+    def __init__(
+        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
+    ) -> None:
         self.max_envelope_bytes = min(max_envelope_bytes, Link.max_envelope_bytes)
+        self.timing = timing
+        """How long to wait for Redis."""
         self.target = target
         """Where we connect."""
         self.probe = f"{prefix}:probe"
@@ -89,12 +96,13 @@ class RedisLink(Link):
         await asyncio.sleep(0)  # a transport closes its socket in the next turn of the loop
 
     async def _ask(self, asker: Asker, commands: Sequence[bytes]) -> list[Reply] | Exception:
+        seconds = self.timing.connect_timeout * _ASK_PART
         try:
-            async with Patience(_ASK_SECONDS):
+            async with Patience(seconds):
                 await asker.open()
                 replies = await asker.ask(*commands)
         except TimeoutError:
-            return TimeoutError(f"Redis at {asker.where} doesn't answer within {_ASK_SECONDS:g} s")
+            return TimeoutError(f"Redis at {asker.where} doesn't answer within {seconds:g} s")
         except Exception as error:
             return error
         finally:
@@ -118,8 +126,10 @@ class RedisLink(Link):
 class ServerLink(RedisLink):
     """Publishes and receives at one server."""
 
-    def __init__(self, target: Target, prefix: str, max_envelope_bytes: int = Link.max_envelope_bytes) -> None:
-        super().__init__(target, prefix, max_envelope_bytes)
+    def __init__(
+        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
+    ) -> None:
+        super().__init__(target, prefix, timing, max_envelope_bytes)
         self._pair: Pair | None = None
 
     async def open(self) -> None:
@@ -181,7 +191,7 @@ async def _check_master(asker: Asker) -> None:
 
 
 def _ignore(error: Exception) -> None:
-    """Nobody minds that a connection ends which was only there to ask."""
+    """A connection opened only for a question may end silently."""
 
 
 # Two connections to one Redis server, one to publish and one to receive.

@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from tests.support.servers import GRANIAN, HYPERCORN, UVICORN, Flavour, Server, eventually
 from wsbroadcast import ConnectionManager
-from wsbroadcast.engines import worker_count
-from wsbroadcast.engines.worker_count import Frame, sign_of_several_workers, warn_of_several_workers
+from wsbroadcast.engines.memory import sign_of_several_workers
 
-
-def frame(module: str, **variables: Any) -> Frame:
-    return module, variables
-
-
-def uvicorn(number: int, reload: bool = False) -> Frame:
-    config = SimpleNamespace(workers=number, reload=reload)
-    return frame("uvicorn.server", self=SimpleNamespace(config=config))
-
-
-GUNICORN_4 = frame("gunicorn.arbiter", self=SimpleNamespace(num_workers=4))
-CHILD = ["uvicorn", "app:app"]
-
-
-@pytest.mark.parametrize(
-    ("frames", "sign"),
-    [
-        ([], ""),
-        ([uvicorn(1)], ""),
-        ([uvicorn(2)], "uvicorn runs 2 workers"),
-        ([uvicorn(4, reload=True)], ""),  # reloading makes one of any number
-        ([GUNICORN_4], "gunicorn runs 4 workers"),
-        ([uvicorn(1), frame("gunicorn.arbiter", pid=1), GUNICORN_4], "gunicorn runs 4 workers"),
-        ([frame("hypercorn.asyncio.run", config=SimpleNamespace(workers=3))], "hypercorn runs 3 workers"),
-        ([frame("granian.server.common", self=SimpleNamespace(workers=2))], "granian runs 2 workers"),
-        ([frame("uvicorn.server", self=SimpleNamespace(config=None))], ""),
-        ([frame("gunicorn.arbiter", self=SimpleNamespace(num_workers="4"))], ""),
-        ([frame("app", config=SimpleNamespace(workers=3))], ""),
-    ],
-)
-def test_server_that_called_us_tells(frames: list[Frame], sign: str) -> None:
-    assert sign_of_several_workers({}, ["app.py"], False, frames) == sign
-
-
-@pytest.mark.parametrize("frames", [[uvicorn(1)], [uvicorn(4, reload=True)]])
-def test_server_that_called_us_knows_best(frames: list[Frame]) -> None:
-    assert sign_of_several_workers({"WEB_CONCURRENCY": "4"}, [*CHILD, "--workers", "4"], True, frames) == ""
+CHILD = ["app.py"]
+SERVERS = ["/usr/bin/uvicorn", "/lib/gunicorn/__main__.py", "C:\\Scripts\\granian.exe"]
 
 
 @pytest.mark.parametrize(
@@ -70,10 +31,19 @@ def test_server_that_called_us_knows_best(frames: list[Frame]) -> None:
         ([], 0),
     ],
 )
-def test_command_line_of_the_parent_tells_in_a_child(options: list[str], number: int) -> None:
+def test_command_line_of_a_server_or_of_the_parent_tells(options: list[str], number: int) -> None:
     sign = f"the command line asks for {number} workers" if number else ""
-    assert sign_of_several_workers({}, [*CHILD, *options], True, []) == sign
-    assert sign_of_several_workers({}, [*CHILD, *options], False, []) == ""
+    assert sign_of_several_workers({}, [*CHILD, *options], is_child=True) == sign
+    for server in SERVERS:
+        assert sign_of_several_workers({}, [server, "app:app", *options], is_child=False) == sign
+    for program in ([], ["app.py"], ["/home/uvicorn/app.py"]):  # whose option may mean anything
+        assert sign_of_several_workers({}, [*program, *options], is_child=False) == ""
+
+
+def test_server_that_reloads_has_one_worker() -> None:
+    argv = ["uvicorn", "app:app", "--workers", "4", "--reload"]
+    assert sign_of_several_workers({"WEB_CONCURRENCY": "4"}, argv, is_child=True) == ""
+    assert sign_of_several_workers({"WEB_CONCURRENCY": "4"}, argv, is_child=False) == ""
 
 
 @pytest.mark.parametrize(
@@ -89,18 +59,18 @@ def test_command_line_of_the_parent_tells_in_a_child(options: list[str], number:
 )
 def test_environment_tells(environ: Mapping[str, str], number: int) -> None:
     sign = f"WEB_CONCURRENCY asks for {number} workers" if number else ""
-    assert sign_of_several_workers(environ, ["app.py"], False, []) == sign
+    assert sign_of_several_workers(environ, ["app.py"], is_child=False) == sign
 
 
 def test_environment_of_granian_tells_in_its_children() -> None:
     environ = {"GRANIAN_WORKERS": "2"}
-    assert sign_of_several_workers(environ, ["app.py"], True, []) == "GRANIAN_WORKERS asks for 2 workers"
-    assert sign_of_several_workers(environ, ["app.py"], False, []) == ""
+    assert sign_of_several_workers(environ, ["app.py"], is_child=True) == "GRANIAN_WORKERS asks for 2 workers"
+    assert sign_of_several_workers(environ, ["app.py"], is_child=False) == ""
 
 
 @pytest.mark.parametrize("variable", ["GRANIAN_WORKERS", "WEB_CONCURRENCY"])
 def test_command_line_overrules_the_environment(variable: str) -> None:
-    assert sign_of_several_workers({variable: "4"}, [*CHILD, "--workers", "1"], True, []) == ""
+    assert sign_of_several_workers({variable: "4"}, [*CHILD, "--workers", "1"], is_child=True) == ""
 
 
 async def test_memory_engine_warns_once_and_says_what_to_do(
@@ -124,16 +94,6 @@ async def test_memory_engine_alone_says_nothing(
     assert caplog.records == []
 
 
-def test_own_stack_is_looked_at(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setitem(worker_count._SERVERS, __name__, ("config", "workers", None))
-
-    def run(config: SimpleNamespace) -> None:
-        warn_of_several_workers()
-
-    run(SimpleNamespace(workers=3))
-    assert caplog.records[0].getMessage().startswith("tests runs 3 workers")
-
-
 # Real servers.
 
 APP = "tests.support.apps:lived"
@@ -152,17 +112,18 @@ def with_options(flavour: Flavour, *options: str, **environment: str) -> Flavour
 
 GRANIAN_ALONE = tuple(part for part in GRANIAN.arguments if part not in ("--workers", "1"))
 
-TWO = [
-    with_options(UVICORN, "--workers", "2"),
-    replace(with_options(UVICORN, WEB_CONCURRENCY="2"), name="uvicorn, environment"),
-    with_options(GUNICORN, "--workers", "2"),
-    with_options(HYPERCORN, "--workers", "2"),
-    replace(GRANIAN, arguments=(*GRANIAN_ALONE, "--workers", "2")),
-    replace(GRANIAN, name="granian, environment", arguments=GRANIAN_ALONE, environment={"GRANIAN_WORKERS": "2"}),
-]
+OPTION, VARIABLE = "the command line", "WEB_CONCURRENCY"
 
-# What the children of granian know it by from Python 3.14 on, where they are no forks.
-SIGNS = {"granian": "the command line asks for", "granian, environment": "GRANIAN_WORKERS asks for"}
+# How two workers are asked for, and how that is known.
+TWO = [
+    (with_options(UVICORN, "--workers", "2"), OPTION),
+    (with_options(UVICORN, WEB_CONCURRENCY="2"), VARIABLE),
+    (with_options(GUNICORN, "--workers", "2"), OPTION),
+    (with_options(GUNICORN, WEB_CONCURRENCY="2"), VARIABLE),
+    (with_options(HYPERCORN, "--workers", "2"), OPTION),
+    (replace(GRANIAN, arguments=(*GRANIAN_ALONE, "--workers", "2")), OPTION),
+    (replace(GRANIAN, arguments=GRANIAN_ALONE, environment={"GRANIAN_WORKERS": "2"}), "GRANIAN_WORKERS"),
+]
 
 ONE = [
     replace(with_options(UVICORN, "--reload", WEB_CONCURRENCY="2"), name="uvicorn, reload"),
@@ -178,18 +139,15 @@ def serve(flavour: Flavour, directory: Path) -> Server:
     return Server(replace(flavour, environment=flavour.environment | home), directory / "log", APP)
 
 
-@pytest.mark.parametrize("flavour", TWO, ids=str)
-async def test_each_of_two_workers_warns(flavour: Flavour, tmp_path: Path) -> None:
-    sign = f"{flavour.package} runs"
-    if sys.version_info >= (3, 14):
-        sign = SIGNS.get(flavour.name, sign)
+@pytest.mark.parametrize(("flavour", "sign"), TWO, ids=str)
+async def test_each_of_two_workers_warns(flavour: Flavour, sign: str, tmp_path: Path) -> None:
     with serve(flavour, tmp_path) as server:
 
         async def have_both_warned() -> bool:
             log = server.log()
             # granian never ends if it is told to while it starts a worker.
             is_up = flavour.package != "granian" or log.count("Started worker-") == 2
-            return is_up and log.count(f"{sign} 2 workers, and memory:// doesn't link them") == 2
+            return is_up and log.count(f"{sign} asks for 2 workers, and memory:// doesn't link them") == 2
 
         await eventually(have_both_warned, timeout=15)
 
