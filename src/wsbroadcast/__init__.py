@@ -24,7 +24,7 @@ from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits, SlowConsumer, Timing
 from wsbroadcast.publication import Gap, Publication
-from wsbroadcast.publishing.publisher import Publisher
+from wsbroadcast.publishing import Publisher
 from wsbroadcast.stats import EngineStats, Stats
 from wsbroadcast.transports.exit_stack import FastPath
 from wsbroadcast.web.authentication import Handshake, Identity, TokenFrom

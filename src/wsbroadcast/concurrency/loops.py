@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, wait
 from types import AsyncGeneratorType, GeneratorType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 
@@ -19,6 +20,7 @@ class LoopEnded(LifecycleError):
 
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
@@ -147,3 +149,75 @@ async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop) -> 
     finally:
         here.cancel()
         del here, future  # as above
+
+
+class LoopThread(Generic[T]):
+    """A daemon thread with an event loop of its own, in which calls from all threads are made until it is stopped.
+
+    Every call that was submitted gets its answer, also while the thread ends.
+
+    Args:
+        name: Of the thread.
+        make: Makes, in the event loop, what lives there as long as the thread does.
+
+    Raises:
+        RuntimeError: If no thread can be started.
+        OSError: If no event loop can be made, for example without file descriptors.
+    """
+
+    def __init__(self, name: str, make: Callable[[], T]) -> None:
+        # Held while a call is submitted or the end begins: no call comes after the last look at `_calls`.
+        self._lock = threading.Lock()
+        self._calls: set[Future[Any]] = set()
+        self._is_stopped = False
+        self._stopping = asyncio.Event()
+        made: Future[T] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make, made), name=name, daemon=True)
+        self._thread.start()
+        self.made = made.result()
+        """What was made."""
+
+    def submit(self, call: Callable[[], Coroutine[Any, Any, R]]) -> Future[R]:
+        """Make a call in the event loop.
+
+        Raises:
+            LoopEnded: If the thread was told to stop; the call isn't made.
+        """
+        with self._lock:
+            if self._is_stopped:
+                raise LoopEnded
+            return self._submit(call)
+
+    def _submit(self, call: Callable[[], Coroutine[Any, Any, R]]) -> Future[R]:
+        future = asyncio.run_coroutine_threadsafe(call(), self._loop)
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
+        return future
+
+    def stop(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Take no more calls after a last one, and end when all are done; returns at once."""
+        with self._lock:
+            if not self._is_stopped:
+                self._is_stopped = True
+                self._submit(last)
+                self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def join(self) -> None:
+        """Block until a thread that was stopped has ended."""
+        self._thread.join()
+
+    def _run(self, make: Callable[[], T], made: Future[T]) -> None:
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self._serve(make, made))
+        except BaseException as error:
+            if made.done():
+                raise
+            made.set_exception(error)
+
+    async def _serve(self, make: Callable[[], T], made: Future[T]) -> None:
+        self._loop = asyncio.get_running_loop()
+        made.set_result(make())
+        await self._stopping.wait()
+        if calls := [asyncio.wrap_future(call) for call in list(self._calls)]:
+            await asyncio.wait(calls)
