@@ -995,13 +995,14 @@ async def test_a_hook_that_answers_its_own_broadcasts_is_stopped(manager: Connec
 
 async def test_a_hook_that_blocks_the_loop_is_named_and_evicts_nobody(caplog: pytest.LogCaptureFixture) -> None:
     def block(connection: Connection) -> None:
-        time.sleep(1.2)  # the mistake it is about; longer than the timeout below, several times over
+        time.sleep(0.6)  # the mistake it is about; longer than the timeout below, several times over
 
     async with ConnectionManager(slow_consumer=SlowConsumer(send_timeout=0.2, close_timeout=0.1)) as manager:
         pairs = await connected(manager, 3)
         for peer, _ in pairs:
             peer.stall()
         await manager.broadcast("held")
+        manager.hooks.blocked_seconds = 0.5
         manager.on_connect(block)
         late = Peer()
         await manager.connect(late.websocket)

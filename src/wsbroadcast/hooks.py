@@ -11,8 +11,7 @@ from types import FunctionType, MethodType
 from typing import Any, Literal, TypeVar, get_args
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency.blocking import BlockingWatch, Stepped
-from wsbroadcast.concurrency.loops import Unfinished, finished
+from wsbroadcast.concurrency import Timed, Unfinished, finished, named_if_it_blocks
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of, ungrouped
 from wsbroadcast.logs import logger
@@ -156,6 +155,8 @@ class HookChain:
     def __init__(self, timeout: float, counters: Counters) -> None:
         self.timeout = timeout
         """Seconds after which a hook is cut off."""
+        self.blocked_seconds = 1.0
+        """A hook that keeps the event loop this many seconds is reported by name."""
         self._counters = counters
         self._waiting: set[str] = set()
         self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
@@ -252,19 +253,19 @@ class HookChain:
         name = f"{event} hook {_name(function)}"
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
-        watch = BlockingWatch(name)
         limit: asyncio.Timeout | None = None
         try:
-            with watch.step():
+            with named_if_it_blocks(name, self.blocked_seconds):
                 result = function(*args)
             if isinstance(result, Awaitable):
                 self._waiting.add(event)  # a plain function that returns an awaitable
+                timed = Timed(result, name, self.blocked_seconds)
                 if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
-                    result = await Stepped(result, watch)
+                    result = await timed
                 else:
                     ends = asyncio.get_running_loop().time() + self.timeout
                     async with asyncio.timeout_at(ends if deadline is None else min(ends, deadline)) as limit:
-                        result = await Stepped(result, watch)
+                        result = await timed
             return result if result is None else finished(result, f"what the {name} returned")
         except TimeoutError as error:
             if limit is None or not limit.expired():

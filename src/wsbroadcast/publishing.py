@@ -15,7 +15,7 @@ from typing import Any, Self, TypeVar
 from weakref import finalize
 
 from wsbroadcast.audience import UNSET, Unset, UserId
-from wsbroadcast.concurrency.loops import LoopEnded, LoopThread, Patience, running_loop
+from wsbroadcast.concurrency import LoopEnded, LoopThread, Patience, running_loop
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.contract import Engine, Health, transactional
 from wsbroadcast.engines.memory import MemoryEngine

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import pytest
 
 from wsbroadcast import Audience, Engine, EngineUnavailable, Gap, Health, Message, Publication, Receiver
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks
 from wsbroadcast.node.lanes import Inbox
 from wsbroadcast.stats import EngineCounters, EngineStats
 from wsbroadcast.testing import BrokerContract

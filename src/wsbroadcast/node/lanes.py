@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks
 from wsbroadcast.engines.contract import Receiver
 from wsbroadcast.logs import logger
 from wsbroadcast.publication import Publication

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.broker.outgoing import Outbox
 from wsbroadcast.exceptions import EngineUnavailable, WSBroadcastError

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Link, Parcel
 from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable
 from wsbroadcast.logs import Throttle, logger

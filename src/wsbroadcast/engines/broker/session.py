@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from secrets import token_urlsafe
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency.loops import Patience
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.envelope import BadEnvelope, Origin, decode, encode
 from wsbroadcast.engines.broker.health import Echoes, Outages, is_bug
 from wsbroadcast.engines.broker.incoming import Freshness

@@ -7,7 +7,7 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, Protocol
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.interest import Interest
 from wsbroadcast.engines.broker.link import Inlet, Link
 from wsbroadcast.engines.broker.outgoing import Outbox

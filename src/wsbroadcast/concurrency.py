@@ -1,15 +1,179 @@
-"""Crossing the borders of an event loop: from plain calls, and from threads."""
+"""Tasks, event loops, and the borders between them: what plain calls, coroutines and threads do across them."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import CancelledError, Future, wait
+from contextlib import contextmanager
+from contextvars import Context
 from types import AsyncGeneratorType, GeneratorType, TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
+from wsbroadcast.logs import logger
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# Tasks.
+
+
+class Tasks:
+    """Tasks that end by themselves, each within a timeout of its own."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None = None
+    ) -> asyncio.Task[None]:
+        """Run a coroutine in the background; an error that escapes it is logged.
+
+        Args:
+            coroutine: What is to be done.
+            name: The task's name, to be seen in a list of a process's tasks.
+            context: The context variables that it sees, such as those of the connection that it is about. By default
+                it sees none, so that nothing of its caller is found there.
+        """
+        task = self._start(coroutine, name, context)
+        task.add_done_callback(_log_error)
+        return task
+
+    def begin(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context) -> asyncio.Task[None]:
+        """Run a coroutine whose outcome the caller looks at, unless the caller is cancelled."""
+        task = self._start(coroutine, name, context)
+        task.add_done_callback(_look_at)
+        return task
+
+    def _start(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None) -> asyncio.Task[None]:
+        # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
+        context = Context() if context is None else context.copy()
+        task = asyncio.get_running_loop().create_task(coroutine, name=f"wsbroadcast {name}", context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def join(self) -> None:
+        """Wait until all have ended, also those that they start; not the one that calls this."""
+        while pending := self._tasks - {asyncio.current_task()}:
+            await asyncio.wait(pending)
+
+    async def cancel(self) -> None:
+        """Cancel all of them, and wait until they have ended."""
+        for task in self._tasks:
+            task.cancel()
+        await self.join()
+
+
+def _log_error(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s failed", task.get_name(), exc_info=error)
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled():
+        task.exception()  # else asyncio complains where the caller was cancelled
+
+
+# Coroutines, and code that blocks.
+
+
+class AwaitableContext(Coroutine[Any, Any, T], Generic[T]):
+    """Await it for its result; or use it with `async with`, which gives the result and does something at the end.
+
+    Args:
+        coroutine: Gives the result.
+        leave: Awaited with the result at the end of the block.
+    """
+
+    __slots__ = ("_coroutine", "_leave", "_result")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], leave: Callable[[T], Awaitable[None]]) -> None:
+        self._coroutine = coroutine
+        self._leave = leave
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._coroutine.__await__()
+
+    # The rest of a coroutine, for `asyncio.create_task`.
+
+    def send(self, value: Any) -> Any:
+        """Resume it."""
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an error where it waits."""
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        """End it where it waits."""
+        self._coroutine.close()
+
+    async def __aenter__(self) -> T:
+        self._result = await self._coroutine
+        return self._result
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._leave(self._result)
+
+
+@contextmanager
+def named_if_it_blocks(name: str, seconds: float) -> Generator[None]:
+    """Warn, by name, of code that keeps the event loop for so many seconds.
+
+    Args:
+        name: Of the code, for the log.
+        seconds: From which on it is reported.
+    """
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        took = time.perf_counter() - started
+        if took >= seconds:
+            logger.warning("%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread", name, took)
+
+
+class Timed(Generic[T]):
+    """An awaitable that is another one, with `named_if_it_blocks` around each of its steps from one await to the next.
+
+    Args:
+        awaitable: The other one.
+        name: Of the code, for the log.
+        seconds: From which on a step is reported.
+    """
+
+    def __init__(self, awaitable: Awaitable[T], name: str, seconds: float) -> None:
+        self._steps = awaitable.__await__()
+        self._name = name
+        self._seconds = seconds
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        result: T = yield from self
+        return result
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        with named_if_it_blocks(self._name, self._seconds):
+            return next(self._steps)
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an error where it waits."""
+        with named_if_it_blocks(self._name, self._seconds):
+            return self._steps.throw(*error)
+
+
+# Event loops and threads.
 
 
 class LoopEnded(LifecycleError):
@@ -17,10 +181,6 @@ class LoopEnded(LifecycleError):
 
     def __init__(self) -> None:
         super().__init__("the other thread's event loop ended before the call was done")
-
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
@@ -62,8 +222,8 @@ def finished(result: T, what: str) -> T:
 class Patience:
     """An async context manager that cuts its block off after so many seconds.
 
-    An event loop that was blocked meanwhile is not held against the block: the second half of the time begins when the
-    loop notices that the first is over, and what has arrived by then is read.
+    Time in which the event loop was blocked doesn't count fully: the second half of the time begins when the loop
+    notices that the first half is over, and what has arrived by then is read.
 
     Raises:
         TimeoutError: If the time is up.
@@ -101,7 +261,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> Future[T]:
-    """Run a coroutine in the loop of another thread.
+    """Run a coroutine in the event loop of another thread.
 
     Raises:
         LoopEnded: If that loop is closed.
@@ -113,13 +273,18 @@ def submit(coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -
         raise LoopEnded from None
 
 
-def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop) -> T:
+def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop, look_seconds: float = 1.0) -> T:
     """Block until a future of another thread's loop is done.
+
+    Args:
+        future: Of `submit`, for example.
+        loop: The other thread's.
+        look_seconds: Between two looks whether that loop still runs, because it may end without telling anyone.
 
     Raises:
         LoopEnded: If that loop ends first.
     """
-    while not wait([future], timeout=1).done:
+    while not wait([future], timeout=look_seconds).done:
         if not loop.is_running():
             future.cancel()
             raise LoopEnded
@@ -131,8 +296,10 @@ def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop) -> T:
         del future  # an error would hold this frame, which holds the future, which holds the error
 
 
-async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop) -> T:
-    """Wait until a future of another thread's loop is done; cancelled, if this is.
+async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop, look_seconds: float = 1.0) -> T:
+    """Wait until a future of another thread's loop is done; cancel it if this call is cancelled.
+
+    The arguments are those of `wait_in_thread`.
 
     Raises:
         LoopEnded: If that loop ends first.
@@ -140,7 +307,7 @@ async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop) -> 
     here = asyncio.wrap_future(future)
     try:
         while not here.done():
-            await asyncio.wait([here], timeout=1)
+            await asyncio.wait([here], timeout=look_seconds)
             if not here.done() and not loop.is_running():
                 raise LoopEnded
         if here.cancelled():
@@ -148,7 +315,7 @@ async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop) -> 
         return here.result()
     finally:
         here.cancel()
-        del here, future  # as above
+        del here, future  # they hold the error, which would hold this frame
 
 
 class LoopThread(Generic[T]):
