@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import CancelledError, Future, wait
-from contextlib import contextmanager
 from contextvars import Context
 from types import AsyncGeneratorType, GeneratorType, TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -125,25 +124,21 @@ class AwaitableContext(Coroutine[Any, Any, T], Generic[T]):
         await self._leave(self._result)
 
 
-@contextmanager
-def named_if_it_blocks(name: str, seconds: float) -> Generator[None]:
-    """Warn, by name, of code that keeps the event loop for so many seconds.
+def name_if_it_blocked(name: str, started: float, seconds: float) -> None:
+    """Warn, by name, of code that kept the event loop for so many seconds.
 
     Args:
         name: Of the code, for the log.
+        started: When it began, by `time.perf_counter`.
         seconds: From which on it is reported.
     """
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        took = time.perf_counter() - started
-        if took >= seconds:
-            logger.warning("%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread", name, took)
+    took = time.perf_counter() - started
+    if took >= seconds:
+        logger.warning("%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread", name, took)
 
 
 class Timed(Generic[T]):
-    """An awaitable that is another one, with `named_if_it_blocks` around each of its steps from one await to the next.
+    """An awaitable that is another one, whose steps from one await to the next are watched by `name_if_it_blocked`.
 
     Args:
         awaitable: The other one.
@@ -164,13 +159,19 @@ class Timed(Generic[T]):
         return self
 
     def __next__(self) -> Any:
-        with named_if_it_blocks(self._name, self._seconds):
+        started = time.perf_counter()
+        try:
             return next(self._steps)
+        finally:
+            name_if_it_blocked(self._name, started, self._seconds)
 
     def throw(self, *error: Any) -> Any:
         """Raise an error where it waits."""
-        with named_if_it_blocks(self._name, self._seconds):
+        started = time.perf_counter()
+        try:
             return self._steps.throw(*error)
+        finally:
+            name_if_it_blocked(self._name, started, self._seconds)
 
 
 # Event loops and threads.

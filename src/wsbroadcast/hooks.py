@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ from types import FunctionType, MethodType
 from typing import Any, Literal, TypeVar, get_args
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency import Timed, Unfinished, finished, named_if_it_blocks
+from wsbroadcast.concurrency import Timed, Unfinished, finished, name_if_it_blocked
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of, ungrouped
 from wsbroadcast.logs import logger
@@ -255,8 +256,11 @@ class HookChain:
         cancelling = 0 if task is None else task.cancelling()
         limit: asyncio.Timeout | None = None
         try:
-            with named_if_it_blocks(name, self.blocked_seconds):
+            started = time.perf_counter()
+            try:
                 result = function(*args)
+            finally:
+                name_if_it_blocked(name, started, self.blocked_seconds)
             if isinstance(result, Awaitable):
                 self._waiting.add(event)  # a plain function that returns an awaitable
                 timed = Timed(result, name, self.blocked_seconds)
