@@ -20,6 +20,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
 from wsbroadcast import (
+    HOLD_BACK,
     Audience,
     ConfigurationError,
     Connection,
@@ -413,7 +414,7 @@ async def test_broadcast_nowait_with_a_hook_that_waits_says_what_to_do(manager: 
 
 
 async def test_broadcast_nowait_vetoed_by_a_hook_reaches_nobody(manager: ConnectionManager) -> None:
-    manager.on_broadcast(lambda message, audience: None)
+    manager.on_broadcast(lambda message, audience: HOLD_BACK)
     pairs = await connected(manager, 1)
     manager.broadcast_nowait("hello")
     assert await _received(pairs) == [[]]
@@ -751,7 +752,7 @@ async def test_on_broadcast_runs_once_and_changes_or_vetoes(manager: ConnectionM
     @manager.on_broadcast
     async def change(message: Message, audience: Audience) -> object:
         seen.append((message.data, audience))
-        return None if message.data == "secret" else {"was": message.data}
+        return HOLD_BACK if message.data == "secret" else {"was": message.data}
 
     pairs = await connected(manager, 3)
     await manager.broadcast("hello")
