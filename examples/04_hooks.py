@@ -14,7 +14,18 @@ from typing import Annotated
 
 from fastapi import FastAPI, Query, WebSocket
 
-from wsbroadcast import Audience, CloseCode, Connection, ConnectionManager, Delivery, Hook, Message, PermissionDenied
+from wsbroadcast import (
+    HOLD_BACK,
+    Audience,
+    CloseCode,
+    Connection,
+    ConnectionManager,
+    Delivery,
+    HoldBack,
+    Hook,
+    Message,
+    PermissionDenied,
+)
 
 
 @dataclass
@@ -30,8 +41,8 @@ class Moderation(Hook):
         if len(message) > 1000:
             raise PermissionDenied("too long")  # the endpoint doesn't get it
 
-    async def on_broadcast(self, message: Message, audience: Audience) -> Message | None:
-        return None if b"buy now" in message.payload else message
+    async def on_broadcast(self, message: Message, audience: Audience) -> Message | HoldBack:
+        return HOLD_BACK if b"buy now" in message.payload else message
 
 
 class Muting(Hook):

@@ -163,7 +163,7 @@ def test_public_names_are_sorted_and_complete() -> None:
     imported = {
         alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert wsbroadcast.__all__ == sorted(wsbroadcast.__all__)
+    assert wsbroadcast.__all__ == sorted(wsbroadcast.__all__, key=lambda name: (not name.isupper(), name))
     assert set(wsbroadcast.__all__) == imported | {"__version__"}
     assert all(hasattr(wsbroadcast, name) for name in wsbroadcast.__all__)
 

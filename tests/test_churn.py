@@ -12,7 +12,16 @@ import pytest
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, eventually
-from wsbroadcast import Connection, ConnectionManager, Delivery, Message, PermissionDenied, SlowConsumer
+from wsbroadcast import (
+    HOLD_BACK,
+    Connection,
+    ConnectionManager,
+    Delivery,
+    HoldBack,
+    Message,
+    PermissionDenied,
+    SlowConsumer,
+)
 from wsbroadcast.options import Policy
 
 CHANNELS = ["a", "b", "c", "d"]
@@ -64,8 +73,8 @@ class Churn:
                 raise PermissionDenied("bad luck")
 
         @manager.on_broadcast
-        async def on_broadcast(message: Message, audience: object) -> Message | None:
-            return None if self.happens(0.02) else message
+        async def on_broadcast(message: Message, audience: object) -> Message | HoldBack:
+            return HOLD_BACK if self.happens(0.02) else message
 
         @manager.on_deliver
         async def on_deliver(delivery: Delivery) -> None:

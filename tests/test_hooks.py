@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import pickle
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, MutableMapping
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Optional, cast, get_args
 from unittest.mock import MagicMock
 
 import pytest
 from starlette.websockets import WebSocket
 
 from wsbroadcast import (
+    HOLD_BACK,
     Audience,
     ConfigurationError,
     Connection,
@@ -19,6 +24,7 @@ from wsbroadcast import (
     ConnectionManager,
     Delivery,
     EncodeError,
+    HoldBack,
     Hook,
     LifecycleError,
     Message,
@@ -27,6 +33,9 @@ from wsbroadcast import (
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.hooks import HookChain, HookEvent, is_delivering
 from wsbroadcast.stats import Counters
+
+if TYPE_CHECKING:
+    from decimal import Decimal as Unimported
 
 EVENTS = get_args(HookEvent)
 OBSERVED = [event for event in EVENTS if event not in ("on_broadcast", "on_deliver", "on_error")]
@@ -520,13 +529,121 @@ async def test_broadcast_hook_may_return_the_message_itself() -> None:
 
 
 @both
-async def test_broadcast_hook_that_returns_none_holds_the_message_back(is_async: bool) -> None:
+async def test_broadcast_hook_holds_the_message_back(is_async: bool) -> None:
     chain, counters = chain_of()
     after: list[object] = []
-    chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
+    chain.add_function("on_broadcast", hook_that(lambda: HOLD_BACK, is_async))
     chain.add_function("on_broadcast", lambda *args: after.append(args))
     assert await chain.transform(MESSAGE, EVERYONE) is None
     assert (after, counters.vetoed, counters.hook_errors) == ([], 1, 0)
+
+
+@both
+async def test_broadcast_hook_that_returns_nothing_changes_nothing(is_async: bool) -> None:
+    """As one that only writes a log."""
+    chain, counters = chain_of()
+    chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
+    assert await chain.transform(MESSAGE, EVERYONE) is MESSAGE
+    chain.add_function("on_broadcast", lambda message, audience: "changed")
+    chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
+    message = await chain.transform(MESSAGE, EVERYONE)
+    assert message is not None
+    assert (message.data, counters.vetoed, counters.hook_errors) == ("changed", 0, 0)
+
+
+@pytest.mark.parametrize("same", [copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_hold_back_is_one_object_that_says_what_it_is(same: Callable[[object], object]) -> None:
+    assert same(HOLD_BACK) is HOLD_BACK
+    assert repr(HOLD_BACK) == "HOLD_BACK"
+    assert isinstance(HOLD_BACK, HoldBack)
+
+
+def test_hold_back_is_no_message() -> None:
+    with pytest.raises(EncodeError):
+        Message.of(HOLD_BACK)
+
+
+KEYS = [("text", "caller"), (Message.of("text"), "caller"), (Message.of("text", "mine"), "mine")]
+
+
+@pytest.mark.parametrize(("result", "key"), KEYS)
+async def test_message_of_a_broadcast_hook_keeps_its_own_key(result: object, key: str) -> None:
+    chain, _ = chain_of()
+    chain.add_function("on_broadcast", lambda message, audience: result)
+    message = await chain.transform(Message.of("before", "caller"), EVERYONE)
+    assert message is not None
+    assert (message.data, message.key) == ("text", key)
+
+
+@pytest.mark.parametrize(("result", "key"), KEYS)
+def test_message_for_one_recipient_keeps_its_own_key(result: object, key: str) -> None:
+    [recipient] = recipients = [connection_named("1")]
+    delivery = Delivery(Message.of("before", "caller"), EVERYONE, recipients)
+    delivery.replace(recipient, result)
+    [message] = [message for message, some in delivery.parts() if some]
+    assert (message.data, message.key) == ("text", key)
+
+
+# Annotations of hooks that were written when None held a message back.
+
+
+async def guard(message: Message, audience: Audience) -> Message | None: ...
+def old_guard(message: Message, audience: Audience) -> Optional[Message]: ...  # noqa: UP045
+def later(message: Message, audience: Audience) -> Awaitable[Message | None]: ...  # type: ignore[empty-body]
+async def typed_only(message: Message, audience: Audience) -> Unimported | None: ...
+async def watch(message: Message, audience: Audience) -> None: ...
+async def explicit(message: Message, audience: Audience) -> Message | HoldBack: ...  # type: ignore[empty-body]
+async def nested(message: Message, audience: Audience) -> dict[str, int | None]: ...  # type: ignore[empty-body]
+async def bare(message, audience): ...  # type: ignore[no-untyped-def]
+async def nonsense(message: Message, audience: Audience) -> object: ...
+
+
+nonsense.__annotations__["return"] = "1 +"
+
+
+class Guard(Hook):
+    async def on_broadcast(self, message: Message, audience: Audience) -> Message | None: ...
+
+
+class Called:
+    def __call__(self, message: Message, audience: Audience) -> Message | None: ...
+
+
+@pytest.mark.parametrize(
+    ("hook", "is_warned"),
+    [
+        (guard, True),
+        (old_guard, True),
+        (later, True),
+        (typed_only, True),
+        (Guard().on_broadcast, True),
+        (Called(), True),
+        (partial(guard), True),
+        (watch, False),
+        (explicit, False),
+        (nested, False),
+        (bare, False),
+        (nonsense, False),
+        (MagicMock(), False),
+        (print, False),
+        (Hook().on_broadcast, False),
+    ],
+)
+def test_broadcast_hook_that_may_return_none_is_warned_of(
+    hook: Callable[..., Any], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain, _ = chain_of()
+    chain.add_function("on_broadcast", hook)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "wsbroadcast"]
+    assert len(warnings) == is_warned
+    assert all("may return None" in text and "return HOLD_BACK" in text for text in warnings)
+
+
+@pytest.mark.parametrize("event", [event for event in EVENTS if event != "on_broadcast"])
+def test_other_hooks_may_return_none(event: HookEvent, caplog: pytest.LogCaptureFixture) -> None:
+    chain, _ = chain_of()
+    chain.add_function(event, guard)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
@@ -681,22 +798,24 @@ def test_replacement_must_be_sendable() -> None:
 
 @both
 async def test_hook_that_blocks_the_loop_is_named(is_async: bool, caplog: pytest.LogCaptureFixture) -> None:
-    chain, counters = chain_of(timeout=0.5)
-    chain.add_function("on_connect", hook_that(lambda: time.sleep(1.05), is_async))
+    chain, counters = chain_of(timeout=0.01)
+    chain.blocked_seconds = 0.05
+    chain.add_function("on_connect", hook_that(lambda: time.sleep(0.06), is_async))
     with caplog.at_level(logging.WARNING, "wsbroadcast"):
         await chain.observe("on_connect", "argument")
     [warning] = [record.getMessage() for record in caplog.records if record.name == "wsbroadcast"][:1]
     assert warning.startswith("on_connect hook hook_that")
-    assert "blocked the event loop for 1." in warning
+    assert re.search(r"blocked the event loop for 0\.\d s", warning)
     assert "asyncio.to_thread" in warning
     assert counters.hook_errors == 0  # it ended by itself, so there is nothing to cut off
 
 
 async def test_hook_that_waits_is_not_named(caplog: pytest.LogCaptureFixture) -> None:
     chain, _ = chain_of()
+    chain.blocked_seconds = 0.05
 
     async def wait(connection: Connection) -> None:
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(2 * chain.blocked_seconds)
 
     chain.add_function("on_connect", wait)
     await chain.observe("on_connect", "argument")

@@ -20,6 +20,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
 from wsbroadcast import (
+    HOLD_BACK,
     Audience,
     ConfigurationError,
     Connection,
@@ -412,7 +413,7 @@ async def test_broadcast_nowait_with_a_hook_that_waits_says_what_to_do(manager: 
 
 
 async def test_broadcast_nowait_vetoed_by_a_hook_reaches_nobody(manager: ConnectionManager) -> None:
-    manager.on_broadcast(lambda message, audience: None)
+    manager.on_broadcast(lambda message, audience: HOLD_BACK)
     pairs = await connected(manager, 1)
     manager.broadcast_nowait("hello")
     assert await _received(pairs) == [[]]
@@ -750,7 +751,7 @@ async def test_on_broadcast_runs_once_and_changes_or_vetoes(manager: ConnectionM
     @manager.on_broadcast
     async def change(message: Message, audience: Audience) -> object:
         seen.append((message.data, audience))
-        return None if message.data == "secret" else {"was": message.data}
+        return HOLD_BACK if message.data == "secret" else {"was": message.data}
 
     pairs = await connected(manager, 3)
     await manager.broadcast("hello")
@@ -998,13 +999,14 @@ async def test_a_hook_that_answers_its_own_broadcasts_is_stopped(manager: Connec
 
 async def test_a_hook_that_blocks_the_loop_is_named_and_evicts_nobody(caplog: pytest.LogCaptureFixture) -> None:
     def block(connection: Connection) -> None:
-        time.sleep(1.2)  # the mistake it is about; longer than the timeout below, several times over
+        time.sleep(0.6)  # the mistake it is about; longer than the timeout below, several times over
 
     async with ConnectionManager(slow_consumer=SlowConsumer(send_timeout=0.2, close_timeout=0.1)) as manager:
         pairs = await connected(manager, 3)
         for peer, _ in pairs:
             peer.stall()
         await manager.broadcast("held")
+        manager.hooks.blocked_seconds = 0.5
         manager.on_connect(block)
         late = Peer()
         await manager.connect(late.websocket)

@@ -20,10 +20,12 @@ from tests.support.asgi import Peer, eventually
 from tests.support.servers import serve_here
 from tests.test_docs import PAGES, blocks_of
 from wsbroadcast import (
+    HOLD_BACK,
     Audience,
     Connection,
     ConnectionDep,
     ConnectionManager,
+    HoldBack,
     Limits,
     ManagerDep,
     Message,
@@ -321,8 +323,8 @@ async def test_stats_tell_why_nobody_gets_a_message() -> None:
         assert connection.channels == {"news"}
 
         @manager.on_broadcast
-        async def holds_back(message: Message, audience: Audience) -> Message | None:
-            return None
+        async def holds_back(message: Message, audience: Audience) -> HoldBack:
+            return HOLD_BACK
 
         await manager.broadcast("hello", channel="news")
         stats = manager.stats()

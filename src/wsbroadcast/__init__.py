@@ -19,12 +19,12 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     WSBroadcastError,
 )
-from wsbroadcast.hooks import Delivery, Hook
+from wsbroadcast.hooks import HOLD_BACK, Delivery, HoldBack, Hook
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.message import Message
 from wsbroadcast.options import Limits, SlowConsumer, Timing
 from wsbroadcast.publication import Dismissal, Gap, Position, Publication
-from wsbroadcast.publishing.publisher import Publisher
+from wsbroadcast.publishing import Publisher
 from wsbroadcast.stats import EngineStats, Stats
 from wsbroadcast.transports.exit_stack import FastPath
 from wsbroadcast.web.authentication import Handshake, Identity, TokenFrom
@@ -40,6 +40,7 @@ from wsbroadcast.web.routing import create_router, create_routes
 __version__ = "0.1.0"
 
 __all__ = [
+    "HOLD_BACK",
     "Audience",
     "CloseCode",
     "ConfigurationError",
@@ -59,6 +60,7 @@ __all__ = [
     "Gap",
     "Handshake",
     "Health",
+    "HoldBack",
     "Hook",
     "Identity",
     "InvalidChannel",

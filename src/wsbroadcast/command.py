@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from wsbroadcast.audience import check_channel, user_key
 from wsbroadcast.exceptions import EncodeError, MessageTooLarge, MissingDependency, WSBroadcastError
 from wsbroadcast.options import Limits
-from wsbroadcast.publishing.publisher import Publisher
+from wsbroadcast.publishing import Publisher
 
 # What a shell makes of a program that Ctrl+C has ended: 128 and the signal's number.
 _INTERRUPTED = 130

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Iterable
+import builtins
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from inspect import iscoroutinefunction
-from types import FunctionType, MethodType
-from typing import Any, Literal, TypeVar, get_args
+from types import FunctionType, MethodType, NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency.blocking import BlockingWatch, Stepped
-from wsbroadcast.concurrency.loops import Unfinished, finished
+from wsbroadcast.concurrency import Timed, Unfinished, finished, name_if_it_blocked
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of, ungrouped
 from wsbroadcast.logs import logger
@@ -42,6 +44,22 @@ _depth: ContextVar[int] = ContextVar("wsbroadcast_hook_depth", default=0)
 _delivery: ContextVar[Delivery | None] = ContextVar("wsbroadcast_delivery", default=None)
 
 
+class HoldBack:
+    """The type of `HOLD_BACK`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "HOLD_BACK"
+
+    def __reduce__(self) -> str:
+        return "HOLD_BACK"  # a copy is the same object
+
+
+HOLD_BACK = HoldBack()
+"""What an `on_broadcast` hook returns if nobody is to get the message."""
+
+
 class Delivery:
     """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
 
@@ -57,7 +75,7 @@ class Delivery:
         self.message = message
         """What was broadcast."""
         self.audience = audience
-        """Whom it was broadcast to."""
+        """The audience that it was broadcast to."""
         self.recipients = recipients
         """The connections that will get it; a hook may remove some, or assign a shorter list. Each gets it once, and
         one that a hook adds gets nothing: it isn't in the audience, or was excluded."""
@@ -68,17 +86,17 @@ class Delivery:
         self._limits = limits
 
     def replace(self, connection: Connection, message: object) -> None:
-        """Give one recipient another message instead.
+        """Give one recipient another message instead. A `Message` keeps its own key, if it has one.
 
         Raises:
             EncodeError: If that message can't be sent.
-            TypeError: If it is no connection.
+            TypeError: If `connection` is not a Connection.
         """
         self._check(connection)
-        self._instead[connection.id] = Message.of(message, self.message.key).within(self._limits.max_message_bytes)
+        self._instead[connection.id] = _in_place_of(self.message, message).within(self._limits.max_message_bytes)
 
     def settle(self) -> None:
-        """Take each recipient that a hook has left once, and none that wasn't meant.
+        """Take each recipient that the hooks have left once, and leave out those that they have added.
 
         Raises:
             TypeError: If something else than a connection is among them; nobody gets the message then.
@@ -133,7 +151,8 @@ class Hook:
         """A broadcast is about to go out; runs once, on the node where it was called.
 
         Returns:
-            The message, or what to send instead of it, or `None` to hold it back.
+            What to send instead of the message, `HOLD_BACK` to send nothing, or `None` to send it unchanged. A
+            `Message` keeps its own key, if it has one; anything else gets the key that the broadcast was given.
         """
         return message
 
@@ -156,6 +175,8 @@ class HookChain:
     def __init__(self, timeout: float, counters: Counters) -> None:
         self.timeout = timeout
         """Seconds after which a hook is cut off."""
+        self.blocked_seconds = 1.0
+        """A hook that keeps the event loop this many seconds is reported by name."""
         self._counters = counters
         self._waiting: set[str] = set()
         self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
@@ -176,6 +197,12 @@ class HookChain:
         """
         if not callable(function):
             raise ConfigurationError(f"a hook for {event} is a function, not {kind_of(function)}")
+        if event == "on_broadcast" and _may_return_none(function):
+            logger.warning(
+                "on_broadcast hook %s may return None, which sends the message unchanged: to hold it back, "
+                "return HOLD_BACK",
+                _name(function),
+            )
         self._functions[event] = (*self._functions[event], function)
         if not isinstance(function, (FunctionType, MethodType)) or iscoroutinefunction(function):
             self._waiting.add(event)
@@ -215,25 +242,26 @@ class HookChain:
                     raise PermissionDenied("not allowed") from error
 
     async def transform(self, message: Message, audience: Audience) -> Message | None:
-        """Run the `on_broadcast` hooks, each on what the one before returned.
+        """Run the `on_broadcast` hooks, each on what the one before made of the message; `None` if one holds it back.
 
         Raises:
-            Exception: Whatever a hook raises.
+            Exception: What a hook raises.
         """
         for function in self._functions["on_broadcast"]:
             with _nested("on_broadcast"), self._counted():
                 result = await self._call("on_broadcast", function, (message, audience))
-                if result is None:
+                if isinstance(result, HoldBack):
                     self._counters.vetoed += 1
                     return None
-                message = Message.of(result, message.key)
+                if result is not None:
+                    message = _in_place_of(message, result)
         return message
 
     async def deliver(self, delivery: Delivery) -> None:
         """Run the `on_deliver` hooks.
 
         Raises:
-            Exception: Whatever a hook raises.
+            Exception: What a hook raises.
         """
         token = _delivery.set(delivery)
         delivery.is_running = True
@@ -252,19 +280,22 @@ class HookChain:
         name = f"{event} hook {_name(function)}"
         task = asyncio.current_task()
         cancelling = 0 if task is None else task.cancelling()
-        watch = BlockingWatch(name)
         limit: asyncio.Timeout | None = None
         try:
-            with watch.step():
+            started = time.perf_counter()
+            try:
                 result = function(*args)
+            finally:
+                name_if_it_blocked(name, started, self.blocked_seconds)
             if isinstance(result, Awaitable):
                 self._waiting.add(event)  # a plain function that returns an awaitable
+                timed = Timed(result, name, self.blocked_seconds)
                 if task is None:  # a plain callback by way of `broadcast_nowait`, where nothing can wait
-                    result = await Stepped(result, watch)
+                    result = await timed
                 else:
                     ends = asyncio.get_running_loop().time() + self.timeout
                     async with asyncio.timeout_at(ends if deadline is None else min(ends, deadline)) as limit:
-                        result = await Stepped(result, watch)
+                        result = await timed
             return result if result is None else finished(result, f"what the {name} returned")
         except TimeoutError as error:
             if limit is None or not limit.expired():
@@ -316,6 +347,42 @@ def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
+def _in_place_of(message: Message, result: object) -> Message:
+    # What a hook gave instead of a message, under its own key or else that of the message.
+    keeps_key = isinstance(result, Message) and result.key is not None
+    return Message.of(result, None if keeps_key else message.key)
+
+
+def _may_return_none(function: Callable[..., Any]) -> bool:
+    # Whether it is annotated to return something or None; a hook that returns nothing ever only watches.
+    if isinstance(function, partial):
+        function = function.func
+    if not isinstance(function, (FunctionType, MethodType)):
+        function = type(function).__call__
+    try:
+        return _is_optional(get_type_hints(function, localns=_Names(function)).get("return"))
+    except Exception:  # an annotation that means nothing to Python
+        return False
+
+
+def _is_optional(annotation: object) -> bool:
+    annotation = getattr(annotation, "__value__", annotation)  # of a `type` statement
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return NoneType in arguments or any(map(_is_optional, arguments))
+    return get_origin(annotation) in (Awaitable, Coroutine) and _is_optional(arguments[-1])
+
+
+class _Names(dict[str, Any]):
+    """The names in a function's annotations; one that is imported for a type checker only stands for something."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(vars(builtins) | getattr(function, "__globals__", {}))
+
+    def __missing__(self, name: str) -> object:
+        return object
+
+
 # The hook decorators of a manager.
 
 
@@ -345,7 +412,7 @@ class HookDecorators:
         return self.hooks.add_function("on_unsubscribe", function)
 
     def on_broadcast(self, function: F) -> F:
-        """Run `function(message, audience)` before each broadcast; it returns the message, another one, or `None`."""
+        """Run `function(message, audience)` before each broadcast; it may return another message, or `HOLD_BACK`."""
         return self.hooks.add_function("on_broadcast", function)
 
     def on_deliver(self, function: F) -> F:

@@ -11,8 +11,7 @@ from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, is_sendable
-from wsbroadcast.concurrency.awaitable import AwaitableContext
-from wsbroadcast.concurrency.loops import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
+from wsbroadcast.concurrency import AwaitableContext, LoopEnded, running_loop, submit, wait_in_thread, without_waiting
 from wsbroadcast.connection import Connection, find_connection, find_open
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.contract import Engine, Health, transactional

@@ -17,7 +17,7 @@ import trustme
 from tests.engines.nats_links import INFO, failure, let_in, serving, used
 from tests.support.brokers import Endpoint, NATSServer, free_port
 from wsbroadcast import ConfigurationError, EngineUnavailable
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.nats.target import Host
 from wsbroadcast.options import Timing

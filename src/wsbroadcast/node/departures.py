@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, ConnectionState
 from wsbroadcast.hooks import HookChain
 

@@ -10,7 +10,7 @@ from contextvars import Context
 from typing import Protocol, TypeAlias
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks
 from wsbroadcast.logs import logger
 from wsbroadcast.publication import Publication
 

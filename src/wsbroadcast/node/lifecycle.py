@@ -10,8 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, Self
 
-from wsbroadcast.concurrency.loops import running_loop
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks, running_loop
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import LifecycleError
 from wsbroadcast.node.membership import CLOSED

@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.audience import EVERYONE, Audience, as_channels, user_key
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, is_sendable
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, ConnectionState, find_known, is_known
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry

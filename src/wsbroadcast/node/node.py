@@ -7,7 +7,7 @@ from collections import Counter
 
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
-from wsbroadcast.concurrency.loops import finished
+from wsbroadcast.concurrency import finished
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import (
     ConfigurationError,

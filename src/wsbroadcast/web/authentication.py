@@ -16,7 +16,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.audience import UserId
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
-from wsbroadcast.concurrency.loops import finished
+from wsbroadcast.concurrency import finished
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.node.membership import SUBPROTOCOL
 from wsbroadcast.options import ExpiresAt, check_positive

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.contract import Health, Receiver

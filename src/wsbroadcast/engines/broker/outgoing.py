@@ -7,8 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from secrets import token_urlsafe
 
-from wsbroadcast.concurrency.loops import Patience
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.envelope import Origin, encode
 from wsbroadcast.engines.broker.link import Link, Parcel
 from wsbroadcast.engines.broker.names import AudienceNames

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.concurrency.loops import Patience
-from wsbroadcast.concurrency.tasks import Tasks
+from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.health import Echoes, LinkHealth, is_bug
 from wsbroadcast.engines.broker.incoming import Incoming
 from wsbroadcast.engines.broker.interest import Interest

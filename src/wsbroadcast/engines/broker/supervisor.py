@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.health import LinkHealth
 from wsbroadcast.engines.broker.incoming import Incoming
 from wsbroadcast.engines.broker.interest import Interest

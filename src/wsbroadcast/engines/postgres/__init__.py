@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any, Self
 from uuid import uuid4
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.broker.health import is_bug

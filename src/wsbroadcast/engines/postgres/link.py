@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from uuid import uuid4
 
-from wsbroadcast.concurrency.loops import Patience, submit, wait_elsewhere
+from wsbroadcast.concurrency import Patience, submit, wait_elsewhere
 from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
 from wsbroadcast.engines.postgres.listener import Listener
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable

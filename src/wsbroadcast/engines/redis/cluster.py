@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Coroutine, Sequence
 from typing import Any, NamedTuple
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
 from wsbroadcast.engines.redis.connection import Listener
 from wsbroadcast.engines.redis.link import Answer, Pair, RedisLink, together

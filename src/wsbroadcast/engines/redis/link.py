@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from wsbroadcast.concurrency.loops import Patience
+from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
 from wsbroadcast.engines.redis.connection import Asker, Listener, Wire
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack

@@ -8,10 +8,11 @@ import os
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID
 
 import pytest
@@ -31,6 +32,7 @@ from wsbroadcast import (
     Limits,
     MemoryEngine,
     MessageTooLarge,
+    Publication,
     Publisher,
 )
 from wsbroadcast.engines.broker.link import Link
@@ -48,7 +50,7 @@ def broker() -> FakeBroker:
 def publisher(broker: FakeBroker) -> Iterator[Publisher]:
     publisher = Publisher(FakeEngine(broker))
     yield publisher
-    while not publisher._is_closed:
+    while not publisher._state().is_closed:
         publisher.close()
 
 
@@ -82,6 +84,10 @@ def loop_in_thread() -> Iterator[Callable[[Any], Any]]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+async def nowait(publisher: Publisher) -> None:
+    publisher.broadcast_nowait("text")
 
 
 # What is sent, and what is refused.
@@ -173,6 +179,12 @@ def test_what_names_no_engine_is_refused_without_repeating_it(engine: Any) -> No
     with pytest.raises(ConfigurationError) as caught:
         Publisher(engine)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), True, "2"])
+def test_what_is_no_time_is_refused(broker: FakeBroker, seconds: Any) -> None:
+    with pytest.raises(ConfigurationError, match="start_timeout"):
+        Publisher(FakeEngine(broker), start_timeout=seconds)
 
 
 def test_what_are_no_limits_is_refused(broker: FakeBroker) -> None:
@@ -285,13 +297,21 @@ def test_event_loop_uses_the_thread_that_is_there(publisher: Publisher, broker: 
     assert threads() == []
 
 
-async def test_threads_use_the_event_loop_that_is_there(publisher: Publisher, broker: FakeBroker) -> None:
+async def test_threads_of_an_async_program_share_the_connection_with_it(
+    publisher: Publisher, broker: FakeBroker
+) -> None:
     async with publisher:
-        await asyncio.to_thread(publisher.broadcast_threadsafe, "from a thread")
+        await publisher.broadcast("one")
+        await asyncio.to_thread(publisher.broadcast_threadsafe, "two")
         with pytest.raises(MessageTooLarge):
             await asyncio.to_thread(publisher.broadcast_threadsafe, "x" * 5000)
-        assert threads() == []
-        assert broker.opened == 1
+        await publisher.broadcast("three")
+        assert threads() == ["wsbroadcast publisher"]
+        assert (broker.opened, len(broker.links)) == (2, 1)
+        with pytest.raises(LifecycleError, match="or a thread of its own: await `broadcast`"):
+            publisher.broadcast_nowait("four")
+    assert (broker.links, threads()) == ([], [])
+    assert [payload for _, payload in published(broker)] == [b"one", b"two", b"three"]
 
 
 async def test_close_from_a_thread_ends_it_in_its_event_loop(publisher: Publisher, broker: FakeBroker) -> None:
@@ -310,7 +330,6 @@ async def test_what_would_block_its_own_event_loop_is_refused(publisher: Publish
             publisher.close()
         with pytest.raises(LifecycleError, match=r"with would block.*use `async with`"), publisher:
             pass
-        await asyncio.to_thread(publisher.broadcast_threadsafe, "from a thread")
         publisher.broadcast_nowait("still open, and here")
 
 
@@ -351,21 +370,7 @@ async def test_cancelled_close_ends_it_though_every_thread_is_busy(publisher: Pu
         await asyncio.to_thread(soon, lambda: threads() == [])
 
 
-async def test_publisher_moves_on_from_an_app_that_ended_without_closing_it(
-    publisher: Publisher, broker: FakeBroker
-) -> None:
-    with loop_in_thread() as run:
-        run(publisher.start())
-        run(publisher.broadcast("there"))
-        await publisher.broadcast("there, from here")
-        assert broker.opened == 1
-        run(publisher._home.end())  # type: ignore[union-attr]  # or else the test leaves tasks behind
-    await publisher.broadcast("here")
-    assert broker.opened == 2
-    await publisher.aclose()
-
-
-def test_event_loop_that_may_end_without_a_word_is_left_for_a_thread(publisher: Publisher, broker: FakeBroker) -> None:
+def test_second_event_loop_makes_it_run_in_a_thread_for_both(publisher: Publisher, broker: FakeBroker) -> None:
     with loop_in_thread() as run:
         run(publisher.broadcast("there"))
         assert threads() == []
@@ -373,6 +378,8 @@ def test_event_loop_that_may_end_without_a_word_is_left_for_a_thread(publisher: 
         assert threads() == ["wsbroadcast publisher"]
         assert (broker.opened, len(broker.links)) == (2, 1)
         run(publisher.broadcast("there again"))
+        with pytest.raises(LifecycleError, match="or a thread of its own"):
+            run(nowait(publisher))
     publisher.broadcast_threadsafe("from a thread")
     assert broker.opened == 2
     assert [payload for _, payload in published(broker)] == [
@@ -397,28 +404,91 @@ def test_event_loop_that_was_not_running_when_it_was_closed_may_use_it_again(
     assert [payload for _, payload in published(broker)] == [b"one", b"two"]
 
 
-def test_thread_does_not_trust_an_event_loop_either(publisher: Publisher, broker: FakeBroker) -> None:
-    with loop_in_thread() as run:
-        run(publisher.broadcast("there"))
-        publisher.broadcast_threadsafe("from a thread")
-        assert threads() == ["wsbroadcast publisher"]
-    assert [payload for _, payload in published(broker)] == [b"there", b"from a thread"]
-
-
-async def test_event_loop_that_closes_it_hands_it_over(publisher: Publisher, broker: FakeBroker) -> None:
-    async with publisher:
-        await publisher.aclose()
+async def test_event_loop_that_closes_it_leaves_it_to_the_others(publisher: Publisher, broker: FakeBroker) -> None:
     with loop_in_thread() as run:
         run(publisher.start())
         async with publisher:
-            await publisher.broadcast("there")
-            assert (broker.opened, threads()) == (2, [])
+            await publisher.broadcast("one")
             run(publisher.aclose())
-            assert broker.links == []
-            await publisher.broadcast("in a thread of its own")
-            assert (broker.opened, threads()) == (3, ["wsbroadcast publisher"])
+            await publisher.broadcast("two")
+            assert (broker.opened, threads()) == (2, ["wsbroadcast publisher"])
     assert threads() == []
-    assert [payload for _, payload in published(broker)] == [b"there", b"in a thread of its own"]
+    assert [payload for _, payload in published(broker)] == [b"one", b"two"]
+
+
+def test_start_of_an_event_loop_that_ended_without_closing_it_counts_no_more(
+    publisher: Publisher, broker: FakeBroker
+) -> None:
+    asyncio.run(publisher.start())
+    with publisher:
+        publisher.broadcast_threadsafe("text")
+    assert (broker.links, threads()) == ([], [])
+    with pytest.raises(LifecycleError, match="closed"):
+        publisher.broadcast_threadsafe("text")
+
+
+def test_what_is_said_last_in_an_event_loop_that_ends_is_sent(publisher: Publisher, broker: FakeBroker) -> None:
+    """By a task that `asyncio.run` cancels."""
+
+    async def say_last() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await publisher.broadcast("last")
+
+    async def use() -> None:
+        await publisher.broadcast("first")
+        task = asyncio.create_task(say_last())
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    asyncio.run(use())
+    assert [payload for _, payload in published(broker)] == [b"first", b"last"]
+
+
+def test_event_loops_that_come_and_go_at_the_same_time_lose_and_double_nothing(
+    publisher: Publisher, broker: FakeBroker
+) -> None:
+    """As in Celery's pool of threads, with tasks that call `asyncio.run`, and others that don't."""
+
+    def work(number: int) -> None:
+        for count in range(20):
+            if number % 2:
+                asyncio.run(publisher.broadcast(f"{number} {count}"))
+            else:
+                publisher.broadcast_threadsafe(f"{number} {count}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    payloads = [payload.decode() for _, payload in published(broker)]
+    assert sorted(payloads) == sorted(f"{number} {count}" for number in range(6) for count in range(20))
+    assert len(broker.links) == 1
+
+
+def test_calls_that_race_with_close_are_made_once_or_refused(publisher: Publisher, broker: FakeBroker) -> None:
+    def work(number: int) -> list[str]:
+        taken = []
+        for count in range(50):
+            try:
+                publisher.broadcast_threadsafe(f"{number} {count}")
+            except (LifecycleError, EngineUnavailable):  # closed; or stopped when it was on its way
+                continue
+            taken.append(f"{number} {count}")
+        return taken
+
+    def close(number: int) -> None:
+        for _ in range(50):
+            with publisher:
+                pass
+
+    with ThreadPoolExecutor(5) as pool:
+        closing = [pool.submit(close, 0) for _ in range(2)]
+        taken = [text for texts in pool.map(work, range(3)) for text in texts]
+        for done in closing:
+            done.result()
+    payloads = [payload.decode() for _, payload in published(broker)]
+    assert len(payloads) == len(set(payloads))
+    assert set(taken) <= set(payloads)
 
 
 class Late(FakeBroker):
@@ -439,28 +509,6 @@ class Late(FakeBroker):
         """Answer nobody until it may, and take note of who asks."""
         self.asked.clear()
         self.may_answer.clear()
-
-
-def test_call_that_the_end_of_an_event_loop_cuts_off_tells_what_is_not_known() -> None:
-    broker = Late()
-    publisher = Publisher(FakeEngine(broker, timing=PATIENT))
-
-    async def use() -> Future[None]:
-        await publisher.start()
-        broker.hang()
-        call = pool.submit(publisher.broadcast_threadsafe, "lost?")
-        await asyncio.to_thread(broker.asked.wait, 5)
-        return call  # and the event loop ends, without a word to the publisher
-
-    with (
-        ThreadPoolExecutor(1) as pool,
-        pytest.raises(EngineUnavailable, match=r"event loop .* ended; whether the broker took the message isn't known"),
-    ):
-        asyncio.run(use()).result(5)
-    broker.may_answer.set()
-    publisher.broadcast_threadsafe("in a thread of its own")
-    assert [payload for _, payload in published(broker)] == [b"in a thread of its own"]
-    publisher.close()
 
 
 def test_publisher_begins_anew_while_an_event_loop_that_began_is_ending() -> None:
@@ -498,27 +546,129 @@ def test_publisher_begins_anew_while_an_event_loop_that_began_is_ending() -> Non
     publisher.close()
 
 
-def test_call_that_was_not_made_when_an_event_loop_ended_is_made_elsewhere() -> None:
+def test_thread_that_comes_while_an_event_loop_is_stuck_waits_for_its_end() -> None:
     broker = Late()
     publisher = Publisher(FakeEngine(broker, timing=PATIENT))
 
     async def use() -> Future[None]:
-        start = asyncio.create_task(publisher.start())
+        await publisher.broadcast("one")
         broker.hang()
+        stuck = asyncio.create_task(publisher.broadcast("cut off"))
         await asyncio.to_thread(broker.asked.wait, 5)
-        call = pool.submit(publisher.broadcast_threadsafe, "late")
-        while not publisher._home._calls._tasks:  # type: ignore[union-attr]  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-        assert not start.done()
-        return call
+        call = pool.submit(publisher.broadcast_threadsafe, "two")
+        await asyncio.to_thread(soon, threads)
+        assert not stuck.done()
+        return call  # and the event loop ends, without telling the publisher
 
     with ThreadPoolExecutor(1) as pool:
         call = asyncio.run(use())
-        assert not call.done()
         broker.may_answer.set()
         call.result(5)
-    assert [payload for _, payload in published(broker)] == [b"late"]
+    assert [payload for _, payload in published(broker)] == [b"one", b"two"]
     publisher.close()
+
+
+def test_call_that_its_event_loop_could_not_begin_is_made_in_the_thread() -> None:
+    broker = Late()
+    publisher = Publisher(FakeEngine(broker, timing=PATIENT))
+
+    async def use() -> None:
+        broker.hang()
+        early = asyncio.create_task(publisher.broadcast("early"))
+        await asyncio.to_thread(broker.asked.wait, 5)
+        call = pool.submit(publisher.broadcast_threadsafe, "late")
+        await asyncio.to_thread(soon, threads)
+        broker.may_answer.set()
+        await early
+        await asyncio.wrap_future(call)
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(use())
+    assert sorted(payload for _, payload in published(broker)) == [b"early", b"late"]
+    publisher.close()
+
+
+async def test_caller_that_gives_up_cancels_the_call_in_the_thread() -> None:
+    broker = Late()
+    publisher = Publisher(FakeEngine(broker, timing=PATIENT))
+    await asyncio.to_thread(publisher.broadcast_threadsafe, "one")
+    broker.hang()
+    calling = asyncio.create_task(publisher.broadcast("cut off"))
+    await asyncio.to_thread(broker.asked.wait, 5)
+    calling.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await calling
+    broker.may_answer.set()
+    await publisher.broadcast("two")
+    await publisher.aclose()
+    assert threads() == []
+
+
+def test_errors_from_the_thread_leave_no_cycle(broker: FakeBroker) -> None:
+    """Or else what the frames hold, a publisher for one, lives until the next collection."""
+    publisher = Publisher(FakeEngine(broker))
+
+    class Caller:
+        pass
+
+    def call(caller: Caller) -> None:
+        publisher.broadcast_threadsafe("x" * 5000)
+
+    caller = Caller()
+    gone = weakref.ref(caller)
+    gc.disable()
+    try:
+        with pytest.raises(MessageTooLarge) as caught:
+            call(caller)
+        del caller, caught
+        assert gone() is None
+    finally:
+        gc.enable()
+        publisher.close()
+
+
+def test_process_without_a_thread_to_spare_says_so(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="new thread"):
+            publisher.broadcast_threadsafe("text")
+    publisher.broadcast_threadsafe("text")
+
+
+def test_process_without_an_event_loop_to_spare_says_so(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> NoReturn:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio.events, "new_event_loop", fail)
+        with pytest.raises(OSError, match="open files"):
+            publisher.broadcast_threadsafe("text")
+    publisher.broadcast_threadsafe("text")
+
+
+class Stage(FakeEngine):
+    """An engine with transactions."""
+
+    def __init__(self, broker: FakeBroker) -> None:
+        super().__init__(broker)
+        self.published: list[object] = []
+
+    async def publish_in(self, transaction: object, publication: Publication) -> None:
+        self.published.append((transaction, publication.message.payload))
+
+
+async def test_transaction_is_refused_when_the_publisher_is_closed(broker: FakeBroker) -> None:
+    engine = Stage(broker)
+    publisher = Publisher(engine)
+    await publisher.broadcast("before it is used", transaction="t1")
+    async with publisher:
+        await publisher.broadcast("open", transaction="t2")
+    with pytest.raises(LifecycleError, match="the publisher is closed"):
+        await publisher.broadcast("closed", transaction="t3")
+    assert engine.published == [("t1", b"before it is used"), ("t2", b"open")]
 
 
 async def test_start_counts(publisher: Publisher, broker: FakeBroker) -> None:
@@ -547,10 +697,9 @@ def test_broker_that_is_down_is_no_error_before_a_message_is_sent(publisher: Pub
     assert [payload for _, payload in published(broker)] == [b"found"]
 
 
-def test_broker_that_does_not_answer_is_given_up_in_time(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsbroadcast.publishing.host._START_SECONDS", 0.1)
+def test_broker_that_does_not_answer_is_given_up_in_time(broker: FakeBroker) -> None:
     broker.is_hung.set()
-    publisher = Publisher(FakeEngine(broker, timing=PATIENT))
+    publisher = Publisher(FakeEngine(broker, timing=PATIENT), start_timeout=0.1)
     with publisher:  # no error yet
         with pytest.raises(EngineUnavailable, match="nothing was sent"):
             publisher.broadcast_threadsafe("lost")
@@ -559,8 +708,7 @@ def test_broker_that_does_not_answer_is_given_up_in_time(broker: FakeBroker, mon
     assert threads() == []
 
 
-def test_engine_that_takes_its_time_goes_on_starting(broker: FakeBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsbroadcast.publishing.host._START_SECONDS", 0.1)
+def test_engine_that_takes_its_time_goes_on_starting(broker: FakeBroker) -> None:
     may_answer = threading.Event()
 
     class Slow(FakeBroker):
@@ -568,7 +716,7 @@ def test_engine_that_takes_its_time_goes_on_starting(broker: FakeBroker, monkeyp
             await asyncio.to_thread(may_answer.wait, 5)
 
     broker = Slow()
-    with Publisher(FakeEngine(broker, timing=PATIENT)) as publisher:
+    with Publisher(FakeEngine(broker, timing=PATIENT), start_timeout=0.1) as publisher:
         with pytest.raises(EngineUnavailable):
             publisher.broadcast_threadsafe("too early")
         may_answer.set()
@@ -729,7 +877,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks o
 @needs_fork
 def test_publisher_made_in_the_parent_works_in_the_child(url: str, prefix: str) -> None:
     check = """
-publisher._lock.acquire()  # a thread of the parent may hold it
+publisher._state().lock.acquire()  # a thread of the parent may hold it
 fork(lambda: publisher.broadcast_threadsafe("child"))
 assert received(1)[0][1] == "child"
 """

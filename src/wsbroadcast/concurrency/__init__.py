@@ -1,1 +1,0 @@
-"""Tasks, event loops and the borders between them."""

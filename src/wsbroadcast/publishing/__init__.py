@@ -1,1 +1,0 @@
-"""Broadcasts from programs that hold no connections."""
