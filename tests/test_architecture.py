@@ -40,9 +40,6 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
 # On their way to their rooms.
 UPWARD = {
-    ("connection", "manager"),
-    ("connection", "node.quotas"),
-    ("node.membership", "manager"),
     ("engines.broker.session", "node.lanes"),
 }
 
