@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,13 +39,6 @@ LAYERS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
-# On their way to their rooms.
-UPWARD = {
-    ("connection", "manager"),
-    ("connection", "node.quotas"),
-    ("node.membership", "manager"),
-}
-
 # Somebody else's packages, and the rooms that may know them; `None` for all.
 OUTSIDE: dict[str, set[str] | None] = {
     "starlette": None,
@@ -65,7 +59,6 @@ class Import(NamedTuple):
 
     importer: str
     module: str
-    is_for_typing: bool
 
 
 def modules() -> dict[str, Path]:
@@ -84,13 +77,6 @@ MODULES = modules()
 
 def imports_of(name: str) -> Iterator[Import]:
     tree = ast.parse(MODULES[name].read_text())
-    for_typing = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in node.body
-        for inner in ast.walk(child)
-    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -107,7 +93,7 @@ def imports_of(name: str) -> Iterator[Import]:
         else:
             continue
         for target in targets:
-            yield Import(name, target, node in for_typing)
+            yield Import(name, target)
 
 
 IMPORTS = [each for name in MODULES for each in imports_of(name)]
@@ -128,6 +114,15 @@ def test_every_module_has_a_room() -> None:
     assert {room_of(name) for name in MODULES} <= set(LEVEL), "give the new room a layer"
 
 
+def test_rooms_of_the_page_are_these() -> None:
+    page = (ROOT.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| room | what is in it |")[2].partition("\n\n")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    named = [room for row in rows for room in row]
+    assert sorted(named) == sorted(LEVEL)
+    assert [LEVEL[room] for room in named] == sorted(LEVEL.values())
+
+
 def test_imports_go_down_only() -> None:
     wrong = []
     for each in IMPORTS:
@@ -135,16 +130,17 @@ def test_imports_go_down_only() -> None:
         if target is None or room_of(target) == room_of(each.importer):
             continue
         goes_down = LEVEL[room_of(each.importer)] < LEVEL[room_of(target)]
-        if not goes_down and (each.importer, target) not in UPWARD:
+        if not goes_down:
             wrong.append(f"{each.importer} imports {target}")
     assert wrong == []
 
 
 def test_no_module_is_imported_in_a_circle() -> None:
+    # Not for types either.
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
     for each in IMPORTS:
         target = inside(each.module)
-        if target is not None and not each.is_for_typing:
+        if target is not None:
             graph[each.importer].add(target)
     TopologicalSorter(graph).prepare()  # names the circle if there is one
 

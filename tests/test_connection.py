@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -18,6 +19,7 @@ from wsbroadcast import (
     PermissionDenied,
     SlowConsumer,
 )
+from wsbroadcast.connection import Manager
 
 Reader = Callable[[Connection], Awaitable[Any]]
 
@@ -584,7 +586,7 @@ async def test_every_one_of_several_readers_learns_of_the_end(manager: Connectio
         manager.disconnect(connection)
     _, pending = await asyncio.wait(reading, timeout=5)
     assert pending == set()
-    assert not connection.is_read
+    assert not connection._transport.is_read
 
 
 async def test_wait_closed_by_several_tasks(manager: ConnectionManager) -> None:
@@ -654,7 +656,7 @@ async def test_a_state_that_cannot_follow_is_refused(manager: ConnectionManager)
     [(_, connection)] = await connected(manager, 1)
     manager.disconnect(connection)
     with pytest.raises(RuntimeError, match="from closed to open"):
-        connection.enter(ConnectionState.OPEN, 1000)
+        connection._enter(ConnectionState.OPEN, 1000)
 
 
 async def test_websocket_of_a_subclass_that_has_a_send_of_its_own_is_not_passed_by() -> None:
@@ -667,7 +669,7 @@ async def test_websocket_of_a_subclass_that_has_a_send_of_its_own_is_not_passed_
     peer = Peer()
     manager = ConnectionManager()
     connection = await manager.connect(Redacting(peer.scope, peer.receive, peer.send))
-    assert connection.fast_path_refused == "send is taken over"
+    assert connection._transport.fast_path_refused == "send is taken over"
     await manager.broadcast("a secret")
     await connection.websocket.send_text("the app's secret")
     assert await peer.wait_messages(2) == ["a ******", "the app's ******"]
@@ -678,3 +680,18 @@ async def test_websocket_of_a_subclass_that_has_a_send_of_its_own_is_not_passed_
     await connection.close(4000)
     assert peer.close_code == 4000
     await manager.aclose()
+
+
+# What is reached through it.
+
+
+def test_type_of_its_manager_has_everything_public_that_the_class_has() -> None:
+    def members(kind: type) -> dict[str, object]:
+        return {name: value for name, value in inspect.getmembers(kind) if not name.startswith("_")}
+
+    of_protocol, of_class = members(Manager), members(ConnectionManager)
+    assert {*of_protocol, *Manager.__annotations__} == {*of_class, "hooks"}
+    for name, function in of_protocol.items():
+        if inspect.isfunction(function):
+            mine, its = inspect.signature(function), inspect.signature(cast(Any, of_class[name]))
+            assert list(map(str, mine.parameters.values())) == list(map(str, its.parameters.values())), name

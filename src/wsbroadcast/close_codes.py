@@ -63,6 +63,16 @@ def is_sendable(code: int) -> bool:
     return code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
+def check_sendable(code: int) -> None:
+    """Check that a close frame may carry a code.
+
+    Raises:
+        ValueError: If it may not.
+    """
+    if not is_sendable(code):
+        raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
+
+
 def fallback_codes(code: int) -> tuple[int, ...]:
     """Return the codes to try in order, because some servers refuse the registered ones.
 

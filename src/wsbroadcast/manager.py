@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from functools import partial
 
 from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
-from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, is_sendable
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, check_sendable, cut_reason
 from wsbroadcast.concurrency import AwaitableContext, LoopEnded, running_loop, submit, wait_in_thread, without_waiting
-from wsbroadcast.connection import Connection, find_connection, find_open
+from wsbroadcast.connection import Connection, Exclude, Headers, find_connection, find_open
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.contract import Engine, Health, transactional
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineError, LifecycleError
 from wsbroadcast.hooks import Hook, HookChain, HookDecorators
 from wsbroadcast.message import Message
+from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.lifecycle import Lifecycle
-from wsbroadcast.node.membership import Headers
 from wsbroadcast.node.node import Node
 from wsbroadcast.options import ExpiresAt, Limits, SlowConsumer, check_positive
 from wsbroadcast.publication import NOBODY, Dismissal, Publication
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.text import plain
-
-Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
-"""Who does not get a broadcast."""
 
 
 @no_dependency(
@@ -116,23 +113,15 @@ class ConnectionManager(Lifecycle, HookDecorators):
                 is missed is announced as a gap.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        connect = self._connect(
-            websocket,
-            user=user,
-            channels=channels,
-            info=info,
-            subprotocol=subprotocol,
-            headers=headers,
-            expires_at=expires_at,
-        )
-        return AwaitableContext(connect, self._part)
+        joining = partial(Joining.of, user, channels, info, subprotocol, headers, expires_at)
+        return AwaitableContext(self._connect(websocket, joining), self._part)
 
-    async def _connect(self, websocket: WebSocket, **options: Any) -> Connection:
+    async def _connect(self, websocket: WebSocket, joining: Callable[[], Joining]) -> Connection:
         node = self._enter()
         try:
             if not self._is_started:
                 await self._run_here()
-            return await node.membership.join(websocket, self, **options)
+            return await node.membership.join(websocket, joining())
         finally:
             node.entering -= 1
 
@@ -189,8 +178,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
                 of others not.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        if not is_sendable(code):
-            raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
+        check_sendable(code)
         dismissal = Dismissal(Audience.of(user=user), int(code), cut_reason(reason), self._ids(exclude))
         node = await self._run_here()
         try:
@@ -218,7 +206,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
             if known is not None and known.is_open:
                 yield  # it has its place
                 return
-            async with node.membership.door.handshake(websocket):
+            async with node.membership.admission.handshake(websocket):
                 await self._run_here()
                 yield
         finally:
@@ -470,7 +458,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return None if message is None else publication.with_message(self._encode(message, None))
 
     def _new_node(self) -> Node:
-        return Node(self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
+        return Node(self, self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
 
 
 def count_unpublished(manager: ConnectionManager) -> int:

@@ -19,7 +19,7 @@ with watched():
     from wsbroadcast.close_codes import MAX_REASON_BYTES, cut_reason
     from wsbroadcast.engines.broker.names import AudienceNames
     from wsbroadcast.exceptions import ConnectionClosed
-    from wsbroadcast.node.quotas import address_of
+    from wsbroadcast.node.admission import address_of
     from wsbroadcast.options import unix_seconds
 
 NAMES = AudienceNames()

@@ -476,7 +476,7 @@ async def test_who_was_sent_away_is_not_heard_though_the_close_frame_has_to_wait
         case "close":
             closing = asyncio.create_task(connection.close())
         case "evict":
-            connection.evict("send_timeout")
+            connection.sink.owner.evict("send_timeout")
         case "expire":
             connection.renew(0)
         case "disconnect_user":

@@ -699,7 +699,7 @@ async def test_third_event_loop_stops_nothing_that_the_second_could_not_start(ot
     may_go_on = threading.Event()
     other_loop.loop.call_soon_threadsafe(may_go_on.wait, 5)
     second = LoopThread()
-    coming = asyncio.run_coroutine_threadsafe(manager._connect(Peer().websocket), second.loop)
+    coming = asyncio.run_coroutine_threadsafe(manager.connect(Peer().websocket), second.loop)
     await eventually(lambda: manager._loop is second.loop)
     coming.cancel()
     await eventually(lambda: not manager._node.entering)

@@ -22,11 +22,12 @@ from wsbroadcast import (
     create_router,
 )
 from wsbroadcast.engines.broker.engine import DEFAULT_TIMING
-from wsbroadcast.node.quotas import IN_ALL, PER_ADDRESS, PER_USER
+from wsbroadcast.node.admission import IN_ALL, PER_ADDRESS, PER_USER
+from wsbroadcast.transports import closed_error
 
 
-def seats(manager: ConnectionManager) -> dict[str, dict[str, int]]:
-    return {name: seats.taken for name, seats in manager._node.membership.door.admission.seats.items() if seats.taken}
+def places(manager: ConnectionManager) -> dict[str, dict[str, int]]:
+    return {name: each.taken for name, each in manager._node.membership.admission.quotas.counted.items() if each.taken}
 
 
 def denying(peer: Peer) -> Peer:
@@ -120,7 +121,7 @@ async def test_header_is_no_address() -> None:
         peer = Peer(headers=[(header, b"1.2.3.4")])
         with pytest.raises(LimitExceeded):
             await manager.connect(peer.websocket)
-    assert seats(manager) == {PER_ADDRESS: {"testclient": 1}}
+    assert places(manager) == {PER_ADDRESS: {"testclient": 1}}
 
 
 async def test_peers_without_address_share_no_limit() -> None:
@@ -160,7 +161,7 @@ async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
         peer.leave()
     for connection in manager.connections:
         manager.disconnect(connection)
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 # Whatever happens, the place is given back.
@@ -175,7 +176,7 @@ async def test_failed_accept_gives_the_place_back() -> None:
     peer.error = OSError("the client disconnected")
     with pytest.raises(ConnectionClosed):
         await manager.connect(peer.websocket, user="ann")
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 @pytest.mark.parametrize("is_accepted", [False, True])
@@ -194,17 +195,17 @@ async def test_cancelled_connect_gives_the_place_back_wherever_it_waits(is_accep
         waited = await cancel_at(step, manager.connect(peer.websocket, user="ann"))
         if not waited:
             break
-        assert seats(manager) == {}
+        assert places(manager) == {}
         assert manager.connections == []
         step += 1
     assert step > 2
-    assert seats(manager) == {IN_ALL: {"": 1}, PER_USER: {"ann": 1}, PER_ADDRESS: {"testclient": 1}}
+    assert places(manager) == {IN_ALL: {"": 1}, PER_USER: {"ann": 1}, PER_ADDRESS: {"testclient": 1}}
 
 
 async def test_cancelled_refusal_holds_nothing() -> None:
     manager = ConnectionManager(limits=ALL)
     await connected(manager, 1, user="ann")
-    before = seats(manager)
+    before = places(manager)
     step = 1
     while True:
         peer = denying(Peer(suspends=True))
@@ -215,7 +216,7 @@ async def test_cancelled_refusal_holds_nothing() -> None:
 
         if not await cancel_at(step, connect()):
             break
-        assert seats(manager) == before
+        assert places(manager) == before
         assert peer.websocket.application_state is WebSocketState.DISCONNECTED  # nobody can accept it any more
         step += 1
     assert step > 2
@@ -231,7 +232,7 @@ async def test_hook_that_refuses_gives_the_place_back() -> None:
     for _ in range(3):
         with pytest.raises(PermissionDenied):
             await manager.connect(Peer().websocket, user="ann")
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 @pytest.mark.parametrize("end", ["leave", "disconnect", "close", "app_close", "evict", "expire", "disconnect_user"])
@@ -252,12 +253,12 @@ async def test_every_end_gives_the_place_back(end: str) -> None:
             case "app_close":
                 await peer.websocket.close()
             case "evict":
-                connection.evict("send_timeout")
+                connection.sink.owner.evict("send_timeout")
             case "expire":
                 connection.renew(0)
             case "disconnect_user":
                 await manager.disconnect_user("ann")
-        await eventually(lambda: seats(manager) == {})
+        await eventually(lambda: places(manager) == {})
     assert manager.connections == []
 
 
@@ -283,7 +284,7 @@ async def test_two_at_once_for_the_same_socket_leave_one_place_taken() -> None:
     await peer.websocket.accept()
     one, two = await asyncio.gather(manager.connect(peer.websocket), manager.connect(peer.websocket))
     assert one is two
-    assert seats(manager)[IN_ALL] == {"": 1}
+    assert places(manager)[IN_ALL] == {"": 1}
 
 
 async def test_managers_count_for_themselves() -> None:
@@ -292,7 +293,7 @@ async def test_managers_count_for_themselves() -> None:
     async with one.handshake(peer.websocket):
         await two.connect(peer.websocket)
         await one.connect(peer.websocket)
-    assert seats(one)[IN_ALL] == seats(two)[IN_ALL] == {"": 1}
+    assert places(one)[IN_ALL] == places(two)[IN_ALL] == {"": 1}
 
 
 async def test_restarted_manager_starts_counting_anew() -> None:
@@ -315,10 +316,10 @@ async def test_handshake_that_is_looked_into_counts_already() -> None:
                 raise AssertionError("the block runs")
         assert status_of(second)[0] == 503
         await manager.connect(first.websocket, user="ann")
-    assert seats(manager) == {IN_ALL: {"": 1}}
+    assert places(manager) == {IN_ALL: {"": 1}}
     assert len(manager.connections) == 1
     manager.disconnect(first.websocket)
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 async def test_socket_that_is_connected_takes_no_second_place() -> None:
@@ -329,20 +330,20 @@ async def test_socket_that_is_connected_takes_no_second_place() -> None:
         async with manager.handshake(peer.websocket):
             assert await manager.connect(peer.websocket) is connection
     assert connection.is_open
-    assert seats(manager) == {IN_ALL: {"": 1}}
+    assert places(manager) == {IN_ALL: {"": 1}}
     manager.disconnect(peer.websocket)
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 async def test_handshake_that_comes_to_nothing_gives_its_place_back() -> None:
     manager = ConnectionManager(limits=ALL)
     for _ in range(3):
         async with manager.handshake(Peer().websocket):
-            assert seats(manager) == {IN_ALL: {"": 1}, PER_ADDRESS: {"testclient": 1}}
+            assert places(manager) == {IN_ALL: {"": 1}, PER_ADDRESS: {"testclient": 1}}
     with pytest.raises(ZeroDivisionError):
         async with manager.handshake(Peer().websocket):
             raise ZeroDivisionError
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 async def test_nested_handshakes_have_one_place() -> None:
@@ -350,16 +351,16 @@ async def test_nested_handshakes_have_one_place() -> None:
     peer = Peer()
     async with manager.handshake(peer.websocket):
         async with manager.handshake(peer.websocket):
-            assert seats(manager) == {IN_ALL: {"": 1}}
+            assert places(manager) == {IN_ALL: {"": 1}}
             await manager.connect(peer.websocket)
-        assert seats(manager) == {IN_ALL: {"": 1}}
+        assert places(manager) == {IN_ALL: {"": 1}}
     manager.disconnect(peer.websocket)
-    assert seats(manager) == {}
+    assert places(manager) == {}
     async with manager.handshake(peer.websocket):
         async with manager.handshake(peer.websocket):
             pass
-        assert seats(manager) == {IN_ALL: {"": 1}}
-    assert seats(manager) == {}
+        assert places(manager) == {IN_ALL: {"": 1}}
+    assert places(manager) == {}
 
 
 async def test_nested_handshakes_of_two_managers_have_a_place_each() -> None:
@@ -368,10 +369,10 @@ async def test_nested_handshakes_of_two_managers_have_a_place_each() -> None:
     async with one.handshake(peer.websocket), other.handshake(peer.websocket):
         await one.connect(peer.websocket)
         await other.connect(peer.websocket)
-        assert seats(one)[IN_ALL] == seats(other)[IN_ALL] == {"": 1}
+        assert places(one)[IN_ALL] == places(other)[IN_ALL] == {"": 1}
     one.disconnect(peer.websocket)
     other.disconnect(peer.websocket)
-    assert seats(one) == seats(other) == {}
+    assert places(one) == places(other) == {}
 
 
 async def test_handshakes_have_their_place_while_the_engine_starts() -> None:
@@ -387,11 +388,11 @@ async def test_handshakes_have_their_place_while_the_engine_starts() -> None:
     tasks = [asyncio.create_task(shake_hands(peer)) for peer in peers]
     await eventually(lambda: sum(task.done() for task in tasks) == 3)
     assert [status_of(peer)[0] for peer in peers[2:]] == [503] * 3
-    assert seats(manager) == {IN_ALL: {"": 2}}
+    assert places(manager) == {IN_ALL: {"": 2}}
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 async def test_start_that_fails_gives_the_places_back() -> None:
@@ -401,7 +402,7 @@ async def test_start_that_fails_gives_the_places_back() -> None:
     with pytest.raises(EngineUnavailable):
         async with manager.handshake(Peer().websocket):
             raise AssertionError("the block runs")
-    assert seats(manager) == {}
+    assert places(manager) == {}
     broker.is_down = False
     await manager.broadcast("starts it")
     assert (await manager.health()).is_ok
@@ -456,7 +457,7 @@ async def test_handshake_for_too_many_channels_is_refused() -> None:
     with pytest.raises(LimitExceeded):
         await manager.connect(peer.websocket, channels=[str(number) for number in range(101)])
     assert status_of(peer) == (403, b"too many channels")
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 async def test_million_channel_names_leave_nothing() -> None:
@@ -504,7 +505,7 @@ async def read(way: str, websocket: WebSocket, connection: Connection) -> Any:
         case "async for":
             async for message in connection:
                 return message
-            raise connection.closed_error()
+            raise closed_error(connection)
         case "websocket.receive":
             event = await websocket.receive()
             websocket._raise_on_disconnect(event)
@@ -514,7 +515,7 @@ async def read(way: str, websocket: WebSocket, connection: Connection) -> Any:
         case "websocket.iter_text":
             async for message in websocket.iter_text():
                 return message
-            raise connection.closed_error()
+            raise closed_error(connection)
     return await websocket.receive_text()
 
 
@@ -659,7 +660,7 @@ async def test_limit_that_nobody_catches_is_no_error_of_the_app() -> None:
         assert await peer.wait_close() == 1008
         assert peer.close is not None
         assert peer.close["reason"] == "too many channels"
-    assert seats(manager) == {}
+    assert places(manager) == {}
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,10 @@ async def health() -> dict[str, str]:
 @app.get("/{kind}/{room}/stats")
 async def stats(kind: str, room: str) -> dict[str, Any]:
     manager = manager_of(kind, room)
-    door = manager._node.membership.door.admission
+    counted = manager._node.membership.admission.quotas.counted
     return {
         **dataclasses.asdict(manager.stats()),
-        "seats": {name: seats.taken for name, seats in door.seats.items() if seats.taken},
+        "places": {name: each.taken for name, each in counted.items() if each.taken},
         "tasks": sum(task.get_name().startswith("wsbroadcast") for task in asyncio.all_tasks()),
     }
 

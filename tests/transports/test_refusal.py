@@ -9,7 +9,7 @@ from starlette.websockets import WebSocketState
 
 from tests.support.asgi import Peer
 from wsbroadcast import ConnectionClosed, ConnectionManager
-from wsbroadcast.transports.refusal import can_deny, deny, refuse
+from wsbroadcast.transports.refusal import can_refuse_handshake, refuse, refuse_handshake
 
 
 def denying(**options: Any) -> Peer:
@@ -23,8 +23,8 @@ async def test_denial_is_an_http_response(is_received: bool) -> None:
     peer = denying()
     if is_received:
         await peer.websocket.receive()
-    assert can_deny(peer.websocket)
-    await deny(peer.websocket, 429, "too many ü", [(b"retry-after", b"3")])
+    assert can_refuse_handshake(peer.websocket)
+    await refuse_handshake(peer.websocket, 429, "too many ü", [(b"retry-after", b"3")])
     start, body = peer.sent
     assert (start["type"], start["status"]) == ("websocket.http.response.start", 429)
     assert dict(start["headers"]) == {
@@ -34,13 +34,13 @@ async def test_denial_is_an_http_response(is_received: bool) -> None:
         b"connection": b"close",
     }
     assert body == {"type": "websocket.http.response.body", "body": "too many ü".encode()}
-    assert not can_deny(peer.websocket)
+    assert not can_refuse_handshake(peer.websocket)
 
 
 async def test_http_2_has_no_connection_header() -> None:
     peer = denying()
     peer.scope["http_version"] = "2"
-    await deny(peer.websocket, 403, "")
+    await refuse_handshake(peer.websocket, 403, "")
     assert b"connection" not in dict(peer.sent[0]["headers"])
 
 
@@ -50,7 +50,7 @@ async def test_server_without_the_extension_closes(extensions: Any) -> None:
     peer.scope["extensions"] = extensions
     if extensions == "missing":
         del peer.scope["extensions"]
-    await deny(peer.websocket, 429, "ü" * 100)
+    await refuse_handshake(peer.websocket, 429, "ü" * 100)
     assert peer.sent == [{"type": "websocket.close", "code": 1008, "reason": "ü" * 61}]
 
 
@@ -58,7 +58,7 @@ async def test_server_without_the_extension_closes(extensions: Any) -> None:
 async def test_peer_that_has_gone_is_no_error(error: Exception) -> None:
     peer = denying()
     peer.error = error
-    await deny(peer.websocket, 429, "")
+    await refuse_handshake(peer.websocket, 429, "")
     assert peer.websocket.application_state is WebSocketState.DISCONNECTED
 
 
@@ -66,13 +66,13 @@ async def test_peer_that_left_before_is_no_error() -> None:
     peer = denying()
     peer._inbox.get_nowait()
     peer.leave()
-    await deny(peer.websocket, 429, "")
+    await refuse_handshake(peer.websocket, 429, "")
     assert peer.sent == []
 
 
 async def test_denied_socket_cannot_be_connected() -> None:
     peer = denying()
-    await deny(peer.websocket, 429, "")
+    await refuse_handshake(peer.websocket, 429, "")
     with pytest.raises(ConnectionClosed):
         await ConnectionManager().connect(peer.websocket)
     assert peer.accepted is None
@@ -80,7 +80,7 @@ async def test_denied_socket_cannot_be_connected() -> None:
 
 async def test_close_after_a_denial_does_nothing() -> None:
     peer = denying()
-    await deny(peer.websocket, 429, "")
+    await refuse_handshake(peer.websocket, 429, "")
     await peer.websocket.close(1008, "as Starlette does for a WebSocketException")
     assert len(peer.sent) == 2
     with pytest.raises(RuntimeError, match="refused"):
@@ -92,8 +92,8 @@ async def test_only_a_handshake_can_be_denied(end: str) -> None:
     peer = denying()
     await getattr(peer.websocket, end)()
     with pytest.raises(RuntimeError, match="neither accepted nor closed"):
-        await deny(peer.websocket, 429, "")
-    assert not can_deny(peer.websocket)
+        await refuse_handshake(peer.websocket, 429, "")
+    assert not can_refuse_handshake(peer.websocket)
 
 
 # Refusing whatever state it is in.

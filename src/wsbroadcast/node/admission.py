@@ -1,92 +1,426 @@
-"""The door of a node: who is let in, how the others are refused, and what those inside may do."""
+"""Who may come in, and how much a client may say: `Limits` applied to handshakes, connections and messages."""
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from ipaddress import IPv6Address, ip_address
+from time import monotonic
+from typing import Any, NamedTuple, Protocol, Self
 
 from starlette.websockets import WebSocket
 
+from wsbroadcast.audience import as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.connection import Headers
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
-from wsbroadcast.node.quotas import PER_USER, REFUSALS, Admission, Breaches, Inbound, Place, address_of
-from wsbroadcast.options import Limits
+from wsbroadcast.logs import Clock, Throttle, logger
+from wsbroadcast.options import ExpiresAt, Limits, unix_seconds
 from wsbroadcast.stats import Counters
 from wsbroadcast.transports.refusal import refuse
+
+# No address is longer; what a server on a Unix socket calls a peer may be.
+_MAX_ADDRESS_CHARACTERS = 64
+
+# More keys than this are not remembered at the same time: the oldest begins anew.
+MAX_KEYS = 65_536
+
+
+class Refusal(NamedTuple):
+    """How a client learns that it went past a limit."""
+
+    text: str
+    """The body of the response, or the reason of the close."""
+    code: CloseCode
+    """The close code for a socket that is accepted."""
+    status: int = 403
+    """The HTTP status for one that isn't."""
+
+
+REFUSALS = {
+    "max_connections": Refusal("too many connections here", CloseCode.TRY_AGAIN_LATER, 503),
+    "max_connections_per_user": Refusal("too many connections of this user", CloseCode.POLICY_VIOLATION, 429),
+    "max_connections_per_address": Refusal("too many connections from this address", CloseCode.POLICY_VIOLATION, 429),
+    "max_handshake_rate": Refusal("too many handshakes from this address", CloseCode.TRY_AGAIN_LATER, 429),
+    "max_channels_per_connection": Refusal("too many channels", CloseCode.POLICY_VIOLATION),
+    "max_inbound_bytes": Refusal("message too big", CloseCode.MESSAGE_TOO_BIG),
+    "max_inbound_rate": Refusal("too many messages (max_inbound_rate)", CloseCode.POLICY_VIOLATION),
+    "max_router_inbound_rate": Refusal("too many messages (max_router_inbound_rate)", CloseCode.POLICY_VIOLATION),
+}
+"""By the name of the limit. The texts don't tell clients the figures."""
+
+
+IN_ALL = "max_connections"
+PER_USER = "max_connections_per_user"
+PER_ADDRESS = "max_connections_per_address"
+
+
+class Violations:
+    """Counts what went past a limit, and logs it without letting a flood into the log."""
+
+    def __init__(self, counters: Counters, clock: Clock = monotonic) -> None:
+        self._counters = counters
+        self._throttle = Throttle(clock)
+
+    def count(self, limit: str, who: object) -> LimitExceeded:
+        """Count one more, and return the error to raise.
+
+        Args:
+            limit: The name of a field of `Limits`.
+            who: A connection or an address, for the log.
+        """
+        limited = self._counters.limited
+        limited[limit] += 1
+        if self._throttle.is_due(limit):
+            logger.warning("%s: refused %d so far, the last was %.200r", limit, limited[limit], who)
+        return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
+
+
+class Counted:
+    """At most so many of one key, such as a user. A key that has none takes no memory."""
+
+    __slots__ = ("_most", "taken")
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+        self.taken: dict[str, int] = {}
+        """How many each key has, while there is a limit."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return self._most is not None
+
+    def take(self, key: str) -> bool:
+        """Count one more, if it may be; return whether it was."""
+        taken = self.taken.get(key, 0)
+        if self._most is not None and taken >= self._most:
+            return False
+        self.taken[key] = taken + 1
+        return True
+
+    def give_back(self, key: str) -> None:
+        """Count one less."""
+        self.taken[key] -= 1
+        if not self.taken[key]:
+            del self.taken[key]
+
+
+class Lease:
+    """A connection's place among those that are counted.
+
+    It is held from before the socket is accepted until the socket is freed.
+    """
+
+    __slots__ = ("_address", "_taken", "quotas")
+
+    def __init__(self, quotas: Quotas, address: str | None) -> None:
+        self.quotas = quotas
+        """Where the place is taken."""
+        self._address = address
+        self._taken: tuple[tuple[str, str], ...] = ()
+
+    def take(self, limit: str, key: str | None) -> None:
+        """Count it under one limit too, such as its user's once that is known; `None` isn't counted.
+
+        Raises:
+            LimitExceeded: If there is no room; the place is as it was.
+        """
+        if key is not None and self.quotas.take(limit, key, self._address):
+            self._taken += ((limit, key),)
+
+    @property
+    def needs_release(self) -> bool:
+        """Whether giving it back changes anything, so that somebody has to remember it."""
+        return self.quotas.needs_address
+
+    def release(self) -> None:
+        """Give everything back. Idempotent."""
+        taken, self._taken = self._taken, ()
+        self.quotas.give_back(taken)
+
+
+class TokenBuckets:
+    """A token bucket for each key, kept as the moment at which it is full again (GCRA). A full one takes no memory."""
+
+    def __init__(self, rate: float, burst: float, clock: Clock = monotonic) -> None:
+        self._interval = 1 / rate
+        self._window = window(rate, burst)
+        self._clock = clock
+        # The one that was used last is the last.
+        self._full_at: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._full_at)
+
+    def take(self, key: str) -> bool:
+        """Take a token; return whether there was one."""
+        self.forget()
+        now = self._clock()
+        before = self._full_at.pop(key, now)
+        full_at = max(before, now) + self._interval
+        is_taken = full_at - now <= self._window
+        self._full_at[key] = full_at if is_taken else before
+        if len(self._full_at) > MAX_KEYS:
+            del self._full_at[next(iter(self._full_at))]
+        return is_taken
+
+    def forget(self) -> None:
+        """Forget the buckets that are full again."""
+        now = self._clock()
+        while self._full_at:
+            oldest = next(iter(self._full_at))
+            if self._full_at[oldest] > now:
+                return
+            del self._full_at[oldest]
+
+
+def window(rate: float, burst: float) -> float:
+    """Return how far ahead of the clock a bucket's full moment may be; half a token forgives rounding."""
+    return (burst + 0.5) / rate
+
+
+class Quotas:
+    """Counts connections and paces handshakes. What is asked and what follows from it happen in one step."""
+
+    def __init__(self, limits: Limits, violations: Violations, clock: Clock = monotonic) -> None:
+        self._most_channels = limits.max_channels_per_connection
+        self._violations = violations
+        self.counted = {name: Counted(getattr(limits, name)) for name in (IN_ALL, PER_USER, PER_ADDRESS)}
+        """The places that are taken, by the name of the limit."""
+        # The lease of every connection where no places are counted. It holds nothing, so all can share it.
+        self._uncounted = None if any(each.is_limited for each in self.counted.values()) else Lease(self, None)
+        rate = limits.max_handshake_rate
+        self.pace = None if rate is None else TokenBuckets(rate, limits.handshake_burst, clock)
+        """The pace of handshakes by address, where it is limited."""
+        self.needs_address = self._uncounted is None or self.pace is not None
+        """Whether a handshake's address matters, if only for the log."""
+
+    def admit(self, address: str | None) -> Lease:
+        """Take a place for a handshake. Whose it is, `Lease.take` adds once it is known.
+
+        Raises:
+            LimitExceeded: If there is no place here or for its address, or if that one makes too many handshakes.
+        """
+        if self.pace is not None and address is not None and not self.pace.take(address):
+            raise self._violations.count("max_handshake_rate", address)
+        if self._uncounted is not None:
+            return self._uncounted
+        lease = Lease(self, address)
+        try:
+            lease.take(PER_ADDRESS, address)
+            lease.take(IN_ALL, "")
+        except LimitExceeded:
+            lease.release()
+            raise
+        return lease
+
+    def take(self, limit: str, key: str, address: str | None) -> bool:
+        """Take a place; return whether there is anything to give back. Called by a lease.
+
+        Raises:
+            LimitExceeded: If all places are taken.
+        """
+        counted = self.counted[limit]
+        if counted.is_limited and not counted.take(key):
+            raise self._violations.count(limit, address)  # not the user: names are not for logs
+        return counted.is_limited
+
+    def give_back(self, taken: Iterable[tuple[str, str]]) -> None:
+        """Give places back. Called by a lease."""
+        for limit, key in taken:
+            self.counted[limit].give_back(key)
+        if self.pace is not None:
+            self.pace.forget()
+
+    def check_channels(self, count: int, who: object) -> None:
+        """Check how many channels a connection is about to be in.
+
+        Raises:
+            LimitExceeded: If they are too many.
+        """
+        if self._most_channels is not None and count > self._most_channels:
+            raise self._violations.count("max_channels_per_connection", who)
+
+
+class Sender(Protocol):
+    """What the inbound limits have to know of a connection."""
+
+    inbound_full_at: float | None
+
+
+class InboundLimit:
+    """How large and how many the messages of a client may be. Runs for each message, so it is short.
+
+    One rate holds: `max_inbound_rate` for every client, or else `max_router_inbound_rate` for the clients of routers.
+    """
+
+    def __init__(self, limits: Limits, violations: Violations, clock: Clock = monotonic) -> None:
+        self._violations = violations
+        self._clock = clock
+        self._max_bytes = sys.maxsize if limits.max_inbound_bytes is None else limits.max_inbound_bytes
+        self._is_for_all = limits.max_inbound_rate is not None
+        self._limit = "max_inbound_rate" if self._is_for_all else "max_router_inbound_rate"
+        self._rate: float | None = getattr(limits, self._limit)
+        self._interval = 0.0 if self._rate is None else 1 / self._rate
+        self._window = 0.0 if self._rate is None else window(self._rate, limits.inbound_burst)
+
+    def begin(self, sender: Sender, *, is_routers: bool) -> None:
+        """Give a client its bucket, full, if a rate holds for it."""
+        if self._rate is not None and (self._is_for_all or is_routers):
+            sender.inbound_full_at = 0.0
+
+    def check(self, sender: Sender, message: str | bytes) -> None:
+        """Count a message that came in.
+
+        Raises:
+            LimitExceeded: If it is too large, or one too many for now.
+        """
+        if (full_at := sender.inbound_full_at) is not None:
+            now = self._clock()
+            full_at = (full_at if full_at > now else now) + self._interval
+            if full_at - now > self._window:
+                raise self._violations.count(self._limit, sender)
+            sender.inbound_full_at = full_at
+        # A character is at most 4 bytes of UTF-8, so most texts need not be looked at.
+        if len(message) * 4 > self._max_bytes and _size(message) > self._max_bytes:
+            raise self._violations.count("max_inbound_bytes", sender)
+
+
+def _size(message: str | bytes) -> int:
+    if isinstance(message, bytes) or message.isascii():
+        return len(message)
+    return len(message.encode("utf-8", "surrogatepass"))
+
+
+def address_of(scope: Mapping[str, Any]) -> str | None:
+    """Return what a peer's address counts as; `None` if the server doesn't know one, as on a Unix socket.
+
+    Only `scope["client"]` counts, never a header, because the client writes those. An IPv6 address counts as its /64
+    network, because that is what one customer is given (RFC 6177); one that holds an IPv4 address counts as
+    that one. Anything that is not an IP address is cut to 64 characters.
+    """
+    client = scope.get("client")
+    host = client[0] if client else None
+    if not host or not isinstance(host, str):
+        return None
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host[:_MAX_ADDRESS_CHARACTERS]
+    if not isinstance(address, IPv6Address):
+        return host
+    mapped = address.ipv4_mapped
+    return str(IPv6Address(int(address) >> 64 << 64)) + "/64" if mapped is None else str(mapped)
+
 
 EXPIRED = "it has expired"
 """What a client is told when `expires_at` has come."""
 
-# Where in its scope a handshake has the places that are held for it until it is connected, one for each admission.
-_PLACES_KEY = "wsbroadcast.places"
+# Where in its scope a handshake has the leases that are held for it until it is connected, by their quotas.
+_LEASES_KEY = "wsbroadcast.leases"
 
 
-class Door:
-    """Applies `Limits` to WebSockets. A place is taken in one step, before anything is awaited."""
+class Joining(NamedTuple):
+    """What `connect` was told about a connection, checked."""
+
+    user: object
+    user_key: str | None
+    channels: tuple[str, ...]
+    info: object
+    subprotocol: str | None
+    headers: Headers | None
+    expires_at: float | None
+
+    @classmethod
+    def of(
+        cls,
+        user: object,
+        channels: Iterable[str],
+        info: object,
+        subprotocol: str | None,
+        headers: Headers | None,
+        expires_at: ExpiresAt,
+    ) -> Self:
+        """Check what `connect` was told.
+
+        Raises:
+            InvalidChannel: If a channel name breaks a rule.
+            ValueError: If `user` is not a str, int or UUID, or `expires_at` is not a valid time.
+        """
+        key = None if user is None else user_key(user)
+        names = as_channels(channels) if channels else ()
+        return cls(user, key, names, info, subprotocol, headers, unix_seconds(expires_at))
+
+
+class Admission:
+    """Applies `Limits` to WebSockets. A place is taken in one step, before anything is awaited.
+
+    Its two halves are in reach: `quotas` for what is counted, `inbound` for what clients send.
+    """
 
     def __init__(self, limits: Limits, counters: Counters) -> None:
-        breaches = Breaches(counters)
-        self.admission = Admission(limits, breaches)
-        """The places that are taken."""
-        self.check_channels = self.admission.check_channels
+        violations = Violations(counters)
+        self.quotas = Quotas(limits, violations)
+        """Counts connections, and paces handshakes."""
+        self.check_channels = self.quotas.check_channels
         """Raises `LimitExceeded` for too many channels of one connection."""
-        self.inbound = Inbound(limits, breaches)
-        """How fast messages may come."""
+        self.inbound = InboundLimit(limits, violations)
+        """Limits the messages of clients."""
         self.check_message = self.inbound.check
         """Raises `LimitExceeded` for a message that is too large, or one too many."""
 
-    async def admit(
-        self, websocket: WebSocket, user: str | None, channels: tuple[str, ...], expires_at: float | None
-    ) -> Place:
+    async def admit(self, websocket: WebSocket, joining: Joining) -> Lease:
         """Take a place for a WebSocket that is about to be accepted, or refuse it.
 
         Raises:
-            LimitExceeded: If there is none, or the channels are too many; it has its answer.
-            PermissionDenied: If it has expired; it has its answer.
+            LimitExceeded: If there is none, or the channels are too many; the refusal has been sent.
+            PermissionDenied: If it has expired; the refusal has been sent.
         """
-        place = self._take_over(websocket) or await self._take_place(websocket)
+        lease = self._take_over(websocket) or await self._take_lease(websocket)
         try:
-            place.take(PER_USER, user)
-            self.check_channels(len(channels), websocket.scope.get("client"))
-            if expires_at is not None and expires_at <= time.time():
+            lease.take(PER_USER, joining.user_key)
+            self.check_channels(len(joining.channels), websocket.scope.get("client"))
+            if joining.expires_at is not None and joining.expires_at <= time.time():
                 raise PermissionDenied(EXPIRED)
         except LimitExceeded as error:
-            place.release()
+            lease.release()
             await _refuse(websocket, error)
             raise
         except PermissionDenied:
-            place.release()
+            lease.release()
             await refuse(websocket, 401, CloseCode.UNAUTHENTICATED, EXPIRED)
             raise
-        return place
+        return lease
 
     @asynccontextmanager
     async def handshake(self, websocket: WebSocket) -> AsyncGenerator[None]:
         """Hold a place for a handshake; `admit` takes it over. Inside another such block it is the same place.
 
         Raises:
-            LimitExceeded: If there is none; it has its answer.
+            LimitExceeded: If there is none; the refusal has been sent.
         """
-        places: dict[Admission, Place] = websocket.scope.setdefault(_PLACES_KEY, {})
-        if self.admission in places:
+        leases: dict[Quotas, Lease] = websocket.scope.setdefault(_LEASES_KEY, {})
+        if self.quotas in leases:
             yield
             return
-        place = places[self.admission] = await self._take_place(websocket)
+        lease = leases[self.quotas] = await self._take_lease(websocket)
         try:
             yield
         finally:
-            if places.get(self.admission) is place:  # else it is a connection's now
-                del places[self.admission]
-                place.release()
+            if leases.get(self.quotas) is lease:  # else it is a connection's now
+                del leases[self.quotas]
+                lease.release()
 
-    def _take_over(self, websocket: WebSocket) -> Place | None:
-        places: dict[Admission, Place] = websocket.scope.get(_PLACES_KEY, {})
-        return places.pop(self.admission, None)
+    def _take_over(self, websocket: WebSocket) -> Lease | None:
+        leases: dict[Quotas, Lease] = websocket.scope.get(_LEASES_KEY, {})
+        return leases.pop(self.quotas, None)
 
-    async def _take_place(self, websocket: WebSocket) -> Place:
+    async def _take_lease(self, websocket: WebSocket) -> Lease:
         try:
-            return self.admission.admit(address_of(websocket.scope) if self.admission.needs_address else None)
+            return self.quotas.admit(address_of(websocket.scope) if self.quotas.needs_address else None)
         except LimitExceeded as error:
             await _refuse(websocket, error)
             raise

@@ -1,71 +1,162 @@
-"""What follows when a connection has left: its close frame, its socket, and the hooks that are told."""
+"""What follows when a connection has left: its close frame, its socket, its lease; and what hooks are told of it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, ConnectionState
 from wsbroadcast.hooks import HookChain
+from wsbroadcast.node.admission import Lease
 
 
-class Farewells:
-    """Says goodbye in tasks of its own: whoever takes a connection out of the registry doesn't wait."""
+class Departures:
+    """Closes connections and waits for their sockets, in tasks of its own: who takes one out doesn't wait."""
 
-    def __init__(self, hooks: HookChain, tasks: Tasks) -> None:
-        self._hooks = hooks
+    def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
+        # Those that we close or have closed, until their sockets are freed. Done when the close frame is out, or the
+        # peer was given up.
+        self._closing: dict[Connection, asyncio.Future[None]] = {}
+        # The places of connections, where places are counted, until their sockets are freed.
+        self._leases: dict[Connection, Lease] = {}
+
+    def hold(self, connection: Connection, lease: Lease) -> None:
+        """Keep a connection's place until its socket is freed."""
+        if lease.needs_release:
+            self._leases[connection] = lease
+
+    def release(self, connection: Connection) -> None:
+        """Give a connection's place back. Idempotent."""
+        if (lease := self._leases.pop(connection, None)) is not None:
+            lease.release()
 
     def close(self, connection: Connection, code: int, reason: str) -> None:
-        """Send what waits, then a close frame; `connection.closing` ends when it is out or the peer was given up."""
-        # Both now, not when the task begins: whoever closes next finds it closed.
+        """Send what waits, then a close frame. `closing` tells when it is out or the peer was given up."""
+        # Both now, not when the task begins: another close that comes before that finds the connection closed.
         connection.sink.is_ended = True
-        closing = connection.closing = asyncio.get_running_loop().create_future()
+        closing = self._closing[connection] = asyncio.get_running_loop().create_future()
 
         async def close() -> None:
             try:
                 await connection.sink.close(code, reason)
             finally:
                 if connection.state is ConnectionState.CLOSING:
-                    connection.enter(ConnectionState.CLOSED, code, reason)
+                    connection._enter(ConnectionState.CLOSED, code, reason)
                 closing.set_result(None)
-                self.see_off(connection)
+                self.release_when_freed(connection)
 
-        self._tasks.spawn(close(), "close", connection.context)
+        self._tasks.spawn(close(), "close", connection._transport.context)
 
-    def see_off(self, connection: Connection) -> None:
-        """Its last word is said: let it go as soon as the server has let go of its socket."""
+    def closing(self, connection: Connection) -> asyncio.Future[None] | None:
+        """Return what ends with our close of a connection; `None` if we don't close it, or its socket is freed."""
+        return self._closing.get(connection)
+
+    def release_when_freed(self, connection: Connection) -> None:
+        """Let a connection go as soon as the server has let go of its socket. Nothing is sent on it any more."""
 
         async def wait() -> None:
             try:
                 await connection.sink.see_off()
             finally:
-                connection.let_go()
+                self._let_go(connection)
 
         if connection.sink.is_freed:
-            connection.let_go()
-        else:  # whoever called `close` doesn't wait for it, `aclose` does
-            self._tasks.spawn(wait(), "see-off", connection.context)
+            self._let_go(connection)
+        else:  # the caller of `close` doesn't wait for it, `aclose` does
+            self._tasks.spawn(wait(), "see-off", connection._transport.context)
+
+    def _let_go(self, connection: Connection) -> None:
+        self.release(connection)
+        closing = self._closing.get(connection)
+        if closing is not None and closing.done():  # else those who wait for the close still have to find it
+            del self._closing[connection]
+        connection._transport.let_go()
+
+
+class Announcements:
+    """Tells hooks who comes and goes: of each connection its coming first, and its going once, after that.
+
+    Args:
+        hooks: Who is told.
+        tasks: Runs what nobody waits for.
+        leave_channel: Takes a connection out of a channel; returns whether it was in there.
+    """
+
+    def __init__(self, hooks: HookChain, tasks: Tasks, leave_channel: Callable[[Connection, str], bool]) -> None:
+        self._hooks = hooks
+        self._tasks = tasks
+        self._leave_channel = leave_channel
+        # How many hooks are being told that a connection has come or was subscribed, where there are any.
+        self._running: dict[Connection, int] = {}
+
+    async def connected(self, connection: Connection, channels: tuple[str, ...]) -> None:
+        """Tell that a connection has come, and of each of its channels.
+
+        `on_unsubscribe` is for channels whose `on_subscribe` began. The connection leaves the others if this fails.
+
+        Raises:
+            PermissionDenied: If a hook refuses; those after it aren't told.
+        """
+        if not (self._hooks.has("on_connect") or self._hooks.has("on_subscribe")):
+            return
+        rest = iter(channels)
+        with self._holding(connection):
+            try:
+                await self._hooks.observe("on_connect", connection)
+                if self._hooks.has("on_subscribe"):
+                    for channel in rest:
+                        await self._hooks.observe("on_subscribe", connection, channel)
+            except BaseException:
+                for channel in rest:
+                    if not self._leave_channel(connection, channel):
+                        connection.channels -= {channel}
+                raise
+
+    async def subscribed(self, connection: Connection, channel: str) -> None:
+        """Tell that a connection was subscribed to a channel; it leaves the channel if this fails.
+
+        Raises:
+            PermissionDenied: If a hook refuses.
+        """
+        if not self._hooks.has("on_subscribe"):
+            return
+        with self._holding(connection):
+            try:
+                await self._hooks.observe("on_subscribe", connection, channel)
+            except BaseException:
+                if self._leave_channel(connection, channel):
+                    observing = self._hooks.observe("on_unsubscribe", connection, channel)
+                    self._tasks.spawn(observing, "on_unsubscribe hooks", connection._transport.context)
+                raise
+
+    async def unsubscribed(self, connection: Connection, channel: str) -> None:
+        """Tell that a connection has left a channel, and stays."""
+        if self._hooks.has("on_unsubscribe"):
+            await self._hooks.observe("on_unsubscribe", connection, channel)
+
+    def disconnected(self, connection: Connection) -> None:
+        """Tell that a connection has gone, in a task; after the hooks that are still told of its coming."""
+        is_heard = self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe")
+        if is_heard and connection not in self._running:
+            self._tasks.spawn(self._tell_end(connection), "on_disconnect hooks", connection._transport.context)
 
     @contextmanager
-    def after(self, connection: Connection) -> Generator[None]:
-        """Let the hooks that are told of its coming, in this block, end before they are told of its going."""
-        connection.hooks_running += 1
+    def _holding(self, connection: Connection) -> Generator[None]:
+        # What is told of the connection's end waits for the end of this block.
+        self._running[connection] = self._running.get(connection, 0) + 1
         try:
             yield
         finally:
-            connection.hooks_running -= 1
-            if not connection.is_open:
-                self.tell(connection)
+            self._running[connection] -= 1
+            if not self._running[connection]:
+                del self._running[connection]
+                if not connection.is_open:
+                    self.disconnected(connection)
 
-    def tell(self, connection: Connection) -> None:
-        """Tell the hooks that it has gone; while one is still told of its coming, the end of that block does."""
-        if not connection.hooks_running and (self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe")):
-            self._tasks.spawn(self._run_hooks(connection), "on_disconnect hooks", connection.context)
-
-    async def _run_hooks(self, connection: Connection) -> None:
+    async def _tell_end(self, connection: Connection) -> None:
         if self._hooks.has("on_unsubscribe"):
             # One budget for all channels: a hook that hangs holds up `on_disconnect` once, not once for each.
             deadline = asyncio.get_running_loop().time() + self._hooks.timeout

@@ -8,7 +8,7 @@ from collections import Counter
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
-from wsbroadcast.connection import Connection
+from wsbroadcast.connection import Connection, Manager
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import Watch
@@ -26,14 +26,22 @@ class Node:
     """Receives publications from the engine and hands them to the connections that are here."""
 
     def __init__(
-        self, engine: Engine, hooks: HookChain, slow_consumer: SlowConsumer, limits: Limits, counters: Counters
+        self,
+        manager: Manager,
+        engine: Engine,
+        hooks: HookChain,
+        slow_consumer: SlowConsumer,
+        limits: Limits,
+        counters: Counters,
     ) -> None:
         self._engine = engine
         self.registry = Registry[Connection]()
         self._watch = Watch(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._watch)
         self._tasks = Tasks()
-        self.membership = Membership(self.registry, self.dispatcher, self._watch, hooks, self._tasks, engine, limits)
+        self.membership = Membership(
+            manager, self.registry, self.dispatcher, self._watch, hooks, self._tasks, engine, limits
+        )
         self._hooks = hooks
         self._limits = limits
         self._counters = counters
@@ -88,7 +96,7 @@ class Node:
             users=len(self.registry.users),
             channels=len(self.registry.channels),
             sinks=dict(Counter(connection.sink.kind for connection in connections)),
-            fast_path_refused=dict(Counter(c.fast_path_refused for c in connections if c.fast_path_refused)),
+            fast_path_refused=dict(Counter(why for c in connections if (why := c._transport.fast_path_refused))),
             connects=counters.connects,
             disconnects=counters.disconnects,
             broadcasts=counters.broadcasts,

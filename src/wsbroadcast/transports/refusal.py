@@ -16,7 +16,7 @@ _EXTENSION = "websocket.http.response"
 _SECONDS = 1.0
 
 
-def can_deny(websocket: WebSocket) -> bool:
+def can_refuse_handshake(websocket: WebSocket) -> bool:
     """Tell whether a WebSocket is neither accepted nor closed, so that its handshake can still be refused."""
     return (
         websocket.application_state is WebSocketState.CONNECTING
@@ -24,7 +24,9 @@ def can_deny(websocket: WebSocket) -> bool:
     )
 
 
-async def deny(websocket: WebSocket, status: int, body: str, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+async def refuse_handshake(
+    websocket: WebSocket, status: int, body: str, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
     """Refuse the handshake of a WebSocket with an HTTP response.
 
     Where the server lacks the ASGI extension `websocket.http.response` (daphne does), it is closed before it is
@@ -41,8 +43,8 @@ async def deny(websocket: WebSocket, status: int, body: str, headers: Iterable[t
     Raises:
         RuntimeError: If it is accepted or closed already.
     """
-    if not can_deny(websocket):
-        raise RuntimeError("only a WebSocket that is neither accepted nor closed can be denied; close it instead")
+    if not can_refuse_handshake(websocket):
+        raise RuntimeError("only a WebSocket that is neither accepted nor closed can be refused; close it instead")
     try:
         async with asyncio.timeout(_SECONDS):
             if websocket.client_state is WebSocketState.CONNECTING:
@@ -52,25 +54,25 @@ async def deny(websocket: WebSocket, status: int, body: str, headers: Iterable[t
             else:
                 await websocket.close(CloseCode.POLICY_VIOLATION, cut_reason(body))
     except (OSError, RuntimeError):  # TimeoutError is an OSError
-        pass  # gone meanwhile, which servers and Starlette say in a dozen ways: it isn't in, and that was the aim
+        pass  # the peer has gone, which servers and Starlette say in a dozen ways: it isn't in, and that was the aim
     finally:
-        websocket.application_state = WebSocketState.DISCONNECTED  # whatever failed: nobody accepts it now
-        websocket.send = _ignore_close  # type: ignore[assignment, method-assign]  # closed already: nothing to complain about
+        websocket.application_state = WebSocketState.DISCONNECTED  # even if that failed: nobody accepts it now
+        mute(websocket)
 
 
 async def refuse(websocket: WebSocket, status: int, code: int, reason: str) -> None:
     """Refuse a WebSocket that is not registered: by HTTP before it is accepted, with a close frame afterwards.
 
-    Never raises and never hangs; a peer that has gone is no error. As after `deny`, a later `close` does nothing.
+    Never raises and never hangs; a peer that has gone is no error. A later `close` does nothing.
 
     Args:
         websocket: Any; one that is closed is left alone.
-        status: The HTTP status, as for `deny`.
+        status: The HTTP status, as for `refuse_handshake`.
         code: The close code; where the server refuses it, the same plus 3000, or 1000.
         reason: The body of the response, or the reason of the close, cut to 123 bytes of UTF-8.
     """
-    if can_deny(websocket):
-        await deny(websocket, status, reason)
+    if can_refuse_handshake(websocket):
+        await refuse_handshake(websocket, status, reason)
         return
     if websocket.application_state is not WebSocketState.CONNECTED:
         return
@@ -83,7 +85,7 @@ async def refuse(websocket: WebSocket, status: int, code: int, reason: str) -> N
         pass
     finally:
         websocket.application_state = WebSocketState.DISCONNECTED
-        websocket.send = _ignore_close  # type: ignore[assignment, method-assign]  # as after `deny`
+        mute(websocket)
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> bool:
@@ -110,6 +112,26 @@ async def _respond(websocket: WebSocket, status: int, body: bytes, headers: Iter
     await asyncio.sleep(0)  # uvicorn 0.54 logs an error if the app returns before its transport says that it is closed
 
 
-async def _ignore_close(event: MutableMapping[str, Any]) -> None:
-    if event["type"] != "websocket.close":
-        raise RuntimeError(f"unexpected {event['type']}: the handshake was refused")
+class Muted:
+    """What `websocket.send` is once the end of a WebSocket was said: a close that follows does nothing.
+
+    Args:
+        swallows_all: Whether everything else goes nowhere as well; otherwise it is an error.
+    """
+
+    def __init__(self, *, swallows_all: bool) -> None:
+        self._swallows_all = swallows_all
+
+    async def __call__(self, event: MutableMapping[str, Any]) -> None:
+        """Pass nothing on.
+
+        Raises:
+            RuntimeError: If it is not a close, unless everything goes nowhere.
+        """
+        if event["type"] != "websocket.close" and not self._swallows_all:
+            raise RuntimeError(f"unexpected {event['type']}: the handshake was refused")
+
+
+def mute(websocket: WebSocket, *, swallows_all: bool = False) -> None:
+    """Let nothing out of a WebSocket any more; see `Muted`."""
+    websocket.send = Muted(swallows_all=swallows_all)  # type: ignore[assignment, method-assign]  # the instance's, as Starlette has it

@@ -1,20 +1,24 @@
-"""Taking a WebSocket over: what an endpoint sends and receives on it goes through its connection."""
+"""A Starlette WebSocket as a transport: what an endpoint sends and receives on it goes through its connection."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, MutableMapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from contextvars import copy_context
 from functools import cache
 from types import MethodType
 from typing import Any, Protocol
 
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.exceptions import ConnectionClosed
-
-Event = MutableMapping[str, Any]
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
+from wsbroadcast.delivery.sink import Sink
+from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSink, find_protocol, find_transport
+from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
+from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
 
 _READERS = ("receive_text", "receive_bytes", "receive_json")
 
@@ -22,10 +26,10 @@ _READERS = ("receive_text", "receive_bytes", "receive_json")
 class Taker(Protocol):
     """Who gets what an endpoint does with a WebSocket: a connection, or what is left of one."""
 
-    def send_for_app(self, event: Event) -> Coroutine[Any, Any, None]:
+    def send(self, event: Event) -> Coroutine[Any, Any, None]:
         """Send an event of the app, in its place among the broadcasts."""
 
-    def receive_for_app(self) -> Coroutine[Any, Any, Event]:
+    def receive(self) -> Coroutine[Any, Any, Event]:
         """Return the next event of the peer."""
 
     def refuse(self, code: int, reason: str) -> Coroutine[Any, Any, ConnectionClosed]:
@@ -48,12 +52,12 @@ class TakenOver(WebSocket):
     def send(self, message: Event) -> Coroutine[Any, Any, None]:
         """Send an ASGI event."""
         taker = self.taker
-        return self.kind.send(self, message) if taker is None else taker.send_for_app(message)
+        return self.kind.send(self, message) if taker is None else taker.send(message)
 
     def receive(self) -> Coroutine[Any, Any, Event]:
         """Return the next ASGI event."""
         taker = self.taker
-        return self.kind.receive(self) if taker is None else taker.receive_for_app()
+        return self.kind.receive(self) if taker is None else taker.receive()
 
     async def receive_text(self) -> str:
         """Wait for a text message; a binary one closes with 1003, and is an end like others."""
@@ -97,8 +101,7 @@ def take_over(websocket: WebSocket, taker: Taker) -> Found | None:
         websocket.__class__ = _taken_over(type(websocket))
     if is_wrapped:
         found = (websocket.send, websocket.receive)
-        websocket.send = taker.send_for_app  # type: ignore[assignment, method-assign]
-        websocket.receive = taker.receive_for_app  # type: ignore[method-assign]
+        _exchange(websocket, (taker.send, taker.receive))
         return found
     websocket.taker = taker  # type: ignore[attr-defined]  # of its new class
     return None
@@ -107,20 +110,22 @@ def take_over(websocket: WebSocket, taker: Taker) -> Found | None:
 def has(taker: Taker, websocket: WebSocket) -> bool:
     """Tell whether what an endpoint does goes to `taker` first."""
     attributes = vars(websocket)
-    if "send" in attributes:
-        return getattr(attributes["send"], "__self__", None) is taker
-    return attributes.get("taker") is taker
+    has_it = getattr(attributes["send"], "__self__", None) if "send" in attributes else attributes.get("taker")
+    return has_it is taker
 
 
 def hand_on(websocket: WebSocket, taker: Taker | None, found: Found | None) -> None:
     """Let somebody else have what goes through `taker` so far, or give back what was found."""
+    if found is None and "send" in vars(websocket) and taker is not None:
+        found = (taker.send, taker.receive)
     if found is not None:
-        websocket.send, websocket.receive = found  # type: ignore[assignment, method-assign]
-    elif "send" in vars(websocket) and taker is not None:
-        websocket.send = taker.send_for_app  # type: ignore[assignment, method-assign]
-        websocket.receive = taker.receive_for_app  # type: ignore[method-assign]
+        _exchange(websocket, found)
     else:
         websocket.taker = taker  # type: ignore[attr-defined]  # a connection's WebSocket is a `TakenOver`
+
+
+def _exchange(websocket: WebSocket, found: Found) -> None:
+    websocket.send, websocket.receive = found  # type: ignore[assignment, method-assign]
 
 
 def is_untouched(websocket: WebSocket) -> bool:
@@ -160,46 +165,260 @@ def _event_of(event: Event) -> Event:
     return event
 
 
-class Ended:
-    """What is left of a connection when its socket is gone: its code and reason, and nothing that holds the rest.
+class WebSocketTransport:
+    """Takes over `websocket.send` and `websocket.receive` for a connection.
 
-    Without it, the WebSocket, its scope and the connection would hold each other until the garbage collector comes.
+    What the app sends itself keeps its place among the broadcasts. Every reader notices the peer's end for the
+    connection.
+
+    Args:
+        websocket: The endpoint's, accepted.
+        watch: Looks after what waits to be sent.
+        keeper: Is told what happens.
     """
 
-    __slots__ = ("code", "manager", "previous", "reason")
+    __slots__ = (
+        "_found",
+        "_kept",
+        "_reading",
+        "context",
+        "fast_path_refused",
+        "keeper",
+        "owner",
+        "previous",
+        "sink",
+        "websocket",
+    )
 
-    def __init__(self, manager: object, code: int, reason: str) -> None:
-        self.manager = manager
-        """Whose connection it was."""
-        self.previous = None
-        """No other connection is behind it."""
-        self.code = code
-        """The code it ended with."""
-        self.reason = reason
-        """The reason that came with the code."""
+    def __init__(self, websocket: WebSocket, watch: Watch, keeper: Keeper) -> None:
+        self.websocket = websocket
+        self.keeper = keeper
+        self.owner: Owner
+        """The connection, from `attach` to `let_go`; then what is left of it."""
+        self.context = copy_context()
+        self.previous: object = websocket.scope.get(SCOPE_KEY)
+        self.sink, self.fast_path_refused = _make_sink(self, websocket, watch)
+        # Set by `attach`, where the WebSocket's `send` and `receive` were not simply its class's own.
+        self._found: Found | None = None
+        # Who is inside `receive`, the last first, to be interrupted when the connection ends by our side.
+        self._reading: Interruptible | None = None
+        # Messages whose hooks had not ended when the read was cancelled; the next read gets them. `None` while there
+        # was none and the connection is open, so that a read has one thing to look at.
+        self._kept: deque[tuple[Event, Awaitable[None] | None]] | None = None
 
-    def closed_error(self) -> ConnectionClosed:
-        """Make the error for using the connection after its end."""
-        return ConnectionClosed(self.code, self.reason)
+    # What the connection uses; see `Transport`.
 
-    async def send_for_app(self, event: Event) -> None:
-        """Raise; a close has nothing to complain about."""
-        if event["type"] != "websocket.close":
-            raise self.closed_error()
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody waits for a message of the peer now."""
+        return self._reading is not None
 
-    async def receive_for_app(self) -> Event:
-        """Say that it is disconnected."""
-        return {"type": "websocket.disconnect", "code": self.code, "reason": self.reason}
+    def attach(self, owner: Owner) -> None:
+        """Begin: from now on what the endpoint does goes through here."""
+        self.owner = owner
+        self.websocket.scope[SCOPE_KEY] = owner
+        self._found = take_over(self.websocket, self)
+
+    def interrupt(self) -> None:
+        """Get everybody out of `receive`: the connection has ended."""
+        self._kept = self._kept or deque()
+        reading = self._reading
+        while reading is not None:
+            reading.interrupt()  # now: granian sends no close frame while the app is inside `receive`
+            reading = reading.before
+
+    def give_back(self) -> None:
+        """Undo the taking over, before the WebSocket is connected anew; not while something waits to be written."""
+        if self.sink.backlog is None and has(self, self.websocket):
+            hand_on(self.websocket, None, self._found)
+            if self.previous is None:
+                del self.websocket.scope[SCOPE_KEY]
+            else:
+                self.websocket.scope[SCOPE_KEY] = self.previous
+            self.sink.is_ended = True  # what is left of it closes nothing
+
+    def let_go(self) -> None:
+        """The socket is gone: hold nothing any more that holds the connection."""
+        owner = self.owner
+        ended = self.owner = self.sink.owner = Ended(self.keeper.manager, owner)
+        if has(self, self.websocket):
+            hand_on(self.websocket, ended, None)
+        if self.websocket.scope.get(SCOPE_KEY) is owner:
+            self.websocket.scope[SCOPE_KEY] = ended
+
+    # What the sink uses.
+
+    def lost(self, code: int, reason: str) -> None:
+        """The sink found the peer gone."""
+        self.keeper.lost(self.owner, code, reason)
+
+    def evict(self, cause: str) -> None:
+        """The sink found that the peer doesn't take what it is sent."""
+        self.keeper.evict(self.owner, cause)
+
+    async def app_send(self, event: Event) -> None:
+        """Send an event of the app the way it would have gone without the connection."""
+        code = event.get("code") if event["type"] == "websocket.close" else None
+        try:
+            if code is None or not is_sendable(code):
+                await self._pass_on(event)
+            else:
+                await self._pass_close_on(event, code)
+        except WebSocketDisconnect:
+            # Starlette now counts the app's side as closed, and a later `receive_text` would raise RuntimeError, which
+            # no endpoint catches. Its `receive` goes on to the disconnect instead.
+            self.websocket.application_state = WebSocketState.CONNECTED
+            raise
+
+    def _pass_on(self, event: Event) -> Awaitable[None]:
+        websocket = self.websocket
+        assert isinstance(websocket, TakenOver)
+        return websocket.kind.send(websocket, event) if self._found is None else self._found[0](event)
+
+    async def _pass_close_on(self, event: Event, code: int) -> None:
+        *codes, last = fallback_codes(code)
+        for each in codes:
+            try:
+                return await self._pass_on({**event, "code": each})
+            except (OSError, RuntimeError, WebSocketDisconnect):
+                raise
+            except Exception:  # what daphne says of a code it doesn't take
+                self.websocket.application_state = WebSocketState.CONNECTED
+        await self._pass_on({**event, "code": last})
+
+    # What `websocket.send` and `websocket.receive` are while the connection lives. The connection may be let go while
+    # one of them waits, so each looks once whose it is.
+
+    async def send(self, event: Event) -> None:
+        """Send an event of the app, in its place among the broadcasts.
+
+        Raises:
+            ConnectionClosed: If the connection has ended.
+        """
+        owner, keeper, sink = self.owner, self.keeper, self.sink
+        keeper.before_app_send()
+        if is_close := event["type"] == "websocket.close":
+            if sink.is_ended:
+                return  # closed already: nothing to complain about
+            event = {**event, "reason": cut_reason(event.get("reason") or "")}
+            keeper.app_closes(owner, event.get("code", CloseCode.NORMAL), event["reason"])
+        elif sink.is_ended:
+            raise closed_error(owner)
+        try:
+            await sink.send_event(event)
+        except WebSocketDisconnect as error:
+            if not keeper.is_closing(owner):  # else it was thrown away for a close, and `lost` would cancel the writer
+                keeper.lost(owner, error.code, error.reason)
+            raise
+        finally:
+            if is_close:
+                keeper.app_closed(owner)
+
+    async def receive(self, *, throws_away: bool = False) -> Event:
+        """Return the next event of the peer, or that it is disconnected. A read that is cancelled loses nothing."""
+        owner = self.owner
+        if self._kept is not None:
+            if not owner.is_open:
+                return await self._receive_after_the_end(owner)
+            if self._kept:
+                return await self._observed(owner, *self._kept.popleft())
+        if self._reading is not None and self._reading.throws_away:
+            self._reading.interrupt()
+        reading = self._reading = Interruptible(throws_away, self._reading)
+        spares = self.sink.begin_reading()
+        try:
+            event = await self._receive_below()
+        except asyncio.CancelledError:
+            if not reading.take_back():
+                raise
+            return STEPPED_ASIDE if owner.is_open else await self._receive_after_the_end(owner)
+        except (OSError, RuntimeError):
+            # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
+            event = disconnect_event(owner)
+        finally:
+            if spares:
+                self.sink.end_reading()
+            reading.take_back()  # `receive` may have swallowed our cancellation
+            if self._reading is not None:
+                self._reading = self._reading.without(reading)
+        if event["type"] == "websocket.disconnect":
+            self.keeper.lost(owner, event.get("code") or ABNORMAL, event.get("reason") or "")
+            return event
+        if self._kept is not None and not owner.is_open:
+            return event if self._is_anothers(owner) else await self._receive_after_the_end(owner)
+        try:
+            observing = self._observe(owner, event)
+        except LimitExceeded as error:
+            self.sink.hangs_up = True
+            await owner.close(error.code, error.reason)
+            return disconnect_event(owner)
+        return event if observing is None else await self._observed(owner, event, observing)
+
+    def _observe(self, owner: Owner, event: Event) -> Awaitable[None] | None:
+        text = event.get("text")
+        return self.keeper.observe_message(owner, event["bytes"] if text is None else text)
+
+    async def _observed(self, owner: Owner, event: Event, observing: Awaitable[None] | None) -> Event:
+        observing = observing or self._observe(owner, event)
+        try:
+            if isinstance(observing, asyncio.Task):
+                await asyncio.wait({observing})  # which doesn't cancel it
+                observing.result()
+            elif observing is not None:
+                await observing
+        except asyncio.CancelledError:
+            # Hooks that were not expected to wait have been cancelled, and run again.
+            self._kept = self._kept or deque()
+            self._kept.append((event, observing if isinstance(observing, asyncio.Task) else None))
+            raise
+        return event if owner.is_open else disconnect_event(owner)
+
+    async def _receive_after_the_end(self, owner: Owner) -> Event:
+        # A connection that has left the registry is out of reach for limits, hooks and `disconnect_user`. So nothing
+        # that its peer says is handed on, although its close frame may still wait for its turn.
+        if self._is_anothers(owner):
+            return await self._receive_below()
+        await owner.wait_closed()  # an endpoint that ends earlier makes the server cut off the close frame
+        return disconnect_event(owner)
+
+    def _is_anothers(self, owner: Owner) -> bool:
+        # Out of this manager's registry, and the connection of another one, which reads through this one.
+        return not self.sink.is_ended and self.websocket.scope.get(SCOPE_KEY) is not owner
+
+    def _receive_below(self) -> Awaitable[Event]:
+        # Not a coroutine of its own: one frame less for each connection that waits here.
+        websocket = self.websocket
+        assert isinstance(websocket, TakenOver)
+        return websocket.kind.receive(websocket) if self._found is None else self._found[1]()
 
     async def refuse(self, code: int, reason: str) -> ConnectionClosed:
-        """It is closed already."""
-        return self.closed_error()
+        """Close because of what the peer sent; return the error for the caller who wanted to read it."""
+        await self.owner.close(code, reason)
+        return ConnectionClosed(code, reason)
+
+
+def _make_sink(transport: WebSocketTransport, websocket: WebSocket, watch: Watch) -> tuple[Sink, str]:
+    if not is_untouched(websocket):
+        # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
+        return Sink(transport, watch, websocket.send), "send is taken over"
+    if (own := own_send(websocket)) is not None:
+        return Sink(transport, watch, own), "send is taken over"
+    # Ours go to the server directly: Starlette's state then says only what the app itself did.
+    send = getattr(websocket, "_send", websocket.send)
+    shown = websocket.scope.get(SERVER_RECEIVE)
+    own_receive = getattr(websocket, "_receive", None)
+    receive = shown or own_receive
+    protocol, refused = find_protocol(receive, send if shown is None else websocket.scope.get(SERVER_SEND))
+    if protocol is not None:
+        is_read_directly = is_plain(websocket) and getattr(own_receive, "__self__", None) is protocol
+        return UvicornSink(transport, watch, send, protocol, is_read_directly=is_read_directly), ""
+    return Sink(transport, watch, send, find_transport(receive)), refused
 
 
 # A task that waits inside `receive`, and how to get it out of there.
 
 
-class Reading:
+class Interruptible:
     """A task inside `receive` that may have to be interrupted.
 
     As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
@@ -207,7 +426,7 @@ class Reading:
 
     __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "before", "throws_away")
 
-    def __init__(self, throws_away: bool, before: Reading | None) -> None:
+    def __init__(self, throws_away: bool, before: Interruptible | None) -> None:
         self.throws_away = throws_away
         """Whether it only waits for the end, and steps aside for whoever wants the messages."""
         self.before = before
@@ -223,7 +442,7 @@ class Reading:
             self._is_interrupted = True
             self._task.cancel()
 
-    def without(self, ended: Reading) -> Reading | None:
+    def without(self, ended: Interruptible) -> Interruptible | None:
         """Return the readings from this one on, without one that has ended."""
         if self is ended:
             return self.before
@@ -237,7 +456,3 @@ class Reading:
             return False
         self._is_taken_back = True
         return self._task.uncancel() <= self._cancelling
-
-    def finish(self) -> None:
-        """Undo our own cancellation if `receive` has swallowed it."""
-        self.take_back()

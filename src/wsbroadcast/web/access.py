@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from inspect import iscoroutinefunction
 from typing import Any, Literal, NoReturn, get_args
 
@@ -26,7 +26,8 @@ from wsbroadcast.exceptions import (
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain
-from wsbroadcast.transports.refusal import can_deny, deny, refuse
+from wsbroadcast.transports import closed_error
+from wsbroadcast.transports.refusal import can_refuse_handshake, mute, refuse, refuse_handshake
 from wsbroadcast.web.authentication import Authenticator, Handshake, Identity, UserKey, choose_subprotocol, identity_of
 from wsbroadcast.web.origin import AllowedOrigins
 
@@ -46,7 +47,7 @@ OnDenied = Literal["error", "close"]
 _MAX_LOGGED = 100
 
 _NO_HEADERS: Mapping[str, str] = {}
-# Those of a response that `deny` writes itself.
+# Those of a response that `refuse_handshake` writes itself.
 _OURS = {"content-length", "content-type", "connection"}
 
 # What `authenticate` may raise to refuse. Of a group of them the kind counts that is named first here.
@@ -127,7 +128,7 @@ class Access:
                 logger.warning("refused a handshake: %s", error)
             await _refuse(websocket, 503, "try again later", code=CloseCode.TRY_AGAIN_LATER)
         except Exception:
-            if not can_deny(websocket):  # else the server answers with 500
+            if not can_refuse_handshake(websocket):  # else the server answers with 500
                 await refuse(websocket, 500, CloseCode.INTERNAL_ERROR, "")
             raise
 
@@ -162,7 +163,7 @@ class Access:
             raise denial from error
         is_allowed = _is_yes(allowed)
         if isinstance(connection, Connection) and not connection.is_open:  # it has been closed: nobody acts for it now
-            raise connection.closed_error()
+            raise closed_error(connection)
         if not is_allowed:
             raise PermissionDenied("not allowed")
 
@@ -174,7 +175,7 @@ class Access:
         """
         if self._on_denied == "close":
             await connection.close(CloseCode.FORBIDDEN, str(denied))
-            raise connection.closed_error()
+            raise closed_error(connection)
         return {"type": "error", "code": "forbidden", "text": str(denied)}
 
     async def _check_origin(self, websocket: WebSocket) -> None:
@@ -241,8 +242,8 @@ async def _answer(websocket: WebSocket, error: Exception) -> NoReturn:
 async def _refuse(
     websocket: WebSocket, status: int, text: str, headers: Mapping[str, str] = _NO_HEADERS, code: int | None = None
 ) -> NoReturn:
-    if can_deny(websocket):
-        await deny(
+    if can_refuse_handshake(websocket):
+        await refuse_handshake(
             websocket, status, text, [_encoded(*pair) for pair in headers.items() if pair[0].lower() not in _OURS]
         )
     else:
@@ -265,9 +266,5 @@ def end_quietly(websocket: WebSocket) -> WebSocketException:
     FastAPI closes a WebSocket at a `WebSocketException`, and anything else that leaves a dependency is an error in the
     log; so the close goes nowhere.
     """
-
-    async def nowhere(event: MutableMapping[str, Any]) -> None:
-        pass
-
-    websocket.send = nowhere  # type: ignore[assignment, method-assign]  # see above
+    mute(websocket, swallows_all=True)
     return WebSocketException(CloseCode.POLICY_VIOLATION)

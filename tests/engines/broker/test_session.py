@@ -386,7 +386,7 @@ async def test_manager_that_ends_while_its_engine_starts_lets_nobody_wait() -> N
         asyncio.ensure_future(manager.start()),
         asyncio.ensure_future(manager.broadcast("x")),
     ]
-    waiting += [asyncio.ensure_future(manager._connect(Peer().websocket)) for _ in range(2)]
+    waiting += [asyncio.ensure_future(manager.connect(Peer().websocket)) for _ in range(2)]
     for _ in range(5):
         await asyncio.sleep(0)
     await asyncio.wait_for(manager.aclose(), 5)

@@ -9,18 +9,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wsbroadcast import CloseCode, LimitExceeded, Limits
-from wsbroadcast.node.quotas import (
+from wsbroadcast.node.admission import (
     IN_ALL,
     MAX_KEYS,
     PER_ADDRESS,
     PER_USER,
     REFUSALS,
-    Admission,
-    Breaches,
-    Inbound,
-    InboundPace,
-    Pace,
-    Place,
+    InboundLimit,
+    Lease,
+    Quotas,
+    TokenBuckets,
+    Violations,
     address_of,
 )
 from wsbroadcast.stats import Counters
@@ -37,15 +36,15 @@ class Clock:
 
 
 class Table:
-    """An admission with the counters and the clock it uses."""
+    """Quotas with the counters and the clock it uses."""
 
     def __init__(self, **limits: Any) -> None:
         self.clock = Clock()
         self.counters = Counters()
-        self.admission = Admission(Limits(**limits), Breaches(self.counters, self.clock), self.clock)
+        self.quotas = Quotas(Limits(**limits), Violations(self.counters, self.clock), self.clock)
 
-    def admit(self, user: str | None = None, address: str | None = None) -> Place:
-        place = self.admission.admit(address)
+    def admit(self, user: str | None = None, address: str | None = None) -> Lease:
+        place = self.quotas.admit(address)
         try:
             place.take(PER_USER, user)
         except LimitExceeded:
@@ -55,7 +54,7 @@ class Table:
 
     @property
     def taken(self) -> dict[str, dict[str, int]]:
-        return {name: seats.taken for name, seats in self.admission.seats.items()}
+        return {name: each.taken for name, each in self.quotas.counted.items()}
 
 
 EMPTY: dict[str, dict[str, int]] = {IN_ALL: {}, PER_USER: {}, PER_ADDRESS: {}}
@@ -120,7 +119,7 @@ def test_refusal_takes_nothing() -> None:
 def test_place_that_finds_no_seat_for_its_user_keeps_what_it_has() -> None:
     table = Table(max_connections=10, max_connections_per_user=1)
     table.admit("ann")
-    place = table.admission.admit("a")
+    place = table.quotas.admit("a")
     with pytest.raises(LimitExceeded):
         place.take(PER_USER, "ann")
     assert table.taken[IN_ALL] == {"": 2}
@@ -131,7 +130,7 @@ def test_place_that_finds_no_seat_for_its_user_keeps_what_it_has() -> None:
 @given(st.lists(st.tuples(st.sampled_from(["ann", "bob", None]), st.sampled_from(["a", "b", None]), st.booleans())))
 def test_counts_are_those_of_the_places_that_are_held(steps: list[tuple[str | None, str | None, bool]]) -> None:
     table = Table(max_connections=4, max_connections_per_user=2, max_connections_per_address=3)
-    held: list[tuple[Place, str | None, str | None]] = []
+    held: list[tuple[Lease, str | None, str | None]] = []
     for user, address, leaves in steps:
         if leaves and held:
             held.pop(0)[0].release()
@@ -156,15 +155,15 @@ def test_counts_are_those_of_the_places_that_are_held(steps: list[tuple[str | No
 
 @pytest.mark.parametrize("count", [99, 100])
 def test_channels_up_to_the_limit_are_allowed(count: int) -> None:
-    Table().admission.check_channels(count, "who")
+    Table().quotas.check_channels(count, "who")
 
 
 def test_channels_beyond_the_limit_are_refused() -> None:
     table = Table()
     with pytest.raises(LimitExceeded) as caught:
-        table.admission.check_channels(101, "who")
+        table.quotas.check_channels(101, "who")
     assert (caught.value.limit, caught.value.code) == ("max_channels_per_connection", 1008)
-    Table(max_channels_per_connection=None).admission.check_channels(10**6, "who")
+    Table(max_channels_per_connection=None).quotas.check_channels(10**6, "who")
 
 
 # The pace of handshakes.
@@ -206,20 +205,20 @@ def test_thousand_handshakes_from_one_address_get_in_as_far_as_the_pace_allows()
 
 def test_addresses_are_forgotten_when_they_could_burst_again() -> None:
     table = Table(max_handshake_rate=1, handshake_burst=10)
-    assert table.admission.pace is not None
+    assert table.quotas.pace is not None
     for number in range(1000):
         table.clock.now += 0.01
         table.admit(address=str(number)).release()
-    assert len(table.admission.pace) <= 101  # those of the last second
+    assert len(table.quotas.pace) <= 101  # those of the last second
     last = table.admit(address="last")
     table.clock.now += 1
     last.release()  # whoever goes tidies up as well
-    assert len(table.admission.pace) == 0
+    assert len(table.quotas.pace) == 0
 
 
 def test_no_more_addresses_are_remembered_than_there_is_room_for() -> None:
     clock = Clock()
-    pace = Pace(rate=0.001, burst=1, clock=clock)
+    pace = TokenBuckets(rate=0.001, burst=1, clock=clock)
     for number in range(MAX_KEYS + 100):
         assert pace.take(str(number))
     assert len(pace) == MAX_KEYS
@@ -235,7 +234,7 @@ def test_no_more_addresses_are_remembered_than_there_is_room_for() -> None:
 @example(rate=1e5, burst=50, gaps=[0.0] * 60)
 def test_pace_is_a_token_bucket(rate: float, burst: int, gaps: list[float]) -> None:
     clock = Clock()
-    pace = Pace(rate, burst, clock)
+    pace = TokenBuckets(rate, burst, clock)
     tokens = float(burst)
     for gap in gaps:
         clock.now += gap
@@ -251,15 +250,18 @@ def test_pace_is_a_token_bucket(rate: float, burst: int, gaps: list[float]) -> N
 
 
 class Sender:
-    inbound_full_at = 0.0
-
-    def __init__(self, inbound_pace: InboundPace | None = None) -> None:
-        self.inbound_pace = inbound_pace
+    inbound_full_at: float | None = None
 
 
-def inbound(**limits: Any) -> tuple[Inbound, Clock, Counters]:
+def sender_of(gate: InboundLimit, *, is_routers: bool = False) -> Sender:
+    sender = Sender()
+    gate.begin(sender, is_routers=is_routers)
+    return sender
+
+
+def inbound(**limits: Any) -> tuple[InboundLimit, Clock, Counters]:
     clock, counters = Clock(), Counters()
-    return Inbound(Limits(**limits), Breaches(counters, clock), clock), clock, counters
+    return InboundLimit(Limits(**limits), Violations(counters, clock), clock), clock, counters
 
 
 @pytest.mark.parametrize("message", ["x" * 65535, "x" * 65536, b"x" * 65536, "é" * 32768, "😀" * 16384, "", b""])
@@ -293,7 +295,7 @@ def test_size_is_that_of_utf_8(text: str, most: int) -> None:
 
 def test_messages_may_come_in_a_burst_and_then_at_the_rate() -> None:
     gate, clock, counters = inbound(max_inbound_rate=10, inbound_burst=100)
-    sender, other = Sender(gate.pace), Sender(gate.pace)
+    sender, other = sender_of(gate), sender_of(gate)
     for _ in range(100):
         gate.check(sender, "x")
     with pytest.raises(LimitExceeded) as caught:
@@ -310,7 +312,7 @@ def test_messages_may_come_in_a_burst_and_then_at_the_rate() -> None:
 
 def test_ten_thousand_frames_in_a_second_are_too_many_for_a_router_by_default() -> None:
     gate, clock, _ = inbound()
-    sender = Sender(gate.router_pace)
+    sender = sender_of(gate, is_routers=True)
 
     def flood() -> None:
         for _ in range(10_000):
@@ -324,7 +326,7 @@ def test_ten_thousand_frames_in_a_second_are_too_many_for_a_router_by_default() 
 
 def test_sixty_messages_a_second_are_welcome_for_ever_by_default() -> None:
     gate, clock, _ = inbound()
-    sender = Sender(gate.router_pace)
+    sender = sender_of(gate, is_routers=True)
     for _ in range(60 * 3600):
         clock.now += 1 / 60
         gate.check(sender, "x")
@@ -332,8 +334,8 @@ def test_sixty_messages_a_second_are_welcome_for_ever_by_default() -> None:
 
 def test_limits_that_are_off_check_nothing() -> None:
     gate, _, _ = inbound(max_router_inbound_rate=None, max_inbound_bytes=None)
-    assert gate.pace is gate.router_pace is None
-    sender = Sender(gate.pace)
+    assert sender_of(gate, is_routers=True).inbound_full_at is None
+    sender = sender_of(gate)
     for _ in range(10_000):
         gate.check(sender, "x")
     gate.check(sender, b"x" * 2**25)
@@ -348,7 +350,7 @@ def test_every_limit_has_its_refusal() -> None:
 
 def test_flood_is_counted_in_full_and_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     clock, counters = Clock(), Counters()
-    breaches = Breaches(counters, clock)
+    breaches = Violations(counters, clock)
     for _ in range(1000):
         breaches.count(PER_ADDRESS, "1.2.3.4")
     breaches.count(IN_ALL, "")
@@ -364,10 +366,10 @@ def test_flood_is_counted_in_full_and_logged_once_a_minute(caplog: pytest.LogCap
 
 
 def test_user_who_has_too_many_connections_is_not_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    admission = Admission(Limits(max_connections_per_user=1), Breaches(Counters()))
-    admission.admit("192.0.2.1").take(PER_USER, "ada@example.org")
+    quotas = Quotas(Limits(max_connections_per_user=1), Violations(Counters()))
+    quotas.admit("192.0.2.1").take(PER_USER, "ada@example.org")
     with pytest.raises(LimitExceeded):
-        admission.admit("192.0.2.7").take(PER_USER, "ada@example.org")
+        quotas.admit("192.0.2.7").take(PER_USER, "ada@example.org")
     assert caplog.messages == [f"{PER_USER}: refused 1 so far, the last was '192.0.2.7'"]
 
 
@@ -402,7 +404,7 @@ def test_scope_without_client_has_no_address() -> None:
 
 
 def test_place_is_the_same_for_all_where_nothing_is_counted() -> None:
-    free = Admission(Limits(), Breaches(Counters()))
+    free = Quotas(Limits(), Violations(Counters()))
     assert free.admit("192.0.2.1") is free.admit("192.0.2.2")
-    counted = Admission(Limits(max_connections_per_user=1), Breaches(Counters()))
+    counted = Quotas(Limits(max_connections_per_user=1), Violations(Counters()))
     assert counted.admit("192.0.2.1") is not counted.admit("192.0.2.1")
