@@ -59,7 +59,7 @@ def test_engine_of_the_page_is_tested_as_the_page_says(tmp_path: Path) -> None:
     command += ["-k", "arrive or gap"]
     done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
-    assert re.search(r" 10 passed, \d+ deselected in ", done.stdout), done.stdout
+    assert re.search(r" 9 passed, \d+ deselected in ", done.stdout), done.stdout
 
 
 def test_page_has_the_whole_contract() -> None:

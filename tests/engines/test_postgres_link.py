@@ -221,7 +221,7 @@ async def test_row_that_is_too_large_is_no_envelope(life: Life, run: Run) -> Non
 
 
 async def test_more_than_can_be_held_back_is_missed(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wsbroadcast.engines.postgres.listener._MAX_HELD_BACK", 2)
+    monkeypatch.setattr("wsbroadcast.engines.postgres.link._MAX_HELD_BACK", 2)
     await life.link.subscribe([life.name("news")])
     await life.publish(("news", LARGE), ("news", b"1"), ("news", b"2"))
     await life.arrives("news", LARGE, b"1")

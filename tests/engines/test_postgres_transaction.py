@@ -22,9 +22,8 @@ from tests.support.postgres import NEWS, Node, holding
 from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.contract import Transactional
-from wsbroadcast.engines.postgres import PostgresEngine
+from wsbroadcast.engines.postgres import PostgresEngine, Transaction
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES
-from wsbroadcast.engines.postgres.transaction import Transaction
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.message import Message
 from wsbroadcast.options import Timing

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from wsbroadcast import ConfigurationError
-from wsbroadcast.engines import create_engine, urls
+from wsbroadcast.engines import create_engine, split_hosts
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from wsbroadcast.engines import create_engine, urls
 )
 @pytest.mark.parametrize("rest", ["", "/main?prefix=x&y=[z]#end", "?prefix=x", "//a@b"])
 def test_hosts_stay_one_text(hosts: str, rest: str) -> None:
-    parts = urls.split(f"redis+sentinel://{hosts}{rest}")
+    parts = split_hosts(f"redis+sentinel://{hosts}{rest}")
     assert parts.netloc == hosts
     assert parts._replace(netloc="host") == urlsplit(f"redis+sentinel://host{rest}")
 
@@ -41,7 +41,7 @@ def test_hosts_stay_one_text(hosts: str, rest: str) -> None:
     ],
 )
 def test_other_urls_are_split_as_ever(url: str) -> None:
-    assert urls.split(url) == urlsplit(url)
+    assert split_hosts(url) == urlsplit(url)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from wsbroadcast import (
     PermissionDenied,
     create_router,
 )
-from wsbroadcast.engines.broker.engine import DEFAULT_TIMING
+from wsbroadcast.engines.broker import DEFAULT_TIMING
 from wsbroadcast.node.admission import IN_ALL, PER_ADDRESS, PER_USER
 from wsbroadcast.transports import closed_error
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
+from urllib.parse import SplitResult, urlsplit
 
 from wsbroadcast.engines.contract import Engine
-from wsbroadcast.engines.urls import split
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.text import plain
 
@@ -45,7 +46,7 @@ def create_engine(engine: str | Engine) -> Engine:
         )
     url = plain(engine)
     try:
-        scheme = split(url).scheme
+        scheme = split_hosts(url).scheme
     except ValueError:
         raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:
@@ -54,3 +55,29 @@ def create_engine(engine: str | Engine) -> Engine:
     module, name = _SCHEMES[scheme]
     kind: type[Engine] = getattr(import_module(f"wsbroadcast.engines.{module}"), name)
     return kind.from_url(url)
+
+
+# URLs that name several hosts.
+
+
+_START = re.compile(r"(\s*[a-z][a-z0-9+.-]*:)//([^/?#]*)", re.IGNORECASE)
+
+# `urlsplit` leaves these out, so that a line's end after a URL does no harm.
+_LEFT_OUT = dict.fromkeys(map(ord, "\t\r\n"))
+
+
+def split_hosts(url: str) -> SplitResult:
+    """Split a URL like `urlsplit`, but let its hosts be a list: `redis+sentinel://a,b:7000,[::1]/main`.
+
+    `urlsplit` of newer Pythons, such as 3.13.5 and 3.14, refuses an IPv6 address after other hosts.
+    What stands before the path isn't checked here: that is for the code that reads the hosts.
+
+    Raises:
+        ValueError: If it can't be split.
+    """
+    url = url.translate(_LEFT_OUT)
+    start = _START.match(url)
+    if start is None:
+        return urlsplit(url)
+    scheme, netloc = start.groups()
+    return urlsplit(f"{scheme}//{url[start.end() :]}")._replace(netloc=netloc)

@@ -6,16 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
-
-import redis
-import trustme
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from tests.support.brokers import programs
 from tests.support.brokers.base import HOST, Broker, free_port
+
+if TYPE_CHECKING:  # every test's conftest imports this module, and only some tests need these
+    import trustme
 
 
 class RedisServer(Broker):
@@ -93,6 +91,8 @@ class RedisServer(Broker):
         return (self._program, self.directory / "redis.conf", *self._arguments)
 
     def _answers(self) -> bool:
+        import redis
+
         try:
             self.command("PING")
         except redis.AuthenticationError:
@@ -107,6 +107,10 @@ class RedisServer(Broker):
         Raises:
             redis.RedisError: If there is no answer, or it is an error.
         """
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
         never = Retry(NoBackoff(), 0)
         with redis.Redis.from_url(self.unix_url, decode_responses=True, socket_timeout=5, retry=never) as client:
             return client.execute_command(*parts)
@@ -114,4 +118,6 @@ class RedisServer(Broker):
 
 @cache
 def _authority() -> trustme.CA:
+    import trustme
+
     return trustme.CA()  # one for all servers: those of a group must trust each other

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import parse_qsl
 
-from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
+from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
 from wsbroadcast.engines.nats.link import NATSLink

@@ -1,14 +1,16 @@
-"""Nodes linked by LISTEN and NOTIFY of Postgres, for apps whose only server that is. Needs the extra `postgres`."""
+"""Nodes linked by LISTEN and NOTIFY of Postgres, for apps whose only server is Postgres. Needs the extra `postgres`."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from functools import partial
 from itertools import count
 from typing import Any, Self
 from uuid import uuid4
 
 from wsbroadcast.concurrency import Patience
-from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, BrokerEngine, truth
+from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.broker.health import is_bug
 from wsbroadcast.engines.broker.link import Parcel
@@ -16,7 +18,6 @@ from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, SpillTable
 from wsbroadcast.engines.postgres.protocol import channel_of, pack, pack_row
-from wsbroadcast.engines.postgres.transaction import Transaction
 from wsbroadcast.engines.postgres.url import read_url, split_url
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.options import Timing
@@ -156,3 +157,95 @@ class PostgresEngine(BrokerEngine):
             if is_bug(error):
                 raise
             raise EngineUnavailable(f"postgres at {self.address} is out of reach; nothing was sent") from error
+
+
+ACCEPTED = (
+    "an asyncpg.Connection, a psycopg.AsyncConnection or Connection, or SQLAlchemy's AsyncSession, AsyncConnection,"
+    " Session or Connection"
+)
+
+
+class Transaction:
+    """The transaction that the app's own connection is in.
+
+    What runs in it is committed or rolled back by the app, together with its own statements. With a driver that isn't
+    asynchronous, each statement blocks until it is answered.
+
+    Args:
+        connection: One of `ACCEPTED`.
+
+    Raises:
+        ConfigurationError: If it is none of them.
+    """
+
+    def __init__(self, connection: object) -> None:
+        self._connection: Any = connection
+        self._kind = _kind_of(connection)
+
+    async def fetch(self, statement: str, values: Mapping[str, object]) -> tuple[Any, ...] | None:
+        """Run a statement and return its first row, if it has one.
+
+        Args:
+            statement: SQL, with `{name}` where a value belongs; each name once, in the order of the values.
+            values: The values by name.
+
+        Raises:
+            ConfigurationError: If the connection is to a server that isn't Postgres.
+            Exception: Whatever the driver raises.
+        """
+        if self._kind == "asyncpg":
+            numbered = {name: f"${number}" for number, name in enumerate(values, 1)}
+            row = await self._connection.fetchrow(statement.format(**numbered), *values.values())
+            return None if row is None else tuple(row)
+        if self._kind == "psycopg":
+            return await self._fetch_psycopg(statement.format(**{name: f"%({name})s" for name in values}), values)
+        return await self._fetch_sqlalchemy(statement.format(**{name: f":{name}" for name in values}), values)
+
+    async def _fetch_psycopg(self, sql: str, values: Mapping[str, object]) -> tuple[Any, ...] | None:
+        cursor = self._connection.cursor(row_factory=lambda _: tuple)
+        try:
+            await _done(cursor.execute(sql, values))
+            row: tuple[Any, ...] | None = None if cursor.description is None else await _done(cursor.fetchone())
+            return row
+        finally:
+            await _done(cursor.close())
+
+    async def _fetch_sqlalchemy(self, sql: str, values: Mapping[str, object]) -> tuple[Any, ...] | None:
+        connection = self._connection
+        if self._kind == "sqlalchemy session":
+            connection = await _done(connection.connection())
+        if connection.dialect.name != "postgresql":
+            raise ConfigurationError(f"the transaction is one of {connection.dialect.name}, not of Postgres")
+        text = sys.modules["sqlalchemy"].text
+        result = await _done(connection.execute(text(sql), dict(values)))
+        row = result.first() if result.returns_rows else None
+        return None if row is None else tuple(row)
+
+
+# What to look for among a connection's types, so that one of the app's own that is derived from it will do: the
+# package that it is from, its name, how it is used.
+_KINDS = {
+    ("asyncpg", "Connection"): "asyncpg",
+    ("asyncpg", "PoolConnectionProxy"): "asyncpg",
+    ("psycopg", "AsyncConnection"): "psycopg",
+    ("psycopg", "Connection"): "psycopg",
+    ("sqlalchemy", "AsyncConnection"): "sqlalchemy connection",
+    ("sqlalchemy", "Connection"): "sqlalchemy connection",
+    ("sqlalchemy", "AsyncSession"): "sqlalchemy session",
+    ("sqlalchemy", "Session"): "sqlalchemy session",
+    ("sqlalchemy", "async_scoped_session"): "sqlalchemy session",
+    ("sqlalchemy", "scoped_session"): "sqlalchemy session",
+}
+
+
+def _kind_of(connection: object) -> str:
+    for each in type(connection).__mro__:
+        found = _KINDS.get((each.__module__.partition(".")[0], each.__name__))
+        if found is not None:
+            return found
+    kind = type(connection)
+    raise ConfigurationError(f"transaction must be {ACCEPTED}, not {kind.__module__}.{kind.__name__}")
+
+
+async def _done(result: Any) -> Any:
+    return await result if hasattr(result, "__await__") else result

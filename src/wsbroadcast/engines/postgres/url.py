@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
 
+from wsbroadcast.engines import split_hosts
 from wsbroadcast.engines.postgres.protocol import ARGUMENTS, Connection, connect
-from wsbroadcast.engines.urls import split
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg", "postgresql+psycopg")
@@ -135,7 +135,7 @@ def _parsed(url: str) -> SplitResult:
             f"the URL of Postgres is a str, not {kind_of(url)}: the engine makes connections of its own"
         )
     try:
-        parts = split(url)
+        parts = split_hosts(url)
     except ValueError:
         raise ConfigurationError("the URL of Postgres can't be parsed") from None
     if parts.scheme not in SCHEMES:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, Self
 from urllib.parse import unquote
 
-from wsbroadcast.engines.broker.engine import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
+from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
-from wsbroadcast.engines.redis.cluster import ClusterLink
-from wsbroadcast.engines.redis.link import ServerLink
+from wsbroadcast.engines.redis.link import ClusterLink, ServerLink
 from wsbroadcast.engines.redis.options import split_url, target_from_client, target_from_url
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.options import Timing

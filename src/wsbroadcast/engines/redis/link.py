@@ -1,9 +1,11 @@
-"""The link to one Redis server, which sentinels may have to name first."""
+"""The links to Redis: to one server, which sentinels may have to name first, and to a cluster."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+import random
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,7 +13,7 @@ from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
 from wsbroadcast.engines.redis.connection import Asker, Listener, Wire
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
-from wsbroadcast.engines.redis.target import Access, Host, Target
+from wsbroadcast.engines.redis.target import Access, Host, Target, key_slot
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.options import Timing
 
@@ -292,3 +294,123 @@ async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
     if failures:
         raise failures[0]
     return [task.result() for task in tasks]
+
+
+class Slots(NamedTuple):
+    """A range of the cluster's hash slots, and who serves it."""
+
+    first: int
+    last: int
+    host: Host
+
+
+class ClusterLink(RedisLink):
+    """Publishes and receives each name at the node that serves its hash slot, so its order is the same for everybody.
+
+    It is lost as a whole when a connection is, or when a slot moves: the next one learns who serves what now. The echo
+    of the supervisor sees only one node, so every connection to receive is tried by itself.
+    """
+
+    def __init__(
+        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
+    ) -> None:
+        super().__init__(target, prefix, timing, max_envelope_bytes)
+        self._firsts: list[int] = []
+        self._slots: list[Slots] = []
+        self._pairs: dict[Host, Pair] = {}
+
+    async def open(self) -> None:
+        """Learn who serves which slots, connect to each, and see whether we may do everything that we will do."""
+        # Without a name the second command does nothing, and is unknown where there is no sharded pub/sub.
+        answers = await self.ask_all(self.target.access, self._needs, pack("CLUSTER", "SLOTS"), pack("SUNSUBSCRIBE"))
+        is_sharded = not any(isinstance(answer.replies[1], ErrorReply) for answer in answers)
+        answer = random.choice(answers)  # noqa: S311  # each time another: one may be behind the others
+        self._slots = sorted(_slots(answer))
+        self._firsts = [each.first for each in self._slots]
+        pairs = {each.host: self.new_pair(each.host, is_sharded=is_sharded) for each in self._slots}
+        self._pairs = pairs
+        # Enough names that nearly every node serves one.
+        names = [f"{self.probe}:{number}" for number in range(8 * len(pairs))]
+        probes = {self._pair_of(name): name for name in names}
+        await together(*(pair.open(probes.get(pair)) for pair in pairs.values()))
+
+    async def read(self, inlet: Inlet) -> None:
+        """Hand over what arrives until one of the connections is lost."""
+        for pair in self._pairs.values():
+            pair.listener.inlet = inlet
+        await together(self.wait_lost(), *(self._ping(pair.listener) for pair in self._pairs.values()))
+
+    async def subscribe(self, names: Sequence[str]) -> None:
+        """Subscribe with one command for each slot, and wait for each confirmation."""
+        grouped = self._grouped(names)
+        refusals = await together(*(_refusal(pair.listener.subscribe(groups)) for pair, groups in grouped))
+        for refusal in filter(None, refusals):
+            raise refusal
+
+    async def unsubscribe(self, names: Sequence[str]) -> None:
+        """Unsubscribe with one command for each slot, and wait for each confirmation."""
+        await together(*(pair.listener.unsubscribe(groups) for pair, groups in self._grouped(names)))
+
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+        """Publish in one write for each node, and wait for the answers."""
+        positions: dict[Pair, list[int]] = defaultdict(list)
+        for position, parcel in enumerate(parcels):
+            positions[self._pair_of(parcel.name)].append(position)
+        refusals: list[Exception | None] = [None] * len(parcels)
+
+        async def publish(pair: Pair, mine: list[int]) -> None:
+            for position, refusal in zip(mine, await pair.publish(parcels[at] for at in mine), strict=True):
+                refusals[position] = refusal
+
+        await together(*(publish(pair, mine) for pair, mine in positions.items()))
+        return refusals
+
+    async def _ping(self, listener: Listener) -> None:
+        seconds = self.timing.request_timeout
+        while True:
+            await asyncio.sleep(self.timing.probe_interval)
+            try:
+                async with Patience(seconds):
+                    await listener.ping()
+            except TimeoutError:
+                raise TimeoutError(f"Redis at {listener.where} doesn't answer within {seconds:g} s") from None
+
+    def _pair_of(self, name: str) -> Pair:
+        slot = key_slot(name.encode())
+        at = bisect_right(self._firsts, slot) - 1
+        if at < 0 or slot > self._slots[at].last:
+            raise ConnectionError(f"no node of the cluster {self.target.address} serves the slot {slot}")
+        return self._pairs[self._slots[at].host]
+
+    def _grouped(self, names: Sequence[str]) -> list[tuple[Pair, list[list[str]]]]:
+        # A command takes names of one slot only.
+        by_slot: dict[int, list[str]] = defaultdict(list)
+        for name in names:
+            by_slot[key_slot(name.encode())].append(name)
+        by_pair: dict[Pair, list[list[str]]] = defaultdict(list)
+        for group in by_slot.values():
+            by_pair[self._pair_of(group[0])].append(group)
+        return list(by_pair.items())
+
+
+async def _refusal(subscribing: Coroutine[Any, Any, None]) -> ConfigurationError | None:
+    # Returned, because an error would end what the other nodes are asked, and their answers would come all the same.
+    try:
+        await subscribing
+    except ConfigurationError as refusal:
+        return refusal
+    return None
+
+
+def _slots(answer: Answer) -> list[Slots]:
+    # https://redis.io/docs/latest/commands/cluster-slots/: first and last slot, the master, its replicas.
+    found = []
+    for each in answer.replies[0] if isinstance(answer.replies[0], list) else ():
+        match each:
+            case [int(first), int(last), [name, int(port), *_], *_]:
+                # Without a name it is the one that was asked.
+                known = name.decode() if isinstance(name, bytes) else ""
+                found.append(Slots(first, last, Host(known if known not in ("", "?") else answer.host.name, port)))
+    if not found:
+        raise ConnectionError(f"the cluster at {answer.host} serves no slots yet")
+    return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
+from wsbroadcast.engines import split_hosts
 from wsbroadcast.engines.redis.target import (
     AbstractConnection,
     Access,
@@ -18,7 +19,6 @@ from wsbroadcast.engines.redis.target import (
     Target,
     parse_url,
 )
-from wsbroadcast.engines.urls import split
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 Kind = Literal["server", "sentinel", "cluster"]
@@ -78,7 +78,7 @@ def split_url(url: str) -> SplitResult:
     if not isinstance(url, str):
         raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; a client is given by client=…")
     try:
-        parts = split(url)
+        parts = split_hosts(url)
         SCHEMES[parts.scheme]
     except (KeyError, ValueError):
         raise ConfigurationError(
