@@ -12,7 +12,7 @@ from wsbroadcast.engines.broker.names import DEFAULT_PREFIX, AudienceNames
 from wsbroadcast.engines.broker.session import Session
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
-from wsbroadcast.options import Timing, check_positive
+from wsbroadcast.options import Timing, check_count
 from wsbroadcast.publication import Publication
 from wsbroadcast.stats import EngineCounters, EngineStats
 
@@ -63,7 +63,7 @@ class BrokerEngine(Engine):
         max_message_bytes: int = 16 * 1024 * 1024,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        check_positive("max_message_bytes", max_message_bytes)
+        check_count("max_message_bytes", max_message_bytes)
         if not isinstance(fail_fast, bool):
             raise ConfigurationError(f"fail_fast must be True or False, not {fail_fast!r:.80}")
         if not isinstance(timing, Timing):
@@ -73,7 +73,7 @@ class BrokerEngine(Engine):
         self.address = address
         """Where the broker is, without a password."""
         self._fail_fast = fail_fast
-        self._max_message_bytes = int(max_message_bytes)
+        self._max_message_bytes = max_message_bytes
         self._timing = timing
         self._counters = EngineCounters()
         self._session: Session | None = None
