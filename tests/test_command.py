@@ -21,7 +21,6 @@ import redis
 from tests.support.brokers import Endpoint, RedisServer
 from tests.support.servers import free_port
 from tests.support.strict import STRICT
-from wsbroadcast import command
 from wsbroadcast.command import main
 from wsbroadcast.demo.server import url_of
 
@@ -220,10 +219,7 @@ def test_publish_keeps_the_order_of_many_lines(
     listener: Listener,
     standard_input: Callable[[bytes], None],
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(command, "_MAX_MESSAGES", 7)
-    monkeypatch.setattr(command, "_READ_BYTES", 1000)
     messages = [b"%d" % number * (number % 50) for number in range(3000)]
     standard_input(b"".join(message + b"\n" for message in messages))
     assert main(["publish", "--engine", url, "--everyone"]) == 0

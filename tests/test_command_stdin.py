@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from wsbroadcast import EncodeError, MessageTooLarge, command
-from wsbroadcast.command import Piping, as_json, as_json_line, as_text, everything, lines
+from wsbroadcast import EncodeError, MessageTooLarge
+from wsbroadcast.command import LinePublisher, as_json, as_json_line, as_text, everything, lines
 
 
 @contextmanager
@@ -104,12 +104,11 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize(("limit", "value"), [("_MAX_MESSAGES", 3), ("_MAX_BYTES", 5)])
-async def test_so_many_are_on_their_way_and_no_more(monkeypatch: pytest.MonkeyPatch, limit: str, value: int) -> None:
-    monkeypatch.setattr(command, limit, value)
+@pytest.mark.parametrize("limit", [{"max_messages": 3}, {"max_bytes": 5}])
+async def test_so_many_are_on_their_way_and_no_more(limit: dict[str, int]) -> None:
     broadcasts = Broadcasts()
     messages = [b"%02d" % number for number in range(10)]
-    flow = Piping(broadcasts, as_text)
+    flow = LinePublisher(broadcasts, as_text, **limit)
     running = asyncio.create_task(flow.run(given(*messages)))
     await settled()
     assert broadcasts.begun == ["00", "01", "02"]
@@ -129,7 +128,7 @@ async def test_failure_ends_the_reading_and_the_first_line_comes_first() -> None
             yield b"%d" % number
         await more.wait()
 
-    flow = Piping(broadcasts, as_text)
+    flow = LinePublisher(broadcasts, as_text)
     running = asyncio.create_task(flow.run(endless()))
     await settled()
     broadcasts.may_end.set()
@@ -141,7 +140,7 @@ async def test_failure_ends_the_reading_and_the_first_line_comes_first() -> None
 async def test_line_that_is_refused_ends_the_reading_before_those_after_it() -> None:
     broadcasts = Broadcasts()
     broadcasts.may_end.set()
-    flow = Piping(broadcasts, as_json_line)
+    flow = LinePublisher(broadcasts, as_json_line)
     await flow.run(given(b"1", b"", b"nonsense", b"4"))
     assert broadcasts.begun == ["1"]
     assert [number for number, _ in flow.failures] == [3]
@@ -154,7 +153,7 @@ async def test_interruption_waits_for_what_is_on_its_way() -> None:
         yield b"one"
         await asyncio.Event().wait()
 
-    flow = Piping(broadcasts, as_text)
+    flow = LinePublisher(broadcasts, as_text)
     running = asyncio.create_task(flow.run(endless()))
     await settled()
     running.cancel()

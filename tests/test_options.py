@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from enum import IntEnum
 from typing import Any
 
 import pytest
 
-from wsbroadcast import ConfigurationError, Limits, SlowConsumer
+from tests.support.fake_broker import FakeBroker, FakeEngine
+from wsbroadcast import ConfigurationError, Limits, SlowConsumer, Timing
+
+
+def broker_engine(**options: Any) -> FakeEngine:
+    return FakeEngine(FakeBroker(), **options)
 
 
 def test_defaults_are_what_the_documentation_says() -> None:
@@ -28,17 +35,55 @@ def test_unknown_policy_is_refused_with_the_known_ones(policy: Any) -> None:
         SlowConsumer(policy=policy)
 
 
-@pytest.mark.parametrize("name", ["max_backlog_bytes", "max_backlog_messages", "send_timeout", "close_timeout"])
-@pytest.mark.parametrize("value", [0, -1, math.nan, "1", None])
-def test_slow_consumer_numbers_must_be_positive(name: str, value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=rf"SlowConsumer\.{name} must be a positive number"):
-        SlowConsumer(**{name: value})
+NUMBERS = [
+    *((kind, field.name) for kind in (SlowConsumer, Limits, Timing) for field in dataclasses.fields(kind)),
+    (broker_engine, "max_message_bytes"),
+]
+NUMBERS.remove((SlowConsumer, "policy"))
 
 
-@pytest.mark.parametrize("value", [0, -1, math.nan, "1", None])
-def test_limits_must_be_positive(value: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"Limits\.max_message_bytes"):
-        Limits(max_message_bytes=value)
+def is_measured(name: str) -> bool:
+    """Whether an option is seconds or a rate, not a count."""
+    return name.endswith(("_timeout", "_rate", "_interval", "_backoff")) or name == "linger"
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+@pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, True, "1", b"1", [1]])
+def test_numbers_must_be_positive(kind: Any, name: str, value: Any) -> None:
+    what = "a positive number" if is_measured(name) else "a whole number greater than 0"
+    with pytest.raises(ConfigurationError, match=rf"{name} must be {what}, not"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+@pytest.mark.parametrize("value", [0.5, 2.5, 2.0, 1e300])
+def test_only_what_is_no_count_may_have_a_fraction(kind: Any, name: str, value: float) -> None:
+    if is_measured(name):
+        assert getattr(kind(**{name: value}), name) == value
+    else:
+        with pytest.raises(
+            ConfigurationError, match=rf"{name} must be a whole number greater than 0, not {re.escape(str(value))}"
+        ):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS)
+def test_whole_numbers_are_taken_everywhere(kind: Any, name: str) -> None:
+    class Size(IntEnum):
+        SMALL = 1
+
+    for value in (1, 2**40, Size.SMALL):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Limits), ids=lambda field: field.name)
+def test_only_what_may_be_without_a_limit_takes_none(field: dataclasses.Field[Any]) -> None:
+    options: dict[str, Any] = {field.name: None}
+    if "None" in str(field.type):
+        assert getattr(Limits(**options), field.name) is None
+    else:
+        with pytest.raises(ConfigurationError, match=field.name):
+            Limits(**options)
 
 
 @pytest.mark.parametrize("options", [SlowConsumer(), Limits()])

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -368,6 +369,22 @@ async def test_cancelled_close_ends_it_though_every_thread_is_busy(publisher: Pu
         may_end.set()
         await busy
         await asyncio.to_thread(soon, lambda: threads() == [])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+async def test_eager_tasks_change_nothing(publisher: Publisher, broker: FakeBroker) -> None:
+    asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009  # mypy knows 3.11
+    broker.refuses = ConfigurationError("wrong password")
+    with pytest.raises(ConfigurationError, match="wrong password"):
+        await publisher.broadcast("lost")
+    broker.refuses = None
+    async with publisher:
+        await publisher.broadcast("one")
+        publisher.broadcast_nowait("two")
+        await asyncio.to_thread(publisher.broadcast_threadsafe, "three")
+        await publisher.broadcast("four")
+    assert [payload for _, payload in published(broker)] == [b"one", b"two", b"three", b"four"]
+    assert (broker.links, threads()) == ([], [])
 
 
 def test_second_event_loop_makes_it_run_in_a_thread_for_both(publisher: Publisher, broker: FakeBroker) -> None:

@@ -20,7 +20,7 @@ from wsbroadcast.exceptions import EncodeError, MessageTooLarge, MissingDependen
 from wsbroadcast.options import Limits
 from wsbroadcast.publishing import Publisher
 
-# What a shell makes of a program that Ctrl+C has ended: 128 and the signal's number.
+# The status that shells give a program that Ctrl+C has ended: 128 plus the signal's number.
 _INTERRUPTED = 130
 
 _ENGINE = "WSBROADCAST_ENGINE"
@@ -53,7 +53,7 @@ def _say(text: str) -> None:
     try:
         sys.stderr.write(f"{text}\n")
     except (AttributeError, OSError):
-        pass  # closed, or a pipe that nobody reads
+        pass  # it is closed, or a pipe whose other end is
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def _add_publish(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     audience.add_argument("--user", type=_checked(user_key), help="to the connections of a user")
     audience.add_argument("--everyone", action="store_true", help="to every connection")
     form = publish.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="refuse what isn't JSON; blank lines are passed over")
+    form.add_argument("--json", action="store_true", help="refuse what isn't JSON; blank lines are skipped")
     form.add_argument("--binary", action="store_true", help="send all of standard input as one binary message")
     publish.add_argument("texts", nargs="*", metavar="text", help="a message")
     publish.set_defaults(run=_publish, refuse=publish.error)
@@ -165,7 +165,7 @@ async def _publish_all(arguments: argparse.Namespace) -> None:
         elif arguments.binary:
             await _publish_binary(broadcast)
         else:
-            await _publish_lines(Piping(broadcast, as_json_line if arguments.json else as_text))
+            await _publish_lines(LinePublisher(broadcast, as_json_line if arguments.json else as_text))
 
 
 async def _publish_texts(broadcast: Broadcast, texts: Sequence[str]) -> None:
@@ -184,14 +184,14 @@ async def _publish_binary(broadcast: Broadcast) -> None:
     _say_published(1 if message else 0)
 
 
-async def _publish_lines(piping: Piping) -> None:
+async def _publish_lines(publisher: LinePublisher) -> None:
     file = _standard_input()
     try:
-        await piping.run(lines(file, Limits().max_message_bytes))
+        await publisher.run(lines(file, Limits().max_message_bytes))
     finally:
-        _say_published(piping.published)
-    if piping.failures:
-        number, error = piping.failures[0]
+        _say_published(publisher.published)
+    if publisher.failures:
+        number, error = publisher.failures[0]
         raise CommandFailed(f"line {number}: {error}") from error
 
 
@@ -209,11 +209,7 @@ def _standard_input() -> int:
 
 # From standard input to a publisher: each line is one message, published as it comes.
 
-
-# What may be on its way to the broker at the same time.
-_MAX_MESSAGES = 512
-_MAX_BYTES = 4 * 1024 * 1024
-
+# The most that is read at once.
 _READ_BYTES = 64 * 1024
 
 
@@ -251,8 +247,8 @@ async def everything(file: int, limit: int) -> bytes:
 
 
 async def _read(file: int) -> bytes:
-    # A thread for each read: no event loop can wait for a terminal, a pipe and a file alike, and a thread that is still
-    # reading when the program ends must not be waited for.
+    # A thread for each read: no event loop can wait for a terminal, a pipe and a file alike. It is a daemon thread, so
+    # that the program can end while it still reads.
     future: Future[bytes] = Future()
     future.set_running_or_notify_cancel()
 
@@ -296,28 +292,39 @@ def as_json_line(line: bytes) -> str | None:
     return as_json(line) if line.strip() else None
 
 
-class Piping:
+class LinePublisher:
     """Publishes lines in their order, many at a time, until one fails.
 
     Args:
         broadcast: Publishes one message.
-        convert: Makes a message of a line; `None` if it is to be passed over.
+        convert: Makes a message of a line, or `None` if the line is to be skipped.
+        max_messages: How many may be on their way to the broker at the same time.
+        max_bytes: How large these may be together.
     """
 
-    def __init__(self, broadcast: Callable[[str], Awaitable[None]], convert: Callable[[bytes], str | None]) -> None:
+    def __init__(
+        self,
+        broadcast: Callable[[str], Awaitable[None]],
+        convert: Callable[[bytes], str | None],
+        *,
+        max_messages: int = 512,
+        max_bytes: int = 4 * 1024 * 1024,
+    ) -> None:
         self.published = 0
         """Messages that the broker has taken."""
         self.failures: list[tuple[int, Exception]] = []
         """The number of each line that could not be published, from 1 on, and why; the first line first."""
         self._broadcast = broadcast
         self._convert = convert
+        self._max_messages = max_messages
+        self._max_bytes = max_bytes
         self._on_their_way: set[asyncio.Task[None]] = set()
         self._bytes = 0
-        self._eased = asyncio.Event()
+        self._has_room = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
 
     async def run(self, lines: AsyncIterator[bytes]) -> None:
-        """Publish until the lines end, one fails, or this is cancelled; it ends when nothing is on its way any more.
+        """Publish until the lines end, one fails, or this is cancelled. Returns when nothing is on its way any more.
 
         Raises:
             OSError: If the lines can't be read.
@@ -345,15 +352,15 @@ class Piping:
             self.failures.append((number, error))
 
     async def _wait_for_room(self) -> None:
-        while len(self._on_their_way) >= _MAX_MESSAGES or self._bytes >= _MAX_BYTES:
-            self._eased.clear()
-            await self._eased.wait()
+        while len(self._on_their_way) >= self._max_messages or self._bytes >= self._max_bytes:
+            self._has_room.clear()
+            await self._has_room.wait()
 
     def _send(self, number: int, message: str, size: int) -> None:
         def sent(task: asyncio.Task[None]) -> None:
             self._on_their_way.discard(task)
             self._bytes -= size
-            self._eased.set()
+            self._has_room.set()
 
         task = asyncio.create_task(self._publish(number, message), name="wsbroadcast stdin message")
         self._on_their_way.add(task)

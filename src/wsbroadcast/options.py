@@ -1,7 +1,8 @@
-"""Small frozen option objects, so that constructors need not grow fifteen keywords."""
+"""Small frozen option objects, so that constructors need not grow fifteen keywords. No I/O."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import datetime
 from math import inf
@@ -36,7 +37,8 @@ class SlowConsumer:
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
             raise ConfigurationError(f"policy must be one of {', '.join(get_args(Policy))}, not {self.policy!r}")
-        _check_fields(self, "max_backlog_bytes", "max_backlog_messages", "send_timeout", "close_timeout")
+        _check_fields(self, "max_backlog_bytes", "max_backlog_messages", check=check_count)
+        _check_fields(self, "send_timeout", "close_timeout", check=check_positive)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,26 +79,37 @@ class Limits:
 
     def __post_init__(self) -> None:
         always = ("max_message_bytes", "handshake_burst", "inbound_burst")
-        _check_fields(self, *always)
-        _check_fields(self, *(f.name for f in fields(self) if getattr(self, f.name) is not None))
+        names = [f.name for f in fields(self) if f.name in always or getattr(self, f.name) is not None]
+        _check_fields(self, *(name for name in names if not name.endswith("_rate")), check=check_count)
+        _check_fields(self, *(name for name in names if name.endswith("_rate")), check=check_positive)
 
 
 def check_positive(name: str, value: object) -> None:
-    """Check an option that is a number.
+    """Check an option that is a number, such as seconds or a rate.
 
     Raises:
-        ConfigurationError: If it is none, not finite, zero or negative.
+        ConfigurationError: If it is not a number, not finite, zero or negative.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
-        raise ConfigurationError(f"{name} must be a positive number, not {value!r}")
+        raise ConfigurationError(f"{name} must be a positive number, not {value!r:.80}")
 
 
-def _check_fields(options: object, *names: str) -> None:
+def check_count(name: str, value: object) -> None:
+    """Check an option that counts something, such as messages or bytes.
+
+    Raises:
+        ConfigurationError: If it is not an int, zero or negative. A float is refused even if it has no fraction.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigurationError(f"{name} must be a whole number greater than 0, not {value!r:.80}")
+
+
+def _check_fields(options: object, *names: str, check: Callable[[str, object], None]) -> None:
     for name in names:
-        check_positive(f"{type(options).__name__}.{name}", getattr(options, name))
+        check(f"{type(options).__name__}.{name}", getattr(options, name))
 
 
-# Until when a connection may live. No I/O.
+# Until when a connection may live.
 
 
 _LAST_SECOND = 253_402_300_800  # of the year 9999; tokens that count milliseconds lie far beyond
@@ -105,13 +118,13 @@ ExpiresAt = float | datetime | None
 
 
 def unix_seconds(expires_at: object) -> float | None:
-    """Return a moment as seconds since 1970; `None` is never.
+    """Return a moment as seconds since 1970; `None` means never.
 
     Args:
         expires_at: Seconds since 1970, such as the `exp` of a JWT (RFC 7519, 4.1.4), or a datetime with a timezone.
 
     Raises:
-        ValueError: If it is neither, not finite, or can't be meant as seconds.
+        ValueError: If it is something else, not finite, or too large to be seconds.
     """
     if expires_at is None:
         return None
@@ -131,7 +144,7 @@ class Timing:
     """How long an engine waits for its broker, in seconds."""
 
     connect_timeout: float = 1.5
-    """To open a connection. Together with `max_backoff` it bounds how long after its return a broker is noticed."""
+    """To open a connection. A broker that has come back is noticed within this time and `max_backoff`."""
     request_timeout: float = 2.0
     """For an answer of the broker; after that the connection counts as lost."""
     probe_interval: float = 5.0
@@ -139,7 +152,7 @@ class Timing:
     max_backoff: float = 0.4
     """Between two attempts to connect, at most; each is a random part of it."""
     linger: float = 1.0
-    """For which a subscription is kept after the last connection here has left its audience."""
+    """For how long a subscription is kept after the last connection here has left its audience."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

@@ -19,7 +19,7 @@ from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.broker.supervisor import Supervisor
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, LifecycleError
-from wsbroadcast.options import Limits, Timing, check_positive
+from wsbroadcast.options import Limits, Timing, check_count
 from wsbroadcast.publication import Dismissal, Publication
 from wsbroadcast.stats import EngineCounters, EngineStats
 
@@ -75,7 +75,7 @@ class BrokerEngine(Engine):
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         timing: Timing = DEFAULT_TIMING,
     ) -> None:
-        check_positive("max_message_bytes", max_message_bytes)
+        check_count("max_message_bytes", max_message_bytes)
         if not isinstance(fail_fast, bool):
             raise ConfigurationError(f"fail_fast must be True or False, not {fail_fast!r:.80}")
         if not isinstance(timing, Timing):
@@ -85,7 +85,7 @@ class BrokerEngine(Engine):
         self.address = address
         """Where the broker is, without a password."""
         self._fail_fast = fail_fast
-        self._max_message_bytes = int(max_message_bytes)
+        self._max_message_bytes = max_message_bytes
         self._timing = timing
         self._counters = EngineCounters()
         self._session: Session | None = None
