@@ -371,9 +371,13 @@ async def test_cancelled_close_ends_it_though_every_thread_is_busy(publisher: Pu
         await asyncio.to_thread(soon, lambda: threads() == [])
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
-async def test_eager_tasks_change_nothing(publisher: Publisher, broker: FakeBroker) -> None:
-    asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009  # mypy knows 3.11
+# Eager tasks came with Python 3.12.
+FACTORIES = [None, getattr(asyncio, "eager_task_factory", None)][: 1 + (sys.version_info >= (3, 12))]
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: "eager" if factory else "usual")
+async def test_task_factory_changes_nothing(publisher: Publisher, broker: FakeBroker, factory: Any) -> None:
+    asyncio.get_running_loop().set_task_factory(factory)
     broker.refuses = ConfigurationError("wrong password")
     with pytest.raises(ConfigurationError, match="wrong password"):
         await publisher.broadcast("lost")
