@@ -157,7 +157,7 @@ class Node:
                 await self._deliver_through_hooks(publication)
 
     def _dismiss(self, publication: Publication, code: int) -> None:
-        # No hook is asked and nothing is waited for: whoever is no longer welcome doesn't get what waits either.
+        # No hook runs and nothing is waited for: who is no longer welcome doesn't get what waits either.
         reason = publication.message.payload.decode(errors="replace")
         self.membership.dismiss_all(publication.audience, publication.exclude, code, reason)
 
