@@ -1,82 +1,19 @@
-"""What the tests of Redis links share: an inlet that keeps, a link in use, and a server that answers as it is told."""
+"""What the tests of Redis links share: a server that answers as it is told."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
 import pytest
 
 from tests.support.brokers import RedisServer
-from wsbroadcast.engines.broker.link import Link
-from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.protocol import ReplyReader
 
 _CONFIRMATION = b"*3\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n:1\r\n"
 
 Answer = Callable[[list[bytes]], bytes]
-
-
-class Letters:
-    """An inlet that keeps what it takes."""
-
-    def __init__(self) -> None:
-        self.taken: list[tuple[str, bytes]] = []
-        self.reasons: list[str] = []
-        self._changed = asyncio.Event()
-
-    def take(self, name: str, envelope: bytes) -> None:
-        self.taken.append((name, envelope))
-        self._changed.set()
-
-    def missed(self, why: str, since: float | None = None) -> None:
-        self.reasons.append(why)
-
-    async def until(self, envelope: bytes) -> list[tuple[str, bytes]]:
-        """Wait for an envelope; return all that has come."""
-        async with asyncio.timeout(10):
-            while not self.taken or self.taken[-1][1] != envelope:
-                self._changed.clear()
-                await self._changed.wait()
-        return self.taken
-
-
-class Used(NamedTuple):
-    """A link in use."""
-
-    link: Link
-    letters: Letters
-    reading: asyncio.Task[None]
-
-    async def lost(self) -> Exception:
-        """Wait until `read` has raised."""
-        await asyncio.wait([self.reading], timeout=10)
-        error = self.reading.exception()
-        assert isinstance(error, Exception)
-        return error
-
-
-@asynccontextmanager
-async def used(where: str | RedisEngine | Link, *names: str) -> AsyncIterator[Used]:
-    """Open a link, read from it, and subscribe it to names."""
-    engine = RedisEngine(where) if isinstance(where, str) else where
-    link = engine.new_link() if isinstance(engine, RedisEngine) else engine
-    letters = Letters()
-    try:
-        async with asyncio.timeout(10):
-            await link.open()
-        reading = asyncio.create_task(link.read(letters), name="wsbroadcast test read")
-        try:
-            if names:
-                await link.subscribe(names)
-            yield Used(link, letters, reading)
-        finally:
-            reading.cancel()
-            await asyncio.wait([reading])
-    finally:
-        await link.abort()
 
 
 @asynccontextmanager

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.engines.nats_links import Letters, Used, let_in, serving, used
+from tests.engines.links import Letters, Used, used
+from tests.engines.nats_links import let_in, serving
 from tests.support.brokers import Endpoint, NATSServer
-from wsbroadcast import Audience, ConfigurationError, MessageTooLarge
+from wsbroadcast import ConfigurationError, MessageTooLarge
 from wsbroadcast.engines.broker.link import Parcel
-from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.nats import NATSEngine
 
 OwnNATS = Callable[..., NATSServer]
@@ -31,26 +31,6 @@ def permitted(server: NATSServer) -> NATSEngine:
 # What arrives.
 
 
-async def test_subscription_is_confirmed_before_later_messages_are_published(
-    nats_server: Endpoint, prefix: str
-) -> None:
-    async with used(nats_server.url) as here, used(nats_server.url) as there:
-        for number in range(200):
-            name = f"{prefix}.channel.{number}"
-            await here.link.subscribe([name])
-            await there.publish(name, b"%d" % number)
-            assert (await here.letters.until(b"%d" % number))[-1] == (name, b"%d" % number)
-        assert len(here.letters.taken) == 200
-
-
-async def test_every_byte_arrives(nats_server: Endpoint, prefix: str) -> None:
-    name = f"{prefix}.channel.a"
-    envelopes = [bytes(range(256)), b"", b"\r\n", b"\r\nMSG a 1 1\r\nx\r\nPING\r\n", b"x" * 1024 * 1024, b"last"]
-    async with used(nats_server.url, name) as link:
-        await link.publish(name, *envelopes)
-        assert await link.letters.until(b"last") == [(name, envelope) for envelope in envelopes]
-
-
 async def test_order_is_kept_over_all_names(nats_server: Endpoint, prefix: str) -> None:
     names = [f"{prefix}.channel.{number}" for number in range(50)]
     sent = [Parcel(names[number * 7 % 50], b"%d" % number) for number in range(5000)]
@@ -58,42 +38,6 @@ async def test_order_is_kept_over_all_names(nats_server: Endpoint, prefix: str) 
         for start in range(0, len(sent), 100):
             assert await there.link.publish(sent[start : start + 100]) == [None] * 100
         assert await here.letters.until(sent[-1].envelope) == sent
-
-
-async def test_wildcards_in_a_channel_mean_nothing(nats_server: Endpoint, prefix: str) -> None:
-    audiences = AudienceNames(prefix, ".")
-    channels = ["*", ">", "a.>", "a.*", "a", "A", ".", "a b", "\u00e9", "\U0001f600" * 50, "%2E", '"; DROP', "$SYS"]
-    names = [audiences.of(Audience("channel", channel)) for channel in channels]
-    assert names[2] == f"{prefix}.channel.a%2E%3E"
-    async with used(nats_server.url, *names) as link:
-        parcels = [Parcel(name, name.encode()) for name in names]
-        assert await link.link.publish(parcels) == [None] * len(names)
-        assert await link.letters.until(names[-1].encode()) == parcels
-
-
-async def test_name_arrives_once_however_often_it_is_subscribed(nats_server: Endpoint, prefix: str) -> None:
-    name = f"{prefix}.channel.a"
-    async with used(nats_server.url, name, name) as link:
-        await link.link.subscribe([name])
-        await link.publish(name, b"1", b"2")
-        assert await link.letters.until(b"2") == [(name, b"1"), (name, b"2")]
-
-
-async def test_unsubscribed_name_arrives_no_more(nats_server: Endpoint, prefix: str) -> None:
-    name, other = f"{prefix}.channel.a", f"{prefix}.channel.b"
-    async with used(nats_server.url, name, other) as link:
-        publishing = asyncio.create_task(link.publish(name, b"on its way"))
-        await asyncio.sleep(0)
-        await link.link.unsubscribe([name, "never subscribed"])
-        await publishing
-        await link.link.subscribe([name])
-        await link.link.unsubscribe([name])
-        await link.publish(name, b"too late")
-        await link.publish(other, b"last")
-        assert await link.letters.until(b"last") == [(other, b"last")]
-        await link.link.subscribe([name])
-        await link.publish(name, b"again")
-        assert (await link.letters.until(b"again"))[1:] == [(name, b"again")]
 
 
 async def test_what_arrives_before_the_inlet_is_not_lost(nats_server: Endpoint, prefix: str) -> None:
@@ -120,15 +64,6 @@ async def test_headers_of_others_are_left_out(nats_server: Endpoint, prefix: str
         writer.close()
         await link.publish(name, b"c")
         assert [envelope for _, envelope in await link.letters.until(b"c")] == [b"a", b"b", b"c"]
-
-
-async def test_ten_thousand_names_are_subscribed_in_a_moment(nats_server: Endpoint, prefix: str) -> None:
-    names = [f"{prefix}.user.{number}" for number in range(10_000)]
-    async with used(nats_server.url) as link, asyncio.timeout(5):
-        for start in range(0, len(names), 1000):
-            await link.link.subscribe(names[start : start + 1000])
-        await link.publish(names[5000], b"hello")
-        assert await link.letters.until(b"hello") == [(names[5000], b"hello")]
 
 
 # What the server refuses.

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import trustme
 
-from tests.engines.nats_links import INFO, failure, let_in, serving, used
+from tests.engines.links import failure, used
+from tests.engines.nats_links import INFO, let_in, serving
 from tests.support.brokers import Endpoint, NATSServer, free_port
 from wsbroadcast import ConfigurationError, EngineUnavailable
 from wsbroadcast.concurrency import Patience

@@ -47,56 +47,6 @@ async def run(postgres_server: Endpoint) -> AsyncIterator[Run]:
 # What arrives.
 
 
-async def test_publish_after_subscribe_arrives(life: Life) -> None:
-    for number in range(50):
-        await life.link.subscribe([life.name(f"room-{number}")])
-        assert await life.publish((f"room-{number}", b"%d" % number)) == [None]
-    for number in range(50):
-        await life.arrives(f"room-{number}", b"%d" % number)
-
-
-@pytest.mark.parametrize(
-    "envelope",
-    [b"", b"\n", EVERY_BYTE, '{"v":1}\nGrüße ☕'.encode(), b"\xff" * 5600, b"x" * 7400, LARGE],
-    ids=["empty", "line", "every byte", "text", "binary", "inline", "large"],
-)
-async def test_envelope_arrives_as_it_was(life: Life, envelope: bytes) -> None:
-    await life.link.subscribe([life.name("news")])
-    assert await life.publish(("news", envelope)) == [None]
-    await life.arrives("news", envelope)
-
-
-async def test_equal_envelopes_all_arrive(life: Life) -> None:
-    await life.link.subscribe([life.name("news")])
-    await life.publish(*[("news", b"same")] * 3, *[("news", b"\xff")] * 3)
-    await life.arrives("news", *[b"same"] * 3, *[b"\xff"] * 3)
-
-
-@pytest.mark.parametrize("name", ["*", ">", "a%2E%3E", "News", "news[a-z]", "%22%3B DROP", "x" * 640, "-", "%"])
-async def test_name_reaches_exactly_itself(life: Life, name: str) -> None:
-    await life.link.subscribe([life.name(name.replace(" ", "%20")), life.name("news"), life.name("a")])
-    await life.publish((name.replace(" ", "%20"), b"for it"), ("news", b"for news"))
-    await life.arrives("news", b"for news")
-    await life.arrives(name.replace(" ", "%20"), b"for it")
-    assert len(life.pile.parcels) == 2
-
-
-async def test_order_is_that_of_publishing(life: Life) -> None:
-    dice = random.Random(7)
-    await life.link.subscribe([life.name("a"), life.name("b")])
-    sent: dict[str, list[bytes]] = {"a": [], "b": []}
-    for batch in range(20):
-        parcels = []
-        for number in range(dice.randint(1, 64)):
-            to = dice.choice("ab")
-            envelope = b"%d %d " % (batch, number) + bytes(dice.choice([0, 100, 100, 100, 9000]))
-            sent[to].append(envelope)
-            parcels.append((to, envelope))
-        assert not any(await life.publish(*parcels))
-    await life.arrives("a", *sent["a"])
-    await life.arrives("b", *sent["b"])
-
-
 async def test_order_is_the_same_for_two_listeners_of_two_publishers(postgres_server: Endpoint, prefix: str) -> None:
     async with living(postgres_server.url, prefix) as one, living(postgres_server.url, prefix) as other:
         for life in (one, other):
@@ -124,18 +74,6 @@ async def test_names_of_others_are_filtered(life: Life) -> None:
     await life.publish(*[(f"other-{number}", b"x") for number in range(50)], ("other", LARGE), ("news", b"end"))
     await life.arrives("news", b"end")
     assert len(life.pile.parcels) == 1
-
-
-async def test_unsubscribed_name_is_silent_and_comes_back(life: Life, run: Run) -> None:
-    names = [life.name("news"), life.name("other")]
-    await life.link.subscribe(names)
-    await life.link.subscribe(names)  # twice is once
-    await life.link.unsubscribe([life.name("news"), life.name("never")])
-    await life.publish(("news", b"lost"), ("other", b"kept"))
-    await life.arrives("other", b"kept")
-    await life.link.subscribe([life.name("news")])
-    await life.publish(("news", b"back"))
-    await life.arrives("news", b"back")
 
 
 async def test_unsubscribed_name_forgets_what_was_held_back(life: Life) -> None:

@@ -11,7 +11,8 @@ import redis
 import trustme
 from redis.crc import key_slot
 
-from tests.engines.redis_links import Used, fake_redis, obliging, skip_without_shards, used
+from tests.engines.links import Used, used
+from tests.engines.redis_links import fake_redis, obliging, skip_without_shards
 from tests.support.brokers import BrokerMissing, RedisServer, free_port
 from tests.support.brokers.redis_groups import redis_cluster
 from tests.support.servers import eventually

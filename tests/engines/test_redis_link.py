@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import redis.asyncio
 
-from tests.engines.redis_links import Letters, fake_redis, obliging, used
+from tests.engines.links import Letters, used
+from tests.engines.redis_links import fake_redis, obliging
 from tests.support.asgi import turns
 from tests.support.brokers import Endpoint, RedisServer, free_port
 from tests.support.proxy import FaultProxy
@@ -38,89 +39,6 @@ def numbers(count: int) -> list[bytes]:
 
 
 # What it is for.
-
-
-async def test_link_receives_what_it_publishes(redis_server: Endpoint, prefix: str) -> None:
-    async with used(redis_server.url, f"{prefix}:a") as (link, letters, _):
-        await publish(link, f"{prefix}:a", b"hello")
-        assert await letters.until(b"hello") == [(f"{prefix}:a", b"hello")]
-
-
-async def test_link_misses_nothing_after_subscribe_has_returned(redis_server: Endpoint, prefix: str) -> None:
-    async with used(redis_server.url) as publisher, used(redis_server.url) as (link, letters, _):
-        for number in range(300):
-            await link.subscribe([f"{prefix}:{number}"])
-            await publish(publisher.link, f"{prefix}:{number}", b"%d" % number)
-        assert await letters.until(b"299") == [(f"{prefix}:{number}", b"%d" % number) for number in range(300)]
-
-
-async def test_link_keeps_the_order_of_publishes(redis_server: Endpoint, prefix: str) -> None:
-    async with used(redis_server.url, f"{prefix}:a") as (link, letters, _):
-        for start in range(0, 2000, 500):
-            await publish(link, f"{prefix}:a", *numbers(2000)[start : start + 500])
-        assert [envelope for _, envelope in await letters.until(b"1999")] == numbers(2000)
-
-
-async def test_link_carries_every_byte(redis_server: Endpoint, prefix: str) -> None:
-    envelopes = [b"", EVERY_BYTE, b"\r\n", b"*1\r\n$4\r\nPING\r\n", EVERY_BYTE * 20_000, b"end"]
-    async with used(redis_server.url, f"{prefix}:a") as (link, letters, _):
-        await publish(link, f"{prefix}:a", *envelopes)
-        assert [envelope for _, envelope in await letters.until(b"end")] == envelopes
-
-
-@pytest.mark.parametrize("name", ["*", ">", "a%2E%3E", "news[a-z]", "news?", "A", "a", " ", "ä🎉", '"; DROP', "\\*"])
-async def test_names_mean_nothing_but_themselves(redis_server: Endpoint, prefix: str, name: str) -> None:
-    async with used(redis_server.url, f"{prefix}:{name}") as (link, letters, _):
-        for other in ("*", ">", "a.b", "newsb", "news1", "A", "a", "b", "ä"):
-            if other != name:
-                await publish(link, f"{prefix}:{other}", b"wrong")
-        await publish(link, f"{prefix}:{name}", b"right")
-        assert await letters.until(b"right") == [(f"{prefix}:{name}", b"right")]
-
-
-async def test_link_receives_no_more_after_unsubscribe(redis_server: Endpoint, prefix: str) -> None:
-    a, b = f"{prefix}:a", f"{prefix}:b"
-    async with used(redis_server.url, a, b) as (link, letters, _):
-        await link.unsubscribe([a])
-        await publish(link, a, b"nobody hears")
-        await publish(link, b, b"1")
-        assert await letters.until(b"1") == [(b, b"1")]
-        await link.subscribe([a])
-        await publish(link, a, b"2")
-        assert await letters.until(b"2") == [(b, b"1"), (a, b"2")]
-
-
-async def test_subscribing_again_is_no_gap_and_no_duplicate(redis_server: Endpoint, prefix: str) -> None:
-    name = f"{prefix}:a"
-    async with used(redis_server.url, name) as (link, letters, _):
-        await link.subscribe([name, name])
-        await link.unsubscribe([f"{prefix}:never"])
-        await link.subscribe([])
-        await publish(link, name, b"once", b"end")
-        assert await letters.until(b"end") == [(name, b"once"), (name, b"end")]
-        assert letters.reasons == []
-
-
-async def test_link_subscribes_to_thousands_of_names_at_once(redis_server: Endpoint, prefix: str) -> None:
-    names = [f"{prefix}:{number}:{'x' * 200}" for number in range(5000)]
-    async with used(redis_server.url, *names) as (link, letters, _):
-        await publish(link, names[-1], b"last")
-        await letters.until(b"last")
-        await link.unsubscribe(names)
-
-
-async def test_link_publishes_and_subscribes_at_the_same_time(redis_server: Endpoint, prefix: str) -> None:
-    async def subscribe(link: Link) -> None:
-        for number in range(200):
-            await link.subscribe([f"{prefix}:{number}"])
-            await link.unsubscribe([f"{prefix}:{number}"])
-
-    async with used(redis_server.url, f"{prefix}:a") as (link, letters, _):
-        subscribing = asyncio.create_task(subscribe(link))
-        for envelope in numbers(200):
-            await publish(link, f"{prefix}:a", envelope)
-        await subscribing
-        assert [envelope for _, envelope in await letters.until(b"199")] == numbers(200)
 
 
 async def test_pubsub_crosses_databases(redis_server: Endpoint, prefix: str) -> None:
@@ -477,19 +395,6 @@ async def test_abort_throws_away_what_was_not_sent(own_redis: OwnRedis) -> None:
         envelopes = [envelope for _, envelope in await receiver.letters.until(b"later")]
         assert b"end" not in envelopes
         assert len(envelopes) < 40
-
-
-async def test_nothing_is_delivered_after_abort(redis_server: Endpoint, prefix: str) -> None:
-    name = f"{prefix}:a"
-    async with used(redis_server.url, name) as aborted, used(redis_server.url, name) as other:
-        await publish(other.link, name, b"1")
-        await aborted.letters.until(b"1")
-        await aborted.link.abort()
-        await publish(other.link, name, b"2")
-        await other.letters.until(b"2")
-        assert [envelope for _, envelope in aborted.letters.taken] == [b"1"]
-        with pytest.raises(ConnectionAbortedError):
-            await aborted.link.publish([Parcel(name, b"3")])
 
 
 async def test_link_can_be_aborted_before_it_is_open_and_again(redis_server: Endpoint) -> None:

@@ -13,7 +13,8 @@ import redis
 import trustme
 from redis.asyncio.sentinel import Sentinel
 
-from tests.engines.redis_links import Answer, fake_redis, obliging, used
+from tests.engines.links import used
+from tests.engines.redis_links import Answer, fake_redis, obliging
 from tests.support.brokers import RedisServer, free_port
 from tests.support.brokers.redis_groups import RedisSentinel
 from tests.support.servers import eventually

@@ -38,10 +38,10 @@ class Receiver(Protocol):
     def deliver(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
         """Deliver a publication behind those to its audience that were taken; return when the connections have it.
 
-        For an engine whose publishers are on this node: whoever awaits it publishes at the pace of the hooks.
+        For an engine whose publishers are on this node: they go at the pace of the hooks.
 
         Raises:
-            Exception: Whatever an `on_deliver` hook raises; nobody gets the message then.
+            Exception: What an `on_deliver` hook raises; no connection gets the message then.
         """
 
     def gap(self, gap: Gap) -> None:
@@ -92,7 +92,7 @@ class Engine(ABC):
         what was left there is gone, and the engine begins anew.
 
         Raises:
-            LifecycleError: If it runs already, because an engine serves one node; or if `aclose` is called meanwhile.
+            LifecycleError: If it runs already, because an engine serves one node, or if `aclose` ends the start.
             ConfigurationError: If the broker refuses us: a wrong password, a missing permission.
             EngineUnavailable: If the broker can't be reached and the engine fails fast.
             EngineError: If the engine fails in a way that no broker causes: a driver that doesn't fit, a bug.

@@ -116,7 +116,7 @@ class EngineContract(Nodes):
                 await node.receives(sent)
 
     async def test_publishers_at_the_same_time_have_one_order(self) -> None:
-        """When several nodes publish at the same time, all messages arrive, in one order on all nodes."""
+        """What is published at the same time, on any node, all arrives, in one order on all nodes."""
         async with self.nodes(NEWS) as nodes:
             sent = [[f"{number} of {task}" for number in range(40)] for task in range(4 * len(nodes))]
 
@@ -196,7 +196,7 @@ class EngineContract(Nodes):
             await last.receives(["sport"], SPORT)
 
     async def test_confirmed_ends_when_the_audience_is_no_longer_wanted(self) -> None:
-        """`confirmed` waits for nothing that was given up meanwhile, and not at all for nothing."""
+        """`confirmed` doesn't wait for an audience that is no longer wanted, and returns at once for no audience."""
         async with self.nodes() as nodes:
             engine = nodes[-1].engine
             engine.subscribe([NEWS])

@@ -132,7 +132,7 @@ class BrokerContract(EngineContract):
                     assert stats.publish_failures > 0
 
     async def test_gap_is_reported_when_it_is_over(self) -> None:
-        """Code that loads the present state because of a gap misses nothing: what is published afterwards arrives."""
+        """An app that loads the present state because of a gap misses nothing: what is published afterwards arrives."""
         async with self.nodes(NEWS) as nodes:
             async with self.outage(nodes):
                 pass

@@ -116,7 +116,7 @@ class BrokerEngine(Engine):
         try:
             await session.start(fail_fast=self._fail_fast)
         except BaseException:
-            if self._session is session:  # else another event loop has begun anew meanwhile
+            if self._session is session:  # else another event loop has begun anew
                 self._session = None
             raise
 

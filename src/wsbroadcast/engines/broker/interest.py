@@ -1,4 +1,15 @@
-"""Names that are wanted against names that the broker holds for us: a transition table. No I/O, no clock."""
+"""Names that are wanted against names that the broker holds for us: a transition table. No I/O, no clock.
+
+    want ──> WANTED ──ask──> ASKED ──confirm──> HELD ──unwant──> LINGERING ──release──> RELEASING ──released──> gone
+               ^               │ ^                ^                  │                     │ ^
+               │          unwant want             └──────want────────┘                  want unwant
+               │               v │                                                         v │
+               │             DOUBTED ──confirm──> LINGERING                             REGRETTED
+               └──────────────────────────────────released─────────────────────────────────┘
+
+ASKED becomes REFUSED if the broker forbids the name. When the connection is lost, what is wanted becomes WANTED again,
+and the rest is gone.
+"""
 
 from __future__ import annotations
 
@@ -84,8 +95,8 @@ _UNSETTLED = {Holding.WANTED, Holding.ASKED, Holding.REGRETTED}
 class Interest:
     """What a node wants of the broker and what it has.
 
-    Whoever talks to the broker asks for what `ask` returns and says `confirm`, ends what `release` returns and says
-    `released`, and says `lost` when the connection is gone. Wanting and no longer wanting may come at any moment.
+    The supervisor asks the broker for what `ask` returns and says `confirm` or `refuse`. It ends what `release` returns
+    and says `released`. It says `lost` when the connection is gone. `want` and `unwant` may come at any moment.
 
     Args:
         linger: Seconds for which a name that nobody wants any more is held.

@@ -117,7 +117,7 @@ _NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 
 
 def no_linger(transport: asyncio.BaseTransport) -> None:
-    """Make every later close of the connection a reset (RFC 9293, 3.10.5), whoever closes it.
+    """Make every later close of the connection a reset (RFC 9293, 3.10.5), no matter which side or library closes it.
 
     The kernel then drops what it could not send yet. It is no use to a unix socket, whose peer has at once what was
     written, and not there on transports without a socket.

@@ -39,7 +39,7 @@ class Outgoing:
         timing: How long to wait for the broker.
         max_message_bytes: The largest payload that other nodes take.
         counters: Where failures are counted.
-        max_waiting_bytes: How much `broadcast_nowait` may leave waiting. Whoever awaits holds the message anyway.
+        max_waiting_bytes: How much `broadcast_nowait` may leave waiting. A caller that awaits holds its message anyway.
     """
 
     def __init__(

@@ -140,7 +140,7 @@ class Supervisor:
         while True:
             await self._wait_for_change()
             await self._subscribe(link)
-            # A part of them in each turn: whoever joins doesn't wait until all of a crowd that has left is released.
+            # A part of them in each turn: a join doesn't wait until all names of a crowd that has left are released.
             names = self._interest.release(asyncio.get_running_loop().time(), _ASK_NAMES)
             if names:
                 async with Patience(self._timing.request_timeout):

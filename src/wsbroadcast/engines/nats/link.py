@@ -42,7 +42,7 @@ class Conversation(asyncio.Protocol):
         self._transport = transport
         self._reader = Reader(on_message, self._read_line)
         self._on_line = on_line
-        # One for each PING, answered in order. Whoever waited may be gone by then.
+        # One for each PING, answered in order. The caller that waited may be gone by then.
         self._pongs: deque[asyncio.Future[None]] = deque()
         self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """Done when the connection is lost; the result is why."""

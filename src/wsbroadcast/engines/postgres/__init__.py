@@ -175,7 +175,7 @@ class Transaction:
         connection: One of `ACCEPTED`.
 
     Raises:
-        ConfigurationError: If it is none of them.
+        ConfigurationError: If it is another object.
     """
 
     def __init__(self, connection: object) -> None:

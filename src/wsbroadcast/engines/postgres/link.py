@@ -270,7 +270,7 @@ class Listener:
         assert note.row is not None
         envelope = await self._read_row(note.row, since, inlet)
         if self._held_back.get(name) is not notes:
-            return  # unsubscribed meanwhile
+            return  # unsubscribed while it was read
         notes.popleft()
         if envelope is not None:
             inlet.take(name, envelope)
@@ -302,7 +302,7 @@ class Listener:
             return
         before, self._heard_at = self._heard_at, asyncio.get_running_loop().time()
         if is_row(payload):
-            self._table.expect_clean_up()  # whoever it is for: somebody has to remove it
+            self._table.expect_clean_up()  # also if it is for another node: some node has to remove it
         name = payload.partition(" ")[0]
         if name not in self._names:
             if not name.startswith(f"{self._prefix}:"):  # else somebody else's audience

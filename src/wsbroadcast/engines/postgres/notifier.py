@@ -223,8 +223,8 @@ class SpillTable:
 
     It is unlogged: its rows live for a minute, and needn't be in the write-ahead log, in a backup or on a standby.
 
-    Every node is told of every row, whoever it is for, and removes what has had its time. When that is to be is known
-    here, and not to a link, because rows outlive links.
+    Every node is told of every row, also of those for other nodes, and removes those whose time is over. The time of
+    the next clean-up is kept here and not in a link, because rows outlive links.
 
     Args:
         prefix: The engine's prefix.

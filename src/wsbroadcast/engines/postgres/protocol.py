@@ -5,7 +5,7 @@ r"""What a notification of Postgres carries: a name, and an envelope as text or 
     wsbroadcast:channel:news table 6f1d0c9aa1b04d0f8c6e5d1f6f0a7c55
 
 The number after the colon keeps two equal envelopes apart, because Postgres merges equal notifications of one
-transaction; whoever sends a single one may leave it out.
+transaction; a program that sends a single one may leave it out.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class Target:
 
         Raises:
             ConfigurationError: If a file isn't there; asyncpg doesn't say which.
-            Exception: If there is none to be had, as asyncpg says.
+            Exception: What asyncpg raises if it gets no connection.
         """
         self._check_files()
         if not self.hosts:

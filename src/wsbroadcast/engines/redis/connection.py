@@ -2,7 +2,7 @@
 
 redis-py connects, speaks TLS and authenticates; then the transport is ours. Its own reader costs seven times as much
 for each message, and it ends a connection by sending what is left in the buffers, which after a partition would arrive
-late. In here nothing reconnects, tries again or runs as a task, so whoever is cancelled leaves nothing behind.
+late. In here nothing reconnects, tries again or runs as a task, so a call that is cancelled leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Wire(asyncio.Protocol, ABC):
         self._connection: Any = None
         self._transport: asyncio.Transport | None = None
         self._error: Exception | None = None
-        # Whoever waits for answers.
+        # The call that waits for answers.
         self._waiting: asyncio.Future[Any] | None = None
 
     async def open(self) -> None:
@@ -253,7 +253,7 @@ class Listener(Wire):
         await self._change(self._subscribe, groups)
 
     async def unsubscribe(self, groups: Iterable[Sequence[str]]) -> None:
-        """Unsubscribe, likewise."""
+        """Unsubscribe, with one command for each group of names."""
         await self._change(self._unsubscribe, groups)
 
     async def ping(self) -> None:

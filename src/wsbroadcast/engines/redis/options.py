@@ -125,7 +125,7 @@ def target_from_client(client: object) -> Target:
     """Take over where a client of redis-py connects to, and how; the client itself is neither used nor closed.
 
     Raises:
-        ConfigurationError: If it is none.
+        ConfigurationError: If it is not valid.
     """
     if not isinstance(client, (Redis, RedisCluster)):
         raise ConfigurationError(
