@@ -24,21 +24,26 @@ from tests.support.fake_broker import FakeBroker, FakeEngine, FakeLink
 from tests.support.servers import ROOT, eventually
 from tests.support.strict import STRICT
 from wsbroadcast import (
+    Audience,
     ConfigurationError,
     ConnectionManager,
     EngineUnavailable,
+    Gap,
     Health,
     InvalidChannel,
     LifecycleError,
     Limits,
     MemoryEngine,
+    Message,
     MessageTooLarge,
     Publication,
     Publisher,
 )
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.options import Timing
+from wsbroadcast.publishing import NullReceiver
 
+PUBLICATION = Publication(Message.of("text"), Audience("everyone"))
 PATIENT = Timing(connect_timeout=30, request_timeout=30)
 
 
@@ -441,6 +446,8 @@ def test_start_of_an_event_loop_that_ended_without_closing_it_counts_no_more(
     publisher: Publisher, broker: FakeBroker
 ) -> None:
     asyncio.run(publisher.start())
+    publisher.broadcast_threadsafe("in a thread of its own")
+    asyncio.run(publisher.start())
     with publisher:
         publisher.broadcast_threadsafe("text")
     assert (broker.links, threads()) == ([], [])
@@ -700,6 +707,37 @@ async def test_start_counts(publisher: Publisher, broker: FakeBroker) -> None:
     await publisher.aclose()
     await publisher.aclose()
     assert (broker.opened, broker.links) == (1, [])
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+def test_engine_that_fails_to_stop_tells_who_closes_it(broker: FakeBroker, is_async: bool) -> None:
+    class Stuck(FakeEngine):
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise KeyError("stuck")
+
+    publisher = Publisher(Stuck(broker))
+
+    async def use_async() -> None:
+        await publisher.broadcast("text")
+        await publisher.aclose()
+
+    def use() -> None:
+        publisher.broadcast_threadsafe("text")
+        publisher.close()
+
+    with pytest.raises(KeyError, match="stuck"):
+        asyncio.run(use_async()) if is_async else use()
+    assert threads() == []
+
+
+async def test_what_an_engine_brings_although_nobody_is_here_is_dropped() -> None:
+    receiver = NullReceiver()
+    assert receiver.is_ready(PUBLICATION)
+    receiver.receive_nowait(PUBLICATION)
+    await receiver.receive(PUBLICATION)
+    await receiver.receive_paced(PUBLICATION)
+    await receiver.gap(Gap("fake", 1.0))
 
 
 # A broker that is not well.

@@ -339,6 +339,7 @@ class LoopThread(Generic[T]):
         self._calls: set[Future[Any]] = set()
         self._is_stopped = False
         self._stopping = asyncio.Event()
+        self._last: Future[None] | None = None
         made: Future[T] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, made), name=name, daemon=True)
         self._thread.start()
@@ -367,12 +368,14 @@ class LoopThread(Generic[T]):
         with self._lock:
             if not self._is_stopped:
                 self._is_stopped = True
-                self._submit(last)
+                self._last = self._submit(last)
                 self._loop.call_soon_threadsafe(self._stopping.set)
 
     def join(self) -> None:
-        """Block until a thread that was stopped has ended."""
+        """Block until a thread that was stopped has ended; raise what the last call raised."""
         self._thread.join()
+        if self._last is not None:
+            self._last.result()
 
     def _run(self, make: Callable[[], T], made: Future[T]) -> None:
         try:

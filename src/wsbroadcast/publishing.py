@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -87,8 +88,7 @@ class _Host:
     @property
     def is_over(self) -> bool:
         """Whether the engine no longer runs here, so that it may be started elsewhere."""
-        is_over = self._life.done() or not self.loop.is_running()
-        return is_over and (self._before is None or self._before.is_over)
+        return (self._life.done() or not self.loop.is_running()) and (self._before is None or self._before.is_over)
 
     @property
     def is_started(self) -> bool:
@@ -193,14 +193,15 @@ class _State:
     """What a publisher is in one process. `lock` guards the rest; it is held only briefly.
 
     Args:
-        starts: How many `start` are without an `aclose` yet.
-        is_closed: Whether it refuses to work until the next start.
+        parent: The same in the process that this one was forked off.
     """
 
-    def __init__(self, starts: int = 0, *, is_closed: bool = False) -> None:
+    def __init__(self, parent: _State | None = None) -> None:
         self.lock = threading.Lock()
-        self.starts = starts
-        self.is_closed = is_closed
+        # How many `start` are without an `aclose` yet, by the event loop in which they were called, if any.
+        self.starts: Counter[asyncio.AbstractEventLoop | None] = Counter(parent.starts if parent else ())
+        # Whether it refuses to work until the next start.
+        self.is_closed: bool = parent is not None and parent.is_closed
         self.host: _Host | None = None
         # The host before, which may be about to end.
         self.left: _Host | None = None
@@ -219,9 +220,16 @@ class _State:
         if host is not None and host.has_ended:
             # A call that comes while its event loop ends can't begin anew in there.
             self.is_shared = self.is_shared or host.loop is running_loop()
-            if host.thread is None:
-                self.starts = 0  # they are from that event loop, which will close nothing any more
             self.leave()
+
+    def count(self, change: int) -> int:
+        """Count a start more or less; return how many are left. Those of event loops that are closed don't count."""
+        self.starts = Counter({loop: n for loop, n in self.starts.items() if n and not (loop and loop.is_closed())})
+        here = running_loop()
+        if change < 0 and not self.starts[here]:
+            here = next(iter(+self.starts), None)
+        self.starts[here] = max(0, self.starts[here] + change)
+        return self.starts.total()
 
 
 def _abandon(states: dict[int, _State]) -> None:
@@ -380,11 +388,9 @@ class Publisher:
         Idempotent; does nothing if `start` was called more often.
         """
         host = self._close()
-        if host is None:
-            return
-        if host.loop is asyncio.get_running_loop():
+        if host is not None and host.loop is asyncio.get_running_loop():
             await host.wait_ended()
-        else:
+        elif host is not None:
             await asyncio.to_thread(host.join)
 
     def close(self) -> None:
@@ -423,7 +429,7 @@ class Publisher:
         process = os.getpid()
         if process not in self._states:
             parent = list(self._states.values())[-1]
-            self._states.setdefault(process, _State(parent.starts, is_closed=parent.is_closed))  # atomic
+            self._states.setdefault(process, _State(parent))  # atomic: another thread may be here, too
         return self._states[process]
 
     async def _run(self, call: Callable[[_Host], Coroutine[Any, Any, T]]) -> T:
@@ -476,22 +482,20 @@ class Publisher:
         # Counted before it is done, so that a concurrent `aclose` does not see itself as the last one.
         state = self._state()
         with state.lock:
-            state.leave_ended()
             state.is_closed = False
-            state.starts += 1
+            state.count(+1)
         try:
             yield
         except BaseException:
             with state.lock:
-                state.starts = max(0, state.starts - 1)
+                state.count(-1)
             raise
 
     def _close(self) -> _Host | None:
         # Count one start less. After the last one, return the host that ends now.
         state = self._state()
         with state.lock:
-            state.starts = max(0, state.starts - 1)
-            if state.starts or state.is_closed:
+            if state.count(-1) or state.is_closed:
                 return None
             state.is_closed, state.is_shared = True, False
             host = None if state.host is None or state.host.has_ended else state.host
