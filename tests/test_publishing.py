@@ -733,11 +733,9 @@ def test_engine_that_fails_to_stop_tells_who_closes_it(broker: FakeBroker, is_as
 
 async def test_what_an_engine_brings_although_nobody_is_here_is_dropped() -> None:
     receiver = NullReceiver()
-    assert receiver.is_ready(PUBLICATION)
-    receiver.receive_nowait(PUBLICATION)
-    await receiver.receive(PUBLICATION)
-    await receiver.receive_paced(PUBLICATION)
-    await receiver.gap(Gap("fake", 1.0))
+    receiver.take(PUBLICATION)
+    await receiver.deliver(PUBLICATION)
+    receiver.gap(Gap("fake", 1.0))
 
 
 # A broker that is not well.
