@@ -28,7 +28,7 @@ class Deliverer(Protocol):
         """Tell whether `deliver_now` may be called: no hook has to run, and most clients keep up."""
 
     def deliver_now(self, publication: Publication) -> None:
-        """Hand a publication to the connections."""
+        """Hand a publication to the connections; what goes wrong is logged."""
 
     async def deliver_paced(self, publication: Publication) -> None:
         """Hand it over when most clients keep up, through the hooks."""
@@ -51,9 +51,9 @@ _Lane: TypeAlias = deque[Publication | _Turn]
 
 
 class Lanes:
-    """Delivers at once where nothing stands in the way, else in order.
+    """Delivers in order what can't be delivered at once.
 
-    Nobody who puts something in ever waits. An audience whose crowd is behind holds up no other audience. What doesn't
+    Putting something in never waits. An audience whose crowd is behind holds up no other audience. What doesn't
     fit is dropped, and reported.
 
     Args:
@@ -66,7 +66,8 @@ class Lanes:
         self._node = node
         self._max_publications = max_publications
         self._max_bytes = max_bytes
-        self._lanes: dict[Audience, _Lane] = {}
+        self.waiting: dict[Audience, _Lane] = {}
+        """What waits, by audience; an audience that nothing waits for isn't in it."""
         self._publications = 0
         self._bytes = 0
         self._tasks = Tasks()
@@ -74,16 +75,10 @@ class Lanes:
         # The timer of a report about what was dropped.
         self._report: asyncio.TimerHandle | None = None
 
-    def __contains__(self, audience: Audience) -> bool:
-        return audience in self._lanes
-
     def put(self, publication: Publication) -> None:
-        """Deliver a publication, now or when its turn has come."""
+        """Deliver a publication when its turn has come."""
         audience = publication.audience
-        lane = self._lanes.get(audience)
-        if lane is None and self._node.is_ready(publication):
-            self._deliver_now(publication)
-            return
+        lane = self.waiting.get(audience)
         if self._bytes >= self._max_bytes or self._publications >= self._max_publications or self._is_closed:
             self._drop()
             return
@@ -92,13 +87,13 @@ class Lanes:
         if lane is not None:
             lane.append(publication)
         else:  # with the first in it: an eager task factory runs the task at once
-            lane = self._lanes[audience] = deque((publication,))
+            lane = self.waiting[audience] = deque((publication,))
             self._tasks.spawn(self._run(audience, lane), f"deliveries to {audience.kind}")
 
     @asynccontextmanager
     async def turn(self, audience: Audience) -> AsyncIterator[None]:
         """Return a block that runs when everything that waits for an audience is delivered, and before what comes."""
-        lane = self._lanes.get(audience)
+        lane = self.waiting.get(audience)
         if lane is None:
             yield
             return
@@ -140,22 +135,16 @@ class Lanes:
                 self._publications -= 1
                 self._bytes -= first.message.size
                 if self._node.is_ready(first):
-                    self._deliver_now(first)
+                    self._node.deliver_now(first)
                 else:
                     await self._deliver_paced(first)
                 if number % _TURN_PUBLICATIONS == 0:
                     await asyncio.sleep(0)
         finally:
-            del self._lanes[audience]
+            del self.waiting[audience]
             for left in lane:  # at the end of the node nobody is kept waiting
                 if isinstance(left, _Turn):
                     left.begun.set()
-
-    def _deliver_now(self, publication: Publication) -> None:
-        try:
-            self._node.deliver_now(publication)
-        except Exception:  # whatever it is, the engine goes on
-            logger.exception("a message was not delivered")
 
     async def _deliver_paced(self, publication: Publication) -> None:
         try:

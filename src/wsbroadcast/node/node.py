@@ -35,6 +35,7 @@ class Node:
         counters: Counters,
     ) -> None:
         self._engine = engine
+        self._links_nodes = engine.links_nodes
         self.registry = Registry[Connection]()
         self._watch = Watch(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._watch)
@@ -60,18 +61,23 @@ class Node:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if isinstance(publication, Dismissal):
             self._dismiss(publication)
-        else:
+        elif (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
             self._lanes.put(publication)
+        else:
+            self.deliver_now(publication)
 
     async def deliver(self, publication: Publication | Dismissal) -> None:
         """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
+        waiting = self._lanes.waiting
         if isinstance(publication, Dismissal):
             self._dismiss(publication)
-        elif publication.audience in self._lanes and not is_delivering():
-            async with self._lanes.turn(publication.audience):
-                await self._deliver(publication)
+        elif not waiting and not self._hooks.has("on_deliver"):
+            self._deliver(publication)
+        elif publication.audience not in waiting or is_delivering():
+            await self._deliver_in_order(publication)
         else:
-            await self._deliver(publication)
+            async with self._lanes.turn(publication.audience):
+                await self._deliver_in_order(publication)
 
     def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing. Never blocks."""
@@ -85,7 +91,7 @@ class Node:
 
         It doesn't wait behind those of other nodes, which wait for most clients to keep up.
         """
-        await (self._deliver if self._engine.links_nodes else self.deliver)(publication)
+        await (self._deliver_in_order if self._links_nodes else self.deliver)(publication)
 
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
@@ -116,7 +122,7 @@ class Node:
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
-        await self._lanes.aclose(patience=0.0 if self._engine.links_nodes else self._hooks.timeout)
+        await self._lanes.aclose(patience=0.0 if self._links_nodes else self._hooks.timeout)
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
         self._is_closed = True
         await self._tasks.join()
@@ -129,18 +135,21 @@ class Node:
         if self._hooks.has("on_deliver"):
             return False
         # What is published here and not awaited sets no pace: the slow-consumer policy deals with what doesn't fit.
-        return not self._engine.links_nodes or self.dispatcher.is_ready(publication.audience, publication.exclude)
+        return not self._links_nodes or self.dispatcher.is_ready(publication.audience, publication.exclude)
 
     def deliver_now(self, publication: Publication) -> None:
-        """Hand a publication to the connections."""
-        self._counters.broadcasts += 1
-        self.dispatcher.dispatch(publication)
+        """Hand a publication to the connections; what goes wrong is logged."""
+        try:
+            self._counters.broadcasts += 1
+            self.dispatcher.dispatch(publication)
+        except Exception:  # whatever it is, the engine goes on
+            logger.exception("a message was not delivered")
 
     async def deliver_paced(self, publication: Publication) -> None:
         """Hand it over when most clients keep up, through the hooks."""
-        if self._engine.links_nodes:
+        if self._links_nodes:
             await self.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        await self._deliver(publication)
+        await self._deliver_in_order(publication)
 
     def overrun(self, seconds: float) -> None:
         """Tell that publications were dropped, because too many wait."""
@@ -149,14 +158,18 @@ class Node:
             seconds,
             self._engine.name,
         )
-        if self._engine.links_nodes:
+        if self._links_nodes:
             self.gap(Gap(self._engine.name, seconds))
 
     # Inside.
 
-    async def _deliver(self, publication: Publication) -> None:
+    def _deliver(self, publication: Publication) -> None:
+        self._counters.broadcasts += 1
+        self.dispatcher.dispatch(publication)
+
+    async def _deliver_in_order(self, publication: Publication) -> None:
         if not self._hooks.has("on_deliver"):
-            self.deliver_now(publication)
+            self._deliver(publication)
         elif is_delivering():
             # A hook broadcasts while its own delivery holds the order: this one goes first.
             await self._deliver_through_hooks(publication)
