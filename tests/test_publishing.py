@@ -430,6 +430,46 @@ def test_event_loop_that_was_not_running_when_it_was_closed_may_use_it_again(
     assert [payload for _, payload in published(broker)] == [b"one", b"two"]
 
 
+def test_event_loop_that_runs_once_more_leaves_the_thread_alone(publisher: Publisher, broker: FakeBroker) -> None:
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(publisher.broadcast("one"))
+    publisher.broadcast_threadsafe("two")
+    [link] = [link for link in broker.links if link is not broker.links[0]]
+    loop.run_until_complete(settle(loop))
+    publisher.broadcast_threadsafe("three")
+    assert link in broker.links
+    assert broker.opened == 2
+    loop.close()
+
+
+async def settle(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what is left in a loop, after it had its turn."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+    left = asyncio.all_tasks(loop) - {asyncio.current_task()}
+    for task in left:
+        if "engine" in task.get_name():
+            task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+
+
+async def test_publisher_that_was_closed_runs_in_the_event_loop_again(publisher: Publisher) -> None:
+    await publisher.broadcast("here")
+    await asyncio.to_thread(publisher.broadcast_threadsafe, "in a thread of its own")
+    await publisher.aclose()
+    async with publisher:
+        publisher.broadcast_nowait("here again")
+        assert threads() == []
+
+
+async def test_thread_may_close_what_an_event_loop_has_started(publisher: Publisher, broker: FakeBroker) -> None:
+    await publisher.start()
+    await asyncio.to_thread(publisher.close)
+    assert broker.links == []
+    with pytest.raises(LifecycleError, match="closed"):
+        await publisher.broadcast("text")
+
+
 async def test_event_loop_that_closes_it_leaves_it_to_the_others(publisher: Publisher, broker: FakeBroker) -> None:
     with loop_in_thread() as run:
         run(publisher.start())
@@ -829,7 +869,8 @@ async def test_close_during_the_start_ends_both(broker: FakeBroker) -> None:
     publisher = Publisher(FakeEngine(broker, timing=PATIENT))
     waiting = asyncio.create_task(publisher.broadcast("text"))
     await asyncio.sleep(0)
-    await publisher.aclose()
+    async with asyncio.timeout(5):
+        await publisher.aclose()
     with pytest.raises(LifecycleError, match="closed"):
         await waiting
     assert published(broker) == []
@@ -965,12 +1006,18 @@ def use():
     asyncio.run(publisher.broadcast("child"))
     publisher.close()
 
+def close_once():
+    publisher.close()
+    publisher.broadcast_threadsafe("child again")
+
 with publisher:
     publisher.broadcast_threadsafe("parent")
     fork(use)
     fork(publisher.close)
+    with publisher:
+        fork(close_once)
     publisher.broadcast_threadsafe("parent again")
-assert [payload for _, payload in received(3)] == ["parent", "child", "parent again"]
+assert [payload for _, payload in received(4)] == ["parent", "child", "child again", "parent again"]
 """
     run_script(FORK + check, url, prefix)
 
