@@ -133,11 +133,11 @@ class PostgresEngine(BrokerEngine):
         return link
 
     async def _spill(self, running: Transaction, parcel: Parcel) -> str:
-        if await running.fetch(self._table.exists, {}) != (True,):
+        if await running.fetch(self._table.exists_sql, {}) != (True,):
             await self._create_table()
         row = uuid4()
         self._table.expect_commit()
-        await running.fetch(self._table.insert, {"id": row.hex, "envelope": parcel.envelope})
+        await running.fetch(self._table.insert_sql, {"id": row.hex, "envelope": parcel.envelope})
         return pack_row(parcel.name, row)
 
     async def _create_table(self) -> None:

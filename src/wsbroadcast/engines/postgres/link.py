@@ -284,7 +284,7 @@ class Listener:
     async def _read_row(self, row: UUID, since: float, inlet: Inlet) -> bytes | None:
         try:
             async with self._lock:
-                found = await self._connection.fetchrow(self._table.read, row, MAX_ENVELOPE_BYTES)
+                found = await self._connection.fetchrow(self._table.read_sql, row, MAX_ENVELOPE_BYTES)
         except PostgresError as error:
             if is_loss(error, self._connection):
                 raise

@@ -138,10 +138,10 @@ class Notifier:
         channels, notes = [one.channel for one in letters], [one.note for one in letters]
         rows, envelopes = [one.row for one in large], [one.envelope for one in large]
         try:
-            await self._connection.execute(self._table.publish, channels, notes, rows, envelopes)
+            await self._connection.execute(self._table.publish_sql, channels, notes, rows, envelopes)
         except UndefinedTable:
             await self._create_table()
-            await self._connection.execute(self._table.publish, channels, notes, rows, envelopes)
+            await self._connection.execute(self._table.publish_sql, channels, notes, rows, envelopes)
         except PostgresError as error:
             if not is_forbidden(error):
                 raise
@@ -164,7 +164,7 @@ class Notifier:
 
     async def _create_table(self) -> None:
         try:
-            await self._connection.execute(self._table.create)
+            await self._connection.execute(self._table.create_sql)
         except PostgresError as error:
             if not is_forbidden(error):
                 raise
@@ -173,7 +173,7 @@ class Notifier:
     def _not_permitted(self, error: Exception) -> ConfigurationError:
         return ConfigurationError(
             f"{self._where}: {said(error)}; a message over 7.5 kB needs a table, and an administrator can make it by:"
-            f" {self._table.permit} {self._role}"
+            f" {self._table.permit_sql} {self._role}"
         )
 
     async def _clean_up(self, published: int) -> None:
@@ -182,8 +182,8 @@ class Notifier:
             return
         is_behind = has_more = False
         try:
-            if await self._connection.fetchval(self._table.exists):
-                is_behind, has_more = await self._connection.fetchrow(self._table.clean_up, 2 * published)
+            if await self._connection.fetchval(self._table.exists_sql):
+                is_behind, has_more = await self._connection.fetchrow(self._table.clean_up_sql, 2 * published)
         except PostgresError as error:
             if is_loss(error, self._connection):
                 raise
@@ -241,28 +241,30 @@ class SpillTable:
         """The table's name as SQL has it; nothing in it needs an escape."""
         definition = "(id uuid PRIMARY KEY, expires timestamptz NOT NULL, envelope bytea NOT NULL)"
         create = f"CREATE UNLOGGED TABLE IF NOT EXISTS {self.name} {definition}"
-        self.permit = f"{create}; GRANT SELECT, INSERT, DELETE ON {self.name} TO"
+        self.permit_sql = f"{create}; GRANT SELECT, INSERT, DELETE ON {self.name} TO"
         """What an administrator runs, but for the role."""
         # Two that create it at once would collide, IF NOT EXISTS or not.
-        self.create = f"SELECT pg_advisory_xact_lock(hashtext('{self.name}')); {create}"
-        self.read = f"SELECT CASE WHEN octet_length(envelope) <= $2 THEN envelope END FROM {self.name} WHERE id = $1"  # noqa: S608
+        self.create_sql = f"SELECT pg_advisory_xact_lock(hashtext('{self.name}')); {create}"
+        self.read_sql = (
+            f"SELECT CASE WHEN octet_length(envelope) <= $2 THEN envelope END FROM {self.name} WHERE id = $1"  # noqa: S608
+        )
         """Takes an id and a size in bytes; a larger envelope is null."""
-        self.clean_up = (
+        self.clean_up_sql = (
             f"WITH gone AS (DELETE FROM {self.name} WHERE id IN (SELECT id FROM {self.name}"  # noqa: S608
             f" WHERE expires < clock_timestamp() LIMIT {_CLEAN_UP_ROWS} + $1::int FOR UPDATE SKIP LOCKED) RETURNING id)"
             f" SELECT (SELECT count(*) FROM gone) >= {_CLEAN_UP_ROWS} + $1::int,"
             f" (SELECT count(*) FROM {self.name}) > (SELECT count(*) FROM gone)"
         )
         """Takes how many rows more than usual to remove; tells whether there is more to remove, and more at all."""
-        self.publish = (
+        self.publish_sql = (
             f"WITH spilled AS (INSERT INTO {self.name} (id, expires, envelope)"  # noqa: S608
             f" SELECT id, clock_timestamp() + interval '{KEPT_SECONDS} s', envelope"
             f" FROM unnest($3::uuid[], $4::bytea[]) AS rows (id, envelope)) {NOTIFY}"
         )
         """Takes channels, texts, ids and envelopes."""
-        self.exists = f"SELECT to_regclass('{self.name}') IS NOT NULL"
+        self.exists_sql = f"SELECT to_regclass('{self.name}') IS NOT NULL"
         """Tells whether the table is there, which is no error in the server's log if it isn't."""
-        self.insert = (
+        self.insert_sql = (
             f"INSERT INTO {self.name} (id, expires, envelope) VALUES (CAST({{id}} AS uuid), clock_timestamp()"  # noqa: S608
             f" + interval '{KEPT_IN_TRANSACTION_SECONDS} s', {{envelope}})"
         )
