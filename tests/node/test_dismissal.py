@@ -440,7 +440,7 @@ async def test_dismissal_reaches_any_audience(
         *await connected(manager, 1, user="bob"),
         *await connected(manager, 1),
     ]
-    node = manager._node
+    node = manager._life.node
     publication = Dismissal(audience, 1012, "maintenance")
     if waits:
         await node.deliver(publication)
@@ -457,7 +457,7 @@ async def test_dismissal_reaches_any_audience(
 async def test_dismissal_spares_the_excluded(manager: ConnectionManager) -> None:
     pairs = await connected(manager, 2)
     publication = Dismissal(Audience("everyone"), 4000, exclude=frozenset({pairs[0][1].id}))
-    await manager._node.deliver(publication)
+    await manager._life.node.deliver(publication)
     assert await pairs[1][0].wait_close() == 4000
     assert manager.connections == [pairs[0][1]]
 

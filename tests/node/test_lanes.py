@@ -284,7 +284,7 @@ async def test_what_a_node_drops_is_one_gap_unless_there_are_no_other_nodes(
             await go.wait()
 
         manager.on_gap(gaps.append)
-        manager._node._lanes = Lanes(manager._node, max_publications=3)
+        manager._life.node._lanes = Lanes(manager._life.node, max_publications=3)
         for number in range(10):
             manager.broadcast_nowait(f"{number}")
         await eventually(lambda: "are missing here" in caplog.text)
@@ -297,7 +297,7 @@ async def test_what_a_node_drops_is_one_gap_unless_there_are_no_other_nodes(
 async def test_engine_that_reports_after_the_end_is_not_heard(manager: ConnectionManager) -> None:
     gaps: list[Gap] = []
     manager.on_gap(gaps.append)
-    node = manager._node
+    node = manager._life.node
     await manager.aclose()
     node.gap(Gap("fake", 1.0))
     node.take(news("late"))

@@ -120,6 +120,10 @@ class Node:
             engine=self._engine.stats(),
         )
 
+    def is_own_task(self) -> bool:
+        """Tell whether the caller runs in one of the background tasks, such as a hook's, that `aclose` waits for."""
+        return asyncio.current_task() in self._tasks
+
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
         await self._lanes.aclose(patience=0.0 if self._links_nodes else self._hooks.timeout)
