@@ -265,6 +265,59 @@ class SlowEngine(Engine):
         return Health(self.name, bool(self.receivers))
 
 
+async def test_manager_that_is_closed_while_its_engine_starts_works_after_the_next_start() -> None:
+    engine = SlowEngine()
+    manager = ConnectionManager(engine)
+    starting = asyncio.create_task(manager.start())
+    connecting = asyncio.create_task(manager.connect(Peer().websocket))
+    await turns(1)
+    await manager.aclose()
+    for waiting in (starting, connecting):
+        with pytest.raises(LifecycleError, match="closed"):
+            await waiting
+    assert (manager.connections, engine.receivers) == ([], [])
+    await manager.start()
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    await manager.aclose()
+
+
+async def test_two_ends_at_the_same_time_both_return_when_it_is_done() -> None:
+    engine = SlowEngine()
+    manager = ConnectionManager(engine)
+    left = 2
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        nonlocal left
+        await turns(5)
+        left -= 1
+
+    await connected(manager, 2)
+
+    async def close() -> None:
+        await manager.aclose()
+        assert (left, manager.connections, engine.receivers) == (0, [], [])
+
+    await asyncio.gather(close(), close(), close())
+
+
+async def test_disconnect_from_a_thread_is_refused_before_anything_changes() -> None:
+    manager = ConnectionManager()
+    went: list[Connection] = []
+    manager.on_disconnect(went.append)
+    [(peer, connection)] = await connected(manager, 1)
+    for one in (connection, peer.websocket):
+        with pytest.raises(LifecycleError, match="from a thread use"):
+            await asyncio.to_thread(manager.disconnect, one)
+    assert manager.connections == [connection]
+    assert connection.is_open
+    manager.disconnect(connection)
+    await eventually(lambda: went == [connection])
+    await manager.aclose()
+
+
 async def test_first_uses_at_the_same_time_start_the_engine_once() -> None:
     engine = SlowEngine()
     manager = ConnectionManager(engine)
