@@ -17,7 +17,7 @@ from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, Batch
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
 
@@ -81,8 +81,8 @@ class Node:
     def __init__(self, members: Iterable[Member] = (), **options: Any) -> None:
         self.registry = Registry[Member]()
         self.counters = Counters()
-        self.watch = Watch(SlowConsumer(**options), self.counters)
-        self.dispatcher = Dispatcher(self.registry, self.watch)
+        self.slow_consumers = SlowConsumers(SlowConsumer(**options), self.counters)
+        self.dispatcher = Dispatcher(self.registry, self.slow_consumers)
         for member in members:
             self.registry.add(member)
 
@@ -97,23 +97,23 @@ class Node:
 
     def fall_behind(self, *members: Member) -> None:
         for member in members:
-            self.watch.fell_behind(member.sink)
+            self.slow_consumers.fell_behind(member.sink)
 
     def stall(self, *members: Member) -> None:
         """Let members fall behind with a writer that gets nowhere."""
         for member in members:
-            member.recorder.writer = self.watch.start_writer(member.sink, self._stalled(member))
+            member.recorder.writer = self.slow_consumers.start_writer(member.sink, self._stalled(member))
         self.fall_behind(*members)
 
     async def _stalled(self, member: Member) -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            self.watch.writer_ended(member.sink)
+            self.slow_consumers.writer_ended(member.sink)
             self.catch_up(member)
 
     def catch_up(self, member: Member) -> None:
-        self.watch.caught_up(member.sink)
+        self.slow_consumers.caught_up(member.sink)
 
 
 def members(count: int) -> list[Member]:
@@ -155,7 +155,7 @@ async def test_turn_is_ended_by_one_callback_however_many_messages_it_has() -> N
             flushes += 1
             super().flush()
 
-    node.dispatcher = Counting(node.registry, node.watch)
+    node.dispatcher = Counting(node.registry, node.slow_consumers)
     for text in ("a", "b", "c"):
         node.dispatch(text)
     await turns()
@@ -413,7 +413,7 @@ async def test_broadcaster_goes_on_when_those_behind_turn_out_to_take_nothing() 
         await easing
     assert time.monotonic() - began < 1
     assert not any(member.recorder.evictions for member in everybody)
-    await node.watch.aclose()
+    await node.slow_consumers.aclose()
 
 
 async def test_tight_loop_waits_for_the_tail_that_is_about_to_lose_messages() -> None:

@@ -14,7 +14,7 @@ from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.pace import Pace, Patience, Wait
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.stats import Counters
 
 # With it: a pace of 100 bytes a second, 2.5 s of patience, moments of half a second.
@@ -56,8 +56,8 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.registry = Registry[Peer]()
-        self.watch = Watch(OPTIONS, Counters())
-        self.pace = Pace(self.registry, self.watch)
+        self.slow_consumers = SlowConsumers(OPTIONS, Counters())
+        self.pace = Pace(self.registry, self.slow_consumers)
         self.peers = [Peer(str(number)) for number in range(size)]
         for peer in self.peers:
             self.registry.add(peer)
@@ -67,8 +67,8 @@ class Room:
 
     def fall_behind(self, *peers: Peer, half_full: bool = False) -> None:
         for peer in peers:
-            self._writers.append(self.watch.start_writer(peer.sink, self._wait()))
-            self.watch.fell_behind(peer.sink)
+            self._writers.append(self.slow_consumers.start_writer(peer.sink, self._wait()))
+            self.slow_consumers.fell_behind(peer.sink)
             peer.is_half_full = half_full
 
     async def _wait(self) -> None:
@@ -80,7 +80,7 @@ class Room:
             self.now += step
             for peer in self.peers:
                 peer.taken += round(peer.pace * step)
-                self.watch.progress(peer.sink, self.now)
+                self.slow_consumers.progress(peer.sink, self.now)
 
     def must_wait(self, wait: Wait | None = None) -> bool:
         return self.pace.must_wait(EVERYONE, frozenset(), wait or Wait(), self.now)
@@ -100,7 +100,7 @@ class Room:
     async def aclose(self) -> None:
         self._stay.set()
         await asyncio.gather(*self._writers)
-        await self.watch.aclose()
+        await self.slow_consumers.aclose()
 
 
 @pytest.fixture
@@ -214,8 +214,8 @@ async def test_laggards_that_pulse_cost_a_tight_loop_next_to_nothing(room: Room,
         laggard = room.peers[turn % count]
         room.fall_behind(laggard, half_full=True)
         waited += room.waited(in_a_loop=True, most=2.3)
-        room.watch.caught_up(laggard.sink)
-        room.watch.writer_ended(laggard.sink)
+        room.slow_consumers.caught_up(laggard.sink)
+        room.slow_consumers.writer_ended(laggard.sink)
         room.go_on(0.5)
     assert waited <= 0.1 * 30 * 0.5 + 1
 
@@ -253,5 +253,5 @@ def test_patience_comes_back_slowly_and_several_spend_it_once() -> None:
 
 def test_longest_wait_is_shorter_than_a_server_waits_for_a_pong() -> None:
     registry = Registry[Any]()
-    assert Pace(registry, Watch(SlowConsumer(send_timeout=60.0), Counters())).longest == 10
-    assert Pace(registry, Watch(SlowConsumer(send_timeout=3.0), Counters())).longest == 3
+    assert Pace(registry, SlowConsumers(SlowConsumer(send_timeout=60.0), Counters())).longest == 10
+    assert Pace(registry, SlowConsumers(SlowConsumer(send_timeout=3.0), Counters())).longest == 3

@@ -14,7 +14,7 @@ from wsbroadcast import ConnectionClosed, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
 
@@ -85,14 +85,14 @@ class Transport:
 
 
 class Wire:
-    """A sink, its owner, its peer, and the watch of a node that has only this connection."""
+    """A sink, its owner, its peer, and the slow consumers of a node that has only this connection."""
 
     def __init__(self, transport: Transport | None = None, **options: Any) -> None:
         self.options = SlowConsumer(**{"send_timeout": SEND_TIMEOUT, "close_timeout": CLOSE_TIMEOUT, **options})
         self.counters = Counters()
-        self.watch = Watch(self.options, self.counters)
+        self.slow_consumers = SlowConsumers(self.options, self.counters)
         self.peer = Peer()
-        self.sink = Sink(self, self.watch, self.peer.send, cast("asyncio.Transport | None", transport))
+        self.sink = Sink(self, self.slow_consumers, self.peer.send, cast("asyncio.Transport | None", transport))
         self.losses: list[tuple[int, str]] = []
         self.evictions: list[str] = []
 
@@ -117,7 +117,7 @@ class Wire:
 
     async def drained(self) -> None:
         await until(lambda: self.sink.backlog is None)
-        assert not self.watch.waiting
+        assert not self.slow_consumers.waiting
         assert (self.sink.held_bytes, self.sink.held_messages) == (0, 0)
 
     async def stalled(self, *values: object) -> None:
@@ -501,7 +501,7 @@ async def test_end_before_the_writer_began_leaves_nothing() -> None:
     wire.deliver("one")
     wire.sink.end()
     assert wire.sink.backlog is None
-    assert not wire.watch.waiting
+    assert not wire.slow_consumers.waiting
     await turns()
     assert wire.peer.started == []
     assert wire.counters.dropped == {"closed": 1}
@@ -627,13 +627,13 @@ async def test_sink_is_behind_from_an_eighth_of_its_backlog_until_it_is_below() 
     wire = Wire(max_backlog_messages=16, send_timeout=60)
     await wire.stalled("being written")
     wire.deliver("one", "two")
-    assert set(wire.watch.behind) == set()
+    assert set(wire.slow_consumers.behind) == set()
     wire.deliver("three")
-    assert set(wire.watch.behind) == {wire.sink}
+    assert set(wire.slow_consumers.behind) == {wire.sink}
     wire.peer.take_one()
     await until(lambda: wire.sink.held_messages == 2)
     wire.peer.take_one()
-    await until(lambda: set(wire.watch.behind) == set())
+    await until(lambda: set(wire.slow_consumers.behind) == set())
     wire.peer.reads.set()
     await wire.drained()
 
@@ -641,9 +641,9 @@ async def test_sink_is_behind_from_an_eighth_of_its_backlog_until_it_is_below() 
 async def test_sink_that_ends_is_not_behind_any_more() -> None:
     wire = Wire(max_backlog_messages=8)
     await wire.stalled("being written", "one", "two")
-    assert set(wire.watch.behind) == {wire.sink}
+    assert set(wire.slow_consumers.behind) == {wire.sink}
     wire.sink.end()
-    assert set(wire.watch.behind) == set()
+    assert set(wire.slow_consumers.behind) == set()
 
 
 # A backlog that stands still.

@@ -9,37 +9,37 @@ from typing import Any, cast
 import pytest
 
 from wsbroadcast import SlowConsumer
-from wsbroadcast.delivery.slow_consumers import Progress, Watch, unsent_bytes
+from wsbroadcast.delivery.slow_consumers import Progress, SlowConsumers, unsent_bytes
 from wsbroadcast.stats import Counters
 
 SEND_TIMEOUT = 0.08
 
 
-def watch_with(**options: Any) -> Watch:
-    return Watch(SlowConsumer(**{"send_timeout": SEND_TIMEOUT, "close_timeout": 0.03, **options}), Counters())
+def watch_with(**options: Any) -> SlowConsumers:
+    return SlowConsumers(SlowConsumer(**{"send_timeout": SEND_TIMEOUT, "close_timeout": 0.03, **options}), Counters())
 
 
 class Waiting:
     """A sink that has something waiting for as long as the test wants."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, slow_consumers: SlowConsumers) -> None:
         self.owner = self
         self.held_bytes = self.held_messages = 1
         self.is_half_full = False
         self.taken = 0
         self.evictions = 0
         self.losses = 0
-        self._watch = watch
+        self._slow_consumers = slow_consumers
         self._may_end = asyncio.Event()
-        self.writer = watch.start_writer(self, self._drain())
+        self.writer = slow_consumers.start_writer(self, self._drain())
 
     async def _drain(self) -> None:
         await self._may_end.wait()
-        self._watch.writer_ended(self)
+        self._slow_consumers.writer_ended(self)
 
     def abort(self) -> None:
         self.writer.cancel()
-        self._watch.writer_ended(self)
+        self._slow_consumers.writer_ended(self)
 
     def evict(self, cause: str) -> None:
         assert cause == "send_timeout"
@@ -66,23 +66,23 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 async def test_only_the_sink_that_stands_still_is_evicted() -> None:
-    watch = watch_with()
-    still, moving = Waiting(watch), Waiting(watch)
+    slow_consumers = watch_with()
+    still, moving = Waiting(slow_consumers), Waiting(slow_consumers)
     async with asyncio.timeout(5):
         while not still.evictions:
             moving.taken += 1
             await asyncio.sleep(0.001)
     assert moving.evictions == 0
-    assert set(watch.waiting) == {moving}
+    assert set(slow_consumers.waiting) == {moving}
     await moving.end()
-    assert not watch.waiting
+    assert not slow_consumers.waiting
 
 
 async def test_standstill_counts_from_when_the_sink_began_to_wait() -> None:
-    watch = watch_with(send_timeout=0.2)
-    first = Waiting(watch)
+    slow_consumers = watch_with(send_timeout=0.2)
+    first = Waiting(slow_consumers)
     await asyncio.sleep(0.15)
-    second = Waiting(watch)
+    second = Waiting(slow_consumers)
     began = time.monotonic()
     await until(lambda: second.evictions)
     assert first.evictions == 1
@@ -90,63 +90,63 @@ async def test_standstill_counts_from_when_the_sink_began_to_wait() -> None:
 
 
 async def test_watch_looks_again_after_nothing_was_waiting() -> None:
-    watch = watch_with()
-    await Waiting(watch).end()
+    slow_consumers = watch_with()
+    await Waiting(slow_consumers).end()
     await asyncio.sleep(SEND_TIMEOUT / 2)
-    again = Waiting(watch)
+    again = Waiting(slow_consumers)
     await until(lambda: again.evictions)
 
 
 async def test_writer_has_a_name_and_its_end_is_noticed() -> None:
-    watch = watch_with()
-    sink = Waiting(watch)
+    slow_consumers = watch_with()
+    sink = Waiting(slow_consumers)
     assert sink.writer.get_name() == "wsbroadcast writer"
-    assert list(watch.waiting) == [sink]
+    assert list(slow_consumers.waiting) == [sink]
     await sink.end()
-    assert not watch.waiting
-    watch.writer_ended(sink)  # once more is no mistake
+    assert not slow_consumers.waiting
+    slow_consumers.writer_ended(sink)  # once more is no mistake
 
 
 async def test_wake_lets_every_waiting_broadcaster_look_again() -> None:
-    watch = watch_with()
+    slow_consumers = watch_with()
     deadline = asyncio.get_running_loop().time() + 60
-    waiting = [asyncio.ensure_future(watch.wait_for_change(deadline)) for _ in range(3)]
+    waiting = [asyncio.ensure_future(slow_consumers.wait_for_change(deadline)) for _ in range(3)]
     await asyncio.sleep(0)
     assert not any(each.done() for each in waiting)
     waiting[0].cancel()
-    watch.wake()
+    slow_consumers.wake()
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(result) for result in results] == [asyncio.CancelledError, type(None), type(None)]
 
 
 async def test_change_is_waited_for_until_the_deadline() -> None:
-    watch = watch_with()
+    slow_consumers = watch_with()
     async with asyncio.timeout(5):
-        await watch.wait_for_change(asyncio.get_running_loop().time() + 0.01)
-        await watch.wait_for_change(asyncio.get_running_loop().time() - 1)
+        await slow_consumers.wait_for_change(asyncio.get_running_loop().time() + 0.01)
+        await slow_consumers.wait_for_change(asyncio.get_running_loop().time() - 1)
 
 
 async def test_sink_that_catches_up_wakes_the_broadcasters() -> None:
-    watch = watch_with()
-    sink = Waiting(watch)
-    watch.fell_behind(sink)
-    assert set(watch.behind) == {sink}
-    waiting = asyncio.ensure_future(watch.wait_for_change(asyncio.get_running_loop().time() + 60))
+    slow_consumers = watch_with()
+    sink = Waiting(slow_consumers)
+    slow_consumers.fell_behind(sink)
+    assert set(slow_consumers.behind) == {sink}
+    waiting = asyncio.ensure_future(slow_consumers.wait_for_change(asyncio.get_running_loop().time() + 60))
     await asyncio.sleep(0)
-    watch.caught_up(sink)
+    slow_consumers.caught_up(sink)
     async with asyncio.timeout(5):
         await waiting
-    assert set(watch.behind) == set()
+    assert set(slow_consumers.behind) == set()
     await sink.end()
 
 
 async def test_aclose_ends_every_writer_and_waits_for_it() -> None:
-    watch = watch_with()
-    sinks = [Waiting(watch) for _ in range(3)]
-    await watch.aclose()
+    slow_consumers = watch_with()
+    sinks = [Waiting(slow_consumers) for _ in range(3)]
+    await slow_consumers.aclose()
     assert all(sink.writer.done() for sink in sinks)
-    assert not watch.waiting
-    await watch.aclose()
+    assert not slow_consumers.waiting
+    await slow_consumers.aclose()
     await asyncio.sleep(SEND_TIMEOUT * 1.5)
     assert [sink.evictions for sink in sinks] == [0, 0, 0]
 
@@ -159,16 +159,16 @@ async def test_aclose_with_nothing_waiting_returns() -> None:
 
 
 async def test_slow_consumer_is_about_to_lose_messages_from_half_full_until_it_has_caught_up() -> None:
-    watch = watch_with()
-    sink = Waiting(watch)
-    watch.fell_behind(sink)
-    assert watch.tail() == []
+    slow_consumers = watch_with()
+    sink = Waiting(slow_consumers)
+    slow_consumers.fell_behind(sink)
+    assert slow_consumers.tail() == []
     sink.is_half_full = True
-    assert watch.tail() == [sink]
+    assert slow_consumers.tail() == [sink]
     sink.is_half_full = False
-    assert watch.tail() == [sink]
-    watch.caught_up(sink)
-    assert watch.tail() == []
+    assert slow_consumers.tail() == [sink]
+    slow_consumers.caught_up(sink)
+    assert slow_consumers.tail() == []
     await sink.end()
 
 
@@ -176,10 +176,10 @@ async def test_slow_consumer_is_about_to_lose_messages_from_half_full_until_it_h
 
 
 async def progress_of(taken: int, **options: Any) -> tuple[Waiting, Progress]:
-    watch = watch_with(**options)
-    sink = Waiting(watch)
+    slow_consumers = watch_with(**options)
+    sink = Waiting(slow_consumers)
     sink.taken = taken
-    progress = watch.waiting[sink]
+    progress = slow_consumers.waiting[sink]
     await sink.end()
     return sink, progress
 

@@ -10,7 +10,7 @@ import pytest
 
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES, Batch
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
 from wsbroadcast.message import Message
 from wsbroadcast.options import SlowConsumer
@@ -90,8 +90,8 @@ class Bench:
     def __init__(self, options: SlowConsumer | None = None) -> None:
         self.protocol = WebSocketsSansIOProtocol()
         self.owner = Owner(self.protocol)
-        self.watch = Watch(options or SlowConsumer(), Counters())
-        self.sink = UvicornSink(self.owner, self.watch, self.owner.app_send, self.protocol)
+        self.slow_consumers = SlowConsumers(options or SlowConsumer(), Counters())
+        self.sink = UvicornSink(self.owner, self.slow_consumers, self.owner.app_send, self.protocol)
 
     def deliver(self, *texts: str) -> None:
         publications = [Publication(Message.of(text), EVERYONE) for text in texts]
@@ -178,7 +178,7 @@ async def test_nothing_is_written_after_the_end(end: str) -> None:
     bench.deliver("a")
     assert bench.written == b""
     assert bench.owner.lost_with == [1006]
-    assert bench.watch.counters.dropped == {"closed": 1}
+    assert bench.slow_consumers.counters.dropped == {"closed": 1}
 
 
 async def test_backlog_is_dropped_when_the_transport_closes_meanwhile() -> None:
@@ -190,7 +190,7 @@ async def test_backlog_is_dropped_when_the_transport_closes_meanwhile() -> None:
     await bench.drained()
     assert bench.written == b""
     assert bench.owner.lost_with == [1006]
-    assert bench.watch.counters.dropped["closed"] >= 1
+    assert bench.slow_consumers.counters.dropped["closed"] >= 1
 
 
 async def test_close_waits_for_the_backlog() -> None:
@@ -234,7 +234,7 @@ async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, st
     bench = Bench(options)
     transport = Full(bench.protocol)
     bench.protocol.transport = transport
-    bench.sink = UvicornSink(bench.owner, bench.watch, bench.owner.app_send, bench.protocol)
+    bench.sink = UvicornSink(bench.owner, bench.slow_consumers, bench.owner.app_send, bench.protocol)
     text = "x" * (3 * FRAGMENT_BYTES + 5)
     batch: Batch[Any] = Batch(Publication(Message.of(text), EVERYONE))
     bench.sink.deliver_large(batch)
@@ -267,7 +267,7 @@ async def test_large_message_is_written_piece_by_piece_and_nothing_else_comes_in
     assert bench.written == frames(text) + frames("behind it") + b"own"
     pieces = bench.protocol.transport.written
     assert [len(piece) for piece in pieces[:4]] == [PIECE_BYTES] * 3 + [2 + 5]
-    assert bench.watch.counters.dropped == {}
+    assert bench.slow_consumers.counters.dropped == {}
 
 
 async def test_pieces_of_a_large_message_are_not_copied_for_each_connection() -> None:
@@ -299,7 +299,7 @@ async def test_what_is_thrown_away_breaks_a_large_message_off_between_two_frames
     await take_everything(bench)
     await closing
     assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES] + b"websocket.close"
-    assert bench.watch.counters.dropped == {"closed": 2}
+    assert bench.slow_consumers.counters.dropped == {"closed": 2}
 
 
 @pytest.mark.parametrize("end", ["closing", "end"])
@@ -313,7 +313,7 @@ async def test_connection_that_ends_in_the_middle_of_a_large_message_gets_nothin
     await turns()
     assert bench.sink.backlog is None
     assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES]
-    assert bench.watch.counters.dropped == {"closed": 1}
+    assert bench.slow_consumers.counters.dropped == {"closed": 1}
     assert bench.owner.lost_with == ([1006] if end == "closing" else [])
 
 
@@ -329,7 +329,7 @@ async def test_tls_transport_says_that_it_is_full_when_any_other_would() -> None
 
     protocol = WebSocketsSansIOProtocol()
     protocol.transport = transport = Encrypted()
-    UvicornSink(Owner(protocol), Watch(SlowConsumer(), Counters()), protocol.receive, protocol)  # type: ignore[arg-type]
+    UvicornSink(Owner(protocol), SlowConsumers(SlowConsumer(), Counters()), protocol.receive, protocol)  # type: ignore[arg-type]
     assert transport.high == 64 * 1024
 
 

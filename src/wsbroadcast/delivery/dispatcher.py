@@ -14,7 +14,7 @@ from wsbroadcast.delivery.backlog import HIGH_WATER_PART
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, Batch
 from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.registry import Registry
-from wsbroadcast.delivery.slow_consumers import NOBODYS, Watch
+from wsbroadcast.delivery.slow_consumers import NOBODYS, SlowConsumers
 from wsbroadcast.delivery.uvicorn import UvicornSink
 from wsbroadcast.logs import logger
 from wsbroadcast.publication import NOBODY, Publication
@@ -36,13 +36,13 @@ class Dispatcher(Generic[R]):
     changes the registry calls `flush` first.
     """
 
-    def __init__(self, registry: Registry[R], watch: Watch) -> None:
+    def __init__(self, registry: Registry[R], slow_consumers: SlowConsumers) -> None:
         self._registry = registry
-        self._watch = watch
-        self._pace = Pace(registry, watch)
+        self._slow_consumers = slow_consumers
+        self._pace = Pace(registry, slow_consumers)
         # A turn alone fills no backlog, however small.
-        self._turn_bytes = min(_TURN_BYTES, watch.options.max_backlog_bytes // HIGH_WATER_PART)
-        self._turn_messages = min(_TURN_MESSAGES, watch.options.max_backlog_messages // HIGH_WATER_PART)
+        self._turn_bytes = min(_TURN_BYTES, slow_consumers.options.max_backlog_bytes // HIGH_WATER_PART)
+        self._turn_messages = min(_TURN_MESSAGES, slow_consumers.options.max_backlog_messages // HIGH_WATER_PART)
         self._batches: list[Batch[R]] = []
         self._bytes = 0
         self._messages = 0
@@ -86,7 +86,7 @@ class Dispatcher(Generic[R]):
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
-            self._watch.counters.deliveries += len(recipients) * len(batch.publications)
+            self._slow_consumers.counters.deliveries += len(recipients) * len(batch.publications)
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
@@ -102,14 +102,14 @@ class Dispatcher(Generic[R]):
     @property
     def is_clear(self) -> bool:
         """Whether a broadcaster may go on without looking further: the turn isn't full and nobody is behind."""
-        return not self._is_turn_full and not self._queue and not self._watch.behind
+        return not self._is_turn_full and not self._queue and not self._slow_consumers.behind
 
     def is_ready(self, audience: Audience, exclude: frozenset[str]) -> bool:
         """Tell whether a message for an audience need not wait: the turn isn't full, its crowd is not behind."""
         if self._is_turn_full or self._queue:
             return False
         now = asyncio.get_running_loop().time
-        return not self._watch.behind or not self._pace.must_wait(audience, exclude, Wait(), now())
+        return not self._slow_consumers.behind or not self._pace.must_wait(audience, exclude, Wait(), now())
 
     async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = NOBODY) -> None:
         """Wait for a place in a turn, and for those whom `Pace` names; at most `send_timeout`.
@@ -129,7 +129,7 @@ class Dispatcher(Generic[R]):
                 began = loop.time()
             if not self._pace.must_wait(audience, exclude, wait, began):
                 return
-            await self._watch.wait_for_change(min(deadline, began + _LOOK_AGAIN_SECONDS))
+            await self._slow_consumers.wait_for_change(min(deadline, began + _LOOK_AGAIN_SECONDS))
             if wait.patience is not None:
                 wait.patience.spend(began, loop.time())
 

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from wsbroadcast.audience import Audience
 from wsbroadcast.delivery.registry import Member, Registry
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.slow_consumers import PACE_PART, Watch
+from wsbroadcast.delivery.slow_consumers import PACE_PART, SlowConsumers
 
 # The longest wait, whatever `send_timeout` is: while an endpoint waits, servers don't read for it, and don't see the
 # pongs of its peer. uvicorn cuts it off after 20 s.
@@ -80,10 +80,10 @@ class Pace(Generic[R]):
     still have something to take themselves; and after that from a small patience, which all of them share.
     """
 
-    def __init__(self, registry: Registry[R], watch: Watch) -> None:
+    def __init__(self, registry: Registry[R], slow_consumers: SlowConsumers) -> None:
         self._registry = registry
-        self._watch = watch
-        timeout = watch.options.send_timeout
+        self._slow_consumers = slow_consumers
+        timeout = slow_consumers.options.send_timeout
         self.longest = min(timeout, _LONGEST_SECONDS)
         """How many seconds a broadcaster waits at most."""
         self._moment = timeout / _MOMENT_PART
@@ -95,7 +95,7 @@ class Pace(Generic[R]):
     def must_wait(self, audience: Audience, exclude: frozenset[str], wait: Wait, now: float) -> bool:
         """Tell whether a message for an audience should wait, as of a time of the event loop."""
         wait.patience = None
-        behind = self._watch.behind
+        behind = self._slow_consumers.behind
         members = self._registry.members(audience)
         may_be_most = 2 * len(behind) > len(members) - len(exclude)
         if not behind or not (may_be_most or wait.fills_turns):
@@ -107,7 +107,7 @@ class Pace(Generic[R]):
             return True
         if not wait.fills_turns:
             return False
-        about_to_lose = set(self._watch.tail())
+        about_to_lose = set(self._slow_consumers.tail())
         tail = [sink for sink in late if sink in about_to_lose and self._stood(sink, now) < self._while]
         return bool(tail) and self._costs_little(others, wait, now)
 
@@ -124,14 +124,14 @@ class Pace(Generic[R]):
         return still > len(others) and self._costs_little(others, wait, now)
 
     def _moves(self, sink: Sink, wait: Wait, now: float) -> bool:
-        progress = self._watch.progress(sink, now)
+        progress = self._slow_consumers.progress(sink, now)
         if progress is None:
             return True
         is_recent = wait.fills_turns or not sink.is_observable or now - progress.took_at <= self._moment
         return is_recent and progress.paid_until > now
 
     def _stood(self, sink: Sink, now: float) -> float:
-        progress = self._watch.progress(sink, now)
+        progress = self._slow_consumers.progress(sink, now)
         return 0.0 if progress is None else now - progress.paid_until
 
     def _costs_little(self, others: Sequence[Sink], wait: Wait, now: float) -> bool:

@@ -15,7 +15,7 @@ from wsbroadcast.delivery.frames import Batch, WireForm, unframed
 from wsbroadcast.delivery.slow_consumers import (
     KNOWS_KERNEL,
     Owner,
-    Watch,
+    SlowConsumers,
     bound_buffer,
     outstanding_bytes,
     unsent_bytes,
@@ -78,7 +78,7 @@ class Sink:
         "_form",
         "_is_behind",
         "_send",
-        "_watch",
+        "_slow_consumers",
         "_writer",
         "backlog",
         "hangs_up",
@@ -90,7 +90,7 @@ class Sink:
     def __init__(
         self,
         owner: Owner,
-        watch: Watch,
+        slow_consumers: SlowConsumers,
         send: Send,
         transport: asyncio.Transport | None = None,
         form: WireForm | None = None,
@@ -106,7 +106,7 @@ class Sink:
         """The transport below the server's protocol, where it could be found: it can be aborted."""
         if transport is not None:
             bound_buffer(transport)
-        self._watch = watch
+        self._slow_consumers = slow_consumers
         # What the server is given of a message.
         self._form = form or unframed()
         # The server's own `send`, for what we send.
@@ -145,7 +145,7 @@ class Sink:
         if self.is_ended:
             return
         backlog = self.backlog or self._open_backlog()
-        policy = self._watch.options.policy
+        policy = self._slow_consumers.options.policy
         rest = iter(entries)
         for entry in rest:
             try:
@@ -155,10 +155,10 @@ class Sink:
                 self.owner.evict("backlog_full")
                 return
             if dropped:
-                self._watch.counters.dropped[policy] += dropped
+                self._slow_consumers.counters.dropped[policy] += dropped
         if not self._is_behind and backlog.is_past_high_water:
             self._is_behind = True
-            self._watch.fell_behind(self)
+            self._slow_consumers.fell_behind(self)
         if self._writer is None:
             self._start_writer(backlog)
 
@@ -199,14 +199,14 @@ class Sink:
     async def drained(self) -> None:
         """Wait until nothing waits any more, at most `close_timeout`."""
         if self._writer is not None:
-            await asyncio.wait({self._writer}, timeout=self._watch.options.close_timeout)
+            await asyncio.wait({self._writer}, timeout=self._slow_consumers.options.close_timeout)
 
     async def close(self, code: int, reason: str) -> None:
         """Send what waits and then a close frame. Ends within `close_timeout` when the peer takes nothing.
 
         A peer that goes on taking gets up to `send_timeout`. What could not be sent by then is dropped and counted.
         """
-        options = self._watch.options
+        options = self._slow_consumers.options
         self.is_ended = True
         backlog = self.backlog or self._open_backlog()
         backlog.push_turn(Close(code, reason))
@@ -249,7 +249,7 @@ class Sink:
 
     def count_lost(self, messages: int) -> None:
         """Count messages that were handed over and don't arrive, because the connection has ended."""
-        self._watch.counters.dropped["closed"] += messages
+        self._slow_consumers.counters.dropped["closed"] += messages
 
     def end(self) -> None:
         """Write nothing any more: the peer is gone."""
@@ -283,7 +283,7 @@ class Sink:
         10 s for the answer to a close, and without limit for a closing transport to drain.
         """
         loop = asyncio.get_running_loop()
-        options = self._watch.options
+        options = self._slow_consumers.options
         deadline = loop.time() + options.send_timeout
         before = sys.maxsize
         while self.transport is not None and not self.is_freed:
@@ -325,7 +325,7 @@ class Sink:
 
     async def write(self, entry: Entry, backlog: Backlog) -> None:
         """Write one message from the backlog; wait as long as the peer can't take it."""
-        await self._send(self._watch.events.of(entry))
+        await self._send(self._slow_consumers.events.of(entry))
         backlog.hand_over(entry.size)
 
     def write_rest(self, backlog: Backlog) -> None:
@@ -338,12 +338,12 @@ class Sink:
             self.transport.pause_reading()
 
     def _open_backlog(self) -> Backlog:
-        self.backlog = Backlog(self._watch.options)
+        self.backlog = Backlog(self._slow_consumers.options)
         return self.backlog
 
     def _start_writer(self, backlog: Backlog) -> asyncio.Task[None]:
         # With something in the backlog, because an eager task factory runs the writer at once; it may have ended then.
-        writer = self._watch.start_writer(self, self._drain(backlog))
+        writer = self._slow_consumers.start_writer(self, self._drain(backlog))
         self._writer = None if writer.done() else writer
         return writer
 
@@ -377,11 +377,11 @@ class Sink:
         self._writer = None
         if self._is_behind:
             self._catch_up()
-        self._watch.writer_ended(self)
+        self._slow_consumers.writer_ended(self)
 
     def _catch_up(self) -> None:
         self._is_behind = False
-        self._watch.caught_up(self)
+        self._slow_consumers.caught_up(self)
 
     async def _run(self, turn: AppSend) -> None:
         if turn.done.done() and not turn.is_close:

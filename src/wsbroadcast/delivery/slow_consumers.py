@@ -49,7 +49,7 @@ class Owner(Protocol):
 
 
 class Waiting(Protocol):
-    """What the watch has to know of a sink."""
+    """What has to be known of a sink."""
 
     @property
     def owner(self) -> Owner: ...  # noqa: D102
@@ -123,7 +123,7 @@ class Progress:
         self._has_taken = False
 
 
-class Watch:
+class SlowConsumers:
     """The waiting sinks of one node. It does nothing, and holds nothing, while every peer keeps up."""
 
     def __init__(self, options: SlowConsumer, counters: Counters) -> None:

@@ -15,7 +15,7 @@ from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.backlog import Backlog, Entry
 from wsbroadcast.delivery.frames import PIECE_BYTES, Batch, WireForm, wire_form
 from wsbroadcast.delivery.sink import Event, Send, Sink
-from wsbroadcast.delivery.slow_consumers import Owner, Watch
+from wsbroadcast.delivery.slow_consumers import Owner, SlowConsumers
 
 SERVER_RECEIVE = "wsbroadcast.receive"
 """The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""
@@ -39,9 +39,9 @@ class UvicornSink(Sink):
     __slots__ = ("_inbox", "_protocol", "_transport", "_writable")
 
     def __init__(
-        self, owner: Owner, watch: Watch, send: Send, protocol: Any, *, is_read_directly: bool = False
+        self, owner: Owner, slow_consumers: SlowConsumers, send: Send, protocol: Any, *, is_read_directly: bool = False
     ) -> None:
-        super().__init__(owner, watch, send, protocol.transport, _take_over_compression(protocol))
+        super().__init__(owner, slow_consumers, send, protocol.transport, _take_over_compression(protocol))
         self._protocol = protocol
         self._transport: asyncio.Transport = protocol.transport  # the same, and never None here
         self._writable: asyncio.Event = protocol.writable

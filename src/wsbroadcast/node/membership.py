@@ -16,7 +16,7 @@ from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, ConnectionState, Headers, Manager, find_known, is_known
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied, ungrouped
 from wsbroadcast.hooks import HookChain
@@ -71,7 +71,7 @@ class Membership:
         manager: Manager,
         registry: Registry[Connection],
         dispatcher: Dispatcher[Connection],
-        watch: Watch,
+        slow_consumers: SlowConsumers,
         hooks: HookChain,
         tasks: Tasks,
         engine: Engine,
@@ -81,9 +81,9 @@ class Membership:
         """Whose connections these are."""
         self._registry = registry
         self._dispatcher = dispatcher
-        self._watch = watch
+        self._slow_consumers = slow_consumers
         self._hooks = hooks
-        self._counters = watch.counters
+        self._counters = slow_consumers.counters
         self._tasks = tasks
         self._departures = Departures(tasks)
         self._announcements = Announcements(hooks, tasks, self._leave_channel)
@@ -94,7 +94,7 @@ class Membership:
         self._look: asyncio.TimerHandle | None = None
         # Those whose socket was gone at the last look.
         self._gone: set[Connection] = set()
-        self.admission = Admission(limits, watch.counters)
+        self.admission = Admission(limits, slow_consumers.counters)
         """Who may come in, and what they may do there."""
 
     # In.
@@ -131,7 +131,7 @@ class Membership:
 
     def _make(self, websocket: WebSocket, joining: Joining, lease: Lease) -> Connection:
         connection = Connection(
-            WebSocketTransport(websocket, self._watch, self),
+            WebSocketTransport(websocket, self._slow_consumers, self),
             user=joining.user,
             user_key=joining.user_key,
             channels=joining.channels,
@@ -218,7 +218,7 @@ class Membership:
             return False
         if self._registry.unsubscribe(connection, channel):
             self._demand.left((Audience("channel", channel),))
-        self._watch.wake()  # as when one leaves
+        self._slow_consumers.wake()  # as when one leaves
         return True
 
     # Out.
@@ -232,7 +232,7 @@ class Membership:
         if last is None:
             return False
         self._demand.left(last)
-        self._watch.wake()  # the crowd that a broadcaster waits for has changed
+        self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection._enter(state, code, reason)
         if state is ConnectionState.CLOSED and not connection.sink.is_ended:
@@ -271,7 +271,7 @@ class Membership:
 
     def dismiss_all(self, audience: Audience, exclude: frozenset[str], code: int, reason: str) -> None:
         """Dismiss the members of an audience; those of a user also if they are being closed already."""
-        transports = [sink.owner for sink in self._watch.waiting] if audience.kind == "user" else []
+        transports = [sink.owner for sink in self._slow_consumers.waiting] if audience.kind == "user" else []
         for owner in (transport.owner for transport in transports if isinstance(transport, WebSocketTransport)):
             if isinstance(owner, Connection) and owner.user_key == audience.name and owner.id not in exclude:
                 self.dismiss(owner, code, reason)

@@ -11,7 +11,7 @@ from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, Manager
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.logs import logger
@@ -37,11 +37,11 @@ class Node:
         self._engine = engine
         self._links_nodes = engine.links_nodes
         self.registry = Registry[Connection]()
-        self._watch = Watch(slow_consumer, counters)
-        self.dispatcher = Dispatcher(self.registry, self._watch)
+        self._slow_consumers = SlowConsumers(slow_consumer, counters)
+        self.dispatcher = Dispatcher(self.registry, self._slow_consumers)
         self._tasks = Tasks()
         self.membership = Membership(
-            manager, self.registry, self.dispatcher, self._watch, hooks, self._tasks, engine, limits
+            manager, self.registry, self.dispatcher, self._slow_consumers, hooks, self._tasks, engine, limits
         )
         self._hooks = hooks
         self._limits = limits
@@ -114,9 +114,9 @@ class Node:
             vetoed=counters.vetoed,
             unpublished=counters.unpublished,
             hook_errors=counters.hook_errors,
-            backlog_bytes=sum(sink.held_bytes for sink in self._watch.waiting),
-            backlog_messages=sum(sink.held_messages for sink in self._watch.waiting),
-            behind=len(self._watch.behind),
+            backlog_bytes=sum(sink.held_bytes for sink in self._slow_consumers.waiting),
+            backlog_messages=sum(sink.held_messages for sink in self._slow_consumers.waiting),
+            behind=len(self._slow_consumers.behind),
             engine=self._engine.stats(),
         )
 
@@ -130,7 +130,7 @@ class Node:
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
         self._is_closed = True
         await self._tasks.join()
-        await self._watch.aclose()
+        await self._slow_consumers.aclose()
 
     # What the lanes call.
 

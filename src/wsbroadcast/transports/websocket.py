@@ -15,7 +15,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.delivery.slow_consumers import Watch
+from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSink, find_protocol, find_transport
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
@@ -173,7 +173,7 @@ class WebSocketTransport:
 
     Args:
         websocket: The endpoint's, accepted.
-        watch: Looks after what waits to be sent.
+        slow_consumers: Looks after what waits to be sent.
         keeper: Is told what happens.
     """
 
@@ -190,14 +190,14 @@ class WebSocketTransport:
         "websocket",
     )
 
-    def __init__(self, websocket: WebSocket, watch: Watch, keeper: Keeper) -> None:
+    def __init__(self, websocket: WebSocket, slow_consumers: SlowConsumers, keeper: Keeper) -> None:
         self.websocket = websocket
         self.keeper = keeper
         self.owner: Owner
         """The connection, from `attach` to `let_go`; then what is left of it."""
         self.context = copy_context()
         self.previous: object = websocket.scope.get(SCOPE_KEY)
-        self.sink, self.fast_path_refused = _make_sink(self, websocket, watch)
+        self.sink, self.fast_path_refused = _make_sink(self, websocket, slow_consumers)
         # Set by `attach`, where the WebSocket's `send` and `receive` were not simply its class's own.
         self._found: Found | None = None
         # Who is inside `receive`, the last first, to be interrupted when the connection ends by our side.
@@ -397,12 +397,12 @@ class WebSocketTransport:
         return ConnectionClosed(code, reason)
 
 
-def _make_sink(transport: WebSocketTransport, websocket: WebSocket, watch: Watch) -> tuple[Sink, str]:
+def _make_sink(transport: WebSocketTransport, websocket: WebSocket, slow_consumers: SlowConsumers) -> tuple[Sink, str]:
     if not is_untouched(websocket):
         # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
-        return Sink(transport, watch, websocket.send), "send is taken over"
+        return Sink(transport, slow_consumers, websocket.send), "send is taken over"
     if (own := own_send(websocket)) is not None:
-        return Sink(transport, watch, own), "send is taken over"
+        return Sink(transport, slow_consumers, own), "send is taken over"
     # Ours go to the server directly: Starlette's state then says only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
     shown = websocket.scope.get(SERVER_RECEIVE)
@@ -411,8 +411,8 @@ def _make_sink(transport: WebSocketTransport, websocket: WebSocket, watch: Watch
     protocol, refused = find_protocol(receive, send if shown is None else websocket.scope.get(SERVER_SEND))
     if protocol is not None:
         is_read_directly = is_plain(websocket) and getattr(own_receive, "__self__", None) is protocol
-        return UvicornSink(transport, watch, send, protocol, is_read_directly=is_read_directly), ""
-    return Sink(transport, watch, send, find_transport(receive)), refused
+        return UvicornSink(transport, slow_consumers, send, protocol, is_read_directly=is_read_directly), ""
+    return Sink(transport, slow_consumers, send, find_transport(receive)), refused
 
 
 # A task that waits inside `receive`, and how to get it out of there.
