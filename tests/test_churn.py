@@ -266,8 +266,8 @@ async def test_churn_settles_to_zero(seed: int, policy: Policy, operations: int)
     assert (stats.connections, stats.users, stats.channels) == (0, 0, 0)
     assert (stats.backlog_bytes, stats.backlog_messages, stats.behind) == (0, 0, 0)
     assert stats.connects == stats.disconnects
-    assert manager._node._watch.waiting == {}
-    assert set(manager._node._watch.behind) == set()
+    assert manager._life.node._watch.waiting == {}
+    assert set(manager._life.node._watch.behind) == set()
     assert churn.began == churn.ended
     assert set(churn.began.values()) == {1}
     assert len(churn.began) == stats.connects

@@ -16,9 +16,10 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import UNSET, Unset, UserId
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency.awaitable import AwaitableContext
+from wsbroadcast.concurrency.loops import running_loop
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.engines.contract import Health
-from wsbroadcast.exceptions import ConnectionClosed
+from wsbroadcast.exceptions import ConnectionClosed, LifecycleError
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt, unix_seconds
 from wsbroadcast.signatures import no_dependency
@@ -274,11 +275,15 @@ class Connection:
 
         Raises:
             ConnectionClosed: If the connection has ended.
+            LifecycleError: If called from a thread; nothing has changed then.
             ValueError: If it is not a valid time: a datetime without a timezone, NaN.
         """
         seconds = unix_seconds(expires_at)
         if not self.is_open:
             raise closed_error(self)
+        loop = running_loop()
+        if loop is None:
+            raise LifecycleError("from a thread use `anyio.from_thread.run_sync(connection.renew, expires_at)`")
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
@@ -286,7 +291,7 @@ class Connection:
         if seconds is not None:
             delay = max(0.0, seconds - time.time())
             expire, context = self._transport.keeper.expire, self._transport.context
-            self._expiry = asyncio.get_running_loop().call_later(delay, expire, self, context=context)
+            self._expiry = loop.call_later(delay, expire, self, context=context)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message of the peer: `str` for a text frame, `bytes` for a binary one.

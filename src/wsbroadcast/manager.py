@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
+from types import TracebackType
+from typing import Any, Self
 
 from starlette.websockets import WebSocket
 
@@ -27,6 +29,7 @@ from wsbroadcast.publication import Publication
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.text import plain
+from wsbroadcast.transports.exit_stack import give_exit_stack
 
 _NOBODY: frozenset[str] = frozenset()
 
@@ -36,7 +39,7 @@ _NOBODY: frozenset[str] = frozenset()
     connect="whoever connects would say in the query who it is; take a ConnectionDep or a connection_dependency(…), or "
     "call it in the endpoint",
 )
-class ConnectionManager(Lifecycle, HookDecorators):
+class ConnectionManager(HookDecorators):
     """Keeps the connections of an app and broadcasts to them.
 
     Made without any I/O, at import time if you like. It runs in one event loop: where `start`, `async with` or
@@ -72,7 +75,56 @@ class ConnectionManager(Lifecycle, HookDecorators):
         """The hooks by event; the decorators add to it."""
         for hook in hooks:
             self.hooks.add(hook)
-        super().__init__(create_engine(engine))  # last: it makes the first node, of all that is above
+        self._life = Lifecycle(create_engine(engine), self._new_node)
+
+    # From start to end.
+
+    async def start(self) -> None:
+        """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
+
+        Raises:
+            LifecycleError: If it runs in another event loop, or is closed while it starts.
+        """
+        await self._life.start()
+
+    async def aclose(self) -> None:
+        """End: send what was handed over, close the connections with 1001, wait for hooks, stop the engine.
+
+        Does nothing if `start` was called more often than `aclose`. Idempotent: a second call at the same time returns
+        when the first has done it. Afterwards the manager refuses to work until it is started again.
+
+        Raises:
+            LifecycleError: If it runs in another event loop.
+        """
+        await self._life.aclose()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+        """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
+        self.bind(app)
+        give_exit_stack(app)
+        async with self:
+            yield
+
+    def bind(self, app: Any) -> None:
+        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too.
+
+        They find it in apps that are mounted in this one as well, unless such an app has one of its own.
+        """
+        managers = getattr(app.state, "wsbroadcast_managers", ())
+        if self not in managers:
+            managers = app.state.wsbroadcast_managers = (*managers, self)
+        if hasattr(app, "router"):  # which is all that a request to a mounted app knows of the app around it
+            app.router.wsbroadcast_managers = managers
 
     # Connections.
 
@@ -120,22 +172,26 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return AwaitableContext(self._connect(websocket, joining), self._part)
 
     async def _connect(self, websocket: WebSocket, joining: Callable[[], Joining]) -> Connection:
-        node = self._enter()
+        node = self._life.enter()
         try:
-            if not self._is_started:
-                await self._run_here()
+            if not self._life.is_started:
+                await self._life.run_here()
             return await node.membership.join(websocket, joining())
         finally:
             node.entering -= 1
 
     async def _part(self, connection: Connection) -> None:
-        await self._node.membership.part(connection)
+        await self._life.node.membership.part(connection)
 
     def disconnect(self, websocket: WebSocket | Connection) -> None:
-        """Remove a connection whose peer is gone. Synchronous and idempotent; the socket isn't closed."""
-        connection = find_connection(websocket, self)
+        """Remove a connection whose peer is gone. Synchronous and idempotent; the socket isn't closed.
+
+        Raises:
+            LifecycleError: If called from a thread, or in another event loop; nothing has changed then.
+        """
+        connection = self._find_here(websocket)
         if connection is not None:
-            self._node.membership.leave(connection, ABNORMAL, "")
+            self._life.node.membership.leave(connection, ABNORMAL, "")
 
     async def close(self, websocket: WebSocket | Connection, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what was handed over before, then close and remove. Idempotent.
@@ -148,11 +204,12 @@ class ConnectionManager(Lifecycle, HookDecorators):
             reason: Cut to 123 bytes of UTF-8.
 
         Raises:
+            LifecycleError: If called in another event loop.
             ValueError: If the code can't be sent.
         """
-        connection = find_connection(websocket, self)
+        connection = self._find_here(websocket)
         if connection is not None:
-            await self._node.membership.close(connection, code, plain(reason or ""))
+            await self._life.node.membership.close(connection, code, plain(reason or ""))
 
     async def disconnect_user(
         self,
@@ -184,9 +241,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
         check_sendable(code)
         audience = Audience.of(user=user)
         publication = Publication(Message.of(cut_reason(reason)), audience, self._ids(exclude), int(code))
-        node = await self._run_here()
+        node = await self._life.run_here()
         try:
-            await self._engine.publish(publication)
+            await self._life.engine.publish(publication)
         except EngineError:
             node.receive_nowait(publication)
             raise
@@ -204,14 +261,14 @@ class ConnectionManager(Lifecycle, HookDecorators):
             LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        node = self._enter()
+        node = self._life.enter()
         try:
             known = find_connection(websocket, self)
             if known is not None and known.is_open:
                 yield  # it has its place
                 return
             async with node.membership.admission.handshake(websocket):
-                await self._run_here()
+                await self._life.run_here()
                 yield
         finally:
             node.entering -= 1
@@ -228,7 +285,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
             EngineUnavailable: If the broker forbids us one of them; none of them is subscribed.
         """
         names = as_channels(channels)
-        await self._node.membership.subscribe(self._find_open(connection), names)
+        found = self._find_open(connection)
+        self._life.check_here()
+        await self._life.node.membership.subscribe(found, names)
 
     async def unsubscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
         """Unsubscribe a connection from channels; those it isn't in are passed over.
@@ -237,19 +296,19 @@ class ConnectionManager(Lifecycle, HookDecorators):
             InvalidChannel: If a name breaks a rule.
         """
         names = as_channels(channels)
-        found = find_connection(connection, self)
+        found = self._find_here(connection)
         if found is not None:
-            await self._node.membership.unsubscribe(found, names)
+            await self._life.node.membership.unsubscribe(found, names)
 
     @property
     def connections(self) -> list[Connection]:
         """The registered connections of this node, in the order in which they came."""
-        return self._node.registry.recipients(EVERYONE)
+        return self._life.node.registry.recipients(EVERYONE)
 
     @property
     def active_connections(self) -> list[WebSocket]:
         """Their WebSockets, as in FastAPI's tutorial."""
-        return [connection.websocket for connection in self._node.registry.recipients(EVERYONE)]
+        return [connection.websocket for connection in self._life.node.registry.recipients(EVERYONE)]
 
     # Messages.
 
@@ -298,9 +357,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
         if prepared is None:
             return
         if transaction is None:
-            await self._engine.publish(prepared)
+            await self._life.engine.publish(prepared)
         else:
-            await transactional(self._engine).publish_in(transaction, prepared)
+            await transactional(self._life.engine).publish_in(transaction, prepared)
 
     async def broadcast_local(
         self,
@@ -315,7 +374,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
         publication = self._publication(message, channel, user, exclude, key)
         prepared = await self._prepare(publication)
         if prepared is not None:
-            node = await self._run_here()
+            node = await self._life.run_here()
             await node.receive(prepared)
 
     def broadcast_nowait(
@@ -339,15 +398,15 @@ class ConnectionManager(Lifecycle, HookDecorators):
                 broadcast hook that has to wait, be it for this message or for one before it.
         """
         publication = self._publication(message, channel, user, exclude, key)
-        if not self._is_started or self._loop is not running_loop():
-            self._settle_here()
-            without_waiting(self._run_here(), "the engine has to start")
+        if not self._life.is_started or self._life.loop is not running_loop():
+            self._life.settle_here()
+            without_waiting(self._life.run_here(), "the engine has to start")
         if self.hooks.has("on_broadcast"):
             prepared = without_waiting(self._transform(publication), "an on_broadcast hook has to wait")
             if prepared is None:
                 return
             publication = prepared
-        self._engine.publish_nowait(publication)
+        self._life.engine.publish_nowait(publication)
 
     def broadcast_threadsafe(
         self,
@@ -364,7 +423,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
             LifecycleError: If the manager isn't running, or the call comes from its own event loop.
         """
         while True:
-            loop = self._loop
+            loop = self._life.loop
             if loop is None or not loop.is_running():
                 raise LifecycleError(
                     "the manager isn't running, so a thread can't reach it: start the app with manager.lifespan, "
@@ -376,7 +435,7 @@ class ConnectionManager(Lifecycle, HookDecorators):
             try:
                 return wait_in_thread(submit(broadcast, loop), loop)
             except LifecycleError as error:
-                if self._loop is loop or isinstance(error, LoopEnded):
+                if self._life.loop is loop or isinstance(error, LoopEnded):
                     raise
                 # Another event loop has taken the manager from that one, before anything was sent.
 
@@ -390,13 +449,13 @@ class ConnectionManager(Lifecycle, HookDecorators):
             EncodeError: If the message can't be sent as text, bytes or JSON.
         """
         encoded = self._encode(message, None)
-        await self._run_here()
+        await self._life.run_here()
         audience = Audience("connection", self._find_open(connection).id)
-        if not self._node.dispatcher.is_clear:
-            await self._node.dispatcher.ease(encoded.size, audience)
+        if not self._life.node.dispatcher.is_clear:
+            await self._life.node.dispatcher.ease(encoded.size, audience)
             self._find_open(connection)
         self._counters.sends += 1
-        self._node.dispatcher.dispatch(encoded, audience)
+        self._life.node.dispatcher.dispatch(encoded, audience)
 
     async def send_personal_message(self, message: object, websocket: WebSocket | Connection) -> None:
         """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
@@ -406,15 +465,15 @@ class ConnectionManager(Lifecycle, HookDecorators):
 
     def stats(self) -> Stats:
         """Return what this node holds now and has counted so far."""
-        return self._node.stats()
+        return self._life.node.stats()
 
     async def health(self) -> Health:
         """Tell whether messages travel between the nodes now."""
-        await self._run_here()
-        return await self._engine.health()
+        await self._life.run_here()
+        return await self._life.engine.health()
 
     def __repr__(self) -> str:
-        return f"<ConnectionManager {self._engine.name}, {len(self._node.registry)} connections>"
+        return f"<ConnectionManager {self._life.engine.name}, {len(self._life.node.registry)} connections>"
 
     # Inside.
 
@@ -434,6 +493,12 @@ class ConnectionManager(Lifecycle, HookDecorators):
         found = (find_connection(one, self) for one in several)
         return frozenset(connection.id for connection in found if connection is not None)
 
+    def _find_here(self, websocket: WebSocket | Connection) -> Connection | None:
+        connection = find_connection(websocket, self)
+        if connection is not None and connection.is_open:
+            self._life.check_here()
+        return connection
+
     def _find_open(self, websocket: WebSocket | Connection) -> Connection:
         connection = find_open(websocket, self)
         if connection is None:
@@ -441,9 +506,9 @@ class ConnectionManager(Lifecycle, HookDecorators):
         return connection
 
     async def _prepare(self, publication: Publication) -> Publication | None:
-        loop, node = asyncio.get_running_loop(), self._node
-        if not self._is_started or self._loop is not loop:
-            node = await self._run_here()
+        loop, node = asyncio.get_running_loop(), self._life.node
+        if not self._life.is_started or self._life.loop is not loop:
+            node = await self._life.run_here()
         if self.hooks.has("on_broadcast"):
             transformed = await self._transform(publication)
             if transformed is None:
@@ -451,16 +516,16 @@ class ConnectionManager(Lifecycle, HookDecorators):
             publication = transformed
         if not node.dispatcher.is_clear:
             await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        if self._loop is not loop:  # closed meanwhile, or taken by another event loop
-            raise self._elsewhere()
+        if self._life.loop is not loop:  # closed meanwhile, or taken by another event loop
+            raise self._life.elsewhere()
         return publication
 
     async def _transform(self, publication: Publication) -> Publication | None:
         message = await self.hooks.transform(publication.message, publication.audience)
         return None if message is None else publication._replace(message=self._encode(message, None))
 
-    def _new_node(self) -> Node:
-        return Node(self, self._engine, self.hooks, self._slow_consumer, self._limits, self._counters)
+    def _new_node(self, engine: Engine) -> Node:
+        return Node(self, engine, self.hooks, self._slow_consumer, self._limits, self._counters)
 
 
 def count_unpublished(manager: ConnectionManager) -> int:

@@ -137,7 +137,7 @@ async def test_own_messages_of_those_who_read_nothing_are_held_once(kind: str, s
                 full = False
                 text = "x" * (size - 4) + ("\U0001f600" if kind == "emoji" else "yyyy")
                 value: Any = text.encode() if kind == "bytes" else text
-                manager._node.dispatcher.dispatch(Message.of(value), Audience("connection", connection.id))
+                manager._life.node.dispatcher.dispatch(Message.of(value), Audience("connection", connection.id))
             await asyncio.sleep(0)
         assert manager.stats().backlog_bytes >= 10 * (1024 * KIB - size)
         assert each() <= BOUND
@@ -205,7 +205,7 @@ async def test_peer_that_is_dismissed_in_the_middle_of_a_large_message_gets_the_
         [connection] = manager.connections
         await manager.broadcast("x" * 15_000_000)
         await holds(lambda: connection.sink.held_messages == 1 and connection.sink.held_bytes < 15_000_000)
-        manager._node.membership.dismiss(connection, 4401, "bye")
+        manager._life.node.membership.dismiss(connection, 4401, "bye")
         while (frame := await asyncio.wait_for(client.receive(), 20)) is not None and frame.opcode != CLOSE:
             pass
         assert frame is not None
@@ -224,7 +224,7 @@ async def test_client_of_a_library_sees_the_code_in_the_middle_of_a_large_messag
         await manager.broadcast(b"x" * 16_000_000)
         await manager.broadcast("never")
         await holds(lambda: connection.sink.held_messages > 0)
-        manager._node.membership.dismiss(connection, 4401, "bye")
+        manager._life.node.membership.dismiss(connection, 4401, "bye")
         received = [message async for message in ended(client)]
         assert "never" not in received
         assert client.close_code == 4401

@@ -440,7 +440,7 @@ async def test_publication_that_closes_reaches_any_audience(
         *await connected(manager, 1, user="bob"),
         *await connected(manager, 1),
     ]
-    node = manager._node
+    node = manager._life.node
     publication = Publication(Message.of("maintenance"), audience, close_code=1012)
     if waits:
         await node.receive(publication)
@@ -457,7 +457,7 @@ async def test_publication_that_closes_reaches_any_audience(
 async def test_publication_that_closes_spares_the_excluded(manager: ConnectionManager) -> None:
     pairs = await connected(manager, 2)
     publication = Publication(Message.of(""), Audience("everyone"), frozenset({pairs[0][1].id}), 4000)
-    await manager._node.receive(publication)
+    await manager._life.node.receive(publication)
     assert await pairs[1][0].wait_close() == 4000
     assert manager.connections == [pairs[0][1]]
 

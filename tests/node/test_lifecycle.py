@@ -699,11 +699,11 @@ async def test_third_event_loop_stops_nothing_that_the_second_could_not_start(ot
     other_loop.loop.call_soon_threadsafe(may_go_on.wait, 5)
     second = LoopThread()
     coming = asyncio.run_coroutine_threadsafe(manager.connect(Peer().websocket), second.loop)
-    await eventually(lambda: manager._loop is second.loop)
+    await eventually(lambda: manager._life.loop is second.loop)
     coming.cancel()
-    await eventually(lambda: not manager._node.entering)
+    await eventually(lambda: not manager._life.node.entering)
     connecting = asyncio.ensure_future(connected(manager, 1))
-    await eventually(lambda: manager._loop is not second.loop)
+    await eventually(lambda: manager._life.loop is not second.loop)
     may_go_on.set()
     await connecting
     here, there = asyncio.get_running_loop(), other_loop.loop
@@ -745,7 +745,7 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
 
     async def use() -> None:
         await manager.broadcast("to nobody")
-        manager._node._tasks.spawn(manager._node.gap(Gap("life", 1.0)), "on_gap hooks")
+        manager._life.node._tasks.spawn(manager._life.node.gap(Gap("life", 1.0)), "on_gap hooks")
 
     async def main() -> None:
         async with manager:

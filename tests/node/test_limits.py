@@ -27,7 +27,9 @@ from wsbroadcast.transports import closed_error
 
 
 def places(manager: ConnectionManager) -> dict[str, dict[str, int]]:
-    return {name: each.taken for name, each in manager._node.membership.admission.quotas.counted.items() if each.taken}
+    return {
+        name: each.taken for name, each in manager._life.node.membership.admission.quotas.counted.items() if each.taken
+    }
 
 
 def denying(peer: Peer) -> Peer:

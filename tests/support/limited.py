@@ -75,7 +75,7 @@ async def health() -> dict[str, str]:
 @app.get("/{kind}/{room}/stats")
 async def stats(kind: str, room: str) -> dict[str, Any]:
     manager = manager_of(kind, room)
-    counted = manager._node.membership.admission.quotas.counted
+    counted = manager._life.node.membership.admission.quotas.counted
     return {
         **dataclasses.asdict(manager.stats()),
         "places": {name: each.taken for name, each in counted.items() if each.taken},

@@ -19,6 +19,9 @@ class Tasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
+    def __contains__(self, task: object) -> bool:
+        return task in self._tasks
+
     def spawn(
         self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None = None
     ) -> asyncio.Task[None]:

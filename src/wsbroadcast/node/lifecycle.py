@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable
+from contextlib import suppress
 
 from wsbroadcast.concurrency.loops import running_loop
 from wsbroadcast.concurrency.tasks import Tasks
@@ -16,11 +13,11 @@ from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import LifecycleError
 from wsbroadcast.node.membership import CLOSED
 from wsbroadcast.node.node import Node
-from wsbroadcast.transports.exit_stack import WithExitStack, has_exit_stack
 
 _FROM_A_THREAD = (
     "from a thread use `manager.broadcast_threadsafe(…)`, for anything else in a sync endpoint "
-    "`anyio.from_thread.run(manager.disconnect_user, user)`"
+    "`anyio.from_thread.run(manager.disconnect_user, user)` or "
+    "`anyio.from_thread.run_sync(manager.disconnect, websocket)`"
 )
 
 _ELSEWHERE = (
@@ -102,18 +99,24 @@ class Departure:
         await self._node.aclose()
 
 
-class Lifecycle(ABC):
+class Lifecycle:
     """The life of a manager: in one event loop at a time, with a node for each, and an engine that starts once.
 
     An event loop owns it that has started it, or that has a connection, be it one that is coming in. One that has only
     sent something is left as soon as another one wants to own it.
+
+    Args:
+        engine: Starts with the manager, and stops with it.
+        new_node: Makes what the manager is in the next event loop.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        # The loop it runs in, or begins to; `None` before that and after the end.
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._is_started = False
+    def __init__(self, engine: Engine, new_node: Callable[[Engine], Node]) -> None:
+        self.engine = engine
+        self.loop: asyncio.AbstractEventLoop | None = None
+        """The event loop it runs in, or begins to; `None` before that and after the end."""
+        self.is_started = False
+        """Whether the engine is started in that event loop."""
+        self._new_node = new_node
         self._starts = 0
         self._is_closed = False
         # Set at its end; there while the manager ends.
@@ -122,11 +125,8 @@ class Lifecycle(ABC):
         self._departure: Departure | None = None
         # Held for moments, while it is decided which event loop it is.
         self._lock = threading.Lock()
-        self._node = self._new_node()
-
-    @abstractmethod
-    def _new_node(self) -> Node:
-        """Make what the manager is in the next event loop; the constructor does so, too."""
+        self.node = new_node(engine)
+        """What the manager is in that event loop."""
 
     async def start(self) -> None:
         """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
@@ -134,12 +134,12 @@ class Lifecycle(ABC):
         Raises:
             LifecycleError: If it runs in another event loop.
         """
-        if self._ending is not None and self._loop is asyncio.get_running_loop():
+        if self._ending is not None and self.loop is asyncio.get_running_loop():
             await self._ending.wait()
         self._is_closed = False
-        node = self._enter()
+        node = self.enter()
         try:
-            await self._run_here()
+            await self.run_here()
             self._starts += 1
         finally:
             node.entering -= 1
@@ -155,20 +155,28 @@ class Lifecycle(ABC):
         """
         here = asyncio.get_running_loop()
         with self._lock:
-            is_elsewhere = self._loop is not None and self._loop is not here and self._loop.is_running()
+            is_elsewhere = self.loop is not None and self.loop is not here and self.loop.is_running()
             if is_elsewhere and self._is_owned:
                 raise LifecycleError(
                     "the manager runs in another event loop, where its connections live: close it there"
                 )
             self._starts = max(0, self._starts - 1)
-            if self._starts or self._is_closed:
+            if self._starts:
                 return
-            self._is_closed = True
-            if is_elsewhere:
-                self._take_to(None)
-        ending = self._ending = asyncio.Event()
+            if is_first := not self._is_closed:
+                self._is_closed = True
+                self._ending = asyncio.Event()
+                if is_elsewhere:
+                    self._take_to(None)
+            ending = self._ending
+        if ending is None:
+            return
+        if not is_first:
+            if self.loop is here and not self.node.is_own_task():  # which the one that ends it waits for
+                await ending.wait()
+            return
         try:
-            if self._loop is here:
+            if self.loop is here:
                 await self._close_here()
             else:
                 await self._departed()
@@ -177,69 +185,66 @@ class Lifecycle(ABC):
             self._ending = None
             ending.set()
 
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
+    async def run_here(self) -> Node:
+        """Begin in this event loop unless that has been done; return what the manager is here.
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    @asynccontextmanager
-    async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
-        self.bind(app)
-        layers = getattr(app, "middleware_stack", None)
-        # FastAPI has one for endpoints; a middleware that connects is outside of it.
-        is_needed = not has_exit_stack(layers) or bool(getattr(app, "user_middleware", None))
-        if layers is not None and is_needed and not isinstance(layers, WithExitStack):
-            app.middleware_stack = WithExitStack(layers)
-        async with self:
-            yield
-
-    def bind(self, app: Any) -> None:
-        """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too.
-
-        They find it in apps that are mounted in this one as well, unless such an app has one of its own.
+        Raises:
+            LifecycleError: If it is closed, before or meanwhile, or runs in another event loop.
         """
-        managers = getattr(app.state, "wsbroadcast_managers", ())
-        if self not in managers:
-            managers = app.state.wsbroadcast_managers = (*managers, self)
-        if hasattr(app, "router"):  # which is all that a request to a mounted app knows of the app around it
-            app.router.wsbroadcast_managers = managers
-
-    async def _run_here(self) -> Node:
-        # Begin here unless that has been done; return what the manager is here.
-        node = self._node  # before the look at the loop: who takes over changes that first
-        if self._is_started and self._loop is running_loop():
+        node = self.node  # before the look at the loop: who takes over changes that first
+        if self.is_started and self.loop is running_loop():
             return node
         try:
-            node = self._settle_here()
+            node = self.settle_here()
         except LifecycleError:
             await self._let_go()
             raise
         async with node.starting:  # several first uses at the same time start the engine once
-            if self._node is node and not self._is_started:
+            if self._is_current(node) and not self.is_started:
                 await self._departed()
-                await self._engine.start(node)
+                await self.engine.start(node)
                 with self._lock:
-                    if self._node is node:  # else another event loop has taken over
-                        self._is_started = True
-        if self._node is not node:
-            raise self._elsewhere()
+                    if self._is_current(node):
+                        self.is_started = True
+                if not self._is_current(node) and (self.node is node or self.loop is None):
+                    # The manager was closed while it started. If another event loop has taken over, that one stops it.
+                    await self.engine.aclose()
+        if not self._is_current(node):
+            raise self.elsewhere()
         return node
 
-    def _enter(self) -> Node:
-        # Own the manager in this event loop while somebody comes in; who calls it counts down.
+    def _is_current(self, node: Node) -> bool:
+        return self.node is node and not self._is_closed
+
+    def check_here(self) -> None:
+        """Check that the caller is in the event loop that the manager runs in, before anything changes.
+
+        Raises:
+            LifecycleError: If it is in another one, or in a thread without one.
+        """
+        loop = running_loop()
+        if loop is None or loop is not self.loop:
+            raise LifecycleError(_ELSEWHERE)
+
+    def enter(self) -> Node:
+        """Own the manager in this event loop while somebody comes in; the caller counts `node.entering` down.
+
+        Raises:
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
         loop = asyncio.get_running_loop()
         with self._lock:
-            is_here = self._is_started and self._loop is loop and not self._is_closed
-            node = self._node if is_here else self._settle(is_owner=True)
+            is_here = self.is_started and self.loop is loop and not self._is_closed
+            node = self.node if is_here else self._settle(is_owner=True)
             node.entering += 1
             return node
 
-    def _settle_here(self) -> Node:
+    def settle_here(self) -> Node:
+        """Return what the manager is in this event loop, if nobody else owns it.
+
+        Raises:
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
         with self._lock:
             return self._settle(is_owner=False)
 
@@ -249,40 +254,41 @@ class Lifecycle(ABC):
             raise LifecycleError(f"no event loop runs here: {_FROM_A_THREAD}")
         if self._is_closed:
             raise LifecycleError(CLOSED)
-        if self._loop is not None and self._loop is not loop:
-            if not self._loop.is_running():
+        if self.loop is not None and self.loop is not loop:
+            if not self.loop.is_running():
                 self._move_to(loop)  # that loop has ended, and its connections with it
             elif is_owner and not self._is_owned:
                 self._take_to(loop)
             else:
                 raise LifecycleError(_ELSEWHERE)
-        self._loop = loop
-        return self._node
+        self.loop = loop
+        return self.node
 
     @property
     def _is_owned(self) -> bool:
-        return bool(self._starts or self._node.entering or len(self._node.registry))
+        return bool(self._starts or self.node.entering or len(self.node.registry))
 
-    def _elsewhere(self) -> LifecycleError:
-        return LifecycleError(CLOSED if self._loop in (None, running_loop()) else _ELSEWHERE)
+    def elsewhere(self) -> LifecycleError:
+        """Make the error for a manager that no longer runs in this event loop."""
+        return LifecycleError(CLOSED if self.loop in (None, running_loop()) else _ELSEWHERE)
 
     def _take_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        assert self._loop is not None
-        self._departure = Departure(self._loop, self._node, self._engine, self._departure)
+        assert self.loop is not None
+        self._departure = Departure(self.loop, self.node, self.engine, self._departure)
         self._move_to(loop)
         self._departure.begin()  # last: it may be over before the next line
 
     def _move_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        self._loop = loop  # before the node: who looks at both does it the other way round
-        self._node = self._new_node()
+        self.loop = loop  # before the node: who looks at both does it the other way round
+        self.node = self._new_node(self.engine)
         self._starts = 0
-        self._is_started = False
+        self.is_started = False
 
     async def _departed(self) -> None:
         departure = self._departure
         if departure is not None:
             if departure.loop is running_loop():  # taken from us meanwhile; we are what it waits for
-                raise self._elsewhere()
+                raise self.elsewhere()
             await departure.wait()
             if self._departure is departure:
                 self._departure = None
@@ -294,7 +300,14 @@ class Lifecycle(ABC):
 
     async def _close_here(self) -> None:
         try:
-            await self._node.aclose()
+            await self.node.aclose()
         finally:
             if self._departure is None or self._departure.is_over:  # else it is stopped where it still runs
-                await self._engine.aclose()
+                await self.engine.aclose()
+                await self._stopped_starting()
+
+    async def _stopped_starting(self) -> None:
+        # Who was starting the engine stops it again, and the next start comes after that.
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LEAVE_SECONDS), self.node.starting:
+                pass

@@ -119,6 +119,10 @@ class Node:
             engine=self._engine.stats(),
         )
 
+    def is_own_task(self) -> bool:
+        """Tell whether the caller runs in one of the background tasks, such as a hook's, that `aclose` waits for."""
+        return asyncio.current_task() in self._tasks
+
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")

@@ -77,6 +77,17 @@ class WithExitStack:
             await exits.close(error)
 
 
+def give_exit_stack(app: Any) -> None:
+    """Let the WebSocket calls of an app that is about to run have an exit stack, where they have none.
+
+    FastAPI has one for its endpoints. A middleware that connects is outside of it.
+    """
+    layers = getattr(app, "middleware_stack", None)
+    is_needed = not has_exit_stack(layers) or bool(getattr(app, "user_middleware", None))
+    if layers is not None and is_needed and not isinstance(layers, WithExitStack):
+        app.middleware_stack = WithExitStack(layers)
+
+
 # Keeping the fast path where a middleware wraps `receive`.
 
 
