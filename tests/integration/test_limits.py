@@ -124,7 +124,7 @@ async def test_client_sees_why_it_is_refused(
         else:
             assert refused == (status, text)
         await stats_of(server, path, connections=2, limited={limit: 1})
-    await stats_of(server, path, connections=0, seats={}, tasks=0)
+    await stats_of(server, path, connections=0, places={}, tasks=0)
 
 
 async def test_hundred_handshakes_at_once_get_two_in(server: Server, room: str) -> None:
@@ -143,7 +143,7 @@ async def test_hundred_handshakes_at_once_get_two_in(server: Server, room: str) 
     await stats_of(server, path, connections=2, limited={"max_connections_per_user": 98})
     for client in inside:
         await client.close()
-    await stats_of(server, path, connections=0, seats={}, tasks=0)
+    await stats_of(server, path, connections=0, places={}, tasks=0)
 
 
 async def test_accepted_socket_is_closed_with_the_reason(server: Server, room: str) -> None:
@@ -167,7 +167,7 @@ async def test_who_does_not_answer_the_close_holds_its_place_as_long_as_its_sock
                 accepted.append(stack.enter_context(sock))
                 sock.sendall(masked_frame(TEXT, b"{"))
                 assert sum(map(is_open, accepted)) <= 2
-        await stats_of(server, path, connections=0, seats={}, tasks=0)
+        await stats_of(server, path, connections=0, places={}, tasks=0)
         assert not any(map(is_open, accepted))
 
 
@@ -290,7 +290,7 @@ async def test_flood_of_everything_costs_the_healthy_no_message_and_leaves_nothi
         for sock in (*deaf, naming, flooding):
             sock.close()
         await stats_of(server, path, connections=50)
-    await stats_of(server, path, connections=0, channels=0, backlog_messages=0, seats={}, tasks=0)
+    await stats_of(server, path, connections=0, channels=0, backlog_messages=0, places={}, tasks=0)
 
 
 async def send_what_goes(sock: socket.socket, data: bytes) -> None:
