@@ -25,12 +25,15 @@ class Tasks:
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        # How many run their first step inside `create_task`, as an eager task factory lets them.
+        self._starting = 0
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __contains__(self, task: object) -> bool:
-        return task in self._tasks
+    def includes_current(self) -> bool:
+        """Tell whether the caller runs in one of these tasks."""
+        return self._starting > 0 or asyncio.current_task() in self._tasks
 
     def spawn(
         self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None = None
@@ -56,7 +59,11 @@ class Tasks:
     def _start(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None) -> asyncio.Task[None]:
         # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
         context = Context() if context is None else context.copy()
-        task = asyncio.get_running_loop().create_task(coroutine, name=f"wsbroadcast {name}", context=context)
+        self._starting += 1
+        try:
+            task = asyncio.get_running_loop().create_task(coroutine, name=f"wsbroadcast {name}", context=context)
+        finally:
+            self._starting -= 1
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -133,6 +133,7 @@ async def test_exception_in_a_task_group_keeps_its_code(
     manager: ConnectionManager, error: Exception, code: int
 ) -> None:
     async def fail() -> None:
+        await asyncio.sleep(0)  # a task that starts eagerly would fail inside `create_task`, in the endpoint itself
         raise error
 
     async def endpoint(websocket: WebSocket) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, Self
 
 import pytest
@@ -33,6 +34,7 @@ from wsbroadcast import (
     Receiver,
     SlowConsumer,
 )
+from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.publication import Dismissal
 
 # Start and end.
@@ -263,59 +265,6 @@ class SlowEngine(Engine):
 
     async def health(self) -> Health:
         return Health(self.name, bool(self.receivers))
-
-
-async def test_manager_that_is_closed_while_its_engine_starts_works_after_the_next_start() -> None:
-    engine = SlowEngine()
-    manager = ConnectionManager(engine)
-    starting = asyncio.create_task(manager.start())
-    connecting = asyncio.create_task(manager.connect(Peer().websocket))
-    await turns(1)
-    await manager.aclose()
-    for waiting in (starting, connecting):
-        with pytest.raises(LifecycleError, match="closed"):
-            await waiting
-    assert (manager.connections, engine.receivers) == ([], [])
-    await manager.start()
-    [(peer, _)] = await connected(manager, 1)
-    await manager.broadcast("hello")
-    assert await peer.next() == "hello"
-    await manager.aclose()
-
-
-async def test_two_ends_at_the_same_time_both_return_when_it_is_done() -> None:
-    engine = SlowEngine()
-    manager = ConnectionManager(engine)
-    left = 2
-
-    @manager.on_disconnect
-    async def on_disconnect(connection: Connection) -> None:
-        nonlocal left
-        await turns(5)
-        left -= 1
-
-    await connected(manager, 2)
-
-    async def close() -> None:
-        await manager.aclose()
-        assert (left, manager.connections, engine.receivers) == (0, [], [])
-
-    await asyncio.gather(close(), close(), close())
-
-
-async def test_disconnect_from_a_thread_is_refused_before_anything_changes() -> None:
-    manager = ConnectionManager()
-    went: list[Connection] = []
-    manager.on_disconnect(went.append)
-    [(peer, connection)] = await connected(manager, 1)
-    for one in (connection, peer.websocket):
-        with pytest.raises(LifecycleError, match="from a thread use"):
-            await asyncio.to_thread(manager.disconnect, one)
-    assert manager.connections == [connection]
-    assert connection.is_open
-    manager.disconnect(connection)
-    await eventually(lambda: went == [connection])
-    await manager.aclose()
 
 
 async def test_first_uses_at_the_same_time_start_the_engine_once() -> None:
@@ -1097,3 +1046,141 @@ async def test_exclude_of_something_else_is_refused() -> None:
     manager = ConnectionManager()
     with pytest.raises(ValueError, match="exclude takes"):
         await manager.broadcast("hello", exclude="id")  # type: ignore[arg-type]
+
+
+# Start and end at the same time.
+
+
+class HeldEngine(MemoryEngine):
+    """Its start takes as long as a test says; an end doesn't cut it short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starts = 0
+        self.may_start = asyncio.Event()
+
+    async def start(self, receiver: Receiver) -> None:
+        self.starts += 1
+        await self.may_start.wait()
+        await super().start(receiver)
+
+    @property
+    def runs(self) -> bool:
+        return self._receiver is not None
+
+
+STARTERS: dict[str, Callable[[ConnectionManager], Any]] = {
+    "start": lambda manager: manager.start(),
+    "connect": lambda manager: manager.connect(Peer().websocket),
+    "broadcast": lambda manager: manager.broadcast("x"),
+}
+
+
+@pytest.mark.parametrize("use", STARTERS)
+async def test_use_that_waits_for_the_engine_is_refused_when_the_manager_is_closed(use: str) -> None:
+    engine = HeldEngine()
+    manager = ConnectionManager(engine)
+    waiting = [asyncio.ensure_future(STARTERS[use](manager)) for _ in range(2)]
+    await eventually(lambda: engine.starts == 1)
+    ending = asyncio.create_task(manager.aclose())
+    await turns()
+    assert not ending.done()
+    engine.may_start.set()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    await ending
+    assert [type(outcome) for outcome in outcomes] == [LifecycleError, LifecycleError]
+    assert (engine.starts, engine.runs, manager.connections) == (1, False, [])
+
+
+async def test_manager_that_was_closed_while_its_engine_started_hears_after_the_next_start() -> None:
+    engine = HeldEngine()
+    manager = ConnectionManager(engine)
+    first = asyncio.create_task(manager.start())
+    await eventually(lambda: engine.starts == 1)
+    ending = asyncio.create_task(manager.aclose())
+    await turns()
+    again = asyncio.create_task(manager.start())
+    engine.may_start.set()
+    with pytest.raises(LifecycleError):
+        await first
+    await asyncio.gather(ending, again)
+    [(peer, _)] = await connected(manager, 1)
+    await manager.broadcast("hello")
+    assert await peer.next() == "hello"
+    await manager.aclose()
+    assert not engine.runs
+
+
+async def test_second_aclose_at_the_same_time_returns_when_the_first_is_done() -> None:
+    may_end = asyncio.Event()
+    manager = ConnectionManager()
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        await may_end.wait()
+
+    await manager.start()
+    await connected(manager, 1)
+    endings = [asyncio.create_task(manager.aclose()) for _ in range(2)]
+    await turns()
+    assert [ending.done() for ending in endings] == [False, False]
+    may_end.set()
+    await asyncio.wait_for(asyncio.gather(*endings), 5)
+
+
+async def test_hook_that_closes_the_manager_while_it_is_closed_doesnt_wait_for_itself() -> None:
+    manager = ConnectionManager()
+    closed: list[Connection] = []
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        await manager.aclose()
+        closed.append(connection)
+
+    await manager.start()
+    [(_, connection)] = await connected(manager, 1)
+    await asyncio.wait_for(manager.aclose(), 2)  # less than a hook's timeout
+    assert closed == [connection]
+
+
+# From a thread, and from another event loop.
+
+
+@pytest.mark.parametrize("verb", ["disconnect", "renew"])
+async def test_plain_call_from_a_thread_is_refused_before_anything_changes(verb: str) -> None:
+    gone: list[Connection] = []
+    async with ConnectionManager() as manager:
+        manager.on_disconnect(gone.append)
+        [(peer, connection)] = await connected(manager, 1, expires_at=4e9)
+        timer = connection._expiry
+        call = partial(manager.disconnect, connection) if verb == "disconnect" else partial(connection.renew, None)
+        with pytest.raises(LifecycleError, match=r"anyio\.from_thread"):
+            await asyncio.to_thread(call)
+        assert connection.is_open
+        assert connection.expires_at == 4e9
+        assert connection._expiry is timer is not None
+        assert not timer.cancelled()
+        await manager.broadcast("still here")
+        assert await peer.next() == "still here"
+        manager.disconnect(connection)
+        await eventually(lambda: gone == [connection])
+    assert gone == [connection]
+
+
+@pytest.mark.parametrize("verb", ["close", "subscribe", "unsubscribe"])
+async def test_call_from_another_event_loop_is_refused_before_anything_changes(verb: str) -> None:
+    async with ConnectionManager() as manager:
+        [(_, connection)] = await connected(manager, 1, channels=["a"])
+        calls: dict[str, Callable[[], Any]] = {
+            "close": lambda: manager.close(connection),
+            "subscribe": lambda: manager.subscribe(connection, "b"),
+            "unsubscribe": lambda: manager.unsubscribe(connection, "a"),
+        }
+
+        async def call() -> None:
+            await calls[verb]()
+
+        with pytest.raises(LifecycleError, match="another event loop"):
+            await asyncio.to_thread(asyncio.run, call())
+        assert connection.is_open
+        assert connection.channels == {"a"}

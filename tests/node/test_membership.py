@@ -492,7 +492,8 @@ async def test_send_cancelled_while_it_waits_sends_nothing() -> None:
 async def test_close_cancelled_at_any_await_closes_all_the_same() -> None:
     async def attempt(step: int) -> bool:
         async with ConnectionManager() as manager:
-            [(peer, connection)] = await connected(manager, 1)
+            peer = Peer(suspends=True)  # else a task that starts eagerly closes without waiting
+            connection = await manager.connect(peer.websocket)
             await manager.broadcast("before")
             waited = await cancel_at(step, manager.close(connection, 4000))
             assert await peer.wait_close() == 4000

@@ -122,7 +122,7 @@ class Node:
 
     def is_own_task(self) -> bool:
         """Tell whether the caller runs in one of the background tasks, such as a hook's, that `aclose` waits for."""
-        return asyncio.current_task() in self._tasks
+        return self._tasks.includes_current()
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
