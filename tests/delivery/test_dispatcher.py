@@ -246,6 +246,26 @@ async def test_member_that_leaves_in_the_middle_of_a_flush_disturbs_nobody() -> 
     assert staying.recorder.texts == ["1", "2", "3"]
 
 
+async def test_connection_whose_server_fails_on_a_write_is_lost_and_costs_nobody_else_a_message() -> None:
+    class Failing(Recorder):
+        losses = 0
+
+        def deliver(self, batch: Batch[Any]) -> None:
+            raise ValueError("the server's own")
+
+        def lost(self, code: int, reason: str) -> None:
+            self.losses += 1
+
+    everybody = members(3)
+    failing = everybody[1].recorder = Failing()
+    node = Node(everybody)
+    for text in ("x", "x" * (FRAGMENT_BYTES + 1)):
+        node.dispatch(text)
+        node.dispatcher.flush()
+    assert failing.losses == 2
+    assert [len(member.recorder.texts) for member in everybody] == [2, 0, 2]
+
+
 async def test_deliveries_are_counted_by_message_and_connection() -> None:
     node = Node(members(3))
     for text in "ab":
@@ -423,7 +443,7 @@ async def test_tight_loop_waits_for_the_tail_that_is_about_to_lose_messages() ->
     everybody[0].recorder.is_half_full = True
     sent: list[str] = []
     loop = start(broadcast_many(node, "loop", sent, 20_000, 3))
-    await turns()
+    await turns(30)  # many times what it takes where nobody is behind
     assert not loop.done()
     assert len(sent) < 3
     node.catch_up(everybody[0])

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from wsbroadcast import SlowConsumer
+from wsbroadcast.delivery.backlog import Entry
 from wsbroadcast.delivery.slow_consumers import Progress, SlowConsumers, unsent_bytes
 from wsbroadcast.stats import Counters
 
@@ -124,6 +125,50 @@ async def test_change_is_waited_for_until_the_deadline() -> None:
     async with asyncio.timeout(5):
         await slow_consumers.wait_for_change(asyncio.get_running_loop().time() + 0.01)
         await slow_consumers.wait_for_change(asyncio.get_running_loop().time() - 1)
+
+
+async def test_crowd_that_catches_up_in_one_turn_wakes_the_broadcasters_once() -> None:
+    wakes = 0
+
+    class Counting(SlowConsumers):
+        def wake(self) -> None:
+            nonlocal wakes
+            wakes += 1
+            super().wake()
+
+    slow_consumers = Counting(SlowConsumer(), Counters())
+    sinks = [Waiting(slow_consumers) for _ in range(3)]
+    waiting = asyncio.ensure_future(slow_consumers.wait_for_change(asyncio.get_running_loop().time() + 60))
+    await asyncio.sleep(0)
+    for sink in sinks:
+        slow_consumers.fell_behind(sink)
+        slow_consumers.caught_up(sink)
+    await waiting
+    assert wakes == 1
+    for sink in sinks:
+        await sink.end()
+
+
+async def test_peer_is_evicted_at_the_eighth_tick_at_which_it_has_taken_nothing() -> None:
+    slow_consumers = SlowConsumers(SlowConsumer(send_timeout=3600), Counters())
+    sink = Waiting(slow_consumers)
+    for _ in range(8):
+        slow_consumers._look()
+        assert sink.evictions == 0
+    slow_consumers._look()  # the first has only seen where it stood
+    assert sink.evictions == 1
+    await slow_consumers.aclose()
+
+
+async def test_events_are_forgotten_when_nothing_waits_any_more() -> None:
+    slow_consumers = SlowConsumers(SlowConsumer(), Counters())
+    entry = Entry(b"text", 4, is_text=True)
+    sinks = [Waiting(slow_consumers) for _ in range(2)]
+    event = slow_consumers.events.of(entry)
+    await sinks[0].end()
+    assert slow_consumers.events.of(entry) is event
+    await sinks[1].end()
+    assert slow_consumers.events.of(entry) is not event
 
 
 async def test_sink_that_catches_up_wakes_the_broadcasters() -> None:
