@@ -338,11 +338,26 @@ async def test_broadcasters_together_fill_no_more_than_a_turn_before_the_loop_ge
     assert len(member.recorder.texts) == 200
 
 
+async def queued(node: Node, count: int) -> list[asyncio.Task[None]]:
+    """Broadcasters that wait because a turn is full, whether tasks begin at once or in the next turn."""
+
+    async def fill() -> None:
+        await asyncio.sleep(0)
+        node.dispatch("x" * 20_000)
+
+    async def ease() -> None:
+        await asyncio.sleep(0)
+        await node.dispatcher.ease(0, EVERYONE)
+
+    tasks = [start(fill()), *(start(ease()) for _ in range(count))]
+    while node.dispatcher.is_clear:  # noqa: ASYNC110  # until the first of them waits
+        await asyncio.sleep(0)
+    return tasks[1:]
+
+
 async def test_broadcaster_that_is_cancelled_in_the_queue_holds_nobody_up() -> None:
     node = Node(members(1))
-    queue = [start(node.dispatcher.ease(0, EVERYONE)) for _ in range(3)]
-    node.dispatch("x" * 20_000)  # a full turn before they begin
-    await asyncio.sleep(0)
+    queue = await queued(node, 3)
     queue[0].cancel()
     async with asyncio.timeout(5):
         results = await asyncio.gather(*queue, return_exceptions=True)
@@ -352,8 +367,7 @@ async def test_broadcaster_that_is_cancelled_in_the_queue_holds_nobody_up() -> N
 
 async def test_queue_moves_by_a_turn_at_a_time_and_newcomers_go_behind_it() -> None:
     node = Node(members(1))
-    queue = [start(node.dispatcher.ease(0, EVERYONE)) for _ in range(300)]
-    node.dispatch("x" * 20_000)  # a full turn before they begin
+    queue = await queued(node, 300)
     gone = [0]
     while gone[-1] < 300:
         await asyncio.sleep(0)
