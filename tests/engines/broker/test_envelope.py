@@ -37,8 +37,10 @@ def test_text_from_this_library_is_a_short_line_and_the_payload() -> None:
 
 
 def test_json_from_this_library_says_so() -> None:
-    envelope = encode(Publication(Message.of({"a": 1}), NEWS), ORIGIN)
+    publication = Publication(Message.of({"a": 1}), NEWS)
+    envelope = encode(publication, ORIGIN)
     assert envelope == b'{"v":1,"node":"node","seq":7,"type":"json"}\n{"a":1}'
+    assert decode(envelope, NEWS, LIMIT) == (publication, ORIGIN)
 
 
 def test_text_of_another_program_needs_a_version_only() -> None:
@@ -52,14 +54,13 @@ def test_text_of_another_program_needs_a_version_only() -> None:
     st.one_of(st.text(max_size=50), st.binary(max_size=50), st.lists(st.integers())),
     st.frozensets(st.text("abc", min_size=1, max_size=3), max_size=3),
     st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=5)),
-    st.one_of(st.none(), st.integers(1, 2**60)),
+    st.one_of(st.none(), st.builds(Origin, st.sampled_from(["node", "nöde"]), st.integers(1, 2**60))),
     st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=64)),
 )
 def test_publication_survives_the_way(
-    value: object, exclude: frozenset[str], key: str | None, seq: int | None, several: str | None
+    value: object, exclude: frozenset[str], key: str | None, origin: Origin | None, several: str | None
 ) -> None:
     publication = Publication(Message.of(value, key), NEWS, exclude, id=several)
-    origin = None if seq is None else Origin("nöde", seq)
     decoded, again = decode(encode(publication, origin), NEWS, LIMIT)
     assert decoded == publication
     assert again == origin
@@ -166,9 +167,12 @@ def test_text_that_is_no_utf_8_is_refused_and_bytes_are_not(payload: bytes) -> N
 
 
 @pytest.mark.parametrize("size", [LIMIT + 1, LIMIT + MAX_HEADER_BYTES + 1])
-def test_larger_payload_than_the_limit_is_refused(size: int) -> None:
-    decode(with_header(b"x" * LIMIT), NEWS, LIMIT)
-    assert refused(with_header(b"x" * size)) == "too_large"
+@pytest.mark.parametrize(
+    "header", [b'{"v":1}', b'{"v":1,"node":"node","seq":7}', b'{"v":1,"node":"node","seq":7,"type":"json"}']
+)
+def test_larger_payload_than_the_limit_is_refused(header: bytes, size: int) -> None:
+    decode(header + b"\n" + b"x" * LIMIT, NEWS, LIMIT)
+    assert refused(header + b"\n" + b"x" * size) == "too_large"
 
 
 @given(st.binary(max_size=300))

@@ -791,7 +791,7 @@ async def test_publication_whose_caller_gave_up_before_it_went_out_is_not_sent(s
     publishing = asyncio.create_task(started.engine.publish(news("given up")))
     session = started.engine._session
     assert session is not None
-    while not session.outgoing._waiting:  # an eager task has put it there already
+    while not session.outgoing._waiting:  # noqa: ASYNC110  # an eager task has put it there already
         await asyncio.sleep(0)
     publishing.cancel()
     await started.engine.publish(news("sent"))
