@@ -201,6 +201,7 @@ async def test_observer_may_refuse_on_purpose(event: HookEvent, is_async: bool) 
 @pytest.mark.parametrize("event", REFUSABLE)
 async def test_observer_may_refuse_out_of_a_task_group(event: HookEvent) -> None:
     async def deny() -> None:
+        await asyncio.sleep(0)  # a task that starts eagerly would fail inside `create_task`
         raise PermissionDenied("no")
 
     async def refuse(*args: object) -> None:

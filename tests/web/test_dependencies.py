@@ -382,6 +382,7 @@ async def _nested(*jobs: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _run(job: Callable[[], Awaitable[None]]) -> None:
+    await asyncio.sleep(0)  # a task that starts eagerly would fail inside `create_task`
     await job()
 
 
