@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,6 +107,9 @@ class Story:
             return "late" in self.late.messages and len(self.receiver.numbers) > before
 
         await eventually(arrives, timeout=20)
+        # Messages arrive a moment before a link is in use, which is when the gap is told.
+        for node in (self.publisher, self.receiver):
+            await eventually(partial(_is, node.manager, ok=True), timeout=20)
         return time.monotonic() - began
 
     def check(self) -> None:
