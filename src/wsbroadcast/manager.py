@@ -398,6 +398,8 @@ class ConnectionManager(HookDecorators):
         publication = self._publication(message, channel, user, exclude, key)
         if not self._life.is_started or self._life.loop is not running_loop():
             self._life.settle_here()
+            if self._life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
+                raise LifecycleError("the engine has to start, and broadcast_nowait can't: await `broadcast`")
             without_waiting(self._life.run_here(), "the engine has to start")
         if self.hooks.has("on_broadcast"):
             prepared = without_waiting(self._transform(publication), "an on_broadcast hook has to wait")

@@ -25,6 +25,7 @@ from wsbroadcast import (
     PermissionDenied,
     SlowConsumer,
 )
+from wsbroadcast.transports.exit_stack import Exits
 
 Endpoint = Callable[[WebSocket], Awaitable[None]]
 
@@ -360,3 +361,21 @@ async def test_hook_that_hangs_for_each_channel_holds_up_the_end_once(ends: str)
     assert told == [*names, "on_disconnect"]  # each was told, and cut off where it waits
     assert manager.stats().hook_errors == 20
     await manager.aclose()
+
+
+async def test_every_exit_of_a_call_runs_whatever_another_raises() -> None:
+    ran: list[str] = []
+    exits = Exits()
+
+    async def last(*error: object) -> None:
+        ran.append("last")
+
+    async def failing(*error: object) -> None:
+        ran.append("failing")
+        raise ValueError("of the first that failed")
+
+    exits.push_async_exit(last)
+    exits.push_async_exit(failing)
+    with pytest.raises(ValueError, match="of the first that failed"):
+        await exits.close(None)
+    assert ran == ["failing", "last"]

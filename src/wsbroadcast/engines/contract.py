@@ -32,7 +32,8 @@ class Receiver(Protocol):
         """Take a publication for this node's connections.
 
         It never blocks and never raises. Publications to one audience are delivered in the order of the calls. They
-        wait inside the node while hooks run or most clients are behind, and hold up no other audience.
+        wait inside the node while hooks run or most clients are behind. Those that wait for clients hold up no other
+        audience.
         """
 
     def deliver(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:

@@ -44,8 +44,8 @@ class Demand:
         """
         for audience in audiences:
             self._held[audience] = self._held.get(audience, 0) + 1
-        self._engine.subscribe(audiences)
         try:
+            self._engine.subscribe(audiences)
             await self._engine.confirmed(audiences)
         except BaseException:
             self.release(audiences)

@@ -133,7 +133,7 @@ class Lifecycle:
         Raises:
             LifecycleError: If it runs in another event loop.
         """
-        if self._ending is not None and self.loop is asyncio.get_running_loop():
+        while self._ending is not None and self.loop is asyncio.get_running_loop():
             await self._ending.wait()
         self._is_closed = False
         node = self.enter()

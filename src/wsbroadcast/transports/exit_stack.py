@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # it is looked at like every attribute of somebody else's; a test says whether the installed FastAPI has it.
 _FASTAPI = "fastapi_middleware_astack"
 # Ours, where an app is no FastAPI.
-_OURS = "wsbroadcast.transports.exit_stack"
+_OURS = "wsbroadcast.exit_stack"
 
 
 Exit = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], Awaitable[bool | None]]
@@ -33,9 +33,15 @@ class Exits(list[Exit]):
         self.append(exit)
 
     async def close(self, error: BaseException | None) -> None:
-        """Call all."""
+        """Call all, whatever one of them raises; raise what the first raised."""
+        failure: BaseException | None = None
         while self:
-            await self.pop()(None if error is None else type(error), error, None)
+            try:
+                await self.pop()(None if error is None else type(error), error, None)
+            except BaseException as raised:
+                failure = failure or raised
+        if failure is not None:
+            raise failure
 
 
 def exit_stack_of(scope: Mapping[str, Any]) -> AsyncExitStack | Exits | None:

@@ -28,3 +28,11 @@ def test_memory_is_bounded_and_keeps_the_latest() -> None:
         assert seen.is_fresh(Origin("busy", number + 1), "news")
     assert len(seen._young) + len(seen._old) <= 2 * incoming._GENERATION + 2
     assert not seen.is_fresh(Origin("busy", 5), "news")
+
+
+def test_stale_envelope_is_stale_again_after_the_older_half_was_forgotten() -> None:
+    seen = Freshness()
+    assert seen.is_fresh(Origin("node", 5), "first")
+    for number in range(2 * incoming._GENERATION - 1):
+        assert seen.is_fresh(Origin("node", 5), f"name {number}")
+    assert [seen.is_fresh(Origin("node", 5), "first") for _ in range(3)] == [False] * 3

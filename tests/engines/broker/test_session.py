@@ -378,6 +378,15 @@ async def test_end_during_the_start_ends_both(turns: int, loses_cancellation: bo
     await engine.aclose()
 
 
+async def test_broadcast_nowait_before_the_start_says_what_to_do_and_breaks_nothing() -> None:
+    manager = ConnectionManager(FakeEngine(FakeBroker()))
+    with pytest.raises(LifecycleError, match="has to start, and broadcast_nowait can't: await `broadcast`"):
+        manager.broadcast_nowait("x")
+    async with manager:
+        manager.broadcast_nowait("y")
+        assert (await manager.health()).is_ok
+
+
 async def test_manager_that_ends_while_its_engine_starts_lets_nobody_wait() -> None:
     broker = FakeBroker()
     broker.is_hung.set()

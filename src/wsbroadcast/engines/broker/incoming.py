@@ -44,6 +44,7 @@ class Freshness:
                 self._old, self._young = young, {}
                 young = self._young
         if 0 <= newest - seq < _BELIEVABLE:
+            young[key] = newest  # it may have been the old generation's, which is gone now
             return False
         young[key] = seq
         return True

@@ -216,7 +216,8 @@ class Outgoing:
             logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
 
     async def aclose(self, why: str) -> None:
-        """Tell everybody who still waits."""
+        """Tell everybody who still waits, and take nothing more."""
+        self.link = None
         self.fail(why, why)
         await self._tasks.cancel()
 
