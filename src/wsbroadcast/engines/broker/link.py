@@ -12,6 +12,18 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
+class Host(NamedTuple):
+    """Where a server listens."""
+
+    name: str
+    port: int
+    tls_hostname: str | None = None
+    """What its certificate has to name instead, for one we know by its address only."""
+
+    def __str__(self) -> str:
+        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
+
+
 class Parcel(NamedTuple):
     """What travels through a broker."""
 

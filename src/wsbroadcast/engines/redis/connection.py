@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from wsbroadcast.engines.broker.health import is_bug
-from wsbroadcast.engines.broker.link import Inlet, no_linger, reset
+from wsbroadcast.engines.broker.link import Host, Inlet, no_linger, reset
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, ReplyReader, pack
 from wsbroadcast.engines.redis.target import (
     Access,
     AuthenticationError,
     AuthorizationError,
     DataError,
-    Host,
     RedisError,
     ResponseError,
     unreal,
@@ -209,7 +208,7 @@ class Asker(Wire):
             self._answer(self._answers)
 
 
-class Listener(Wire):
+class Subscriber(Wire):
     """Subscriptions, and what is published to them.
 
     Args:
