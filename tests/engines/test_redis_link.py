@@ -209,7 +209,7 @@ async def test_connection_without_a_socket_is_refused(redis_server: Endpoint) ->
             self._writer = Writer()  # type: ignore[assignment]
 
     pool = redis.asyncio.ConnectionPool(connection_class=Unreal)
-    with pytest.raises(ConfigurationError, match="Unreal is no connection to a server"):
+    with pytest.raises(ConfigurationError, match="Unreal is not a connection to a server"):
         await _open(RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)))
 
 

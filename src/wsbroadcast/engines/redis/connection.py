@@ -110,7 +110,7 @@ class Wire(asyncio.Protocol, ABC):
     async def _greet(self, connection: Any) -> None:
         # redis-py calls this when there is a socket, before it authenticates. No public name leads to the transport.
         transport = getattr(connection._writer, "transport", None)
-        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are none of asyncio's classes
+        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are not asyncio's classes
             self._transport = cast(asyncio.Transport, transport)
             no_linger(self._transport)
             await connection.on_connect()

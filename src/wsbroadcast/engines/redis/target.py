@@ -136,7 +136,7 @@ def _check_real(connection: AbstractConnection) -> None:
 def unreal(connection: object) -> ConfigurationError:
     """Return what to tell about a connection that leads to no server."""
     return ConfigurationError(
-        f"a {kind_of(connection)} is no connection to a server, which RedisEngine needs; in tests use memory://"
+        f"a {kind_of(connection)} is not a connection to a server, which RedisEngine needs; in tests use memory://"
     )
 
 
