@@ -271,7 +271,7 @@ async def test_of_two_errors_the_first_is_told_unless_the_second_is_a_refusal(se
 
     broker.on_subscribe = fail_twice
     with pytest.raises((EngineUnavailable, ConfigurationError), match=told):
-        await FakeEngine(broker, fail_fast=True, timing=PATIENT).start(Recorder())
+        await asyncio.wait_for(FakeEngine(broker, fail_fast=True, timing=PATIENT).start(Recorder()), 2)
 
 
 @pytest.mark.parametrize("turns", range(8))
