@@ -287,6 +287,7 @@ async def test_app_send_cancelled_while_it_is_written_may_fail_in_silence(end: s
         wire.peer.error = RuntimeError("nobody asks any more")
         wire.peer.reads.set()
     await wire.drained()
+    await turns()
     assert sending.cancelled()
     assert wire.peer.taken == []
     assert wire.losses == []
