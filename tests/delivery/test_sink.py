@@ -161,6 +161,7 @@ async def test_messages_go_out_in_order_and_nothing_stays() -> None:
     assert wire.peer.taken == []  # handing over never waits
     await wire.drained()
     assert wire.peer.taken == ["one", b"two", '{"three":3}']
+    assert wire.evictions == []
 
 
 async def test_app_sends_in_their_place_among_the_messages() -> None:
