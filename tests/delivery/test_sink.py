@@ -9,9 +9,11 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast import ConnectionClosed, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
+from wsbroadcast.delivery.backlog import Entry
 from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
@@ -159,6 +161,7 @@ async def test_messages_go_out_in_order_and_nothing_stays() -> None:
     assert wire.peer.taken == []  # handing over never waits
     await wire.drained()
     assert wire.peer.taken == ["one", b"two", '{"three":3}']
+    assert wire.evictions == []
 
 
 async def test_app_sends_in_their_place_among_the_messages() -> None:
@@ -190,7 +193,12 @@ async def test_app_send_returns_when_it_is_written_and_not_before() -> None:
     assert wire.peer.taken == ["one", "app: mine"]
 
 
-async def test_app_learns_of_its_own_mistake_and_the_rest_goes_on() -> None:
+@pytest.mark.parametrize(
+    ("error", "losses"), [(RuntimeError("the app's own mistake"), []), (WebSocketDisconnect(1006), [(1006, "")])]
+)
+async def test_app_learns_of_its_own_mistake_and_the_rest_goes_on_unless_the_peer_is_gone(
+    error: Exception, losses: list[tuple[int, str]]
+) -> None:
     wire = Wire()
     await wire.stalled("one")
     sending = wire.app_sends("mistake")
@@ -198,15 +206,29 @@ async def test_app_learns_of_its_own_mistake_and_the_rest_goes_on() -> None:
     wire.deliver("two")
     wire.peer.take_one()
     await until(lambda: wire.peer.started[-1] == "app: mistake")
-    wire.peer.error = RuntimeError("the app's own mistake")
+    wire.peer.error = error
     wire.peer.take_one()
-    with pytest.raises(RuntimeError, match="own mistake"):
+    with pytest.raises(type(error)) as caught:
         await sending
+    assert caught.value is error
     wire.peer.error = None
     wire.peer.reads.set()
     await wire.drained()
-    assert wire.peer.taken == ["one", "two"]
-    assert wire.losses == []
+    assert wire.peer.taken == (["one"] if losses else ["one", "two"])
+    assert wire.losses == losses
+
+
+async def test_app_learns_what_came_of_the_send_in_which_the_sink_ends() -> None:
+    wire = Wire()
+
+    async def app_send(event: MutableMapping[str, Any]) -> None:
+        wire.sink.end()  # as when the server finds the peer gone
+        await asyncio.sleep(0)  # a middleware's, on the way back
+        raise RuntimeError("the peer is gone")
+
+    wire.app_send = app_send  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the peer is gone"):
+        await wire.app_sends("mine")
 
 
 async def test_app_send_cancelled_while_it_waits_is_withdrawn() -> None:
@@ -218,6 +240,7 @@ async def test_app_send_cancelled_while_it_waits_is_withdrawn() -> None:
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending
+    assert [type(item) for item in wire.sink.backlog or ()] == [Entry]  # its text isn't kept
     wire.peer.reads.set()
     await wire.drained()
     assert wire.peer.taken == ["one", "two"]
@@ -265,8 +288,10 @@ async def test_app_send_cancelled_while_it_is_written_may_fail_in_silence(end: s
         wire.peer.error = RuntimeError("nobody asks any more")
         wire.peer.reads.set()
     await wire.drained()
+    await turns()
     assert sending.cancelled()
     assert wire.peer.taken == []
+    assert wire.losses == []
 
 
 async def test_app_close_comes_after_what_was_handed_over_and_nothing_after_it() -> None:
@@ -363,7 +388,7 @@ async def test_close_towards_a_peer_that_takes_nothing_ends_after_close_timeout(
         await wire.sink.close(1000, "")
     assert time.monotonic() - began >= CLOSE_TIMEOUT * 0.9
     with pytest.raises(ConnectionClosed):
-        await app
+        await asyncio.wait_for(app, PATIENCE)
     assert transport.aborts == 1
     assert wire.counters.dropped == {"closed": 2}  # the first may be on its way
     wire.peer.reads.set()
@@ -493,7 +518,7 @@ async def test_app_close_of_what_ends_meanwhile_has_nothing_to_complain_about() 
     closing = wire.app_closes()
     await turns()
     wire.sink.end()
-    await closing
+    await asyncio.wait_for(closing, PATIENCE)
 
 
 async def test_end_before_the_writer_began_leaves_nothing() -> None:
@@ -517,6 +542,19 @@ async def test_discard_counts_and_the_sink_goes_on() -> None:
     assert wire.peer.taken == ["one", "four"]
     wire.sink.discard()
     assert wire.counters.dropped == {"closed": 2}
+
+
+@pytest.mark.parametrize("is_apps", [False, True])
+async def test_discard_keeps_a_close_that_waits_if_it_is_told_to(is_apps: bool) -> None:
+    wire = Wire()
+    await wire.stalled("one", "two")
+    closing = wire.app_closes() if is_apps else start(wire.sink.close(1000, "bye"))
+    await turns()
+    wire.sink.discard(keeps_close=True)
+    wire.peer.reads.set()
+    await closing
+    assert wire.peer.taken == ["one", (1000, "bye")]
+    assert wire.counters.dropped == {"closed": 1}
 
 
 async def test_peer_that_does_not_answer_the_close_is_cut_off_after_close_timeout() -> None:
@@ -546,7 +584,8 @@ async def test_peer_that_takes_nothing_after_the_close_is_cut_off(is_closing: bo
     transport = Transport()
     transport.held = 1
     transport.closing = is_closing
-    await Wire(transport).sink.see_off()
+    async with asyncio.timeout(PATIENCE):
+        await Wire(transport, send_timeout=60).sink.see_off()
     assert transport.aborts == 1
 
 

@@ -106,6 +106,27 @@ async def test_an_own_close_keeps_its_code(manager: ConnectionManager) -> None:
     assert [event["code"] for event in peer.sent if event["type"] == "websocket.close"] == [4009]
 
 
+async def test_close_of_the_apps_own_in_another_task_is_waited_for(manager: ConnectionManager) -> None:
+    peer, closing = Peer(), asyncio.Event()
+
+    async def endpoint(websocket: WebSocket) -> None:
+        await manager.connect(websocket)
+        peer.stall()
+        await manager.broadcast("held")
+        tasks.append(asyncio.create_task(websocket.close(4009)))
+        await turns()
+        closing.set()
+
+    tasks: list[asyncio.Task[None]] = []
+    call = asyncio.create_task(run(app_of(endpoint), peer))
+    await closing.wait()
+    await turns(100)
+    assert not call.done()
+    peer.resume()
+    await call
+    assert (peer.messages, peer.close_code) == (["held"], 4009)
+
+
 async def test_exception_handlers_speak_before_it(manager: ConnectionManager) -> None:
     async def endpoint(websocket: WebSocket) -> None:
         await manager.connect(websocket)
@@ -129,8 +150,11 @@ async def test_websocket_exception_keeps_its_code(manager: ConnectionManager) ->
     assert (await run(app_of(endpoint))).close_code == 4008
 
 
-@pytest.mark.parametrize(("error", "code"), [(WebSocketException(4123), 4123), (PermissionDenied("no"), 1008)])
-async def test_exception_in_a_task_group_keeps_its_code(
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(WebSocketException(4123), 4123), (PermissionDenied("no"), 1008), (WebSocketException(1005), 1011)],
+)
+async def test_exception_in_a_task_group_keeps_a_code_that_can_be_sent(
     manager: ConnectionManager, error: Exception, code: int
 ) -> None:
     async def fail() -> None:

@@ -351,6 +351,7 @@ def test_a_module_level_manager_survives_asyncio_run_twice() -> None:
     asyncio.run(main())
     asyncio.run(main())
     asyncio.run(manager.aclose())
+    asyncio.run(manager.start())  # which nobody ends
     asyncio.run(main_again(manager))
     _quietly()
 
@@ -359,6 +360,7 @@ async def main_again(manager: ConnectionManager) -> None:
     """Start a closed manager in yet another loop."""
     async with manager:
         await connected(manager, 1)
+    assert manager.connections == []
 
 
 def test_asyncio_run_that_leaves_a_stalled_peer_behind_spoils_nothing() -> None:

@@ -52,9 +52,10 @@ class FakeBroker:
             if name in link.names:
                 link.arrived.put_nowait((name, envelope))
 
-    def drop_links(self, why: str = "reset by the fake") -> None:
+    def drop_links(self, why: str | None = "reset by the fake") -> None:
+        """End all links: with an error that says why, or without one."""
         for link in list(self.links):
-            link.lose(ConnectionResetError(why))
+            link.arrived.put_nowait(None if why is None else ConnectionResetError(why))
 
     async def answer(self) -> None:
         if self.is_hung.is_set():
@@ -71,11 +72,8 @@ class FakeLink(Link):
     def __init__(self, broker: FakeBroker) -> None:
         self.broker = broker
         self.names: set[str] = set()
-        self.arrived: asyncio.Queue[tuple[str, bytes] | Exception] = asyncio.Queue()
+        self.arrived: asyncio.Queue[tuple[str, bytes] | Exception | None] = asyncio.Queue()
         self.inlet: Inlet | None = None
-
-    def lose(self, error: Exception) -> None:
-        self.arrived.put_nowait(error)
 
     async def open(self) -> None:
         try:
@@ -100,6 +98,8 @@ class FakeLink(Link):
         while True:
             arrived = await self.arrived.get()
             await self.broker.answer()
+            if arrived is None:
+                return
             if isinstance(arrived, Exception):
                 raise arrived
             inlet.take(*arrived)

@@ -368,8 +368,7 @@ class Sink:
             # Servers raise OSError, RuntimeError or their own: whatever it is, this socket takes no more.
             self.owner.lost(ABNORMAL, "")
         finally:
-            if self.backlog is backlog:
-                self._close_backlog()
+            self._close_backlog()  # which changes nothing after `end`
 
     def _close_backlog(self) -> None:
         self.discard()

@@ -243,8 +243,7 @@ class Membership:
     def lost(self, connection: Connection, code: int, reason: str) -> None:
         """The peer is gone."""
         connection.sink.end()
-        if not self.leave(connection, code, reason) and connection.state is ConnectionState.CLOSING:
-            connection._enter(ConnectionState.CLOSED, code, reason)
+        self.leave(connection, code, reason)
         self._departures.release_when_freed(connection)
 
     def evict(self, connection: Connection, cause: str) -> None:
@@ -308,8 +307,6 @@ class Membership:
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
         self._is_ended = True
-        if self._look is not None:
-            self._look.cancel()
         for connection in self._registry.recipients(EVERYONE):
             if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
                 self._departures.close(connection, code, reason)

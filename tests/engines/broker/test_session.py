@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -339,9 +339,18 @@ async def test_start_that_fails_fast_raises_and_leaves_nothing() -> None:
     await engine.aclose()
 
 
-async def test_broker_that_refuses_us_is_an_error_at_the_start() -> None:
+@pytest.mark.parametrize("refused", ["connection", "name of the node"])
+async def test_broker_that_refuses_us_is_an_error_at_the_start(refused: str) -> None:
     broker = FakeBroker()
-    broker.refuses = ConfigurationError("the fake refuses user 'ann'")
+    error = ConfigurationError("the fake refuses user 'ann'")
+
+    async def refuse(names: Sequence[str]) -> None:
+        raise error
+
+    if refused == "connection":
+        broker.refuses = error
+    else:
+        broker.on_subscribe = refuse
     engine = FakeEngine(broker)
     with pytest.raises(ConfigurationError, match="refuses user 'ann'"):
         await engine.start(Recorder())
@@ -538,12 +547,15 @@ async def test_health_is_an_echo_through_the_broker(started: Started) -> None:
     }
 
 
-async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(started: Started) -> None:
+async def test_name_that_the_broker_forbids_is_an_error_for_who_wants_it_alone(
+    started: Started, caplog: pytest.LogCaptureFixture
+) -> None:
     many = [Audience("channel", str(number)) for number in range(30)]
     started.broker.unsubscribable.add("wsbroadcast:channel:7")
     started.engine.subscribe(many)
     with pytest.raises(EngineUnavailable, match="forbids"):
-        await started.engine.confirmed([many[7]])
+        await asyncio.wait_for(started.engine.confirmed([many[7]]), 2)
+    assert [record.message for record in caplog.records] == ["fake at nowhere:1: the fake forbids one of these names"]
     await started.engine.confirmed(many[:7] + many[8:])
     await started.engine.publish(news("text", many[29]))
     await started.got(b"text")
@@ -685,8 +697,9 @@ async def test_error_that_is_no_outage_is_seen_later_too(
     await started.is_up()
 
 
+@pytest.mark.parametrize("hangs", [False, True])
 async def test_link_that_can_not_be_dropped_cleanly_is_logged_once_a_minute(
-    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hangs: bool
 ) -> None:
     abort, tries = FakeLink.abort, 0
 
@@ -694,10 +707,12 @@ async def test_link_that_can_not_be_dropped_cleanly_is_logged_once_a_minute(
         nonlocal tries
         tries += 1
         await abort(link)
+        if hangs:
+            await asyncio.Event().wait()
         raise KeyError("a driver's")
 
     async def tried_often() -> bool:
-        return tries > 5
+        return tries > 2
 
     with monkeypatch.context() as patch:
         patch.setattr(FakeLink, "abort", broken)

@@ -3,14 +3,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import random
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import pytest
 
 from tests.support.fake_broker import FakeBroker, FakeEngine
 from tests.support.servers import eventually
-from wsbroadcast import Audience
+from wsbroadcast import Audience, ConfigurationError, EngineUnavailable
 from wsbroadcast.options import Timing
 from wsbroadcast.testing import Recorder
 
@@ -36,8 +38,8 @@ class Rush:
 
 
 @asynccontextmanager
-async def started(broker: FakeBroker, *audiences: Audience) -> AsyncIterator[FakeEngine]:
-    engine = FakeEngine(broker, timing=PATIENT)
+async def started(broker: FakeBroker, *audiences: Audience, timing: Timing = PATIENT) -> AsyncIterator[FakeEngine]:
+    engine = FakeEngine(broker, timing=timing)
     await engine.start(Recorder())
     try:
         engine.subscribe(audiences)
@@ -80,6 +82,9 @@ async def test_name_is_released_although_others_join_all_the_time() -> None:
             return [name_of(NEWS)] in broker.releases
 
         await eventually(is_released)
+        engine.subscribe([NEWS])  # while the broker releases it, or afterwards
+        await asyncio.wait_for(engine.confirmed([NEWS]), 2)
+        assert name_of(NEWS) in broker.held
 
 
 async def test_link_goes_up_although_others_join_all_the_time() -> None:
@@ -153,9 +158,10 @@ async def test_join_is_not_held_up_by_the_names_of_others() -> None:
         engine.subscribe(many)
         await asyncio.wait_for(engine.confirmed(many[:1000]), 2)
         assert len(broker.held) == 1000
-        waiting = asyncio.create_task(engine.confirmed(many[1000:1001]))
+        waiting, leaving = (asyncio.create_task(engine.confirmed(many[1000:1001])) for _ in range(2))
         await asyncio.sleep(0)
         assert not waiting.done()
+        leaving.cancel()  # which is about nobody else
         answers.set()
         await asyncio.wait_for(waiting, 2)
 
@@ -197,6 +203,75 @@ async def test_nobody_waits_for_a_name_that_is_wanted_no_longer() -> None:
         engine.unsubscribe([NEWS])
         await asyncio.wait_for(waiting, 2)
         answers.set()
+
+
+async def test_pauses_between_attempts_double_up_to_a_maximum_and_begin_anew_after_a_link(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broker = FakeBroker()
+    pauses: list[float] = []
+
+    def shortest(least: float, most: float) -> float:
+        pauses.append(most)
+        return least
+
+    async def has_paused() -> bool:
+        return len(pauses) >= 5
+
+    monkeypatch.setattr(random, "uniform", shortest)
+    async with started(broker, timing=replace(PATIENT, max_backoff=0.3)) as engine:
+        for _ in range(2):
+            await out_of_reach(broker, engine)
+            await eventually(has_paused)
+            assert pauses[:5] == [0.05, 0.1, 0.2, 0.3, 0.3]
+            broker.is_down = False
+            await is_up(engine)
+            pauses.clear()
+
+
+async def test_broker_that_lets_us_in_and_carries_nothing_is_not_back() -> None:
+    broker = FakeBroker()
+    kept: list[tuple[str, bytes]] = []
+    async with started(broker, NEWS) as engine:
+        await out_of_reach(broker, engine)
+        send = broker.send
+        broker.send = lambda *parcel: kept.append(parcel)  # type: ignore[method-assign]
+        broker.is_down = False
+
+        async def is_tried() -> bool:
+            return bool(kept)
+
+        await eventually(is_tried)
+        assert broker.held == {name_of(NEWS)}
+        assert not (await engine.health()).is_ok
+        broker.send = send  # type: ignore[method-assign]
+        send(*kept[0])
+        await is_up(engine)
+
+
+async def test_link_that_ends_without_an_error_is_lost_too() -> None:
+    broker = FakeBroker()
+    async with started(broker, NEWS) as engine:
+        broker.is_down = True
+        broker.drop_links(None)
+        await asyncio.wait_for(is_up(engine, False), 2)
+
+
+@pytest.mark.parametrize(
+    ("second", "told"), [(OSError("second"), "ConnectionResetError: first"), (ConfigurationError("second"), "second")]
+)
+async def test_of_two_errors_the_first_is_told_unless_the_second_is_a_refusal(second: Exception, told: str) -> None:
+    broker = FakeBroker()
+
+    async def fail_twice(names: Sequence[str]) -> None:
+        broker.drop_links("first")
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise second
+
+    broker.on_subscribe = fail_twice
+    with pytest.raises((EngineUnavailable, ConfigurationError), match=told):
+        await asyncio.wait_for(FakeEngine(broker, fail_fast=True, timing=PATIENT).start(Recorder()), 2)
 
 
 @pytest.mark.parametrize("turns", range(8))

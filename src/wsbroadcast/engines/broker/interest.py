@@ -151,11 +151,6 @@ class Interest:
         return next((self._refusals[name] for name in names if name in self._refusals), None)
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether `ask` has something to return."""
-        return bool(self._wanted)
-
-    @property
     def next_release(self) -> float | None:
         """When `release` may next have something to return."""
         return self._queue[0][0] if self._queue else None

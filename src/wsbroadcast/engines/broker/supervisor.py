@@ -146,8 +146,6 @@ class Supervisor:
                 async with Patience(self._timing.request_timeout):
                     await link.unsubscribe(names)
                 self._interest.released(names)
-            if self._interest.is_waiting:
-                self._changed.set()  # wanted again while it was being released
 
     async def _wait_for_change(self) -> None:
         # Woken by a change, or when the next name has lingered long enough.
