@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, cast
 
 import pytest
@@ -22,12 +22,6 @@ from wsbroadcast import (
 from wsbroadcast.connection import Manager
 
 Reader = Callable[[Connection], Awaitable[Any]]
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
 
 
 async def _iterate(connection: Connection) -> list[str | bytes]:

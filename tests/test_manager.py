@@ -9,7 +9,7 @@ import enum
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import create_autospec
 
@@ -37,12 +37,6 @@ from wsbroadcast import (
     PermissionDenied,
     SlowConsumer,
 )
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
 
 
 async def _received(pairs: list[tuple[Peer, Connection]]) -> list[list[str | bytes]]:

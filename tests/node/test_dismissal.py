@@ -7,7 +7,6 @@ import gc
 import math
 import time
 import weakref
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
@@ -35,12 +34,6 @@ from wsbroadcast import (
     Receiver,
 )
 from wsbroadcast.publication import Dismissal
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
 
 
 class Wire:
@@ -101,9 +94,8 @@ async def test_connection_is_closed_when_it_expires(manager: ConnectionManager) 
     late = time.time() - expires_at
     assert -0.01 < late < 1
     assert caught.value.code == 4401
-    assert await peer.wait_close() == CloseCode.UNAUTHENTICATED
-    assert peer.close is not None
-    assert peer.close["reason"] == "it has expired"
+    await peer.wait_close()
+    assert peer.end == (CloseCode.UNAUTHENTICATED, "it has expired")
     assert manager.connections == [staying]
 
 
@@ -298,9 +290,8 @@ async def test_user_is_disconnected_and_nobody_else(manager: ConnectionManager) 
     others = [*await connected(manager, 1, user="bob"), *await connected(manager, 1)]
     await manager.disconnect_user("ann", reason="signed out")
     for peer, connection in anns:
-        assert await peer.wait_close() == 4401
-        assert peer.close is not None
-        assert peer.close["reason"] == "signed out"
+        await peer.wait_close()
+        assert peer.end == (4401, "signed out")
         assert (connection.close_code, connection.close_reason) == (4401, "signed out")
     assert manager.connections == [connection for _, connection in others]
     assert manager.stats().users == 1

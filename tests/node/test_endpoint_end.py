@@ -30,12 +30,6 @@ from wsbroadcast.transports.exit_stack import Exits
 Endpoint = Callable[[WebSocket], Awaitable[None]]
 
 
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
-
-
 def app_of(endpoint: Endpoint, **options: Any) -> FastAPI:
     app = FastAPI(**options)
     app.add_api_websocket_route("/ws", endpoint)

@@ -95,8 +95,7 @@ async def test_socket_that_is_accepted_already_is_closed_with_a_reason(
     await peer.websocket.accept()
     with pytest.raises(LimitExceeded):
         await manager.connect(peer.websocket, user="ann")
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (code + 3000 if refuses else code, text)
+    assert peer.end == (code + 3000 if refuses else code, text)
     await peer.websocket.close(1008)  # as Starlette does for an error that nobody catches: nothing happens
     assert len(peer.sent) == 2
 
@@ -546,8 +545,7 @@ async def test_message_that_is_too_big_closes_however_it_is_read(
     with pytest.raises(WebSocketDisconnect) as caught:
         await read(way, peer.websocket, connection)
     assert caught.value.code == 1009
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (1009, "message too big")
+    assert peer.end == (1009, "message too big")
     assert seen == ["1234567890"]  # no hook saw the other
     assert manager.stats().limited == {"max_inbound_bytes": 1}
     assert manager.connections == []
@@ -566,8 +564,7 @@ async def test_one_message_too_many_closes_however_it_is_read(watched: Watched, 
     with pytest.raises(WebSocketDisconnect) as caught:
         await read(way, peer.websocket, connection)
     assert caught.value.code == 1008
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (1008, "too many messages (max_inbound_rate)")
+    assert peer.end == (1008, "too many messages (max_inbound_rate)")
     assert seen == ["0", "1", "2"]
     assert manager.stats().limited == {"max_inbound_rate": 1}
     other.say("x")
@@ -659,9 +656,8 @@ async def test_limit_that_nobody_catches_is_no_error_of_the_app() -> None:
         assert status_of(refused)[0] == 503
         peer.say("a")
         peer.say("b")
-        assert await peer.wait_close() == 1008
-        assert peer.close is not None
-        assert peer.close["reason"] == "too many channels"
+        await peer.wait_close()
+        assert peer.end == (1008, "too many channels")
     assert places(manager) == {}
 
 
@@ -701,7 +697,6 @@ async def test_router_has_a_rate_and_an_own_endpoint_none_unless_it_is_set(
         if limit is None:
             assert len(await peer.wait_messages(400)) == 400
         else:
-            assert await peer.wait_close() == 1008
-            assert peer.close is not None
-            assert peer.close["reason"] == f"too many messages ({limit})"
+            await peer.wait_close()
+            assert peer.end == (1008, f"too many messages ({limit})")
             assert manager.stats().limited == {limit: 1}

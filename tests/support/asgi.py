@@ -41,6 +41,7 @@ class Peer:
         is_silent: Whether a send after the end succeeds without effect, as on hypercorn, granian and daphne. Otherwise
             it raises `OSError` after the peer's end and `RuntimeError` after a close, as on uvicorn.
         has_both_keys: Whether a received event has both `text` and `bytes`, as on hypercorn.
+        can_deny: Whether the server lets the app refuse the handshake with an HTTP response.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Peer:
         refuses: Collection[int] = (),
         is_silent: bool = False,
         has_both_keys: bool = False,
+        can_deny: bool = False,
     ) -> None:
         self.scope: dict[str, Any] = {
             "type": "websocket",
@@ -67,7 +69,7 @@ class Peer:
             "client": ("testclient", 50000),
             "server": ("testserver", 80),
             "subprotocols": list(subprotocols),
-            "extensions": {},
+            "extensions": {"websocket.http.response": {}} if can_deny else {},
             "state": {},
         }
         self.websocket = WebSocket(self.scope, self.receive, self.send)
@@ -183,6 +185,23 @@ class Peer:
         """The code of the close event, if there was one."""
         return None if self.close is None else int(self.close["code"])
 
+    @property
+    def end(self) -> tuple[int, str] | None:
+        """Code and reason of the close event, if there was one."""
+        return None if self.close is None else (int(self.close["code"]), self.close.get("reason", ""))
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The subprotocol that the app has accepted with."""
+        assert self.accepted is not None
+        return self.accepted["subprotocol"]  # type: ignore[no-any-return]
+
+    @property
+    def denial(self) -> tuple[int, str]:
+        """Status and text of the HTTP response that has refused the handshake."""
+        start, body = self.sent
+        return start["status"], body["body"].decode()
+
     async def next(self) -> str | bytes:
         """Wait for the next message that was not asked for yet."""
         await self.wait_for(lambda: len(self.messages) > self._read)
@@ -269,6 +288,15 @@ async def visit(app: App, path: str, peer: Peer | None = None, **options: Any) -
         peer.resume()
         async with asyncio.timeout(TIMEOUT):
             await call
+
+
+async def refusal(app: App, path: str = "/ws", peer: Peer | None = None, **options: Any) -> int | None:
+    """Return the close code with which an app refuses a handshake before it accepts, if it gives one."""
+    try:
+        async with visit(app, path, peer, **options):
+            raise AssertionError("it was accepted")
+    except Refused as refused:
+        return refused.code
 
 
 class _Steps:

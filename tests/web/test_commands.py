@@ -59,8 +59,7 @@ _PUBLISH = json.dumps(_command("publish", "news", data=1))
 # What the commands do.
 
 
-async def test_commands_subscribe_publish_and_unsubscribe() -> None:
-    manager = ConnectionManager()
+async def test_commands_subscribe_publish_and_unsubscribe(manager: ConnectionManager) -> None:
     app = _app(manager, authorize=_anything)
     async with visit(app, "/ws") as ada, visit(app, "/ws") as bob:
         assert await _ask(ada, _command("subscribe", "news")) == {"type": "subscribed", "channel": "news"}
@@ -140,8 +139,7 @@ async def test_commands_may_come_as_binary_frames() -> None:
     ],
     ids=str,
 )
-async def test_what_is_no_command_is_an_error_and_changes_nothing(command: Any) -> None:
-    manager = ConnectionManager()
+async def test_what_is_no_command_is_an_error_and_changes_nothing(manager: ConnectionManager, command: Any) -> None:
     async with visit(_app(manager, authorize=_anything), "/ws") as peer:
         answer = await _ask(peer, json.dumps(command))
         assert (answer["type"], answer["code"]) == ("error", "invalid_command")
@@ -151,8 +149,7 @@ async def test_what_is_no_command_is_an_error_and_changes_nothing(command: Any) 
 
 
 @pytest.mark.parametrize("frame", ["", "{", "NaN", '"\\ud800"', "[" * 60_000, b"\xff\xfe", '{"a": 1e999}'])
-async def test_what_is_no_json_closes_that_connection_alone(frame: str | bytes) -> None:
-    manager = ConnectionManager()
+async def test_what_is_no_json_closes_that_connection_alone(manager: ConnectionManager, frame: str | bytes) -> None:
     app = _app(manager, authorize=_anything)
     async with visit(app, "/ws") as healthy:
         async with visit(app, "/ws") as peer:
@@ -182,8 +179,7 @@ async def test_a_name_that_is_no_channel_is_an_error_that_does_not_repeat_it(kin
 @pytest.mark.parametrize(
     "channel", ["*", ">", "a.>", "news[a-z]", "__keyspace@0__:*", '"; DROP', "é", "e\u0301", "a b"]
 )
-async def test_a_name_means_itself_and_nothing_else(channel: str) -> None:
-    manager = ConnectionManager()
+async def test_a_name_means_itself_and_nothing_else(manager: ConnectionManager, channel: str) -> None:
     app = _app(manager, authorize=_anything)
     async with visit(app, "/ws") as wild, visit(app, "/ws") as other:
         assert (await _ask(wild, _command("subscribe", channel)))["channel"] == channel
@@ -287,9 +283,7 @@ async def test_an_error_of_the_app_closes_with_1011_and_says_nothing() -> None:
 # Who may.
 
 
-async def test_without_authorize_a_client_has_what_the_path_and_the_app_gave_it() -> None:
-    manager = ConnectionManager()
-
+async def test_without_authorize_a_client_has_what_the_path_and_the_app_gave_it(manager: ConnectionManager) -> None:
     @manager.on_connect
     async def subscribe(connection: Connection) -> None:
         await connection.subscribe("given")
@@ -405,9 +399,8 @@ async def test_a_denial_may_close_instead(inbound: str) -> None:
     app = _app(manager, "/ws/{channel}", inbound=inbound, authorize=authorize, on_denied="close")
     async with visit(app, "/ws/news") as peer, visit(app, "/ws/news") as other:
         peer.say(json.dumps(_command("publish", "news", data=1)))
-        assert await peer.wait_close() == 4403
-        assert peer.close is not None
-        assert peer.close["reason"] == "read only"
+        await peer.wait_close()
+        assert peer.end == (4403, "read only")
         assert peer.messages == []
         await manager.broadcast("still here")
         assert await other.next() == "still here"
@@ -422,9 +415,7 @@ async def test_a_denial_says_what_authorize_says() -> None:
         assert answer == {"type": "error", "code": "forbidden", "text": "no subscribe in news"}
 
 
-async def test_a_hook_that_refuses_a_channel_is_a_denial_too() -> None:
-    manager = ConnectionManager()
-
+async def test_a_hook_that_refuses_a_channel_is_a_denial_too(manager: ConnectionManager) -> None:
     @manager.on_subscribe
     async def refuse(connection: Connection, channel: str) -> None:
         raise PermissionDenied("full")
