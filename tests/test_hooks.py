@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast, get_args
@@ -20,13 +20,11 @@ from wsbroadcast import (
     Audience,
     ConfigurationError,
     Connection,
-    ConnectionClosed,
     ConnectionManager,
     Delivery,
     EncodeError,
     HoldBack,
     Hook,
-    LifecycleError,
     Message,
     PermissionDenied,
 )
@@ -821,205 +819,3 @@ async def test_hook_that_waits_is_not_named(caplog: pytest.LogCaptureFixture) ->
     chain.add_function("on_connect", wait)
     await chain.observe("on_connect", "argument")
     assert not [record for record in caplog.records if record.name == "wsbroadcast"]
-
-
-# Hooks that broadcast, or end their own connection: through a manager, towards a peer that takes everything.
-
-
-class Peer:
-    """A WebSocket whose other end is a list."""
-
-    def __init__(self) -> None:
-        self.sent: list[MutableMapping[str, Any]] = []
-        self.gone = asyncio.Event()
-        self.websocket = WebSocket({"type": "websocket", "path": "/", "headers": []}, self.receive, self.send)
-
-    async def receive(self) -> MutableMapping[str, Any]:
-        if self.websocket.client_state.name == "CONNECTING":
-            return {"type": "websocket.connect"}
-        await self.gone.wait()
-        return {"type": "websocket.disconnect", "code": 1001}
-
-    async def send(self, event: MutableMapping[str, Any]) -> None:
-        self.sent.append(event)
-
-    @property
-    def texts(self) -> list[str]:
-        return [event["text"] for event in self.sent if event["type"] == "websocket.send"]
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with asyncio.timeout(10), ConnectionManager(hook_timeout=1) as manager:
-        yield manager
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  # any condition, not only an event
-            await asyncio.sleep(0.001)
-
-
-@pytest.mark.parametrize("event", ["on_connect", "on_subscribe"])
-async def test_hook_may_broadcast_about_the_connection_it_sees(event: str, manager: ConnectionManager) -> None:
-    async def announce(connection: Connection, *args: object) -> None:
-        await manager.broadcast(f"welcome {connection.user}")
-
-    getattr(manager, event)(announce)
-    peer = Peer()
-    await manager.connect(peer.websocket, user="ann", channels=["a"])
-    await until(lambda: peer.texts)
-    assert peer.texts == ["welcome ann"]
-
-
-async def test_disconnect_hook_may_broadcast(manager: ConnectionManager) -> None:
-    @manager.on_disconnect
-    async def say_goodbye(connection: Connection) -> None:
-        await manager.broadcast(f"{connection.user} left")
-
-    ann, bob = Peer(), Peer()
-    await manager.connect(ann.websocket, user="ann")
-    await manager.connect(bob.websocket, user="bob")
-    manager.disconnect(ann.websocket)
-    await until(lambda: bob.texts)
-    assert (ann.texts, bob.texts) == ([], ["ann left"])
-
-
-@pytest.mark.parametrize("way", ["disconnect", "close"])
-async def test_hook_may_end_the_connection_it_is_about(way: str, manager: ConnectionManager) -> None:
-    seen: list[str] = []
-
-    @manager.on_connect
-    async def refuse(connection: Connection) -> None:
-        seen.append("on_connect")
-        if way == "disconnect":
-            manager.disconnect(connection)
-        else:
-            await manager.close(connection)
-
-    @manager.on_disconnect
-    def ended(connection: Connection) -> None:
-        seen.append("on_disconnect")
-
-    peer = Peer()
-    with pytest.raises(ConnectionClosed):
-        await manager.connect(peer.websocket)
-    assert manager.connections == []
-    await until(lambda: seen == ["on_connect", "on_disconnect"])
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_broadcast_hook_may_broadcast(event: str, manager: ConnectionManager) -> None:
-    async def log(*args: object) -> object:
-        message = args[0].message if isinstance(args[0], Delivery) else cast(Message, args[0])
-        if message.data != "log":
-            await manager.broadcast("log")
-        return message
-
-    getattr(manager, event)(log)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    await manager.broadcast("one")
-    await manager.broadcast("two")
-    await until(lambda: len(peer.texts) == 4)
-    assert peer.texts == ["log", "one", "log", "two"]
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_hook_that_answers_its_own_broadcasts_is_stopped(event: str, manager: ConnectionManager) -> None:
-    calls: list[int] = []
-
-    async def echo(*args: object) -> object:
-        calls.append(1)
-        await manager.broadcast("echo")
-        return args[0]
-
-    getattr(manager, event)(echo)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    with pytest.raises(RuntimeError, match=f"an {event} hook broadcasts from within itself"):
-        await manager.broadcast("one")
-    depth = len(calls)
-    assert 2 <= depth <= 16
-    assert peer.texts == []
-    with pytest.raises(RuntimeError, match="from within itself"):
-        await manager.broadcast("two")
-    assert len(calls) == 2 * depth  # what the first one used was given back
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_nobody_gets_what_a_broadcast_hook_failed_on(event: str, manager: ConnectionManager) -> None:
-    def check(*args: object) -> object:
-        message = args[0].message if isinstance(args[0], Delivery) else cast(Message, args[0])
-        if message.data == "bad":
-            raise ValueError("bad word")
-        return message
-
-    getattr(manager, event)(check)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    with pytest.raises(ValueError, match="bad word"):
-        await manager.broadcast("bad")
-    await manager.broadcast("good")
-    await until(lambda: peer.texts)
-    assert peer.texts == ["good"]
-    assert manager.stats().hook_errors == 1
-
-
-async def test_refused_connection_is_closed_with_a_policy_violation(manager: ConnectionManager) -> None:
-    @manager.on_connect
-    async def refuse(connection: Connection) -> None:
-        raise PermissionDenied("not you")
-
-    peer = Peer()
-    with pytest.raises(PermissionDenied, match="not you"):
-        await manager.connect(peer.websocket)
-    assert peer.sent[-1] == {"type": "websocket.close", "code": 1008, "reason": "not you"}
-    assert manager.connections == []
-
-
-@both
-async def test_broadcast_nowait_runs_hooks_that_need_not_wait(is_async: bool, manager: ConnectionManager) -> None:
-    def change(message: Message, audience: Audience) -> object:
-        return "changed"
-
-    async def change_async(message: Message, audience: Audience) -> object:
-        return "changed"
-
-    manager.on_broadcast(change_async if is_async else change)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    manager.broadcast_nowait("from a task")
-    failures: list[BaseException] = []
-
-    def callback() -> None:
-        try:
-            manager.broadcast_nowait("from a plain callback")
-        except BaseException as error:
-            failures.append(error)
-
-    asyncio.get_running_loop().call_soon(callback)
-    await until(lambda: len(peer.texts) == 2 or failures)
-    assert failures == []
-    assert peer.texts == ["changed", "changed"]
-
-
-async def test_broadcast_nowait_refuses_a_hook_that_has_to_wait(manager: ConnectionManager) -> None:
-    @manager.on_broadcast
-    async def ask(message: Message, audience: Audience) -> object:
-        await asyncio.sleep(0)
-        return message
-
-    with pytest.raises(LifecycleError, match="an on_broadcast hook has to wait"):
-        manager.broadcast_nowait("text")
-    failures: list[BaseException] = []
-
-    def callback() -> None:
-        try:
-            manager.broadcast_nowait("text")
-        except BaseException as error:
-            failures.append(error)
-
-    asyncio.get_running_loop().call_soon(callback)
-    await until(lambda: failures)
-    assert isinstance(failures[0], LifecycleError)

@@ -51,11 +51,6 @@ async def test_connect_accepts_and_registers(manager: ConnectionManager) -> None
     assert (stats.connections, stats.users, stats.channels, stats.connects) == (1, 1, 2, 1)
 
 
-async def test_connect_gives_each_connection_its_own_id(manager: ConnectionManager) -> None:
-    pairs = await connected(manager, 20)
-    assert len({connection.id for _, connection in pairs}) == 20
-
-
 async def test_connections_are_listed_in_the_order_in_which_they_came(manager: ConnectionManager) -> None:
     pairs = await connected(manager, 20)
     assert manager.connections == [connection for _, connection in pairs]
@@ -74,11 +69,6 @@ async def test_connect_leaves_an_accepted_socket_accepted(manager: ConnectionMan
 async def test_connect_takes_a_lone_str_as_one_channel(manager: ConnectionManager) -> None:
     connection = await manager.connect(Peer().websocket, channels="news")
     assert connection.channels == {"news"}
-
-
-async def test_connect_takes_channels_from_an_iterator(manager: ConnectionManager) -> None:
-    connection = await manager.connect(Peer().websocket, channels=(name for name in ("a", "b")))
-    assert connection.channels == {"a", "b"}
 
 
 @pytest.mark.parametrize("user", ["ada", 5, UUID(int=1)])
@@ -248,28 +238,6 @@ async def test_connect_as_a_context_manager_removes_when_the_block_raises(manage
         async with manager.connect(peer.websocket):
             raise KeyError
     assert manager.connections == []
-
-
-async def test_connect_as_a_context_manager_removes_when_the_task_is_cancelled(manager: ConnectionManager) -> None:
-    peer = Peer()
-
-    async def endpoint() -> None:
-        async with manager.connect(peer.websocket):
-            await asyncio.Event().wait()
-
-    task = asyncio.ensure_future(endpoint())
-    await eventually(lambda: bool(manager.connections))
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
-    assert manager.connections == []
-
-
-async def test_connect_works_under_wait_for_and_gather(manager: ConnectionManager) -> None:
-    peers = [Peer() for _ in range(3)]
-    await asyncio.wait_for(manager.connect(peers[0].websocket), 1)
-    await asyncio.gather(*(manager.connect(peer.websocket) for peer in peers[1:]))
-    assert len(manager.connections) == 3
 
 
 async def test_connect_to_two_managers_keeps_the_order_of_both(manager: ConnectionManager) -> None:
@@ -557,22 +525,6 @@ async def test_disconnect_lets_out_what_was_broadcast_before(manager: Connection
     assert peer.messages == ["before"]
 
 
-async def test_disconnect_wakes_a_broadcaster_that_waits_for_the_crowd() -> None:
-    options = SlowConsumer(max_backlog_messages=8, send_timeout=60)
-    async with ConnectionManager(slow_consumer=options) as manager:
-        [(peer, connection)] = await connected(manager, 1)
-        peer.stall()
-        while manager.stats().behind == 0:
-            manager.broadcast_nowait("held")
-            await turns()
-        task = asyncio.ensure_future(manager.broadcast("waits"))
-        await turns()
-        assert not task.done()
-        manager.disconnect(connection)
-        await asyncio.wait_for(task, 5)
-        peer.resume()
-
-
 async def _about_to_be_evicted(manager: ConnectionManager) -> tuple[Peer, Connection]:
     """Return a connection whose backlog is full, with one message more handed over but not delivered yet."""
     [(peer, connection)] = await connected(manager, 1, channels=["a"])
@@ -638,18 +590,6 @@ async def test_unsubscribe_of_one_that_is_evicted_by_what_was_handed_over_before
 
 
 # Closing.
-
-
-async def test_close_sends_what_was_handed_over_before(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    for number in range(10):
-        await manager.broadcast(str(number))
-    await manager.close(peer.websocket, 4000, "done")
-    assert peer.messages == [str(number) for number in range(10)]
-    assert peer.sent[-1] == {"type": "websocket.close", "code": 4000, "reason": "done"}
-    assert connection.state is ConnectionState.CLOSED
-    assert (connection.close_code, connection.close_reason) == (4000, "done")
-    assert manager.connections == []
 
 
 async def test_close_loses_nothing_to_a_peer_that_takes_its_time(manager: ConnectionManager) -> None:
@@ -832,22 +772,6 @@ async def test_the_apps_own_close_removes_the_connection(manager: ConnectionMana
     await eventually(lambda: ended == [connection])
 
 
-async def test_the_apps_own_close_twice_and_after_ours_is_no_error(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    await connection.close(4000)
-    await peer.websocket.close()
-    await peer.websocket.close()
-    assert peer.close_code == 4000
-
-
-async def test_our_close_after_the_apps_does_nothing(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    await peer.websocket.close(4000)
-    await connection.close(4001)
-    assert peer.close_code == 4000
-    assert len(peer.sent) == 2
-
-
 async def test_the_apps_own_close_towards_a_peer_that_takes_nothing_ends_within_the_send_timeout() -> None:
     options = SlowConsumer(send_timeout=0.1, close_timeout=0.05)
     async with ConnectionManager(slow_consumer=options) as manager:
@@ -946,11 +870,6 @@ async def test_socket_can_be_connected_again_and_again(manager: ConnectionManage
     )
     await manager.broadcast("hello")
     await eventually(lambda: peer.messages == ["hello"])
-
-
-async def test_connect_can_be_a_task(manager: ConnectionManager) -> None:
-    connection = await asyncio.create_task(manager.connect(Peer().websocket))
-    assert connection.is_open
 
 
 async def test_on_unsubscribe_waits_for_on_subscribe_to_end(manager: ConnectionManager) -> None:

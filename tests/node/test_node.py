@@ -9,6 +9,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
 from wsbroadcast import ConnectionManager, ConnectionState, Delivery, Message, SlowConsumer
+from wsbroadcast.options import Policy
 
 # A peer that is stalled from the start holds one message in its `send`; the rest waits in the backlog.
 
@@ -27,42 +28,28 @@ async def _fill(manager: ConnectionManager, count: int) -> None:
     await turns()
 
 
-async def test_drop_newest_keeps_what_waits() -> None:
+@pytest.mark.parametrize(
+    ("policy", "dropped", "kept"),
+    [
+        ("drop_newest", 6, ["m0", "m1", "m2", "m3"]),
+        ("drop_oldest", 6, ["m6", "m7", "m8", "m9"]),
+        ("conflate", 7, ["m7", "m8", "m9"]),  # the newest of each key
+    ],
+)
+async def test_policy_says_what_is_kept_for_a_slow_consumer(policy: Policy, dropped: int, kept: list[str]) -> None:
     async with ConnectionManager(
-        slow_consumer=SlowConsumer(policy="drop_newest", max_backlog_messages=4, send_timeout=60)
+        slow_consumer=SlowConsumer(policy=policy, max_backlog_messages=4, send_timeout=60)
     ) as manager:
         peer = await _stalled(manager)
         await _fill(manager, 10)
         stats = manager.stats()
-        assert (stats.backlog_messages, stats.backlog_bytes, stats.behind) == (4, 8, 1)
-        assert stats.dropped == {"drop_newest": 6}
+        assert (stats.backlog_messages, stats.backlog_bytes, stats.behind) == (len(kept), 2 * len(kept), 1)
+        assert stats.dropped == {policy: dropped}
         peer.resume()
-        assert await peer.wait_messages(5) == ["in flight", "m0", "m1", "m2", "m3"]
+        assert await peer.wait_messages(1 + len(kept)) == ["in flight", *kept]
         await eventually(lambda: manager.stats().behind == 0)
         assert manager.stats().backlog_bytes == 0
         assert manager.stats().evicted == {}
-
-
-async def test_drop_oldest_keeps_what_came_last() -> None:
-    async with ConnectionManager(
-        slow_consumer=SlowConsumer(policy="drop_oldest", max_backlog_messages=4, send_timeout=60)
-    ) as manager:
-        peer = await _stalled(manager)
-        await _fill(manager, 10)
-        assert manager.stats().dropped == {"drop_oldest": 6}
-        peer.resume()
-        assert await peer.wait_messages(5) == ["in flight", "m6", "m7", "m8", "m9"]
-
-
-async def test_conflate_keeps_the_newest_of_each_key() -> None:
-    async with ConnectionManager(
-        slow_consumer=SlowConsumer(policy="conflate", max_backlog_messages=4, send_timeout=60)
-    ) as manager:
-        peer = await _stalled(manager)
-        await _fill(manager, 10)
-        assert manager.stats().dropped == {"conflate": 7}
-        peer.resume()
-        assert await peer.wait_messages(4) == ["in flight", "m7", "m8", "m9"]
 
 
 async def test_conflate_disconnects_when_even_that_does_not_fit() -> None:
@@ -308,7 +295,7 @@ async def test_send_waits_for_its_one_recipient_and_notices_its_end() -> None:
         peer.resume()
 
 
-@pytest.mark.parametrize("way", ["peer leaves", "close", "evict", "unsubscribe"])
+@pytest.mark.parametrize("way", ["peer leaves", "close", "evict", "unsubscribe", "disconnect"])
 async def test_a_waiting_broadcaster_goes_on_when_the_crowd_dissolves(way: str) -> None:
     options = SlowConsumer(max_backlog_messages=80, send_timeout=60, close_timeout=30)
     async with ConnectionManager(slow_consumer=options) as manager:
@@ -330,6 +317,8 @@ async def test_a_waiting_broadcaster_goes_on_when_the_crowd_dissolves(way: str) 
                     manager.broadcast_nowait("too much")
             case "unsubscribe":
                 await connection.unsubscribe("a")
+            case "disconnect":
+                manager.disconnect(connection)
         await asyncio.wait_for(held, 5)
         peer.resume()
         if way == "unsubscribe":
