@@ -58,21 +58,21 @@ async def test_fastapi_has_the_exit_stack() -> None:
     assert isinstance(stacks[0], AsyncExitStack), f"FastAPI {fastapi.__version__} has it no longer"
 
 
-@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize(("error", "code"), [(None, 1000), (ValueError(), 1011), (WebSocketException(4008), 4008)])
 async def test_connection_of_an_endpoint_that_never_disconnects_is_gone_with_it(
-    manager: ConnectionManager, raises: bool
+    manager: ConnectionManager, error: Exception | None, code: int
 ) -> None:
     ended: list[Connection] = []
     manager.on_disconnect(ended.append)
 
     async def endpoint(websocket: WebSocket) -> None:
         await manager.connect(websocket, channels=["room"])
-        if raises:
-            raise ValueError
+        if error is not None:
+            raise error
 
     peer = await run(app_of(endpoint))
     assert manager.connections == []
-    assert peer.close_code == (1011 if raises else 1000)
+    assert peer.close_code == code
     await eventually(lambda: len(ended) == 1)
     assert ended[0].close_code == peer.close_code
     assert manager.stats().channels == 0
@@ -113,14 +113,6 @@ async def test_exception_handlers_speak_before_it(manager: ConnectionManager) ->
     app.add_exception_handler(ValueError, handle)
     peer = await run(app)
     assert (peer.messages, peer.close_code) == (["sorry"], 4009)
-
-
-async def test_websocket_exception_keeps_its_code(manager: ConnectionManager) -> None:
-    async def endpoint(websocket: WebSocket) -> None:
-        await manager.connect(websocket)
-        raise WebSocketException(4008)
-
-    assert (await run(app_of(endpoint))).close_code == 4008
 
 
 @pytest.mark.parametrize(("error", "code"), [(WebSocketException(4123), 4123), (PermissionDenied("no"), 1008)])
