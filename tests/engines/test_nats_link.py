@@ -3,14 +3,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import Callable
 
 import pytest
 
 from tests.engines.links import Letters, Used, used
 from tests.engines.nats_links import let_in, serving
-from tests.support.brokers import Endpoint, NATSServer
+from tests.support.brokers import Endpoint, NATSServer, free_port
 from wsbroadcast import ConfigurationError, MessageTooLarge
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.nats import NATSEngine
@@ -339,18 +338,11 @@ async def test_pings_of_the_server_are_answered(own_nats: OwnNATS) -> None:
 
 
 async def test_link_that_is_not_open_does_nothing() -> None:
-    link = NATSEngine(f"nats://127.0.0.1:{_closed_port()}").new_link()
+    link = NATSEngine(f"nats://127.0.0.1:{free_port()}").new_link()
     for call in (link.read(Letters()), link.publish([]), link.subscribe([]), link.unsubscribe([])):
         with pytest.raises(ConnectionError, match="isn't open"):
             await call
     await link.abort()
-
-
-def _closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 async def test_cancelled_calls_leave_nothing_behind(nats_server: Endpoint, prefix: str) -> None:
