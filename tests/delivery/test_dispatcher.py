@@ -445,7 +445,7 @@ async def test_broadcaster_goes_on_when_those_behind_turn_out_to_take_nothing() 
     began = time.monotonic()
     async with asyncio.timeout(5):
         await easing
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3  # and not send_timeout
     assert not any(member.recorder.evictions for member in everybody)
     await node.slow_consumers.aclose()
 
@@ -479,7 +479,7 @@ async def test_tail_of_another_audience_is_not_waited_for() -> None:
     node.fall_behind(outside)
     outside.recorder.is_half_full = True
     node.dispatch("x" * 20_000)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(5):
         await node.dispatcher.ease(0, Audience("channel", "a"))
 
 

@@ -496,11 +496,11 @@ async def test_pooler_in_session_mode_will_do(postgres_server: Endpoint, prefix:
 
 
 async def test_server_that_brings_nothing_is_out_of_reach(postgres_server: Endpoint, prefix: str) -> None:
-    link = pooled(postgres_server.url, prefix, forgets=True, pid=None, connect_timeout=0.2)
+    link = pooled(postgres_server.url, prefix, forgets=True, pid=None, connect_timeout=0.8)
     began = time.monotonic()
     with pytest.raises(EngineUnavailable, match="takes notifications and brings none"):
         await link.open()
-    assert time.monotonic() - began < 0.6
+    assert time.monotonic() - began < 3
     await link.abort()
 
 

@@ -226,13 +226,13 @@ async def test_lost_node_loses_the_link(own_cluster: list[RedisServer]) -> None:
 
 
 async def test_node_that_hangs_is_noticed_although_nothing_is_sent_to_it(cluster: list[RedisServer]) -> None:
-    link = RedisEngine(url_of(cluster), timing=Timing(probe_interval=0.1, request_timeout=0.1)).new_link()
+    link = RedisEngine(url_of(cluster), timing=Timing(probe_interval=0.1, request_timeout=0.5)).new_link()
     before = _pings(cluster[1])
     async with used(link, "a") as used_link:
         await eventually(lambda: _equals(_pings(cluster[1]) - before > 2, True))  # it answers, subscribed or not
         assert not used_link.reading.done()
         cluster[1].pause()
-        assert f"{cluster[1].port} doesn't answer within 0.1 s" in str(await used_link.lost())
+        assert f"{cluster[1].port} doesn't answer within 0.5 s" in str(await used_link.lost())
         cluster[1].resume()
 
 

@@ -85,14 +85,13 @@ class WireEngine(Engine):
 
 async def test_connection_is_closed_when_it_expires(manager: ConnectionManager) -> None:
     peer, other = Peer(), Peer()
-    expires_at = time.time() + 0.05
+    expires_at = time.time() + 0.3
     connection = await manager.connect(peer.websocket, expires_at=expires_at)
     staying = await manager.connect(other.websocket)
     assert (connection.expires_at, staying.expires_at) == (expires_at, None)
     with pytest.raises(WebSocketDisconnect) as caught:
-        await peer.websocket.receive_text()
-    late = time.time() - expires_at
-    assert -0.01 < late < 1
+        await asyncio.wait_for(peer.websocket.receive_text(), 5)
+    assert time.time() - expires_at > -0.01
     assert caught.value.code == 4401
     await peer.wait_close()
     assert peer.end == (CloseCode.UNAUTHENTICATED, "it has expired")
@@ -178,11 +177,11 @@ async def test_what_waits_for_a_close_is_not_sent_after_the_moment_either(
     manager: ConnectionManager, is_expiry: bool
 ) -> None:
     peer = WebSocketsSansIOProtocol()
-    connection = await manager.connect(peer.websocket, user="ada", expires_at=time.time() + 0.05)
-    if not is_expiry:
-        connection.renew(None)
+    connection = await manager.connect(peer.websocket, user="ada")
     peer.stall()
     await manager.broadcast("waits")
+    if is_expiry:
+        connection.renew(time.time() + 0.05)  # the close begins before it, in the next turn
     closing = asyncio.create_task(connection.close(4000))
     await eventually(lambda: not connection.is_open)
     if not is_expiry:
@@ -215,9 +214,9 @@ async def test_what_waits_for_the_apps_own_close_is_not_sent_to_a_user_who_was_d
 
 async def test_renewing_puts_the_moment_off(manager: ConnectionManager) -> None:
     peer = Peer()
-    connection = await manager.connect(peer.websocket, expires_at=time.time() + 0.03)
+    connection = await manager.connect(peer.websocket, expires_at=time.time() + 0.3)
     connection.renew(time.time() + 3600)
-    await asyncio.sleep(0.06)  # for what must not happen
+    await asyncio.sleep(0.35)  # for what must not happen
     assert connection.is_open
     connection.renew(None)
     assert connection.expires_at is None
