@@ -46,6 +46,17 @@ def chain_of(timeout: float = 5.0) -> tuple[HookChain, Counters]:
     return HookChain(timeout, counters), counters
 
 
+def chain_with(
+    event: HookEvent, hook: Callable[..., Any], timeout: float = 5.0
+) -> tuple[HookChain, Counters, list[Any]]:
+    """A chain with a hook; the list has the arguments of a hook behind it."""
+    chain, counters = chain_of(timeout)
+    after: list[Any] = []
+    chain.add_function(event, hook)
+    chain.add_function(event, lambda *args: after.append(args))
+    return chain, counters, after
+
+
 def connection_named(name: str) -> Connection:
     return cast(Connection, SimpleNamespace(id=name))
 
@@ -150,11 +161,8 @@ def test_decorator_adds_a_function_and_returns_it(event: HookEvent, is_async: bo
 async def test_observer_that_raises_stops_nobody(
     event: HookEvent, is_async: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain, counters = chain_of()
-    seen: list[object] = []
+    chain, counters, seen = chain_with(event, hook_that(fail, is_async))
     errors: list[tuple[Exception, str]] = []
-    chain.add_function(event, hook_that(fail, is_async))
-    chain.add_function(event, lambda *args: seen.append(args))
     chain.add_function("on_error", lambda error, where: errors.append((error, where)))
     await chain.observe(event, "argument")
     assert seen == [("argument",)]
@@ -185,11 +193,8 @@ async def test_observer_may_refuse_on_purpose(event: HookEvent, is_async: bool) 
     def refuse() -> None:
         raise PermissionDenied("no")
 
-    chain, counters = chain_of()
-    after: list[object] = []
+    chain, counters, after = chain_with(event, hook_that(refuse, is_async))
     errors: list[object] = []
-    chain.add_function(event, hook_that(refuse, is_async))
-    chain.add_function(event, lambda *args: after.append(args))
     chain.add_function("on_error", lambda *args: errors.append(args))
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
@@ -206,8 +211,7 @@ async def test_observer_may_refuse_out_of_a_task_group(event: HookEvent) -> None
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(deny())
 
-    chain, counters = chain_of()
-    chain.add_function(event, refuse)
+    chain, counters, _ = chain_with(event, refuse)
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
     assert counters.hook_errors == 0
@@ -247,8 +251,7 @@ UNFINISHED = pytest.mark.parametrize(
 async def test_guard_that_has_not_run_refuses(
     event: HookEvent, hook: Callable[..., Any], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, hook)
+    chain, counters, _ = chain_with(event, hook)
     with pytest.raises(PermissionDenied, match="not allowed"):
         await chain.observe(event, "argument")
     assert counters.hook_errors == 1
@@ -258,16 +261,14 @@ async def test_guard_that_has_not_run_refuses(
 @pytest.mark.parametrize("event", [event for event in OBSERVED if event not in REFUSABLE])
 @UNFINISHED
 async def test_observer_that_has_not_run_is_an_error(event: HookEvent, hook: Callable[..., Any], why: str) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, hook)
+    chain, counters, _ = chain_with(event, hook)
     await chain.observe(event, "argument")
     assert counters.hook_errors == 1
 
 
 @UNFINISHED
 async def test_broadcast_hook_that_has_not_run_holds_the_message_back(hook: Callable[..., Any], why: str) -> None:
-    chain, counters = chain_of()
-    chain.add_function("on_broadcast", hook)
+    chain, counters, _ = chain_with("on_broadcast", hook)
     with pytest.raises(ConfigurationError, match=f"on_broadcast hook .* returned is {why}"):
         await chain.transform(MESSAGE, EVERYONE)
     chain.add_function("on_deliver", hook)
@@ -279,10 +280,7 @@ async def test_broadcast_hook_that_has_not_run_holds_the_message_back(hook: Call
 @pytest.mark.parametrize("event", REFUSABLE)
 @both
 async def test_guard_may_return_false(event: HookEvent, is_async: bool) -> None:
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function(event, hook_that(lambda: False, is_async))
-    chain.add_function(event, lambda *args: after.append(args))
+    chain, counters, after = chain_with(event, hook_that(lambda: False, is_async))
     with pytest.raises(PermissionDenied, match="not allowed"):
         await chain.observe(event, "argument")
     assert (after, counters.hook_errors) == ([], 0)
@@ -291,16 +289,14 @@ async def test_guard_may_return_false(event: HookEvent, is_async: bool) -> None:
 @pytest.mark.parametrize("event", OBSERVED)
 @pytest.mark.parametrize("result", [None, 0, "", True, "text", {}])
 async def test_observer_may_return_anything_else(event: HookEvent, result: object) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, lambda *args: result)
+    chain, counters, _ = chain_with(event, lambda *args: result)
     await chain.observe(event, "argument")
     assert counters.hook_errors == 0
 
 
 @pytest.mark.parametrize("event", REFUSABLE)
 async def test_guard_that_is_no_coroutine_function_is_awaited(event: HookEvent) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, lambda *args: check(*args))
+    chain, counters, _ = chain_with(event, lambda *args: check(*args))
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
     assert counters.hook_errors == 0
@@ -310,8 +306,7 @@ async def test_group_with_an_error_in_it_is_an_error_of_the_hook() -> None:
     def refuse(*args: object) -> None:
         raise ExceptionGroup("two", [PermissionDenied("no"), KeyError("broken")])
 
-    chain, counters = chain_of()
-    chain.add_function("on_connect", refuse)
+    chain, counters, _ = chain_with("on_connect", refuse)
     await chain.observe("on_connect", "argument")
     assert counters.hook_errors == 1
 
@@ -321,10 +316,7 @@ async def test_what_can_not_be_refused_is_an_error_like_others(event: HookEvent)
     def refuse(*args: object) -> None:
         raise PermissionDenied("no")
 
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function(event, refuse)
-    chain.add_function(event, lambda *args: after.append(args))
+    chain, counters, after = chain_with(event, refuse)
     await chain.observe(event, "argument")
     assert after == [("argument",)]
     assert counters.hook_errors == 1
@@ -334,9 +326,7 @@ async def test_what_can_not_be_refused_is_an_error_like_others(event: HookEvent)
 
 
 async def test_observer_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
-    chain, counters = chain_of(timeout=0.05)
     cleaned_up: list[bool] = []
-    after: list[object] = []
 
     async def hang(connection: Connection) -> None:
         try:
@@ -344,11 +334,10 @@ async def test_observer_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) 
         finally:
             cleaned_up.append(True)
 
-    chain.add_function("on_connect", hang)
-    chain.add_function("on_connect", after.append)
+    chain, counters, after = chain_with("on_connect", hang, timeout=0.05)
     async with asyncio.timeout(5):
         await chain.observe("on_connect", "argument")
-    assert (cleaned_up, after) == ([True], ["argument"])
+    assert (cleaned_up, after) == ([True], [("argument",)])
     assert counters.hook_errors == 1
     assert "was cut off after 0.05 s" in caplog.text
     assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
@@ -405,12 +394,9 @@ async def test_hook_that_raises_cancelled_error_itself_is_an_error(is_async: boo
     def cancel_oneself() -> None:
         raise asyncio.CancelledError
 
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function("on_connect", hook_that(cancel_oneself, is_async))
-    chain.add_function("on_connect", after.append)
+    chain, counters, after = chain_with("on_connect", hook_that(cancel_oneself, is_async))
     await chain.observe("on_connect", "argument")
-    assert after == ["argument"]
+    assert after == [("argument",)]
     assert counters.hook_errors == 1
     chain.add_function("on_broadcast", hook_that(cancel_oneself, is_async))
     with pytest.raises(RuntimeError, match="was cancelled from within"):
@@ -432,16 +418,13 @@ async def test_hook_that_awaits_what_was_cancelled_is_an_error() -> None:
 
 @pytest.mark.parametrize("event", ["on_connect", "on_broadcast", "on_deliver"])
 async def test_cancelled_caller_is_cancelled_and_nothing_else_runs(event: HookEvent) -> None:
-    chain, counters = chain_of()
     started = asyncio.Event()
-    after: list[object] = []
 
     async def wait(*args: object) -> None:
         started.set()
         await asyncio.get_running_loop().create_future()
 
-    chain.add_function(event, wait)
-    chain.add_function(event, lambda *args: after.append(args))
+    chain, counters, after = chain_with(event, wait)
     caller = asyncio.ensure_future(run(chain, event))
     await started.wait()
     caller.cancel()
@@ -471,8 +454,7 @@ async def test_hook_may_return_any_awaitable() -> None:
         lambda message, audience: asyncio.ensure_future(asyncio.sleep(0, "task")),
     ]
     for hook, expected in zip(hooks, ["later", "task"], strict=True):
-        chain, _ = chain_of()
-        chain.add_function("on_broadcast", hook)
+        chain, _, _ = chain_with("on_broadcast", hook)
         message = await chain.transform(MESSAGE, EVERYONE)
         assert message is not None
         assert message.data == expected
@@ -522,17 +504,13 @@ async def test_broadcast_hooks_change_what_the_one_before_returned(is_async: boo
 
 
 async def test_broadcast_hook_may_return_the_message_itself() -> None:
-    chain, _ = chain_of()
-    chain.add_function("on_broadcast", lambda message, audience: message)
+    chain, _, _ = chain_with("on_broadcast", lambda message, audience: message)
     assert await chain.transform(MESSAGE, EVERYONE) is MESSAGE
 
 
 @both
 async def test_broadcast_hook_holds_the_message_back(is_async: bool) -> None:
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function("on_broadcast", hook_that(lambda: HOLD_BACK, is_async))
-    chain.add_function("on_broadcast", lambda *args: after.append(args))
+    chain, counters, after = chain_with("on_broadcast", hook_that(lambda: HOLD_BACK, is_async))
     assert await chain.transform(MESSAGE, EVERYONE) is None
     assert (after, counters.vetoed, counters.hook_errors) == ([], 1, 0)
 
@@ -540,8 +518,7 @@ async def test_broadcast_hook_holds_the_message_back(is_async: bool) -> None:
 @both
 async def test_broadcast_hook_that_returns_nothing_changes_nothing(is_async: bool) -> None:
     """As one that only writes a log."""
-    chain, counters = chain_of()
-    chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
+    chain, counters, _ = chain_with("on_broadcast", hook_that(lambda: None, is_async))
     assert await chain.transform(MESSAGE, EVERYONE) is MESSAGE
     chain.add_function("on_broadcast", lambda message, audience: "changed")
     chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
@@ -567,8 +544,7 @@ KEYS = [("text", "caller"), (Message.of("text"), "caller"), (Message.of("text", 
 
 @pytest.mark.parametrize(("result", "key"), KEYS)
 async def test_message_of_a_broadcast_hook_keeps_its_own_key(result: object, key: str) -> None:
-    chain, _ = chain_of()
-    chain.add_function("on_broadcast", lambda message, audience: result)
+    chain, _, _ = chain_with("on_broadcast", lambda message, audience: result)
     message = await chain.transform(Message.of("before", "caller"), EVERYONE)
     assert message is not None
     assert (message.data, message.key) == ("text", key)
@@ -631,8 +607,7 @@ class Called:
 def test_broadcast_hook_that_may_return_none_is_warned_of(
     hook: Callable[..., Any], is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain, _ = chain_of()
-    chain.add_function("on_broadcast", hook)
+    chain_with("on_broadcast", hook)
     warnings = [record.getMessage() for record in caplog.records if record.name == "wsbroadcast"]
     assert len(warnings) == is_warned
     assert all("may return None" in text and "return HOLD_BACK" in text for text in warnings)
@@ -640,19 +615,15 @@ def test_broadcast_hook_that_may_return_none_is_warned_of(
 
 @pytest.mark.parametrize("event", [event for event in EVENTS if event != "on_broadcast"])
 def test_other_hooks_may_return_none(event: HookEvent, caplog: pytest.LogCaptureFixture) -> None:
-    chain, _ = chain_of()
-    chain.add_function(event, guard)
+    chain_with(event, guard)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
 @both
 async def test_broadcast_hook_that_raises_tells_the_caller(event: HookEvent, is_async: bool) -> None:
-    chain, counters = chain_of()
-    after: list[object] = []
+    chain, counters, after = chain_with(event, hook_that(fail, is_async))
     errors: list[object] = []
-    chain.add_function(event, hook_that(fail, is_async))
-    chain.add_function(event, lambda *args: after.append(args))
     chain.add_function("on_error", lambda *args: errors.append(args))
     with pytest.raises(KeyError, match="mine"):
         await run(chain, event)
@@ -661,8 +632,7 @@ async def test_broadcast_hook_that_raises_tells_the_caller(event: HookEvent, is_
 
 
 async def test_broadcast_hook_that_returns_what_can_not_be_sent_is_an_error() -> None:
-    chain, counters = chain_of()
-    chain.add_function("on_broadcast", lambda message, audience: object())
+    chain, counters, _ = chain_with("on_broadcast", lambda message, audience: object())
     with pytest.raises(EncodeError):
         await chain.transform(MESSAGE, EVERYONE)
     assert counters.hook_errors == 1
@@ -721,8 +691,7 @@ def test_last_replacement_counts() -> None:
 
 
 async def delivered(change: Callable[[Delivery], object], *names: str) -> list[tuple[object, list[str]]]:
-    chain, _ = chain_of()
-    chain.add_function("on_deliver", change)
+    chain, _, _ = chain_with("on_deliver", change)
     delivery = delivery_to(*names)
     await chain.deliver(delivery)
     return parts_of(delivery)

@@ -9,7 +9,6 @@ from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
-from fastapi import Depends, FastAPI
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
@@ -799,23 +798,6 @@ async def test_a_hook_that_blocks_the_loop_is_named_and_evicts_nobody(caplog: py
         assert manager.stats().evicted == {}
         assert len(manager.connections) == 4
     assert any("block" in r.getMessage() and "blocked the event loop" in r.getMessage() for r in caplog.records)
-
-
-@pytest.mark.parametrize("route", ["websocket", "get"])
-def test_connect_is_no_dependency(route: str) -> None:
-    """A client would say in its query who it is."""
-
-    class Own(ConnectionManager):
-        pass
-
-    for manager in (ConnectionManager(), Own()):
-        depends = Depends(manager.connect)
-
-        async def endpoint(connection: Any = depends) -> None:
-            pass
-
-        with pytest.raises(ConfigurationError, match="ConnectionDep"):
-            getattr(FastAPI(), route)("/ws")(endpoint)
 
 
 async def test_connect_can_be_mocked_by_its_signature() -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.asgi import turns
 from wsbroadcast import Audience, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.dispatcher import Dispatcher
@@ -118,11 +119,6 @@ class Node:
 
 def members(count: int) -> list[Member]:
     return [Member(str(number)) for number in range(count)]
-
-
-async def turns(count: int = 3) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.asgi import turns
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES, Batch
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
@@ -241,11 +242,6 @@ async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, st
     await turns()
     assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES]
     return bench, text
-
-
-async def turns(count: int = 3) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def take_everything(bench: Bench) -> None:

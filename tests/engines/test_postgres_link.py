@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.support.asgi import turns
 from tests.support.brokers import Endpoint
 from tests.support.postgres import Life, Node, Run, drop_database, holding, living, new_link, until
 from tests.support.servers import eventually
@@ -514,11 +515,6 @@ async def wait_blocked(run: Run, pid: int) -> None:
         return bool(await run("SELECT cardinality(pg_blocking_pids($1)) > 0", pid))
 
     await eventually(is_blocked)
-
-
-async def turns(count: int) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def cut_off(working: Awaitable[Any], after: int) -> None:

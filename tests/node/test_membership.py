@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import Any
 from uuid import UUID
 
@@ -167,20 +168,15 @@ async def test_connect_with_an_invalid_user_accepts_nothing(manager: ConnectionM
     assert manager.connections == []
 
 
-async def test_connect_on_a_socket_the_app_has_closed_raises(manager: ConnectionManager) -> None:
+@pytest.mark.parametrize("by_app", [True, False])
+async def test_connect_on_a_socket_that_has_ended_raises(manager: ConnectionManager, by_app: bool) -> None:
     peer = Peer()
     await peer.websocket.accept()
-    await peer.websocket.close()
-    with pytest.raises(ConnectionClosed):
-        await manager.connect(peer.websocket)
-    assert manager.connections == []
-
-
-async def test_connect_on_a_socket_whose_peer_has_left_raises(manager: ConnectionManager) -> None:
-    peer = Peer()
-    await peer.websocket.accept()
-    peer.leave()
-    await peer.websocket.receive()
+    if by_app:
+        await peer.websocket.close()
+    else:
+        peer.leave()
+        await peer.websocket.receive()
     with pytest.raises(ConnectionClosed):
         await manager.connect(peer.websocket)
     assert manager.connections == []
@@ -204,40 +200,30 @@ async def test_connect_on_a_connection_that_is_being_closed_raises(manager: Conn
     assert manager.connections == []
 
 
-@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("gone")])
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("gone"), None])
 async def test_connect_fails_when_the_peer_leaves_during_the_handshake(
-    manager: ConnectionManager, error: Exception
+    manager: ConnectionManager, error: Exception | None
 ) -> None:
     peer = Peer()
     peer.error = error
+    if error is None:  # the disconnect comes first
+        await peer.receive()
+        peer.leave()
     with pytest.raises(ConnectionClosed):
         await manager.connect(peer.websocket)
     assert manager.connections == []
 
 
-async def test_connect_fails_when_the_disconnect_comes_first(manager: ConnectionManager) -> None:
+@pytest.mark.parametrize("raises", [False, True])
+async def test_connect_as_a_context_manager_removes_on_the_way_out(manager: ConnectionManager, raises: bool) -> None:
     peer = Peer()
-    await peer.receive()
-    peer.leave()
-    with pytest.raises(ConnectionClosed):
-        await manager.connect(peer.websocket)
-    assert manager.connections == []
-
-
-async def test_connect_as_a_context_manager_removes_on_the_way_out(manager: ConnectionManager) -> None:
-    peer = Peer()
-    async with manager.connect(peer.websocket, channels=["a"]) as connection:
-        assert manager.connections == [connection]
+    with pytest.raises(KeyError) if raises else nullcontext():
+        async with manager.connect(peer.websocket, channels=["a"]) as connection:
+            assert manager.connections == [connection]
+            if raises:
+                raise KeyError
     assert manager.connections == []
     assert peer.close is None  # removed, not closed
-
-
-async def test_connect_as_a_context_manager_removes_when_the_block_raises(manager: ConnectionManager) -> None:
-    peer = Peer()
-    with pytest.raises(KeyError):
-        async with manager.connect(peer.websocket):
-            raise KeyError
-    assert manager.connections == []
 
 
 async def test_connect_to_two_managers_keeps_the_order_of_both(manager: ConnectionManager) -> None:
@@ -679,13 +665,6 @@ async def test_close_with_a_code_that_no_frame_may_carry_raises(manager: Connect
         await connection.close(code)
     assert connection.is_open
     assert peer.close is None
-
-
-@pytest.mark.parametrize("code", [1000, 1001, 1003, 1007, 1011, 1013, 1014, 3000, 4999, CloseCode.GOING_AWAY])
-async def test_close_sends_the_code(manager: ConnectionManager, code: int) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    await connection.close(code)
-    assert peer.close_code == code
 
 
 @pytest.mark.parametrize(

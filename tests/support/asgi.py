@@ -244,7 +244,7 @@ async def connected(manager: ConnectionManager, count: int, **options: Any) -> l
     return pairs
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], object]) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110  # whatever changes it sets no event
