@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import HTTPException
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.asgi import Peer, eventually, lifespan, turns, visit
 from tests.support.fake_broker import FakeBroker, FakeEngine
+from tests.support.web import router_app
 from wsbroadcast import (
     ConfigurationError,
     Connection,
@@ -30,11 +32,7 @@ from wsbroadcast import (
 )
 from wsbroadcast.publication import Dismissal
 
-
-def _app(manager: ConnectionManager, path: str = "/ws", *, inbound: Any = "commands", **options: Any) -> FastAPI:
-    app = FastAPI()
-    app.include_router(create_router(manager, path, inbound=inbound, **options))
-    return app
+_app = partial(router_app, inbound="commands")
 
 
 async def _ask(peer: Peer, command: Any) -> Any:
@@ -45,6 +43,21 @@ async def _ask(peer: Peer, command: Any) -> Any:
 
 def _command(kind: str, channel: str, **more: Any) -> dict[str, Any]:
     return {"type": kind, "channel": channel, **more}
+
+
+class _Pondering:
+    """An `authorize` that says yes when it may; about some actions at once."""
+
+    def __init__(self, *about: str) -> None:
+        self.about = about
+        self.asked = asyncio.Event()
+        self.may_decide = asyncio.Event()
+
+    async def __call__(self, connection: Any, action: str, channel: str) -> bool:
+        if action in self.about:
+            self.asked.set()
+            await self.may_decide.wait()
+        return True
 
 
 def _anything(connection: Any, action: str, channel: str) -> bool:
@@ -330,12 +343,14 @@ async def test_authorize_decides_by_connection_action_and_channel(is_async: bool
         ]
 
 
-async def test_authorize_may_deny_as_fastapi_does() -> None:
+@pytest.mark.parametrize("error", [HTTPException(403, "muted"), PermissionDenied("muted")])
+@pytest.mark.parametrize("kind", ["publish", "subscribe"])
+async def test_a_denial_says_what_authorize_says(error: Exception, kind: str) -> None:
     def authorize(connection: Any, action: str, channel: str) -> bool:
-        raise HTTPException(403, "muted")
+        raise error
 
     async with visit(_app(ConnectionManager(), authorize=authorize), "/ws") as peer:
-        assert await _ask(peer, _command("publish", "news", data=1)) == FORBIDDEN | {"text": "muted"}
+        assert await _ask(peer, _command(kind, "news", data=1)) == FORBIDDEN | {"text": "muted"}
 
 
 async def test_a_failure_of_authorize_is_not_kept_quiet() -> None:
@@ -349,21 +364,14 @@ async def test_a_failure_of_authorize_is_not_kept_quiet() -> None:
 
 
 async def test_nothing_of_a_channel_arrives_before_authorize_has_said_yes() -> None:
-    decided = asyncio.Event()
-    asked = asyncio.Event()
-
-    async def authorize(connection: Any, action: str, channel: str) -> bool:
-        asked.set()
-        await decided.wait()
-        return connection.user is None
-
+    authorize = _Pondering("subscribe")
     manager = ConnectionManager()
     async with visit(_app(manager, authorize=authorize), "/ws") as peer:
         peer.say(json.dumps(_command("subscribe", "private")))
-        await asked.wait()
+        await authorize.asked.wait()
         await manager.broadcast("secret", channel="private")
         assert manager.connections[0].channels == frozenset()
-        decided.set()
+        authorize.may_decide.set()
         assert json.loads(await peer.next()) == {"type": "subscribed", "channel": "private"}
         await manager.broadcast("now", channel="private")
         assert await peer.next() == "now"
@@ -406,15 +414,6 @@ async def test_a_denial_may_close_instead(inbound: str) -> None:
         assert await other.next() == "still here"
 
 
-async def test_a_denial_says_what_authorize_says() -> None:
-    def authorize(connection: Any, action: str, channel: str) -> bool:
-        raise PermissionDenied(f"no {action} in {channel}")
-
-    async with visit(_app(ConnectionManager(), authorize=authorize), "/ws") as peer:
-        answer = await _ask(peer, _command("subscribe", "news"))
-        assert answer == {"type": "error", "code": "forbidden", "text": "no subscribe in news"}
-
-
 async def test_a_hook_that_refuses_a_channel_is_a_denial_too(manager: ConnectionManager) -> None:
     @manager.on_subscribe
     async def refuse(connection: Connection, channel: str) -> None:
@@ -441,20 +440,13 @@ async def test_what_is_broadcast_to_everyone_is_asked_for_as_none() -> None:
 
 
 async def test_who_left_while_authorize_thought_about_it_is_no_error() -> None:
-    decided = asyncio.Event()
-    asked = asyncio.Event()
-
-    async def authorize(connection: Any, action: str, channel: str) -> bool:
-        asked.set()
-        await decided.wait()
-        return True
-
+    authorize = _Pondering("subscribe")
     manager = ConnectionManager()
     async with visit(_app(manager, authorize=authorize), "/ws") as peer:
         peer.say(json.dumps(_command("subscribe", "news")))
-        await asked.wait()
+        await authorize.asked.wait()
         await manager.close(manager.connections[0])
-        decided.set()
+        authorize.may_decide.set()
     assert manager.stats().channels == 0
 
 
@@ -475,25 +467,17 @@ async def test_a_denied_channel_never_reaches_a_recipient() -> None:
 
 @pytest.mark.parametrize(("inbound", "text"), [("commands", _PUBLISH), ("broadcast", "hello")])
 async def test_who_was_closed_while_authorize_thought_about_it_publishes_nothing(inbound: str, text: str) -> None:
-    decided = asyncio.Event()
-    asked = asyncio.Event()
-
-    async def authorize(connection: Any, action: str, channel: str) -> bool:
-        if action == "publish":
-            asked.set()
-            await decided.wait()
-        return True
-
+    authorize = _Pondering("publish")
     manager = ConnectionManager()
     app = _app(manager, "/ws/{channel}", inbound=inbound, authenticate=lambda: "ada", authorize=authorize)
     listener = Peer()
     await manager.connect(listener.websocket, channels=["news"])
     async with visit(app, "/ws/news") as peer:
         peer.say(text)
-        await asked.wait()
+        await authorize.asked.wait()
         await manager.disconnect_user("ada")
         assert await peer.wait_close() == 4401
-        decided.set()
+        authorize.may_decide.set()
     assert listener.messages == []
     assert manager.stats().broadcasts == 0
 
