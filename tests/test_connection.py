@@ -86,22 +86,6 @@ async def test_receive_returns_text_and_bytes(manager: ConnectionManager, has_bo
     assert await connection.receive_bytes() == b"b"
 
 
-@pytest.mark.parametrize("data", ['{"a":[1,null]}', b'{"a":[1,null]}'])
-async def test_receive_json_reads_text_and_bytes(manager: ConnectionManager, data: str | bytes) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    peer.say(data)
-    assert await connection.receive_json() == {"a": [1, None]}
-
-
-async def test_async_for_ends_without_an_exception(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    peer.say("one")
-    peer.say(b"two")
-    peer.leave()
-    assert await _iterate(connection) == ["one", b"two"]
-    assert await _iterate(connection) == []
-
-
 @pytest.mark.parametrize("has_both_keys", [False, True])
 @pytest.mark.parametrize(
     ("method", "data", "code"),
@@ -402,21 +386,6 @@ async def test_cancellation_from_outside_passes_through_a_close_of_the_same_turn
     # Either the cancellation got through, or the reader had ended of the close before it came.
     assert reading.cancelled() or (close_first and isinstance(reading.exception(), WebSocketDisconnect))
     assert not closing.cancelled()
-
-
-async def test_a_timeout_around_a_reader_leaves_it_usable(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
-            await peer.websocket.receive_text()
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(connection.receive(), 0.01)
-    peer.say("hello")
-    assert await connection.receive() == "hello"
-    await connection.close(4000)
-    with pytest.raises(WebSocketDisconnect):
-        async with asyncio.timeout(5):
-            await peer.websocket.receive_text()
 
 
 async def test_a_task_may_close_the_connection_it_reads(manager: ConnectionManager) -> None:

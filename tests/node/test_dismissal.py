@@ -268,13 +268,6 @@ async def test_timer_is_no_task_and_holds_nothing_that_has_ended(manager: Connec
     assert [reference() for reference in references] == [None] * 10
 
 
-async def test_registered_socket_keeps_its_moment(manager: ConnectionManager) -> None:
-    peer = Peer()
-    connection = await manager.connect(peer.websocket, expires_at=time.time() + 3600)
-    assert await manager.connect(peer.websocket, expires_at=0) is connection
-    assert connection.is_open
-
-
 # Disconnecting a user.
 
 

@@ -77,40 +77,6 @@ async def test_socket_that_is_accepted_already_is_closed_with_a_reason(
     assert len(peer.sent) == 2
 
 
-async def test_handshakes_that_come_too_fast_are_refused() -> None:
-    manager = ConnectionManager(limits=Limits(max_handshake_rate=0.001, handshake_burst=3))
-    await connected(manager, 3)
-    peer = Peer(can_deny=True)
-    with pytest.raises(LimitExceeded) as caught:
-        await manager.connect(peer.websocket)
-    assert caught.value.limit == "max_handshake_rate"
-    assert peer.denial == (429, "too many handshakes from this address")
-    other = Peer()
-    other.scope["client"] = ("203.0.113.7", 1)
-    await manager.connect(other.websocket)
-
-
-async def test_header_is_no_address() -> None:
-    manager = ConnectionManager(limits=Limits(max_connections_per_address=1))
-    await connected(manager, 1)
-    for header in (b"x-forwarded-for", b"x-real-ip", b"forwarded"):
-        peer = Peer(headers=[(header, b"1.2.3.4")])
-        with pytest.raises(LimitExceeded):
-            await manager.connect(peer.websocket)
-    assert places(manager) == {PER_ADDRESS: {"testclient": 1}}
-
-
-async def test_peers_without_address_share_no_limit() -> None:
-    manager = ConnectionManager(
-        limits=Limits(max_connections_per_address=1, max_handshake_rate=0.001, handshake_burst=1)
-    )
-    for _ in range(3):
-        peer = Peer()
-        peer.scope["client"] = None
-        await manager.connect(peer.websocket)
-    assert len(manager.connections) == 3
-
-
 @pytest.mark.parametrize(("limit", "status", "code", "text"), REFUSALS)
 async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
     limit: str, status: int, code: int, text: str
@@ -256,15 +222,6 @@ async def test_two_at_once_for_the_same_socket_leave_one_place_taken() -> None:
     one, two = await asyncio.gather(manager.connect(peer.websocket), manager.connect(peer.websocket))
     assert one is two
     assert places(manager)[IN_ALL] == {"": 1}
-
-
-async def test_managers_count_for_themselves() -> None:
-    one, two = ConnectionManager(limits=ALL), ConnectionManager(limits=ALL)
-    peer = Peer()
-    async with one.handshake(peer.websocket):
-        await two.connect(peer.websocket)
-        await one.connect(peer.websocket)
-    assert places(one)[IN_ALL] == places(two)[IN_ALL] == {"": 1}
 
 
 async def test_restarted_manager_starts_counting_anew() -> None:
@@ -568,27 +525,6 @@ async def test_tasks_of_a_connection_stay_few_however_much_it_says(has_hook: boo
             await asyncio.sleep(0)
             count()
     assert max(counts) <= before + 2, "the app's call and a writer"
-
-
-async def test_server_that_refuses_a_code_gets_the_other_form(watched: Watched) -> None:
-    manager, _ = watched
-    peer = Peer(refuses=(1008, 1009))
-    connection = await manager.connect(peer.websocket)
-    peer.say("x" * 11)
-    with pytest.raises(ConnectionClosed) as caught:
-        await connection.receive()
-    assert (peer.close_code, caught.value.code) == (4009, 1009)
-
-
-async def test_what_was_handed_over_before_goes_out_first(watched: Watched) -> None:
-    manager, _ = watched
-    peer = Peer()
-    connection = await manager.connect(peer.websocket)
-    await manager.broadcast("before")
-    peer.say("x" * 11)
-    with pytest.raises(ConnectionClosed):
-        await connection.receive()
-    assert peer.messages == ["before"]
 
 
 # The app that catches nothing.

@@ -175,6 +175,13 @@ def test_user_key_that_is_async_is_refused_at_once() -> None:
 # How it refuses.
 
 
+def _grouped(error: Exception) -> ExceptionGroup[Exception]:
+    return ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("inner", [error])])
+
+
+WRAPS = pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
+
+
 class _Unknown(Exception):
     pass
 
@@ -190,13 +197,17 @@ class _Unknown(Exception):
         (StarletteHTTPException(402, "pay first"), 402, "pay first"),
         (PermissionDenied("not today"), 403, "not today"),
         (WebSocketException(4003, "no entry"), 403, "no entry"),
+        (StarletteWebSocketException(4123, "not you"), 403, "not you"),
         (WebSocketException(1008), 403, ""),
     ],
     ids=repr,
 )
-def test_a_refusal_is_an_http_response(make_app: MakeApp, error: Exception, status: int, text: str) -> None:
+@WRAPS
+def test_a_refusal_is_an_http_response_also_out_of_a_task_group(
+    make_app: MakeApp, error: Exception, status: int, text: str, wrap: Callable[[Exception], Exception]
+) -> None:
     manager = ConnectionManager()
-    with TestClient(make_app(manager, authenticate=_finding(error))) as client:
+    with TestClient(make_app(manager, authenticate=_finding(wrap(error)))) as client:
         response = denied(client)
         assert (response.status_code, response.text) == (status, text)
         assert response.headers["content-type"] == "text/plain; charset=utf-8"
@@ -204,14 +215,6 @@ def test_a_refusal_is_an_http_response(make_app: MakeApp, error: Exception, stat
             if name not in ("Content-Type", "Content-Length"):
                 assert response.headers[name] == value
     assert manager.stats().connects == 0
-
-
-@EVERY_APP
-@pytest.mark.parametrize("error", [HTTPException(401), PermissionDenied(""), WebSocketException(4003)], ids=repr)
-async def test_a_server_that_can_not_answer_closes_before_it_accepts(make_app: MakeApp, error: Exception) -> None:
-    app = make_app(ConnectionManager(), authenticate=_finding(error))
-    async with lifespan(app):
-        assert await refusal(app) == 1008
 
 
 @EVERY_APP
@@ -762,30 +765,7 @@ async def test_who_is_sent_away_during_its_handshake_is_caught_by_a_hook() -> No
 # Exceptions out of a task group.
 
 
-def _grouped(error: Exception) -> ExceptionGroup[Exception]:
-    return ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("inner", [error])])
-
-
-@pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
-@pytest.mark.parametrize(
-    ("error", "status", "text"),
-    [
-        (HTTPException(401, "who?"), 401, "who?"),
-        (PermissionDenied("not you"), 403, "not you"),
-        (WebSocketException(4123, "not you"), 403, "not you"),
-        (StarletteWebSocketException(4123, "not you"), 403, "not you"),
-    ],
-)
-@EVERY_APP
-def test_refusal_of_authenticate_may_come_out_of_a_task_group(
-    make_app: MakeApp, error: Exception, status: int, text: str, wrap: Callable[[Exception], Exception]
-) -> None:
-    with TestClient(make_app(ConnectionManager(), authenticate=_finding(wrap(error)))) as client:
-        response = denied(client)
-    assert (response.status_code, response.text) == (status, text)
-
-
-@pytest.mark.parametrize("wrap", [lambda error: error, _grouped], ids=["bare", "group"])
+@WRAPS
 @pytest.mark.parametrize(
     "error",
     [
@@ -828,17 +808,6 @@ async def test_peer_that_leaves_the_task_group_of_authenticate_is_no_error() -> 
 
 
 # Nothing leaks.
-
-
-def test_secrets_of_a_handshake_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    async def authenticate(token: str = "", authorization: Annotated[str, Header()] = "") -> str:
-        raise HTTPException(401, "who are you?")
-
-    caplog.set_level("DEBUG", "wsbroadcast")
-    with TestClient(router_app(ConnectionManager(), authenticate=authenticate)) as client:
-        for headers in ({"authorization": "Bearer SECRET"}, {"cookie": "session=SECRET"}):
-            assert "SECRET" not in denied(client, "/ws?token=SECRET", **headers).text
-    assert "SECRET" not in "".join(record.getMessage() for record in caplog.records if record.name == "wsbroadcast")
 
 
 def test_an_identity_does_not_show_what_it_holds() -> None:

@@ -355,9 +355,10 @@ async def test_connection_dep_is_removed_and_closed_whichever_way_the_endpoint_e
         assert peer.messages == ["before"]
         assert manager.connections == []
         await eventually(lambda: len(ended) == 1)
+        assert peer.end == (ended[0].close_code, ended[0].close_reason)
         if isinstance(raised, (WebSocketException, PermissionDenied)):
-            assert peer.close is not None
-            assert peer.close["reason"] == (raised.reason if isinstance(raised, WebSocketException) else str(raised))
+            reason = raised.reason if isinstance(raised, WebSocketException) else str(raised)
+            assert peer.end == (code, reason)
 
 
 # What a task group makes of a single error, and of several.
@@ -594,38 +595,6 @@ async def test_connection_dep_can_be_replaced_with_options_of_ones_own(manager: 
     async with lifespan(app), visit(app, "/ws") as peer:
         await manager.broadcast("hello", user="ada")
         assert await peer.next() == "hello"
-
-
-def test_the_shorter_ways_of_the_readme_work_in_a_test_client() -> None:
-    app = FastAPI(lifespan=(manager := ConnectionManager()).lifespan)
-
-    @app.websocket("/feed")
-    async def feed(connection: ConnectionDep) -> None:
-        async for message in connection:
-            await connection.manager.broadcast(message, exclude=connection)
-
-    with TestClient(app) as client, client.websocket_connect("/feed") as a, client.websocket_connect("/feed") as b:
-        a.send_text("from a")
-        assert b.receive_text() == "from a"
-        b.send_bytes(b"from b")
-        assert a.receive_bytes() == b"from b"
-    assert manager.stats().connections == 0
-
-
-async def test_hooks_see_the_code_of_a_websocket_exception(manager: ConnectionManager) -> None:
-    seen: list[tuple[int | None, str]] = []
-    manager.on_disconnect(lambda connection: seen.append((connection.close_code, connection.close_reason)))
-    app = FastAPI(lifespan=manager.lifespan)
-
-    @app.websocket("/ws")
-    async def endpoint(connection: ConnectionDep) -> None:
-        raise WebSocketException(4001, "no such room")
-
-    async with lifespan(app):
-        async with visit(app, "/ws") as peer:
-            await peer.wait_for(lambda: peer.close_code is not None)
-            assert peer.close_code == 4001
-        await eventually(lambda: seen == [(4001, "no such room")])
 
 
 async def test_a_connection_dependency_may_name_its_manager() -> None:

@@ -72,27 +72,6 @@ async def test_a_pattern_with_an_unknown_parameter_is_an_error_of_the_app() -> N
 # Who hears whom.
 
 
-async def test_what_a_client_sends_is_broadcast_to_everyone(manager: ConnectionManager) -> None:
-    app = router_app(manager)
-    async with lifespan(app), visit(app, "/ws") as a, visit(app, "/ws") as b:
-        a.say("hello")
-        b_heard = await b.next()
-        b.say(b"\x00\xff")
-        assert b_heard == "hello"
-        assert await a.wait_messages(2) == ["hello", b"\x00\xff"]
-        assert await b.wait_messages(2) == ["hello", b"\x00\xff"]
-
-
-async def test_include_sender_false_leaves_the_sender_out() -> None:
-    app = router_app(ConnectionManager(), "/ws/{channel}", include_sender=False)
-    async with lifespan(app), visit(app, "/ws/x") as a, visit(app, "/ws/x") as b:
-        a.say("from a")
-        assert await b.next() == "from a"
-        b.say("from b")
-        assert await a.next() == "from b"
-        assert b.messages == ["from a"]
-
-
 @pytest.mark.parametrize(
     ("path", "options", "url", "channels"),
     [
@@ -464,20 +443,19 @@ async def test_a_router_works_nested_with_prefixes(manager: ConnectionManager) -
 
 
 @pytest.mark.parametrize("name", ["channel", "room"])
-async def test_the_prefix_may_hold_the_parameter(manager: ConnectionManager, name: str) -> None:
-    app = router_app(manager, "/ws", prefix=f"/{{{name}}}")
-    async with lifespan(app), visit(app, "/news/ws") as peer, visit(app, "/sport/ws") as other:
+@pytest.mark.parametrize("is_mounted", [False, True])
+async def test_what_is_around_the_path_may_hold_the_parameter(
+    manager: ConnectionManager, name: str, is_mounted: bool
+) -> None:
+    app = FastAPI()
+    if is_mounted:
+        app.mount(f"/{{{name}}}", router_app(manager))
+    else:
+        app = router_app(manager, prefix=f"/{{{name}}}")
+    async with visit(app, "/news/ws") as peer, visit(app, "/sport/ws") as other:
         await manager.broadcast("hello", channel="news")
         assert await peer.next() == "hello"
         assert other.messages == []
-
-
-async def test_the_path_of_a_mount_may_hold_the_parameter(manager: ConnectionManager) -> None:
-    app = FastAPI()
-    app.mount("/{room}", router_app(manager, "/ws"))
-    async with visit(app, "/news/ws") as peer:
-        await manager.broadcast("hello", channel="news")
-        assert await peer.next() == "hello"
 
 
 def _prefixed(manager: ConnectionManager, path: str, **options: Any) -> Any:
@@ -786,35 +764,6 @@ async def test_routes_for_plain_starlette(manager: ConnectionManager, is_mounted
         assert await b.next() == "hello"
         assert a.messages == []
         assert app.state.wsbroadcast_managers == (manager,)
-
-
-async def test_routes_for_plain_starlette_refuse_an_invalid_channel() -> None:
-    app = Starlette(routes=create_routes(ConnectionManager(), "/ws/{channel}"))
-    assert await refusal(app, "/ws/" + "x" * 300) == 1008
-
-
-async def test_a_fastapi_app_with_a_router_works_mounted_in_another() -> None:
-    manager = ConnectionManager()
-    inner = FastAPI()
-    inner.include_router(create_router(manager, "/ws/{channel}"))
-    outer = FastAPI(lifespan=manager.lifespan)  # the lifespan of a mounted app doesn't run
-    outer.mount("/inner", inner)
-    async with lifespan(outer), visit(outer, "/inner/ws/news") as peer:
-        await manager.broadcast("hello", channel="news")
-        assert await peer.next() == "hello"
-
-
-def test_the_router_works_in_a_test_client() -> None:
-    manager = ConnectionManager()
-    with TestClient(router_app(manager, "/ws/{channel}")) as client:
-        with client.websocket_connect("/ws/x") as a, client.websocket_connect("/ws/x") as b:
-            a.send_text("hello")
-            assert b.receive_text() == "hello"
-            assert a.receive_text() == "hello"
-        with client.websocket_connect("/ws/x") as c:
-            c.send_bytes(b"again")
-            assert c.receive_bytes() == b"again"
-    assert manager.stats().connections == 0
 
 
 async def test_router_broadcasts_to_the_channel_of_its_path_only(manager: ConnectionManager) -> None:
