@@ -425,35 +425,21 @@ async def test_the_end_is_told_once_whichever_ways_it_is_noticed(manager: Connec
 # wait_closed.
 
 
-async def test_wait_closed_leaves_the_messages_to_a_reader_that_began_before(manager: ConnectionManager) -> None:
+@pytest.mark.parametrize("reader_first", [True, False])
+async def test_wait_closed_leaves_the_messages_to_a_reader(manager: ConnectionManager, reader_first: bool) -> None:
     [(peer, connection)] = await connected(manager, 1)
-    reading = asyncio.ensure_future(_iterate(connection))
-    await turns()
-    waiting = asyncio.ensure_future(connection.wait_closed())
-    await turns()
+    tasks: dict[str, asyncio.Future[Any]] = {}
+    for name in ("async for", "wait_closed") if reader_first else ("wait_closed", "async for"):
+        tasks[name] = asyncio.ensure_future(ENDERS[name](connection))
+        await turns()
     for number in range(10):
         peer.say(str(number))
         await turns()
-    assert not waiting.done()
-    peer.leave()
-    await asyncio.wait_for(waiting, 5)
-    assert await reading == [str(number) for number in range(10)]
-
-
-async def test_wait_closed_leaves_the_messages_to_a_reader_that_begins_later(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-    waiting = asyncio.ensure_future(connection.wait_closed())
-    await turns()
-    reading = asyncio.ensure_future(_iterate(connection))
-    await turns()
-    for number in range(10):
-        peer.say(str(number))
-        await turns()
-    assert not waiting.done()
+    assert not tasks["wait_closed"].done()
     assert connection.is_open
     peer.leave(4321)
-    await asyncio.wait_for(waiting, 5)
-    assert await reading == [str(number) for number in range(10)]
+    await asyncio.wait_for(tasks["wait_closed"], 5)
+    assert await tasks["async for"] == [str(number) for number in range(10)]
     assert connection.close_code == 4321
 
 

@@ -78,19 +78,6 @@ async def test_connection_of_an_endpoint_that_never_disconnects_is_gone_with_it(
     assert manager.stats().channels == 0
 
 
-async def test_its_place_is_free_again() -> None:
-    async with ConnectionManager(limits=Limits(max_connections=2)) as manager:
-
-        async def endpoint(websocket: WebSocket) -> None:
-            await manager.connect(websocket, channels=["room"])
-
-        app = app_of(endpoint)
-        for _ in range(5):
-            peer = await run(app)
-            assert peer.accepted is not None
-            assert peer.close_code == 1000
-
-
 async def test_an_own_close_keeps_its_code(manager: ConnectionManager) -> None:
     async def endpoint(websocket: WebSocket) -> None:
         await manager.connect(websocket)
@@ -169,16 +156,6 @@ async def test_task_that_outlives_its_endpoint_is_told(manager: ConnectionManage
     is_over.set()
     await asyncio.wait_for(tasks[0], 5)
     assert [error.code for error in errors if isinstance(error, ConnectionClosed)] == [1000]
-
-
-async def test_connecting_twice_is_once(manager: ConnectionManager) -> None:
-    async def endpoint(websocket: WebSocket) -> None:
-        await manager.connect(websocket)
-        await manager.connect(websocket, channels=["room"])
-        await manager.broadcast("once")
-
-    peer = await run(app_of(endpoint))
-    assert (peer.messages, peer.close_code) == (["once"], 1000)
 
 
 async def test_connection_after_another_on_the_same_socket_is_not_ended_by_the_first(
