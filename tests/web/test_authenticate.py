@@ -51,6 +51,8 @@ class User:
 
 
 def _finding(found: Any) -> Callable[[], Any]:
+    """An `authenticate` that returns something, or raises it."""
+
     async def authenticate() -> Any:
         if isinstance(found, Exception):
             raise found
@@ -133,20 +135,22 @@ class _AsyncKey:
         return "ada"
 
 
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (_somebody, "what authenticate returned is a coroutine that nobody awaits"),
+    (lambda: _in_a_generator(), "what authenticate returned is a generator"),
+    (lambda: True, "authenticate returned True, which doesn't say who it is"),
+    (lambda: False, "authenticate returned False, which doesn't say who it is"),
+    (lambda: "", "authenticate returned '', which doesn't say who it is"),
+    (lambda: Identity(_somebody()), "the user that authenticate found is a coroutine"),  # type: ignore[arg-type]
+    (lambda: Identity("ada", expires_at=_somebody()), "the expires_at that authenticate found is a coroutine"),  # type: ignore[arg-type]
+]
+
+
 @EVERY_APP
 @pytest.mark.parametrize(
     ("make", "user_key", "text"),
     [
-        (_somebody, None, "what authenticate returned is a coroutine that nobody awaits"),
-        (lambda: _in_a_generator(), None, "what authenticate returned is a generator"),
-        (lambda: _in_a_generator(), str, "what authenticate returned is a generator"),
-        (lambda: True, None, "authenticate returned True, which doesn't say who it is"),
-        (lambda: True, str, "authenticate returned True, which doesn't say who it is"),
-        (lambda: False, None, "authenticate returned False, which doesn't say who it is"),
-        (lambda: "", None, "authenticate returned '', which doesn't say who it is"),
-        (lambda: "", str, "authenticate returned '', which doesn't say who it is"),
-        (lambda: Identity(_somebody()), None, "the user that authenticate found is a coroutine"),  # type: ignore[arg-type]
-        (lambda: Identity("ada", expires_at=_somebody()), str, "the expires_at that authenticate found is a coroutine"),  # type: ignore[arg-type]
+        *((make, user_key, text) for make, text in WRONG for user_key in (None, str)),
         (lambda: "ada", _AsyncKey(), "the user that authenticate found is a coroutine that nobody awaits"),
         (lambda: "ada", lambda user: None, "user_key returned None for a str: it has to return the user's id"),
     ],
