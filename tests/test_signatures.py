@@ -95,7 +95,8 @@ EVERYWHERE = pytest.mark.parametrize(
 )
 def test_connect_is_no_dependency(use: Callable[[Any], None], connect: Any) -> None:
     with pytest.raises(
-        ConfigurationError, match=r"ConnectionManager\.connect is no dependency: .* in the query who it is; take a Conn"
+        ConfigurationError,
+        match=r"ConnectionManager\.connect is not a dependency: .* in the query who it is; take a Conn",
     ):
         use(connect)
 
@@ -104,13 +105,13 @@ def test_connect_is_no_dependency(use: Callable[[Any], None], connect: Any) -> N
 @pytest.mark.parametrize(
     ("dependency", "text"),
     [
-        (Identity, "Identity is no dependency: a client would say in the query who it is"),
-        (Handshake, "Handshake is no dependency: a client would say in the query who it is"),
-        (Connection, "Connection is no dependency: take a ConnectionDep"),
-        (ConnectionManager, "ConnectionManager is no dependency: take a ManagerDep"),
-        (Subclass, "ConnectionManager is no dependency: take a ManagerDep"),
-        (Publisher, "Publisher is no dependency: make one at the top of a module"),
-        (TokenFrom, r"TokenFrom is no dependency: name the places, as in Depends\(TokenFrom\(header=True\)\)"),
+        (Identity, "Identity is not a dependency: a client would say in the query who it is"),
+        (Handshake, "Handshake is not a dependency: a client would say in the query who it is"),
+        (Connection, "Connection is not a dependency: take a ConnectionDep"),
+        (ConnectionManager, "ConnectionManager is not a dependency: take a ManagerDep"),
+        (Subclass, "ConnectionManager is not a dependency: take a ManagerDep"),
+        (Publisher, "Publisher is not a dependency: make one at the top of a module"),
+        (TokenFrom, r"TokenFrom is not a dependency: name the places, as in Depends\(TokenFrom\(header=True\)\)"),
         (connection_dependency, r"it makes one, so call it once: Depends\(connection_dependency\(…\)\)"),
     ],
 )
@@ -121,7 +122,7 @@ def test_what_an_app_makes_is_no_dependency(use: Callable[[Any], None], dependen
 
 @pytest.mark.parametrize("name", WITH_ARGUMENTS)
 def test_method_with_arguments_is_no_dependency(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{name} is no dependency"):
+    with pytest.raises(ConfigurationError, match=f"{name} is not a dependency"):
         on_a_websocket_route(WITH_ARGUMENTS[name])
 
 
@@ -184,6 +185,6 @@ def test_function_may_be_marked_by_itself() -> None:
     def function(name: str, age: int = 0) -> str:
         return name
 
-    with pytest.raises(ConfigurationError, match="function is no dependency: call it"):
+    with pytest.raises(ConfigurationError, match="function is not a dependency: call it"):
         on_an_http_route(function)
     assert function("ada") == "ada"

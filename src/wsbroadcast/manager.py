@@ -153,16 +153,16 @@ class ConnectionManager(HookDecorators):
                 such as a token's `exp`, or a datetime with a timezone.
 
         Raises:
-            ConnectionClosed: If the socket is closed, or its peer went away meanwhile.
+            ConnectionClosed: If the socket is closed, or its peer goes away during the call.
             InvalidChannel: If a channel name breaks a rule.
-            ValueError: If the user is no id, or `expires_at` no moment; or if the socket is registered already, as
-                another user.
+            ValueError: If `user` is not a str, int or UUID, or `expires_at` is not a valid time; or if the socket is
+                registered already, as another user.
             PermissionDenied: If a hook refuses it; the socket is closed with 1008. Or if it has expired; the handshake
                 is refused with 401, or a socket that is accepted already closed with 4401.
             LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
                 socket that is accepted already closed with 1008 or 1013.
-            EngineUnavailable: If the broker forbids us to subscribe to it. One that is out of reach is no error: what
-                is missed is announced as a gap.
+            EngineUnavailable: If the broker forbids us to subscribe to it. One that is out of reach is not an error:
+                what is missed is announced as a gap.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         joining = partial(Joining.of, user, channels, info, subprotocol, headers, expires_at)
@@ -230,7 +230,7 @@ class ConnectionManager(HookDecorators):
             exclude: Connections or WebSockets that stay, such as the one that asked for the others to be signed out.
 
         Raises:
-            ValueError: If the user is no id, or the code can't be sent.
+            ValueError: If the user is not an id, or the code can't be sent.
             EngineError: If the broker didn't take it, mostly `EngineUnavailable`: those of this node were closed, those
                 of others not.
             LifecycleError: If the manager is closed, or runs in another event loop.
@@ -248,10 +248,10 @@ class ConnectionManager(HookDecorators):
     async def handshake(self, websocket: WebSocket) -> AsyncIterator[None]:
         """Hold a place for a handshake while it is looked into: `async with manager.handshake(websocket):`.
 
-        For an endpoint that authenticates before it connects: whoever makes too many handshakes is refused before that
-        costs anything, also while the engine starts, and who is being authenticated counts as a connection already.
-        `connect` inside the block takes the place over; at the end of the block one that wasn't taken is free again. A
-        block inside such a block has the same place.
+        For an endpoint that authenticates before it connects: a client that makes too many handshakes is refused before
+        that costs anything, also while the engine starts, and who is being authenticated counts as a connection
+        already. `connect` inside the block takes the place over; at the end of the block one that wasn't taken is free
+        again. A block inside such a block has the same place.
 
         Raises:
             LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
@@ -338,7 +338,7 @@ class ConnectionManager(HookDecorators):
 
         Raises:
             EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
-            ValueError: If the channel (`InvalidChannel`) or user is none; `None` is never "everybody".
+            ValueError: If `channel` (`InvalidChannel`) or `user` is not valid. `None` is an error, never "everyone".
             EngineUnavailable: If the broker can't be reached, takes no messages now, or no longer lets us publish:
                 nothing was sent; or if it doesn't answer in time, and whether it took the message isn't known: the text
                 says which.
@@ -516,7 +516,7 @@ class ConnectionManager(HookDecorators):
             publication = transformed
         if not node.dispatcher.is_clear:
             await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        if self._life.loop is not loop:  # closed meanwhile, or taken by another event loop
+        if self._life.loop is not loop:  # it was closed, or another event loop took it
             raise self._life.elsewhere()
         return publication
 

@@ -56,7 +56,7 @@ class Message:
 
         Raises:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON; or if the
-                key is no str.
+                key is not a str.
         """
         if key is not None:
             if not isinstance(key, str):

@@ -373,7 +373,7 @@ class Publisher:
     async def start(self) -> None:
         """Connect, unless that has been done. Every `start` needs an `aclose`; only the last one ends it.
 
-        A broker that can't be reached is no error yet, unless the engine was told to fail fast.
+        A broker that can't be reached is not an error yet, unless the engine was told to fail fast.
 
         Raises:
             ConfigurationError: If the broker refuses us.

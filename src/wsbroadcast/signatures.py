@@ -24,14 +24,14 @@ def no_dependency(instead: str, **instead_of_methods: str) -> Callable[[T], T]:
 
     def mark(marked: T) -> T:
         if not isinstance(marked, type):
-            _refuse(marked, f"{marked.__qualname__} is no dependency: {instead}", skip=0)
+            _refuse(marked, f"{marked.__qualname__} is not a dependency: {instead}", skip=0)
             return marked
         for name, function in inspect.getmembers(marked, inspect.isfunction):
             if name == "__init__":
-                _refuse(function, f"{marked.__name__} is no dependency: {instead}", skip=1)
+                _refuse(function, f"{marked.__name__} is not a dependency: {instead}", skip=1)
             elif not name.startswith("_"):
                 text = instead_of_methods.get(name, "FastAPI would take its arguments from the query; call it yourself")
-                _refuse(function, f"{marked.__name__}.{name} is no dependency: {text}", skip=1)
+                _refuse(function, f"{marked.__name__}.{name} is not a dependency: {text}", skip=1)
         return marked
 
     return mark

@@ -19,8 +19,8 @@ from tests.engines.nats_links import INFO, let_in, serving
 from tests.support.brokers import Endpoint, NATSServer, free_port
 from wsbroadcast import ConfigurationError, EngineUnavailable
 from wsbroadcast.concurrency import Patience
+from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.engines.nats import NATSEngine
-from wsbroadcast.engines.nats.target import Host
 from wsbroadcast.options import Timing
 from wsbroadcast.testing.nodes import Recorder
 

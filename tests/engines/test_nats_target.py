@@ -9,8 +9,9 @@ from nats.aio.client import Client
 
 from wsbroadcast import ConfigurationError, MissingDependency
 from wsbroadcast.engines import create_engine
+from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.engines.nats import NATSEngine
-from wsbroadcast.engines.nats.target import Host, Target
+from wsbroadcast.engines.nats.target import Target
 
 A, B = Host("a", 4222), Host("b", 4222)
 

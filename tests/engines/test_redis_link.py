@@ -21,7 +21,7 @@ from tests.support.servers import eventually
 from wsbroadcast import ConfigurationError
 from wsbroadcast.engines.broker.link import Link, Parcel
 from wsbroadcast.engines.redis import RedisEngine
-from wsbroadcast.engines.redis.connection import Asker, Listener
+from wsbroadcast.engines.redis.connection import Asker, Subscriber
 from wsbroadcast.engines.redis.options import target_from_url
 from wsbroadcast.exceptions import EngineError, EngineUnavailable
 
@@ -209,7 +209,7 @@ async def test_connection_without_a_socket_is_refused(redis_server: Endpoint) ->
             self._writer = Writer()  # type: ignore[assignment]
 
     pool = redis.asyncio.ConnectionPool(connection_class=Unreal)
-    with pytest.raises(ConfigurationError, match="Unreal is no connection to a server"):
+    with pytest.raises(ConfigurationError, match="Unreal is not a connection to a server"):
         await open_once(RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)))
 
 
@@ -458,9 +458,9 @@ async def test_opening_can_be_cancelled_while_the_broker_hangs(own_redis: OwnRed
 # What can only be told without a server.
 
 
-def _listener() -> tuple[Listener, Letters, list[Exception]]:
+def _listener() -> tuple[Subscriber, Letters, list[Exception]]:
     losses: list[Exception] = []
-    listener = Listener(target_from_url("redis://", {}).access, None, "", losses.append)
+    listener = Subscriber(target_from_url("redis://", {}).access, None, "", losses.append)
     letters = Letters()
     listener.inlet = letters
     return listener, letters, losses

@@ -12,9 +12,10 @@ import redis.asyncio
 from redis.asyncio.sentinel import Sentinel
 
 from wsbroadcast import ConfigurationError, ConnectionManager
+from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.options import SCHEMES, target_from_client, target_from_url
-from wsbroadcast.engines.redis.target import Access, Host
+from wsbroadcast.engines.redis.target import Access
 
 PASSWORD = "Sup3r$ecret"
 

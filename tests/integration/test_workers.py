@@ -116,13 +116,14 @@ async def test_worker_that_is_killed_takes_nobody_with_it(
     with workers(2, redis.url, tmp_path) as server:
         first, _ = await pids(server, 2)
         async with listeners(server, 20) as clients:
-            assert _subscribers(redis) == 2
+            while not await _has_subscribers(redis, 2):  # the kernel gave all of them to one worker
+                clients.append(await RawClient.connect(server.port, "/ws/news"))
             os.kill(first, signal.SIGKILL)
             await eventually(lambda: _has_subscribers(redis, 1))
             await server.post("/publish/news?first=7&count=1")
             received = await asyncio.gather(*(client.receive() for client in clients))
             assert {frame.payload for frame in received if frame} == {b"00000007"}
-            assert 0 < sum(frame is not None for frame in received) < 20
+            assert 0 < sum(frame is not None for frame in received) < len(clients)
         await eventually(lambda: _has_subscribers(redis, 0))
 
 

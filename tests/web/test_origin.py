@@ -219,9 +219,9 @@ def test_programs_without_an_origin_are_allowed_unless_told_otherwise(origins: A
 @pytest.mark.parametrize("entry", [*NO_ORIGINS, "ws://app.example", "wss://app.example", None, 1, b"https://a.example"])
 def test_an_entry_that_is_no_origin_is_an_error_at_once(entry: Any) -> None:
     for factory in (create_router, create_routes):
-        with pytest.raises(ConfigurationError, match="is no origin"):
+        with pytest.raises(ConfigurationError, match="is not an origin"):
             factory(ConnectionManager(), allowed_origins=["https://app.example", entry])
-    with pytest.raises(ConfigurationError, match="is no origin"):
+    with pytest.raises(ConfigurationError, match="is not an origin"):
         connection_dependency(allowed_origins=[entry])
 
 

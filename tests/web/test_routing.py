@@ -65,7 +65,7 @@ def test_an_option_that_makes_no_sense_is_refused(factory: Any, path: str, optio
 async def test_a_pattern_with_an_unknown_parameter_is_an_error_of_the_app() -> None:
     app = router_app(ConnectionManager(), "/ws/{a}", channel="{b}")
     async with lifespan(app):
-        with pytest.raises(ConfigurationError, match="no path parameter"):
+        with pytest.raises(ConfigurationError, match="not a path parameter"):
             await refusal(app, "/ws/x")
 
 

@@ -39,7 +39,7 @@ class StalledClient:
         path: The endpoint's, with its query.
 
     Raises:
-        OSError: If that is no address.
+        OSError: If that is not an address.
     """
 
     def __init__(self, address: tuple[str, int | None] | None, path: str) -> None:

@@ -57,7 +57,7 @@ class Transactional(Protocol):
         """Publish as part of a transaction of the caller's: a commit sends it, a rollback doesn't.
 
         Raises:
-            ConfigurationError: If the object is no connection or session that the engine knows.
+            ConfigurationError: If the object is not a connection or session that the engine knows.
         """
 
 
@@ -86,8 +86,8 @@ class Engine(ABC):
     async def start(self, receiver: Receiver) -> None:
         """Begin to hand publications to the receiver.
 
-        A broker that can't be reached is no error, unless the engine was told to fail fast: it starts degraded, says so
-        in `health()`, and heals by itself.
+        A broker that can't be reached is not an error, unless the engine was told to fail fast: it starts degraded,
+        says so in `health()`, and heals by itself.
 
         It may be called again after `aclose`, and without `aclose` when the event loop of the last `start` has ended:
         what was left there is gone, and the engine begins anew.

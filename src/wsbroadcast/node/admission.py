@@ -376,7 +376,7 @@ class Admission:
         """Take a place for a WebSocket that is about to be accepted, or refuse it.
 
         Raises:
-            LimitExceeded: If there is none, or the channels are too many; the refusal has been sent.
+            LimitExceeded: If no place is free, or the channels are too many; the refusal has been sent.
             PermissionDenied: If it has expired; the refusal has been sent.
         """
         lease = self._take_over(websocket) or await self._take_lease(websocket)
@@ -400,7 +400,7 @@ class Admission:
         """Hold a place for a handshake; `admit` takes it over. Inside another such block it is the same place.
 
         Raises:
-            LimitExceeded: If there is none; the refusal has been sent.
+            LimitExceeded: If no place is free; the refusal has been sent.
         """
         leases: dict[Quotas, Lease] = websocket.scope.setdefault(_LEASES_KEY, {})
         if self.quotas in leases:

@@ -90,7 +90,7 @@ class Departure:
 
     async def _leave(self) -> None:
         try:
-            async with self._node.starting:  # whoever starts it there does that to the end
+            async with self._node.starting:  # a start that has begun there is finished first
                 if self._before is None or self._before.is_over:  # else nobody could start it there
                     await self._engine.aclose()
         finally:
@@ -188,7 +188,7 @@ class Lifecycle:
         """Begin in this event loop unless that has been done; return what the manager is here.
 
         Raises:
-            LifecycleError: If it is closed, before or meanwhile, or runs in another event loop.
+            LifecycleError: If it is closed, perhaps during the call, or runs in another event loop.
         """
         node = self.node  # before the look at the loop: who takes over changes that first
         if self.is_started and self.loop is running_loop():
@@ -286,7 +286,7 @@ class Lifecycle:
     async def _departed(self) -> None:
         departure = self._departure
         if departure is not None:
-            if departure.loop is running_loop():  # taken from us meanwhile; we are what it waits for
+            if departure.loop is running_loop():  # another loop took it from us, and waits for us
                 raise self.elsewhere()
             await departure.wait()
             if self._departure is departure:

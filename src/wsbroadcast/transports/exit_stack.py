@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # FastAPI's own, which ends after the `yield` dependencies and the route's exception handlers. It isn't documented, so
 # it is looked at like every attribute of somebody else's; a test says whether the installed FastAPI has it.
 _FASTAPI = "fastapi_middleware_astack"
-# Ours, where an app is no FastAPI.
+# Ours, where an app is not a FastAPI.
 _OURS = "wsbroadcast.exit_stack"
 
 
@@ -104,7 +104,7 @@ class FastPath:
     says "receive is wrapped". Serve `asgi = FastPath(app)` instead of `app` to show it again. What a middleware does to
     each message that is sent is then left out for broadcasts, as it is on the fast path without this class.
 
-    It also tells the manager when an endpoint has ended, where the app is no FastAPI, which does so itself.
+    It also tells the manager when an endpoint has ended, where the app is not a FastAPI, which does so itself.
     """
 
     def __init__(self, app: ASGIApp) -> None:

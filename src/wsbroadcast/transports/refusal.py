@@ -31,8 +31,8 @@ async def refuse_handshake(
 
     Where the server lacks the ASGI extension `websocket.http.response` (daphne does), it is closed before it is
     accepted, which is a bare 403 for the client, whatever the status. Afterwards it is closed: a `close` that follows,
-    such as Starlette's for a `WebSocketException`, does nothing. A peer that has gone is no error, and one that takes
-    nothing is given up after a second.
+    such as Starlette's for a `WebSocketException`, does nothing. A peer that has gone is not an error, and one that
+    takes nothing is given up after a second.
 
     Args:
         websocket: One that is not accepted yet.
@@ -63,7 +63,7 @@ async def refuse_handshake(
 async def refuse(websocket: WebSocket, status: int, code: int, reason: str) -> None:
     """Refuse a WebSocket that is not registered: by HTTP before it is accepted, with a close frame afterwards.
 
-    Never raises and never hangs; a peer that has gone is no error. A later `close` does nothing.
+    Never raises and never hangs; a peer that has gone is not an error. A later `close` does nothing.
 
     Args:
         websocket: Any; one that is closed is left alone.

@@ -33,7 +33,7 @@ class Taker(Protocol):
         """Return the next event of the peer."""
 
     def refuse(self, code: int, reason: str) -> Coroutine[Any, Any, ConnectionClosed]:
-        """Close because of what the peer sent; return the error for whoever wanted to read it."""
+        """Close because of what the peer sent; return the error for the reader."""
 
 
 class TakenOver(WebSocket):
@@ -428,7 +428,7 @@ class Interruptible:
 
     def __init__(self, throws_away: bool, before: Interruptible | None) -> None:
         self.throws_away = throws_away
-        """Whether it only waits for the end, and steps aside for whoever wants the messages."""
+        """Whether it only waits for the end, and steps aside for a reader of the messages."""
         self.before = before
         """The one that began before it and still waits, if another task reads as well."""
         self._task = asyncio.current_task()

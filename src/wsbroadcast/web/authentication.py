@@ -172,7 +172,7 @@ def identity_of(found: Any, user_key: UserKey | None) -> Identity:
         user_key: Makes the id instead.
 
     Raises:
-        ConfigurationError: If there is no id in it, or something in it has yet to run.
+        ConfigurationError: If there is not an id in it, or something in it has yet to run.
     """
     identity = found if isinstance(found, Identity) else _identity(found, user_key)
     finished(identity.user, "the user that authenticate found")
@@ -271,7 +271,7 @@ class TokenFrom:
         """Return the token.
 
         Raises:
-            HTTPException: With 401, if there is none.
+            HTTPException: With 401, if no token is found.
             WebSocketException: With 4401, if there was none in the first message either.
         """
         token = self._from_handshake(connection)

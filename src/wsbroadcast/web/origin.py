@@ -64,7 +64,7 @@ class AllowedOrigins:
         allow_missing: Whether a handshake without an `Origin` header may connect. Browsers always send one.
 
     Raises:
-        ConfigurationError: If one of them is no origin.
+        ConfigurationError: If one of them is not an origin.
     """
 
     def __init__(self, origins: Iterable[str] | None = None, *, allow_missing: bool = True) -> None:
@@ -126,7 +126,7 @@ def _check_entry(entry: object) -> Origin:
     origin = parse_origin(plain(entry)) if isinstance(entry, str) else None
     if origin is None or origin.scheme in _PAGE_SCHEMES:
         raise ConfigurationError(
-            f"allowed_origins: {entry!r:.200} is no origin; write https://host or http://host:port, without a path or "
-            "a slash at the end, the host as browsers send it (xn--… if it isn't ASCII), or '*' for every page"
+            f"allowed_origins: {entry!r:.200} is not an origin; write https://host or http://host:port, without a path "
+            "or a slash at the end, the host as browsers send it (xn--… if it isn't ASCII), or '*' for every page"
         )
     return origin

@@ -27,7 +27,7 @@ class PathChannel:
             silence: their rooms would be one.
 
     Raises:
-        ConfigurationError: If the pattern makes no sense, or there is none and the path has several parameters.
+        ConfigurationError: If the pattern makes no sense, or it is missing and the path has several parameters.
     """
 
     def __init__(self, path: str, pattern: str | None) -> None:
@@ -48,7 +48,8 @@ class PathChannel:
 
         Raises:
             InvalidChannel: If it breaks a rule for names, or other parameters could make the same.
-            ConfigurationError: If the pattern names what is no parameter, or there is none and several could be meant.
+            ConfigurationError: If the pattern names something else than a parameter, or it is missing and several could
+                be meant.
         """
         if self._pattern is None:
             name = _meant(parameters)
@@ -59,7 +60,7 @@ class PathChannel:
         for number, (field, text) in enumerate(zip(self._fields, texts, strict=True), 1):
             if field not in parameters:
                 raise ConfigurationError(
-                    f"channel pattern {self._pattern!r} names {field!r}, which is no path parameter"
+                    f"channel pattern {self._pattern!r} names {field!r}, which is not a path parameter"
                 )
             value = text_of(parameters[field])
             channel += value + text

@@ -180,8 +180,8 @@ def create_router(
     """Make a router with one WebSocket endpoint, for `app.include_router`.
 
     A path parameter subscribes: every connection to `/ws/{channel}` is subscribed to the channel in its URL. What a
-    client sends is broadcast to that channel, or to everyone if there is none. The router carries the manager's
-    lifespan and binds it to the app, so that `ManagerDep` finds it.
+    client sends is broadcast to that channel, or to everyone if the path names no channel. The router carries the
+    manager's lifespan and binds it to the app, so that `ManagerDep` finds it.
 
     Before a connection is accepted, in this order: `dependencies` run, its origin is checked, the manager's limits say
     whether there is room, `authenticate` says who it is, and `authorize` whether it may subscribe to the path's

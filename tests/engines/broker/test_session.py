@@ -625,7 +625,7 @@ async def test_error_that_is_no_outage_comes_out_at_the_start(bug: Exception, ca
     broker.breaks_on_open = bug
     engine = FakeEngine(broker)
     with pytest.raises(
-        EngineError, match=rf"fake at nowhere:1 can't be used: {type(bug).__name__}: .*a bug.* no outage"
+        EngineError, match=rf"fake at nowhere:1 can't be used: {type(bug).__name__}: .*a bug.* not an outage"
     ) as caught:
         await engine.start(Recorder())
     assert not isinstance(caught.value, (EngineUnavailable, ConfigurationError))
@@ -676,8 +676,8 @@ async def test_error_that_is_no_outage_is_seen_later_too(
         await eventually(tried_often)
         health = await started.engine.health()
         assert not health.is_ok
-        assert re.match("AttributeError: 'NoneType' object .* no outage but a wrong option", health.detail)
-        with pytest.raises(EngineUnavailable, match=r"AttributeError: .* no outage.*nothing was sent"):
+        assert re.match("AttributeError: 'NoneType' object .* not an outage but a wrong option", health.detail)
+        with pytest.raises(EngineUnavailable, match=r"AttributeError: .* not an outage.*nothing was sent"):
             await started.engine.publish(news())
     (told,) = [record for record in caplog.records if record.levelname == "ERROR"]  # once, with a traceback
     assert "fake at nowhere:1 can't be used (AttributeError: 'NoneType'" in told.message

@@ -27,7 +27,7 @@ _BUGS = (
 
 
 def is_bug(error: BaseException | None) -> bool:
-    """Tell whether an error is no outage, so that trying again is no use: a wrong option or driver, or a bug."""
+    """Tell whether an error is not an outage, so that trying again doesn't help: a wrong option or driver, or a bug."""
     return isinstance(error, _BUGS) and not isinstance(error, WSBroadcastError)
 
 
@@ -158,7 +158,7 @@ class LinkHealth:
         """Take note that the link is lost, or could not be opened."""
         lost = why
         if is_bug(error):
-            why = f"{why}, which is no outage but a wrong option, a driver that doesn't fit, or a bug"
+            why = f"{why}, which is not an outage but a wrong option, a driver that doesn't fit, or a bug"
         self._has_failed = True
         if self._since is None:
             self._since = self.last_sign

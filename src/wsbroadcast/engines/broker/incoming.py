@@ -17,7 +17,7 @@ from wsbroadcast.stats import EngineCounters
 # envelopes for the same one is no longer checked for that one.
 _GENERATION = 16384
 
-# What is older by more than this is no old envelope: the newest was forged, and must not silence its node for ever.
+# What is older by more than this is not an old envelope: the newest was forged, and must not silence its node for ever.
 _BELIEVABLE = 2**20
 
 

@@ -12,6 +12,18 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
+class Host(NamedTuple):
+    """Where a server listens."""
+
+    name: str
+    port: int
+    tls_hostname: str | None = None
+    """What its certificate has to name instead, for one we know by its address only."""
+
+    def __str__(self) -> str:
+        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
+
+
 class Parcel(NamedTuple):
     """What travels through a broker."""
 
@@ -97,7 +109,7 @@ class Link(ABC):
         """Find out whether `max_envelope_bytes` is still right; called when somebody publishes more than that.
 
         Raises:
-            Exception: If the broker doesn't say it now; that is no loss of the link.
+            Exception: If the broker doesn't say it now; that is not a loss of the link.
         """
 
     @abstractmethod
@@ -119,7 +131,7 @@ _NO_LINGER = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
 def no_linger(transport: asyncio.BaseTransport) -> None:
     """Make every later close of the connection a reset (RFC 9293, 3.10.5), no matter which side or library closes it.
 
-    The kernel then drops what it could not send yet. It is no use to a unix socket, whose peer has at once what was
+    The kernel then drops what it could not send yet. It doesn't help a unix socket, whose peer has at once what was
     written, and not there on transports without a socket.
     """
     # Closed already: None or a closed socket, of which uvloop says ValueError and everybody else OSError. Over
@@ -136,5 +148,5 @@ def reset(transport: asyncio.BaseTransport) -> None:
     Takes every transport, one over TLS too, and one that is closed. The socket is gone a turn of the event loop later.
     """
     no_linger(transport)
-    # By name: uvloop's transports are none of asyncio's classes.
+    # By name: uvloop's transports are not asyncio's classes.
     getattr(transport, "abort", transport.close)()

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import iscoroutinefunction
 from typing import Any
 
-from wsbroadcast.engines.broker.link import Inlet, Link, Parcel, reset
+from wsbroadcast.engines.broker.link import Host, Inlet, Link, Parcel, reset
 from wsbroadcast.engines.nats.protocol import PING, PONG, REFUSAL, Reader, pub, sub, unsub
-from wsbroadcast.engines.nats.target import Host, Target
+from wsbroadcast.engines.nats.target import Target
 from wsbroadcast.exceptions import ConfigurationError, MessageTooLarge, MissingDependency
 
 # What a server refuses without closing the connection.

@@ -8,9 +8,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from ipaddress import ip_address
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.exceptions import ConfigurationError, MissingDependency, kind_of
 
 NATS_PORT = 4222
@@ -50,32 +51,20 @@ _SIGNING = frozenset({"nkeys_seed", "nkeys_seed_str", "signature_cb", "user_cred
 _FORM = "a server of NATS is written nats://host:4222, several nats://a:4222,b:4222, a user before it user:password@"
 
 
-class Host(NamedTuple):
-    """Where a server listens."""
+def parse_host(text: str) -> Host:
+    """Read `host` or `host:port`.
 
-    name: str
-    port: int
-    tls_hostname: str | None = None
-    """What its certificate has to name instead, for one we know by its address only."""
-
-    def __str__(self) -> str:
-        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `host` or `host:port`.
-
-        Raises:
-            ConfigurationError: If it is neither. The text isn't repeated: it may be a part of a password.
-        """
-        try:
-            parts = urlsplit(f"//{text}")
-            port = parts.port or NATS_PORT
-        except ValueError:
-            raise ConfigurationError(_FORM) from None
-        if not parts.hostname or parts.netloc != text:
-            raise ConfigurationError(_FORM)
-        return cls(parts.hostname, port)
+    Raises:
+        ConfigurationError: If it is neither. The text isn't repeated: it may be a part of a password.
+    """
+    try:
+        parts = urlsplit(f"//{text}")
+        port = parts.port or NATS_PORT
+    except ValueError:
+        raise ConfigurationError(_FORM) from None
+    if not parts.hostname or parts.netloc != text:
+        raise ConfigurationError(_FORM)
+    return Host(parts.hostname, port)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -131,7 +120,7 @@ class Target:
         Raises:
             ConfigurationError: If one isn't the address of a server.
         """
-        hosts = [_found(Host.parse(address), self.hosts[0]) for address in addresses]
+        hosts = [_found(parse_host(address), self.hosts[0]) for address in addresses]
         known = {(host.name, host.port) for host in self.hosts}
         self._discovered[:] = [host for host in dict.fromkeys(hosts) if (host.name, host.port) not in known]
 
@@ -154,7 +143,7 @@ class Target:
                 raise ConfigurationError(f"a URL of NATS begins with nats:// or tls://; {_FORM}")
             schemes.add(scheme)
             logins.append(login)
-            hosts.append(Host.parse(place))
+            hosts.append(parse_host(place))
         options = {**options, **_credentials(logins, options)}
         _check(options)
         must_encrypt = "tls" in schemes or bool(options.get("tls") or options.get("tls_handshake_first"))

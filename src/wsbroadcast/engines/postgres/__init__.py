@@ -101,7 +101,7 @@ class PostgresEngine(BrokerEngine):
             publication: What to publish.
 
         Raises:
-            ConfigurationError: If the transaction is none of these, or in another database, where nobody listens.
+            ConfigurationError: If the transaction is something else, or in another database, where nobody listens.
             MessageTooLarge: If it is larger than Postgres takes, or than `max_message_bytes`.
             EngineUnavailable: If the table isn't there and can't be made now.
             Exception: Whatever the driver of the transaction raises.

@@ -263,7 +263,7 @@ class SpillTable:
         )
         """Takes channels, texts, ids and envelopes."""
         self.exists_sql = f"SELECT to_regclass('{self.name}') IS NOT NULL"
-        """Tells whether the table is there, which is no error in the server's log if it isn't."""
+        """Tells whether the table is there, which is not an error in the server's log if it isn't."""
         self.insert_sql = (
             f"INSERT INTO {self.name} (id, expires, envelope) VALUES (CAST({{id}} AS uuid), clock_timestamp()"  # noqa: S608
             f" + interval '{KEPT_IN_TRANSACTION_SECONDS} s', {{envelope}})"

@@ -192,7 +192,7 @@ def _target(
         query.setdefault("target_session_attrs", "primary")  # a standby has no LISTEN
     settings = {"application_name": query.pop("application_name", "wsbroadcast")}
     if query:
-        options["dsn"] = f"postgresql:///?{urlencode(query)}"  # some of them are no arguments
+        options["dsn"] = f"postgresql:///?{urlencode(query)}"  # some of them are not arguments
     options |= {**more, "server_settings": settings | dict(more.get("server_settings", {}))}
     files = {name: value for name, value in query.items() if name in _FILES and value}
     return Target(_address(hosts, str(options.get("database", ""))), hosts, options, files)

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from wsbroadcast.engines.broker.health import is_bug
-from wsbroadcast.engines.broker.link import Inlet, no_linger, reset
+from wsbroadcast.engines.broker.link import Host, Inlet, no_linger, reset
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, ReplyReader, pack
 from wsbroadcast.engines.redis.target import (
     Access,
     AuthenticationError,
     AuthorizationError,
     DataError,
-    Host,
     RedisError,
     ResponseError,
     unreal,
@@ -111,7 +110,7 @@ class Wire(asyncio.Protocol, ABC):
     async def _greet(self, connection: Any) -> None:
         # redis-py calls this when there is a socket, before it authenticates. No public name leads to the transport.
         transport = getattr(connection._writer, "transport", None)
-        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are none of asyncio's classes
+        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are not asyncio's classes
             self._transport = cast(asyncio.Transport, transport)
             no_linger(self._transport)
             await connection.on_connect()
@@ -209,7 +208,7 @@ class Asker(Wire):
             self._answer(self._answers)
 
 
-class Listener(Wire):
+class Subscriber(Wire):
     """Subscriptions, and what is published to them.
 
     Args:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from wsbroadcast.concurrency import Patience
-from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
-from wsbroadcast.engines.redis.connection import Asker, Listener, Wire
+from wsbroadcast.engines.broker.link import Host, Inlet, Link, Parcel
+from wsbroadcast.engines.redis.connection import Asker, Subscriber, Wire
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
-from wsbroadcast.engines.redis.target import Access, Host, Target, key_slot
+from wsbroadcast.engines.redis.target import Access, Target, key_slot
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.options import Timing
 
@@ -223,7 +223,7 @@ class Pair:
         is_sharded: bool = False,
     ) -> None:
         self.asker = Asker(access, host, needs, lost)
-        self.listener = Listener(access, host, needs, lost, is_sharded=is_sharded)
+        self.listener = Subscriber(access, host, needs, lost, is_sharded=is_sharded)
         verb = b"SPUBLISH" if is_sharded else b"PUBLISH"
         self._head = b"*3\r\n$%d\r\n%b\r\n" % (len(verb), verb)
 
@@ -365,7 +365,7 @@ class ClusterLink(RedisLink):
         await together(*(publish(pair, mine) for pair, mine in positions.items()))
         return refusals
 
-    async def _ping(self, listener: Listener) -> None:
+    async def _ping(self, listener: Subscriber) -> None:
         seconds = self.timing.request_timeout
         while True:
             await asyncio.sleep(self.timing.probe_interval)

@@ -7,11 +7,11 @@ from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from wsbroadcast.engines import split_hosts
+from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.engines.redis.target import (
     AbstractConnection,
     Access,
     Connection,
-    Host,
     Redis,
     RedisCluster,
     SentinelConnectionPool,

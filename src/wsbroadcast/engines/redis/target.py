@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-# All that we use of redis-py, which is installed only with the extra `redis`.
+from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.exceptions import ConfigurationError, MissingDependency, kind_of
 
+# All that we use of redis-py, which is installed only with the extra `redis`.
 try:
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.connection import (
@@ -44,16 +45,6 @@ __all__ = [
     "key_slot",
     "parse_url",
 ]
-
-
-class Host(NamedTuple):
-    """Where a server listens."""
-
-    name: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.name}]:{self.port}" if ":" in self.name else f"{self.name}:{self.port}"
 
 
 class Access:
@@ -145,7 +136,7 @@ def _check_real(connection: AbstractConnection) -> None:
 def unreal(connection: object) -> ConfigurationError:
     """Return what to tell about a connection that leads to no server."""
     return ConfigurationError(
-        f"a {kind_of(connection)} is no connection to a server, which RedisEngine needs; in tests use memory://"
+        f"a {kind_of(connection)} is not a connection to a server, which RedisEngine needs; in tests use memory://"
     )
 
 
