@@ -58,7 +58,7 @@ async def test_fastapi_has_the_exit_stack() -> None:
     assert isinstance(stacks[0], AsyncExitStack), f"FastAPI {fastapi.__version__} has it no longer"
 
 
-@pytest.mark.parametrize(("error", "code"), [(None, 1000), (ValueError(), 1011), (WebSocketException(4008), 4008)])
+@pytest.mark.parametrize(("error", "code"), [(None, 1000), (ValueError(), 1011)])
 async def test_connection_of_an_endpoint_that_never_disconnects_is_gone_with_it(
     manager: ConnectionManager, error: Exception | None, code: int
 ) -> None:
@@ -100,6 +100,14 @@ async def test_exception_handlers_speak_before_it(manager: ConnectionManager) ->
     app.add_exception_handler(ValueError, handle)
     peer = await run(app)
     assert (peer.messages, peer.close_code) == (["sorry"], 4009)
+
+
+async def test_websocket_exception_keeps_its_code(manager: ConnectionManager) -> None:
+    async def endpoint(websocket: WebSocket) -> None:
+        await manager.connect(websocket)
+        raise WebSocketException(4008)
+
+    assert (await run(app_of(endpoint))).close_code == 4008
 
 
 @pytest.mark.parametrize(("error", "code"), [(WebSocketException(4123), 4123), (PermissionDenied("no"), 1008)])

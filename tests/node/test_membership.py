@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from typing import Any
 from uuid import UUID
 
@@ -200,30 +199,40 @@ async def test_connect_on_a_connection_that_is_being_closed_raises(manager: Conn
     assert manager.connections == []
 
 
-@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("gone"), None])
+@pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("gone")])
 async def test_connect_fails_when_the_peer_leaves_during_the_handshake(
-    manager: ConnectionManager, error: Exception | None
+    manager: ConnectionManager, error: Exception
 ) -> None:
     peer = Peer()
     peer.error = error
-    if error is None:  # the disconnect comes first
-        await peer.receive()
-        peer.leave()
     with pytest.raises(ConnectionClosed):
         await manager.connect(peer.websocket)
     assert manager.connections == []
 
 
-@pytest.mark.parametrize("raises", [False, True])
-async def test_connect_as_a_context_manager_removes_on_the_way_out(manager: ConnectionManager, raises: bool) -> None:
+async def test_connect_fails_when_the_disconnect_comes_first(manager: ConnectionManager) -> None:
     peer = Peer()
-    with pytest.raises(KeyError) if raises else nullcontext():
-        async with manager.connect(peer.websocket, channels=["a"]) as connection:
-            assert manager.connections == [connection]
-            if raises:
-                raise KeyError
+    await peer.receive()
+    peer.leave()
+    with pytest.raises(ConnectionClosed):
+        await manager.connect(peer.websocket)
+    assert manager.connections == []
+
+
+async def test_connect_as_a_context_manager_removes_on_the_way_out(manager: ConnectionManager) -> None:
+    peer = Peer()
+    async with manager.connect(peer.websocket, channels=["a"]) as connection:
+        assert manager.connections == [connection]
     assert manager.connections == []
     assert peer.close is None  # removed, not closed
+
+
+async def test_connect_as_a_context_manager_removes_when_the_block_raises(manager: ConnectionManager) -> None:
+    peer = Peer()
+    with pytest.raises(KeyError):
+        async with manager.connect(peer.websocket):
+            raise KeyError
+    assert manager.connections == []
 
 
 async def test_connect_to_two_managers_keeps_the_order_of_both(manager: ConnectionManager) -> None:
@@ -509,6 +518,22 @@ async def test_disconnect_lets_out_what_was_broadcast_before(manager: Connection
     assert await peer.next() == "before"
     await turns()
     assert peer.messages == ["before"]
+
+
+async def test_disconnect_wakes_a_broadcaster_that_waits_for_the_crowd() -> None:
+    options = SlowConsumer(max_backlog_messages=8, send_timeout=60)
+    async with ConnectionManager(slow_consumer=options) as manager:
+        [(peer, connection)] = await connected(manager, 1)
+        peer.stall()
+        while manager.stats().behind == 0:
+            manager.broadcast_nowait("held")
+            await turns()
+        task = asyncio.ensure_future(manager.broadcast("waits"))
+        await turns()
+        assert not task.done()
+        manager.disconnect(connection)
+        await asyncio.wait_for(task, 5)
+        peer.resume()
 
 
 async def _about_to_be_evicted(manager: ConnectionManager) -> tuple[Peer, Connection]:
