@@ -383,22 +383,6 @@ async def test_handshake_for_too_many_channels_is_refused() -> None:
     assert places(manager) == {}
 
 
-async def test_million_channel_names_leave_nothing() -> None:
-    manager = ConnectionManager()
-    ((_, connection),) = await connected(manager, 1)
-    refused = 0
-    for number in range(20_000):
-        try:
-            await connection.subscribe(f"name {number}")
-        except LimitExceeded:
-            refused += 1
-            await connection.unsubscribe(*connection.channels)
-    assert refused == 20_000 // 101
-    assert manager.stats().channels == len(connection.channels) <= 100
-    manager.disconnect(connection)
-    assert manager.stats().channels == 0
-
-
 # Messages of clients.
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.asgi import Peer, eventually, lifespan, turns, visit
-from tests.support.fake_broker import FakeBroker, FakeEngine
+from tests.support.fake_broker import FailingEngine, FakeBroker, FakeEngine
 from tests.support.web import router_app
 from wsbroadcast import (
     ConfigurationError,
@@ -24,13 +24,10 @@ from wsbroadcast import (
     EngineError,
     EngineUnavailable,
     Limits,
-    MemoryEngine,
     PermissionDenied,
-    Publication,
     create_router,
     create_routes,
 )
-from wsbroadcast.publication import Dismissal
 
 _app = partial(router_app, inbound="commands")
 
@@ -214,20 +211,13 @@ async def test_too_many_channels_are_an_error_and_nothing_more() -> None:
         assert (await _ask(peer, _command("subscribe", "c")))["type"] == "subscribed"
 
 
-class _BrokenEngine(MemoryEngine):
-    error: Exception = EngineUnavailable("no route to redis://:hunter2@internal:6379")
-
-    async def publish(self, publication: Publication | Dismissal) -> None:
-        raise self.error
-
-
 UNAVAILABLE = {"type": "error", "code": "unavailable", "text": "try again later"}
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        _BrokenEngine.error,
+        EngineUnavailable("no route to redis://:hunter2@internal:6379"),
         EngineError("the database is read-only: hunter2"),
         ExceptionGroup("several", [EngineError("hunter2")]),
     ],
@@ -235,9 +225,7 @@ UNAVAILABLE = {"type": "error", "code": "unavailable", "text": "try again later"
 async def test_a_broker_that_is_gone_is_an_error_without_a_word_about_it(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = _BrokenEngine()
-    engine.error = error
-    async with visit(_app(ConnectionManager(engine), "/ws/{channel}"), "/ws/news") as peer:
+    async with visit(_app(ConnectionManager(FailingEngine(error)), "/ws/{channel}"), "/ws/news") as peer:
         for _ in range(3):
             assert await _ask(peer, _command("publish", "news", data=1)) == UNAVAILABLE
         assert peer.close is None

@@ -17,7 +17,7 @@ from starlette.routing import Mount, Router, WebSocketRoute
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, eventually, lifespan, refusal, turns, visit
-from tests.support.fake_broker import FakeBroker, FakeEngine
+from tests.support.fake_broker import FailingEngine, FakeBroker, FakeEngine
 from tests.support.web import denied, router_app
 from wsbroadcast import (
     Audience,
@@ -28,14 +28,11 @@ from wsbroadcast import (
     EngineUnavailable,
     Limits,
     ManagerDep,
-    MemoryEngine,
     Message,
     PermissionDenied,
-    Publication,
     create_router,
     create_routes,
 )
-from wsbroadcast.publication import Dismissal
 
 # Options.
 
@@ -233,22 +230,11 @@ async def test_messages_of_clients_are_ignored_and_counted_while_the_broker_is_g
     assert [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info] == []
 
 
-class _Failing(MemoryEngine):
-    """An engine of which nothing is known but that it fails."""
-
-    error: Exception = EngineError("read-only")
-
-    async def publish(self, publication: Publication | Dismissal) -> None:
-        raise self.error
-
-
 @pytest.mark.parametrize(
     "error", [EngineError("read-only"), EngineUnavailable("gone"), ExceptionGroup("several", [EngineError("one")])]
 )
 async def test_every_error_of_an_engine_is_its_trouble_and_not_the_client_s(error: Exception) -> None:
-    engine = _Failing()
-    engine.error = error
-    manager = ConnectionManager(engine)
+    manager = ConnectionManager(FailingEngine(error))
     app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as peer:
         peer.say("hello")
