@@ -683,11 +683,17 @@ async def test_authorize_that_returns_no_bool_lets_nobody_do_anything(
         (HTTPException(404, "banned"), 403, "banned"),
         (HTTPException(404, {"why": "banned"}), 403, '{"why":"banned"}'),
         (HTTPException(503, "no database"), 503, '{"detail":"no database"}'),
+        (PermissionDenied("no such room"), 403, "no such room"),
+        (WebSocketException(4123, "no such room"), 403, "no such room"),
+        (StarletteWebSocketException(4123, "no such room"), 403, "no such room"),
     ],
 )
-def test_authorize_may_deny_or_fail_as_fastapi_does(error: Exception, status: int, text: str) -> None:
+@WRAPS
+def test_authorize_may_deny_or_fail_as_fastapi_does(
+    error: Exception, status: int, text: str, wrap: Callable[[Exception], Exception]
+) -> None:
     def authorize(connection: Any, action: str, channel: str) -> bool:
-        raise error
+        raise wrap(error)
 
     with TestClient(router_app(ConnectionManager(), "/ws/{channel}", authorize=authorize)) as client:
         response = denied(client, "/ws/news")
@@ -787,13 +793,8 @@ async def test_denial_of_authorize_may_come_out_of_a_task_group(
             return True
         raise wrap(error)
 
-    def app() -> FastAPI:
-        return router_app(ConnectionManager(), "/ws/{channel}", inbound="commands", authorize=authorize)
-
-    with TestClient(app()) as client:
-        response = denied(client, "/ws/other")
-    assert (response.status_code, response.text) == (403, "no such room")
-    async with visit(app(), "/ws/news") as peer:
+    app = router_app(ConnectionManager(), "/ws/{channel}", inbound="commands", authorize=authorize)
+    async with visit(app, "/ws/news") as peer:
         peer.say('{"type": "subscribe", "channel": "other"}')
         assert await peer.next() == '{"type":"error","code":"forbidden","text":"no such room"}'
 
