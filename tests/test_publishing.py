@@ -18,8 +18,10 @@ from uuid import UUID
 
 import pytest
 
+from tests.support import loops
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint, RedisServer
+from tests.support.brokers.processes import wait_until
 from tests.support.fake_broker import FakeBroker, FakeEngine, FakeLink
 from tests.support.servers import ROOT, eventually
 from tests.support.strict import STRICT
@@ -70,26 +72,11 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("wsbroadcast")]
 
 
-def soon(condition: Callable[[], Any]) -> None:
-    """Wait in a sync test until a condition holds."""
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "not within 5 s"
-        time.sleep(0.01)
-
-
 @contextmanager
 def loop_in_thread() -> Iterator[Callable[[Any], Any]]:
     """An app's event loop in another thread; yields what runs a coroutine there."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
+    with loops.loop_in_thread() as loop:
         yield lambda coroutine: asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 async def nowait(publisher: Publisher) -> None:
@@ -256,7 +243,7 @@ def test_publisher_that_nobody_has_any_more_ends(broker: FakeBroker) -> None:
     assert threads() == ["wsbroadcast publisher"]
     del publisher
     gc.collect()
-    soon(lambda: threads() == [] and broker.links == [])
+    wait_until(lambda: threads() == [] and broker.links == [])
 
 
 def test_program_that_never_closes_it_ends_without_a_word() -> None:
@@ -365,7 +352,7 @@ async def test_cancelled_close_ends_it_though_every_thread_is_busy(publisher: Pu
         await asyncio.wait([closing])
         may_end.set()
         await busy
-        await asyncio.to_thread(soon, lambda: threads() == [])
+        await asyncio.to_thread(wait_until, lambda: threads() == [])
 
 
 # Eager tasks came with Python 3.12.
@@ -608,7 +595,7 @@ def test_thread_that_comes_while_an_event_loop_is_stuck_waits_for_its_end() -> N
         stuck = asyncio.create_task(publisher.broadcast("cut off"))
         await asyncio.to_thread(broker.asked.wait, 5)
         call = pool.submit(publisher.broadcast_threadsafe, "two")
-        await asyncio.to_thread(soon, threads)
+        await asyncio.to_thread(wait_until, threads)
         assert not stuck.done()
         return call  # and the event loop ends, without telling the publisher
 
@@ -629,7 +616,7 @@ def test_call_that_its_event_loop_could_not_begin_is_made_in_the_thread() -> Non
         early = asyncio.create_task(publisher.broadcast("early"))
         await asyncio.to_thread(broker.asked.wait, 5)
         call = pool.submit(publisher.broadcast_threadsafe, "late")
-        await asyncio.to_thread(soon, threads)
+        await asyncio.to_thread(wait_until, threads)
         broker.may_answer.set()
         await early
         await asyncio.wrap_future(call)
@@ -772,8 +759,8 @@ def test_broker_that_is_down_is_no_error_before_a_message_is_sent(publisher: Pub
             publisher.broadcast_threadsafe("lost")
         assert asyncio.run(publisher.health()) == Health("fake", False, "ConnectionRefusedError: nobody listens")
         broker.is_down = False
-        soon(lambda: broker.links)
-        soon(lambda: asyncio.run(publisher.health()).is_ok)
+        wait_until(lambda: broker.links)
+        wait_until(lambda: asyncio.run(publisher.health()).is_ok)
         publisher.broadcast_threadsafe("found")
     assert [payload for _, payload in published(broker)] == [b"found"]
 
@@ -801,7 +788,7 @@ def test_engine_that_takes_its_time_goes_on_starting(broker: FakeBroker) -> None
         with pytest.raises(EngineUnavailable):
             publisher.broadcast_threadsafe("too early")
         may_answer.set()
-        soon(lambda: broker.links)
+        wait_until(lambda: broker.links)
         publisher.broadcast_threadsafe("in time")
     assert broker.opened == 1
     assert [payload for _, payload in published(broker)] == [b"in time"]

@@ -17,6 +17,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.asgi import Peer, eventually
+from tests.support.brokers.processes import wait_until
 from tests.support.servers import serve_here
 from tests.support.web import router_app
 from tests.test_docs import PAGES, blocks_of
@@ -350,11 +351,7 @@ async def test_on_message_runs_only_where_the_endpoint_reads() -> None:
             done.set()
         with client.websocket_connect("/reads") as socket:
             socket.send_text("two")
-            await asyncio.to_thread(_wait_until, lambda: heard == ["two"])
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    asyncio.run(eventually(condition))
+            await asyncio.to_thread(wait_until, lambda: heard == ["two"])
 
 
 def test_client_without_with_gives_each_socket_a_loop_of_its_own() -> None:
