@@ -78,11 +78,11 @@ async def test_socket_that_is_accepted_already_is_closed_with_a_reason(
 
 
 @pytest.mark.parametrize(("limit", "status", "code", "text"), REFUSALS)
-async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
+async def test_handshakes_at_the_same_time_do_not_get_past_a_limit(
     limit: str, status: int, code: int, text: str
 ) -> None:
     manager = ConnectionManager(limits=Limits(**{limit: 10}))
-    peers = [Peer(suspends=True, can_deny=True) for _ in range(100)]
+    peers = [Peer(suspends=True, can_deny=True) for _ in range(40)]
     most = 0
 
     @manager.on_connect
@@ -95,10 +95,10 @@ async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
         *(manager.connect(peer.websocket, user="ann") for peer in peers), return_exceptions=True
     )
     assert sum(isinstance(result, Connection) for result in results) == 10
-    assert sum(isinstance(result, LimitExceeded) for result in results) == 90
+    assert sum(isinstance(result, LimitExceeded) for result in results) == 30
     assert most == len(manager.connections) == 10
     assert sum(peer.accepted is not None for peer in peers) == 10
-    assert [peer.denial[0] for peer in peers if peer.accepted is None] == [status] * 90
+    assert [peer.denial[0] for peer in peers if peer.accepted is None] == [status] * 30
     for peer in peers:
         peer.leave()
     for connection in manager.connections:

@@ -94,6 +94,9 @@ class Peer:
         self._takes.set()
         self._sending = 0
         self._news = asyncio.Event()
+        # What `sent` has of messages and of a close, so that nobody goes through it for each of a thousand events.
+        self._messages: list[str | bytes] = []
+        self._close: Event | None = None
         self._read = 0
 
     # What the server calls.
@@ -130,6 +133,10 @@ class Peer:
         if event["type"] == "websocket.close" and event["code"] in self._refuses:
             raise ValueError("invalid close code")
         self.sent.append(dict(event))
+        if event["type"] == "websocket.send":
+            self._messages.append(event["text"] if event.get("text") is not None else event["bytes"])
+        elif event["type"] == "websocket.close":
+            self._close = self.sent[-1]
         self._news.set()
 
     # What the peer does.
@@ -173,12 +180,12 @@ class Peer:
     @property
     def messages(self) -> list[str | bytes]:
         """The messages so far."""
-        return [_data(event) for event in self.sent if event["type"] == "websocket.send"]
+        return self._messages.copy()
 
     @property
     def close(self) -> Event | None:
         """The close event, if there was one."""
-        return next((event for event in self.sent if event["type"] == "websocket.close"), None)
+        return self._close
 
     @property
     def close_code(self) -> int | None:
@@ -204,13 +211,13 @@ class Peer:
 
     async def next(self) -> str | bytes:
         """Wait for the next message that was not asked for yet."""
-        await self.wait_for(lambda: len(self.messages) > self._read)
+        await self.wait_for(lambda: len(self._messages) > self._read)
         self._read += 1
-        return self.messages[self._read - 1]
+        return self._messages[self._read - 1]
 
     async def wait_messages(self, count: int) -> list[str | bytes]:
         """Wait until so many messages have come; return all."""
-        await self.wait_for(lambda: len(self.messages) >= count)
+        await self.wait_for(lambda: len(self._messages) >= count)
         return self.messages
 
     async def wait_close(self) -> int:
@@ -225,11 +232,6 @@ class Peer:
             while not condition():
                 self._news.clear()
                 await self._news.wait()
-
-
-def _data(event: Event) -> str | bytes:
-    data: str | bytes = event["text"] if event.get("text") is not None else event["bytes"]
-    return data
 
 
 # Helpers.
