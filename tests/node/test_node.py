@@ -93,7 +93,7 @@ async def test_disconnect_evicts_when_the_backlog_is_full(
         assert stats.dropped == {"closed": 5}
         peer.resume()
     assert "slow consumer" in caplog.text
-    assert "m0" not in caplog.text
+    assert "m0" not in caplog.text.replace(connection.id, "")  # which is random, and may have it
 
 
 async def test_an_evicted_peer_that_wakes_up_in_time_is_told_why() -> None:
