@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sessions import cores, cpu_seconds, free_port, on_core
 
 HERE = Path(__file__).parent
 ATTACKS = ("frames", "handshakes", "names", "deaf")
@@ -34,13 +35,11 @@ class Flood:
     """A server, and the processes that are its clients."""
 
     def __init__(self, seconds: float) -> None:
-        *_, self._core = self._cores = sorted(os.sched_getaffinity(0))
+        server_core, self._load_core = cores()
         self._seconds = seconds
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self._port: int = sock.getsockname()[1]
+        self._port = free_port()
         command = [sys.executable, str(HERE / "servers" / "flooded.py"), "--port", str(self._port)]
-        self.server = subprocess.Popen(command, preexec_fn=self._pin_server, stderr=subprocess.DEVNULL)
+        self.server = subprocess.Popen(command, preexec_fn=on_core(server_core), stderr=subprocess.DEVNULL)
         self.held()
 
     def held(self, connections: int = 0) -> Result:
@@ -69,28 +68,18 @@ class Flood:
         opened = json.loads(healthy.stdout.readline())
         if opened != {"status": [101]}:
             raise SystemExit(f"the healthy clients are refused: {opened}")
-        cpu = self._cpu_seconds()
+        cpu = cpu_seconds(self.server.pid)
         started = {role: self._start(role, self._seconds - 2, room) for role in others}
         outcomes = {role: json.loads(process.communicate()[0] or "{}") for role, process in started.items()}
         result: Result = json.loads(healthy.communicate()[0])
         lag = self._figures()["lag_p99_ms"]  # since the last time anybody asked, which was before they began
-        return {**result, "lag_p99_ms": lag, "cpu_s": self._cpu_seconds() - cpu, **outcomes}
+        return {**result, "lag_p99_ms": lag, "cpu_s": cpu_seconds(self.server.pid) - cpu, **outcomes}
 
     def _start(self, role: str, seconds: float, room: str = "/room/a") -> subprocess.Popen[str]:
         command = [sys.executable, str(HERE / "flooders.py"), role, str(self._port), str(seconds)]
         environment = {**os.environ, "FLOOD_ROOM": room}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, preexec_fn=self._pin_clients, env=environment
-        )
-
-    def _cpu_seconds(self) -> float:
-        return time.clock_gettime((~self.server.pid << 3) | 2)  # clock_getcpuclockid(3)
-
-    def _pin_server(self) -> None:
-        os.sched_setaffinity(0, {self._core})
-
-    def _pin_clients(self) -> None:
-        os.sched_setaffinity(0, {self._cores[0]})
+        prepare = on_core(self._load_core)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=prepare, env=environment)
 
 
 def main() -> None:

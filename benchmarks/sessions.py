@@ -52,7 +52,7 @@ class Session:
     def start(self) -> None:
         """Start both processes; the connections come later."""
         server_core, load_core = cores()
-        port = self._port = _free_port()
+        port = self._port = free_port()
         flags = ["--port", str(port), "--loop", self._loop]
         flags += [f"--{name}" for name in ("deflate", "tls") if getattr(self.crowd, name)]
         self._server = self._spawn(
@@ -118,7 +118,7 @@ class Session:
 
     def cpu(self) -> float:
         """Return the CPU time that the server has used, in seconds."""
-        return time.clock_gettime((~self._server.pid << 3) | 2)  # clock_getcpuclockid(3)
+        return cpu_seconds(self._server.pid)
 
     @property
     def server_pid(self) -> int:
@@ -152,7 +152,7 @@ class Session:
         self.close()
 
     def _spawn(self, command: list[str], core: int, **streams: Any) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(command, stderr=self._log, preexec_fn=_on_core(core), **streams)
+        process = subprocess.Popen(command, stderr=self._log, preexec_fn=on_core(core), **streams)
         self._processes.append(process)
         return process
 
@@ -172,11 +172,18 @@ class Session:
         return f" (log: {lines[-1]})" if lines else ""
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used."""
+    return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3)
+
+
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 
-def _on_core(core: int) -> Callable[[], None]:
+def on_core(core: int) -> Callable[[], None]:
+    """Return what a new process does first: stay on a core, take all descriptors there are, and end with us."""
+
     def prepare() -> None:
         os.sched_setaffinity(0, {core})
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -187,7 +194,8 @@ def _on_core(core: int) -> Callable[[], None]:
     return prepare
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

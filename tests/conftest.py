@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.fixtures import *  # noqa: F403
+from wsbroadcast import ConnectionManager
 
 # A busy machine is no failure.
 settings.register_profile("wsbroadcast", deadline=None)
@@ -60,3 +61,9 @@ async def no_task_is_left() -> AsyncIterator[None]:
     if tasks:
         _, left = await asyncio.wait(tasks, timeout=1)
         assert not left, f"left behind: {sorted(task.get_name() for task in left)}"
+
+
+@pytest.fixture
+async def manager() -> AsyncIterator[ConnectionManager]:
+    async with ConnectionManager() as manager:
+        yield manager

@@ -18,8 +18,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.support.brokers import Endpoint, RedisServer
-from tests.support.servers import free_port
+from tests.support.brokers import Endpoint, RedisServer, free_port
 from tests.support.strict import STRICT
 from wsbroadcast.command import main
 from wsbroadcast.demo.server import url_of

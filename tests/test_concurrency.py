@@ -8,12 +8,12 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NoReturn, cast
 
 import pytest
 
+from tests.support.brokers.processes import wait_until
 from tests.support.loops import loop_in_thread
 from wsbroadcast import LifecycleError
 from wsbroadcast.concurrency import (
@@ -248,14 +248,7 @@ def test_thread_that_can_make_nothing_says_why_and_ends() -> None:
     before = threading.active_count()
     with pytest.raises(OSError, match="no room"):
         LoopThread("wsbroadcast test", fail)
-    soon(lambda: threading.active_count() == before)
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "not within 5 s"
-        time.sleep(0.001)
+    wait_until(lambda: threading.active_count() == before)
 
 
 # From plain calls, and from threads.

@@ -14,7 +14,8 @@ import signal
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,14 +23,16 @@ from typing import Any
 
 import jwt
 import pytest
-from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
+from starlette.testclient import TestClient, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
 import wsbroadcast
 from tests.support import users as users_of_an_app
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint
+from tests.support.examples import announce, talk_in_rooms_and_hear_news
 from tests.support.servers import eventually
+from tests.support.web import admitted, close_of, denied
 from wsbroadcast import (
     CloseCode,
     ConnectionManager,
@@ -110,11 +113,9 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page) if page != "docs/
 # What to do with the blocks that make an app. Each function gets a started client and the block's names.
 
 
-def close_of(socket: WebSocketTestSession) -> tuple[int, str]:
-    """Read until the server closes."""
-    while (message := socket.receive())["type"] != "websocket.close":
-        pass
-    return message["code"], message["reason"]
+def refused(client: TestClient, path: str = "/ws", **headers: str) -> int:
+    """Return the HTTP status that a handshake is refused with."""
+    return denied(client, path, **headers).status_code
 
 
 def readme_chat(client: TestClient, block: Namespace) -> None:
@@ -128,19 +129,22 @@ def readme_chat(client: TestClient, block: Namespace) -> None:
 
 
 def readme_rooms_and_news(client: TestClient, block: Namespace) -> None:
+    talk_in_rooms_and_hear_news(client)
+
+
+@contextmanager
+def in_two_rooms(client: TestClient, path: str) -> Iterator[None]:
+    """Talk in two rooms, and stay there."""
     with (
-        client.websocket_connect("/ws/rooms/tea") as ada,
-        client.websocket_connect("/ws/rooms/tea") as bob,
-        client.websocket_connect("/ws/rooms/news") as mallory,
-        client.websocket_connect("/ws/news") as eva,
+        client.websocket_connect(f"{path}tea") as ada,
+        client.websocket_connect(f"{path}tea") as bob,
+        client.websocket_connect(f"{path}coffee") as eva,
     ):
-        ada.send_text("hello")
-        assert ada.receive_text() == bob.receive_text() == "hello"
-        mallory.send_text("not from the server")
-        assert mallory.receive_text() == "not from the server"
-        eva.send_text("thrown away")
-        assert client.post("/announce", params={"text": "breaking"}).status_code == 200
-        assert eva.receive_text() == "breaking"
+        ada.send_text("milk?")
+        assert ada.receive_text() == bob.receive_text() == "milk?"
+        eva.send_text("sugar?")
+        assert eva.receive_text() == "sugar?"
+        yield
 
 
 def tutorial_page(client: TestClient, path: str) -> None:
@@ -160,16 +164,8 @@ def tutorial_chat(client: TestClient, block: Namespace) -> None:
 
 def tutorial_rooms(client: TestClient, block: Namespace) -> None:
     tutorial_page(client, "/rooms/tea")
-    with (
-        client.websocket_connect("/ws/rooms/tea") as ada,
-        client.websocket_connect("/ws/rooms/tea") as bob,
-        client.websocket_connect("/ws/rooms/coffee") as eva,
-    ):
+    with in_two_rooms(client, "/ws/rooms/"):
         assert block["manager"].connections[0].channels == {"room:tea"}
-        ada.send_text("milk?")
-        assert ada.receive_text() == bob.receive_text() == "milk?"
-        eva.send_text("sugar?")
-        assert eva.receive_text() == "sugar?"
 
 
 def tutorial_users(client: TestClient, block: Namespace) -> None:
@@ -216,7 +212,7 @@ def http_route(client: TestClient, block: Namespace) -> None:
         assert ada.receive_json() == {"headline": "hello"}
 
 
-def own_lifespan(client: TestClient, block: Namespace) -> None:
+def echo(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws") as ada:
         ada.send_text("hello")
         assert ada.receive_text() == "hello"
@@ -288,15 +284,7 @@ def access(client: TestClient, block: Namespace) -> None:
 
 
 def rooms_of_a_class(client: TestClient, block: Namespace) -> None:
-    with (
-        client.websocket_connect("/ws/tea") as ada,
-        client.websocket_connect("/ws/tea") as bob,
-        client.websocket_connect("/ws/coffee") as eva,
-    ):
-        ada.send_text("milk?")
-        assert ada.receive_text() == bob.receive_text() == "milk?"
-        eva.send_text("sugar?")
-        assert eva.receive_text() == "sugar?"
+    with in_two_rooms(client, "/ws/"):
         assert [client.get(f"/members/{room}").json() for room in ("tea", "coffee", "milk")] == [2, 1, 0]
 
 
@@ -351,12 +339,6 @@ def stats(client: TestClient, block: Namespace) -> None:
         assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
 
 
-def fast_path(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws") as ada:
-        ada.send_text("hello")
-        assert ada.receive_text() == "hello"
-
-
 def order(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws") as ada:
         assert [ada.receive_text() for _ in range(3)] == ["1", "2", "3"]
@@ -364,16 +346,7 @@ def order(client: TestClient, block: Namespace) -> None:
 
 
 def scale_out(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
-        assert client.post("/announce/news", params={"text": "hello"}).status_code == 204
-        assert ada.receive_text() == bob.receive_text() == "hello"
-
-
-def refused(client: TestClient, path: str = "/ws", **headers: str) -> int:
-    """Return the HTTP status that a handshake is refused with."""
-    with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect(path, headers=headers):
-        pass
-    return caught.value.status_code
+    announce(client)
 
 
 def authenticate(client: TestClient, block: Namespace) -> None:
@@ -420,7 +393,7 @@ def json_web_token(client: TestClient, block: Namespace) -> None:
         by_message.send_text("hello")
         for socket in (by_header, by_subprotocol, by_message):
             assert socket.receive_text() == "hello"
-    soon = token(exp=time.time() + 1.2)  # PyJWT has whole seconds
+    soon = token(exp=int(time.time()) + 2)  # in one to two seconds: PyJWT has whole ones
     with client.websocket_connect("/ws/news", headers={"authorization": f"Bearer {soon}"}) as socket:
         assert close_of(socket)[0] == 4401
 
@@ -514,17 +487,14 @@ def log_out(client: TestClient, block: Namespace) -> None:
 
 def other_origins(client: TestClient, block: Namespace) -> None:
     for origin in ("https://app.example", "http://localhost:5173"):
-        with client.websocket_connect("/ws", headers={"origin": origin}):
-            pass
+        admitted(client, origin=origin)
     for origin in ("https://evil.example", "http://app.example", "http://testserver", "http://localhost:5174"):
         assert refused(client, origin=origin) == 403
-    with client.websocket_connect("/ws"):
-        pass
+    admitted(client)
 
 
 def named_origins(client: TestClient, block: Namespace) -> None:
-    with client.websocket_connect("/ws", headers={"origin": "https://www.app.example"}):
-        pass
+    admitted(client, origin="https://www.app.example")
     assert refused(client, origin="http://testserver") == 403
 
 
@@ -543,7 +513,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to-authenticate.md#pages-of-another-origin": other_origins,
     "docs/how-to.md#replace-the-class-you-wrote-by-hand": rooms_of_a_class,
     "docs/how-to.md#send-from-an-http-route": http_route,
-    "docs/how-to.md#send-from-an-http-route-#2": own_lifespan,
+    "docs/how-to.md#send-from-an-http-route-#2": echo,
     "docs/how-to.md#send-from-a-thread": threads,
     "docs/how-to.md#send-from-a-background-task": background_task,
     "docs/how-to.md#send-a-row-of-your-database": database_row,
@@ -554,7 +524,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#send-something-else-to-some-of-the-recipients": by_role,
     "docs/how-to.md#choose-what-happens-to-slow-consumers": prices,
     "docs/how-to.md#see-what-is-going-on": stats,
-    "docs/servers.md#uvicorn": fast_path,
+    "docs/servers.md#uvicorn": echo,
     "docs/scale-out.md#two-workers": scale_out,
     "docs/scale-out.md#background-tasks": local_ticks,
     "docs/scale-out.md#background-tasks-#3": leader,

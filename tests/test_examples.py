@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import importlib.metadata
 import re
 import tomllib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
-from websockets.asyncio.client import ClientConnection, connect
+from starlette.testclient import TestClient, WebSocketTestSession
 
 from tests.support.brokers import free_port
-from tests.support.examples import EXAMPLES, load
-from tests.support.servers import serve_here
+from tests.support.examples import EXAMPLES, announce, load, talk_in_rooms_and_hear_news
+from tests.support.web import close_of, denied
 
 PATHS = sorted(EXAMPLES.glob("*.py"))
-
-# Seconds after which something that should have happened is missing.
-TIMEOUT = 5.0
-
-
-def close_code(socket: WebSocketTestSession) -> int:
-    """Read until the server closes."""
-    while (message := socket.receive())["type"] != "websocket.close":
-        pass
-    code: int = message["code"]
-    return code
 
 
 # One function for each example; it gets a started client.
@@ -48,21 +34,9 @@ def chat(client: TestClient) -> None:
 
 
 def router(client: TestClient) -> None:
-    with (
-        client.websocket_connect("/ws/rooms/tea") as ada,
-        client.websocket_connect("/ws/rooms/tea") as bob,
-        client.websocket_connect("/ws/rooms/news") as mallory,
-        client.websocket_connect("/ws/news") as eva,
-    ):
-        ada.send_text("hello")
-        assert ada.receive_text() == bob.receive_text() == "hello"
-        mallory.send_text("not from the server")
-        assert mallory.receive_text() == "not from the server"
-        eva.send_text("ignored")
-        assert client.post("/announce", params={"text": "breaking"}).status_code == 204
-        assert eva.receive_text() == "breaking"
-        stats = client.get("/stats").json()
-        assert (stats["connections"], stats["channels"], stats["broadcasts"]) == (4, 3, 3)
+    talk_in_rooms_and_hear_news(client)
+    stats = client.get("/stats").json()
+    assert (stats["connects"], stats["broadcasts"]) == (4, 3)
 
 
 def channels_and_users(client: TestClient) -> None:
@@ -85,7 +59,7 @@ def channels_and_users(client: TestClient) -> None:
         ada.send_text("no JSON")
         assert "error" in ada.receive_json()
         ada.send_bytes(b"{}")
-        assert close_code(ada) == 1003
+        assert close_of(ada)[0] == 1003
 
 
 def hooks(client: TestClient) -> None:
@@ -100,10 +74,10 @@ def hooks(client: TestClient) -> None:
             assert eva.receive_json() == {"from": "ada", "text": "hello bob"}  # neither bob's words nor the spam
             assert bob.receive_json() == ada.receive_json() == {"from": "ada", "text": "hello bob"}
             bob.send_text("x" * 1001)
-            assert close_code(bob) == 1008
+            assert close_of(bob)[0] == 1008
         assert eva.receive_json() == ada.receive_json()
     with client.websocket_connect("/ws/root") as root:
-        assert close_code(root) == 1008
+        assert close_of(root)[0] == 1008
 
 
 def http_and_threads(client: TestClient) -> None:
@@ -151,18 +125,15 @@ def engine(client: TestClient) -> None:
 
 def scale_out(client: TestClient) -> None:
     # With brokers and several workers: tests/integration/test_workers.py.
-    with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
-        assert client.post("/announce/news", params={"text": "hello"}).status_code == 204
-        assert ada.receive_text() == bob.receive_text() == "hello"
-        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+    announce(client)
+    assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
 
 
 def login(client: TestClient) -> None:
     assert "textContent" in client.get("/").text
     assert client.get("/me").status_code == 401
-    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/chat"):
-        pass
-    assert (refused.value.status_code, refused.value.text) == (401, "log in first")
+    refused = denied(client, "/chat")
+    assert (refused.status_code, refused.text) == (401, "log in first")
     for wrong in ({"name": "ada", "password": "guessed"}, {"name": "eve", "password": "sesame"}):
         assert client.post("/login", json=wrong).status_code == 401
     (endpoint,) = (route.endpoint for route in client.app.routes if route.path == "/login")  # type: ignore[attr-defined]
@@ -176,14 +147,11 @@ def login(client: TestClient) -> None:
         tab.send_text("hello")
         assert tab.receive_json() == other_tab.receive_json() == {"from": "ada", "text": "hello"}
         other_tab.send_bytes(b"\xff")
-        assert close_code(other_tab) == 1003
-        elsewhere = {"origin": "https://evil.example"}
-        with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/chat", headers=elsewhere):
-            pass
+        assert close_of(other_tab)[0] == 1003
+        denied(client, "/chat", origin="https://evil.example")
         assert client.post("/logout").status_code == 204
-        assert close_code(tab) == 4401
-    with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/chat"):
-        pass
+        assert close_of(tab)[0] == 4401
+    denied(client, "/chat")
 
 
 def private_channels(client: TestClient) -> None:
@@ -209,15 +177,12 @@ def private_channels(client: TestClient) -> None:
         assert ada.receive_json() == {"private": "psst"}
         assert ask(eve, "subscribe", "news") == "subscribed"
         client.post("/ban/eve")
-        assert close_code(eve) == 4401
+        assert close_of(eve)[0] == 4401
     for guess in ("guessed", token("ada")[:-1], "." + token("ada")):
-        headers = {"authorization": f"Bearer {guess}"}
-        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws", headers=headers):
-            pass
-        assert refused.value.status_code == 401
+        assert denied(client, authorization=f"Bearer {guess}").status_code == 401
         with client.websocket_connect("/ws") as socket:
             socket.send_text(guess)
-            assert close_code(socket) == 4401
+            assert close_of(socket)[0] == 4401
 
 
 EXERCISES: dict[str, Callable[[TestClient], None]] = {
@@ -268,25 +233,3 @@ def test_example_has_a_script_header_and_says_how_to_run_it(path: Path) -> None:
     assert f"uvicorn {path.stem}:app" in (ast.get_docstring(ast.parse(source)) or "")
     run = RUNS.get(path.stem, "app")
     assert source.endswith(f'if __name__ == "__main__":\n    import uvicorn\n\n    uvicorn.run({run})\n')
-
-
-# The chat of the tutorial, on a real server.
-
-
-@asynccontextmanager
-async def chatting(port: int, number: int) -> AsyncIterator[ClientConnection]:
-    async with asyncio.timeout(TIMEOUT), connect(f"ws://127.0.0.1:{port}/ws/{number}", proxy=None) as client:
-        yield client
-
-
-async def test_chat_runs_on_a_real_server() -> None:
-    example = load(EXAMPLES / "01_chat.py")
-    async with serve_here(example.app) as port, chatting(port, 1) as ada, chatting(port, 2) as bob:
-        await ada.send("hello")
-        assert [await ada.recv(), await ada.recv()] == ["You wrote: hello", "Client #1 says: hello"]
-        assert await bob.recv() == "Client #1 says: hello"
-        async with chatting(port, 3) as eva:
-            await eva.send("hi")
-            await eva.recv()
-        assert [await bob.recv(), await bob.recv()] == ["Client #3 says: hi", "Client #3 left the chat"]
-    assert example.manager.connections == []

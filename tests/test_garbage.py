@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +14,6 @@ from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from tests.support.asgi import Peer, eventually, turns
 from tests.support.fast import WebSocketsSansIOProtocol
 from wsbroadcast import Connection, ConnectionDep, ConnectionManager, create_router
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
 
 
 @pytest.fixture(autouse=True)

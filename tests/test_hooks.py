@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast, get_args
@@ -20,13 +20,11 @@ from wsbroadcast import (
     Audience,
     ConfigurationError,
     Connection,
-    ConnectionClosed,
     ConnectionManager,
     Delivery,
     EncodeError,
     HoldBack,
     Hook,
-    LifecycleError,
     Message,
     PermissionDenied,
 )
@@ -46,6 +44,17 @@ MESSAGE = Message.of("text")
 def chain_of(timeout: float = 5.0) -> tuple[HookChain, Counters]:
     counters = Counters()
     return HookChain(timeout, counters), counters
+
+
+def chain_with(
+    event: HookEvent, hook: Callable[..., Any], timeout: float = 5.0
+) -> tuple[HookChain, Counters, list[Any]]:
+    """A chain with a hook; the list has the arguments of a hook behind it."""
+    chain, counters = chain_of(timeout)
+    after: list[Any] = []
+    chain.add_function(event, hook)
+    chain.add_function(event, lambda *args: after.append(args))
+    return chain, counters, after
 
 
 def connection_named(name: str) -> Connection:
@@ -152,11 +161,8 @@ def test_decorator_adds_a_function_and_returns_it(event: HookEvent, is_async: bo
 async def test_observer_that_raises_stops_nobody(
     event: HookEvent, is_async: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain, counters = chain_of()
-    seen: list[object] = []
+    chain, counters, seen = chain_with(event, hook_that(fail, is_async))
     errors: list[tuple[Exception, str]] = []
-    chain.add_function(event, hook_that(fail, is_async))
-    chain.add_function(event, lambda *args: seen.append(args))
     chain.add_function("on_error", lambda error, where: errors.append((error, where)))
     await chain.observe(event, "argument")
     assert seen == [("argument",)]
@@ -187,11 +193,8 @@ async def test_observer_may_refuse_on_purpose(event: HookEvent, is_async: bool) 
     def refuse() -> None:
         raise PermissionDenied("no")
 
-    chain, counters = chain_of()
-    after: list[object] = []
+    chain, counters, after = chain_with(event, hook_that(refuse, is_async))
     errors: list[object] = []
-    chain.add_function(event, hook_that(refuse, is_async))
-    chain.add_function(event, lambda *args: after.append(args))
     chain.add_function("on_error", lambda *args: errors.append(args))
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
@@ -208,8 +211,7 @@ async def test_observer_may_refuse_out_of_a_task_group(event: HookEvent) -> None
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(deny())
 
-    chain, counters = chain_of()
-    chain.add_function(event, refuse)
+    chain, counters, _ = chain_with(event, refuse)
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
     assert counters.hook_errors == 0
@@ -249,8 +251,7 @@ UNFINISHED = pytest.mark.parametrize(
 async def test_guard_that_has_not_run_refuses(
     event: HookEvent, hook: Callable[..., Any], why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, hook)
+    chain, counters, _ = chain_with(event, hook)
     with pytest.raises(PermissionDenied, match="not allowed"):
         await chain.observe(event, "argument")
     assert counters.hook_errors == 1
@@ -260,16 +261,14 @@ async def test_guard_that_has_not_run_refuses(
 @pytest.mark.parametrize("event", [event for event in OBSERVED if event not in REFUSABLE])
 @UNFINISHED
 async def test_observer_that_has_not_run_is_an_error(event: HookEvent, hook: Callable[..., Any], why: str) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, hook)
+    chain, counters, _ = chain_with(event, hook)
     await chain.observe(event, "argument")
     assert counters.hook_errors == 1
 
 
 @UNFINISHED
 async def test_broadcast_hook_that_has_not_run_holds_the_message_back(hook: Callable[..., Any], why: str) -> None:
-    chain, counters = chain_of()
-    chain.add_function("on_broadcast", hook)
+    chain, counters, _ = chain_with("on_broadcast", hook)
     with pytest.raises(ConfigurationError, match=f"on_broadcast hook .* returned is {why}"):
         await chain.transform(MESSAGE, EVERYONE)
     chain.add_function("on_deliver", hook)
@@ -281,10 +280,7 @@ async def test_broadcast_hook_that_has_not_run_holds_the_message_back(hook: Call
 @pytest.mark.parametrize("event", REFUSABLE)
 @both
 async def test_guard_may_return_false(event: HookEvent, is_async: bool) -> None:
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function(event, hook_that(lambda: False, is_async))
-    chain.add_function(event, lambda *args: after.append(args))
+    chain, counters, after = chain_with(event, hook_that(lambda: False, is_async))
     with pytest.raises(PermissionDenied, match="not allowed"):
         await chain.observe(event, "argument")
     assert (after, counters.hook_errors) == ([], 0)
@@ -293,16 +289,14 @@ async def test_guard_may_return_false(event: HookEvent, is_async: bool) -> None:
 @pytest.mark.parametrize("event", OBSERVED)
 @pytest.mark.parametrize("result", [None, 0, "", True, "text", {}])
 async def test_observer_may_return_anything_else(event: HookEvent, result: object) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, lambda *args: result)
+    chain, counters, _ = chain_with(event, lambda *args: result)
     await chain.observe(event, "argument")
     assert counters.hook_errors == 0
 
 
 @pytest.mark.parametrize("event", REFUSABLE)
 async def test_guard_that_is_no_coroutine_function_is_awaited(event: HookEvent) -> None:
-    chain, counters = chain_of()
-    chain.add_function(event, lambda *args: check(*args))
+    chain, counters, _ = chain_with(event, lambda *args: check(*args))
     with pytest.raises(PermissionDenied, match="no"):
         await chain.observe(event, "argument")
     assert counters.hook_errors == 0
@@ -312,8 +306,7 @@ async def test_group_with_an_error_in_it_is_an_error_of_the_hook() -> None:
     def refuse(*args: object) -> None:
         raise ExceptionGroup("two", [PermissionDenied("no"), KeyError("broken")])
 
-    chain, counters = chain_of()
-    chain.add_function("on_connect", refuse)
+    chain, counters, _ = chain_with("on_connect", refuse)
     await chain.observe("on_connect", "argument")
     assert counters.hook_errors == 1
 
@@ -323,10 +316,7 @@ async def test_what_can_not_be_refused_is_an_error_like_others(event: HookEvent)
     def refuse(*args: object) -> None:
         raise PermissionDenied("no")
 
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function(event, refuse)
-    chain.add_function(event, lambda *args: after.append(args))
+    chain, counters, after = chain_with(event, refuse)
     await chain.observe(event, "argument")
     assert after == [("argument",)]
     assert counters.hook_errors == 1
@@ -336,9 +326,7 @@ async def test_what_can_not_be_refused_is_an_error_like_others(event: HookEvent)
 
 
 async def test_observer_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
-    chain, counters = chain_of(timeout=0.05)
     cleaned_up: list[bool] = []
-    after: list[object] = []
 
     async def hang(connection: Connection) -> None:
         try:
@@ -346,11 +334,10 @@ async def test_observer_that_hangs_is_cut_off(caplog: pytest.LogCaptureFixture) 
         finally:
             cleaned_up.append(True)
 
-    chain.add_function("on_connect", hang)
-    chain.add_function("on_connect", after.append)
+    chain, counters, after = chain_with("on_connect", hang, timeout=0.05)
     async with asyncio.timeout(5):
         await chain.observe("on_connect", "argument")
-    assert (cleaned_up, after) == ([True], ["argument"])
+    assert (cleaned_up, after) == ([True], [("argument",)])
     assert counters.hook_errors == 1
     assert "was cut off after 0.05 s" in caplog.text
     assert asyncio.current_task().cancelling() == 0  # type: ignore[union-attr]
@@ -407,12 +394,9 @@ async def test_hook_that_raises_cancelled_error_itself_is_an_error(is_async: boo
     def cancel_oneself() -> None:
         raise asyncio.CancelledError
 
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function("on_connect", hook_that(cancel_oneself, is_async))
-    chain.add_function("on_connect", after.append)
+    chain, counters, after = chain_with("on_connect", hook_that(cancel_oneself, is_async))
     await chain.observe("on_connect", "argument")
-    assert after == ["argument"]
+    assert after == [("argument",)]
     assert counters.hook_errors == 1
     chain.add_function("on_broadcast", hook_that(cancel_oneself, is_async))
     with pytest.raises(RuntimeError, match="was cancelled from within"):
@@ -434,16 +418,13 @@ async def test_hook_that_awaits_what_was_cancelled_is_an_error() -> None:
 
 @pytest.mark.parametrize("event", ["on_connect", "on_broadcast", "on_deliver"])
 async def test_cancelled_caller_is_cancelled_and_nothing_else_runs(event: HookEvent) -> None:
-    chain, counters = chain_of()
     started = asyncio.Event()
-    after: list[object] = []
 
     async def wait(*args: object) -> None:
         started.set()
         await asyncio.get_running_loop().create_future()
 
-    chain.add_function(event, wait)
-    chain.add_function(event, lambda *args: after.append(args))
+    chain, counters, after = chain_with(event, wait)
     caller = asyncio.ensure_future(run(chain, event))
     await started.wait()
     caller.cancel()
@@ -473,8 +454,7 @@ async def test_hook_may_return_any_awaitable() -> None:
         lambda message, audience: asyncio.ensure_future(asyncio.sleep(0, "task")),
     ]
     for hook, expected in zip(hooks, ["later", "task"], strict=True):
-        chain, _ = chain_of()
-        chain.add_function("on_broadcast", hook)
+        chain, _, _ = chain_with("on_broadcast", hook)
         message = await chain.transform(MESSAGE, EVERYONE)
         assert message is not None
         assert message.data == expected
@@ -524,17 +504,13 @@ async def test_broadcast_hooks_change_what_the_one_before_returned(is_async: boo
 
 
 async def test_broadcast_hook_may_return_the_message_itself() -> None:
-    chain, _ = chain_of()
-    chain.add_function("on_broadcast", lambda message, audience: message)
+    chain, _, _ = chain_with("on_broadcast", lambda message, audience: message)
     assert await chain.transform(MESSAGE, EVERYONE) is MESSAGE
 
 
 @both
 async def test_broadcast_hook_holds_the_message_back(is_async: bool) -> None:
-    chain, counters = chain_of()
-    after: list[object] = []
-    chain.add_function("on_broadcast", hook_that(lambda: HOLD_BACK, is_async))
-    chain.add_function("on_broadcast", lambda *args: after.append(args))
+    chain, counters, after = chain_with("on_broadcast", hook_that(lambda: HOLD_BACK, is_async))
     assert await chain.transform(MESSAGE, EVERYONE) is None
     assert (after, counters.vetoed, counters.hook_errors) == ([], 1, 0)
 
@@ -542,8 +518,7 @@ async def test_broadcast_hook_holds_the_message_back(is_async: bool) -> None:
 @both
 async def test_broadcast_hook_that_returns_nothing_changes_nothing(is_async: bool) -> None:
     """As one that only writes a log."""
-    chain, counters = chain_of()
-    chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
+    chain, counters, _ = chain_with("on_broadcast", hook_that(lambda: None, is_async))
     assert await chain.transform(MESSAGE, EVERYONE) is MESSAGE
     chain.add_function("on_broadcast", lambda message, audience: "changed")
     chain.add_function("on_broadcast", hook_that(lambda: None, is_async))
@@ -569,8 +544,7 @@ KEYS = [("text", "caller"), (Message.of("text"), "caller"), (Message.of("text", 
 
 @pytest.mark.parametrize(("result", "key"), KEYS)
 async def test_message_of_a_broadcast_hook_keeps_its_own_key(result: object, key: str) -> None:
-    chain, _ = chain_of()
-    chain.add_function("on_broadcast", lambda message, audience: result)
+    chain, _, _ = chain_with("on_broadcast", lambda message, audience: result)
     message = await chain.transform(Message.of("before", "caller"), EVERYONE)
     assert message is not None
     assert (message.data, message.key) == ("text", key)
@@ -633,8 +607,7 @@ class Called:
 def test_broadcast_hook_that_may_return_none_is_warned_of(
     hook: Callable[..., Any], is_warned: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain, _ = chain_of()
-    chain.add_function("on_broadcast", hook)
+    chain_with("on_broadcast", hook)
     warnings = [record.getMessage() for record in caplog.records if record.name == "wsbroadcast"]
     assert len(warnings) == is_warned
     assert all("may return None" in text and "return HOLD_BACK" in text for text in warnings)
@@ -642,19 +615,15 @@ def test_broadcast_hook_that_may_return_none_is_warned_of(
 
 @pytest.mark.parametrize("event", [event for event in EVENTS if event != "on_broadcast"])
 def test_other_hooks_may_return_none(event: HookEvent, caplog: pytest.LogCaptureFixture) -> None:
-    chain, _ = chain_of()
-    chain.add_function(event, guard)
+    chain_with(event, guard)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
 @both
 async def test_broadcast_hook_that_raises_tells_the_caller(event: HookEvent, is_async: bool) -> None:
-    chain, counters = chain_of()
-    after: list[object] = []
+    chain, counters, after = chain_with(event, hook_that(fail, is_async))
     errors: list[object] = []
-    chain.add_function(event, hook_that(fail, is_async))
-    chain.add_function(event, lambda *args: after.append(args))
     chain.add_function("on_error", lambda *args: errors.append(args))
     with pytest.raises(KeyError, match="mine"):
         await run(chain, event)
@@ -663,8 +632,7 @@ async def test_broadcast_hook_that_raises_tells_the_caller(event: HookEvent, is_
 
 
 async def test_broadcast_hook_that_returns_what_can_not_be_sent_is_an_error() -> None:
-    chain, counters = chain_of()
-    chain.add_function("on_broadcast", lambda message, audience: object())
+    chain, counters, _ = chain_with("on_broadcast", lambda message, audience: object())
     with pytest.raises(EncodeError):
         await chain.transform(MESSAGE, EVERYONE)
     assert counters.hook_errors == 1
@@ -723,8 +691,7 @@ def test_last_replacement_counts() -> None:
 
 
 async def delivered(change: Callable[[Delivery], object], *names: str) -> list[tuple[object, list[str]]]:
-    chain, _ = chain_of()
-    chain.add_function("on_deliver", change)
+    chain, _, _ = chain_with("on_deliver", change)
     delivery = delivery_to(*names)
     await chain.deliver(delivery)
     return parts_of(delivery)
@@ -821,205 +788,3 @@ async def test_hook_that_waits_is_not_named(caplog: pytest.LogCaptureFixture) ->
     chain.add_function("on_connect", wait)
     await chain.observe("on_connect", "argument")
     assert not [record for record in caplog.records if record.name == "wsbroadcast"]
-
-
-# Hooks that broadcast, or end their own connection: through a manager, towards a peer that takes everything.
-
-
-class Peer:
-    """A WebSocket whose other end is a list."""
-
-    def __init__(self) -> None:
-        self.sent: list[MutableMapping[str, Any]] = []
-        self.gone = asyncio.Event()
-        self.websocket = WebSocket({"type": "websocket", "path": "/", "headers": []}, self.receive, self.send)
-
-    async def receive(self) -> MutableMapping[str, Any]:
-        if self.websocket.client_state.name == "CONNECTING":
-            return {"type": "websocket.connect"}
-        await self.gone.wait()
-        return {"type": "websocket.disconnect", "code": 1001}
-
-    async def send(self, event: MutableMapping[str, Any]) -> None:
-        self.sent.append(event)
-
-    @property
-    def texts(self) -> list[str]:
-        return [event["text"] for event in self.sent if event["type"] == "websocket.send"]
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with asyncio.timeout(10), ConnectionManager(hook_timeout=1) as manager:
-        yield manager
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  # any condition, not only an event
-            await asyncio.sleep(0.001)
-
-
-@pytest.mark.parametrize("event", ["on_connect", "on_subscribe"])
-async def test_hook_may_broadcast_about_the_connection_it_sees(event: str, manager: ConnectionManager) -> None:
-    async def announce(connection: Connection, *args: object) -> None:
-        await manager.broadcast(f"welcome {connection.user}")
-
-    getattr(manager, event)(announce)
-    peer = Peer()
-    await manager.connect(peer.websocket, user="ann", channels=["a"])
-    await until(lambda: peer.texts)
-    assert peer.texts == ["welcome ann"]
-
-
-async def test_disconnect_hook_may_broadcast(manager: ConnectionManager) -> None:
-    @manager.on_disconnect
-    async def say_goodbye(connection: Connection) -> None:
-        await manager.broadcast(f"{connection.user} left")
-
-    ann, bob = Peer(), Peer()
-    await manager.connect(ann.websocket, user="ann")
-    await manager.connect(bob.websocket, user="bob")
-    manager.disconnect(ann.websocket)
-    await until(lambda: bob.texts)
-    assert (ann.texts, bob.texts) == ([], ["ann left"])
-
-
-@pytest.mark.parametrize("way", ["disconnect", "close"])
-async def test_hook_may_end_the_connection_it_is_about(way: str, manager: ConnectionManager) -> None:
-    seen: list[str] = []
-
-    @manager.on_connect
-    async def refuse(connection: Connection) -> None:
-        seen.append("on_connect")
-        if way == "disconnect":
-            manager.disconnect(connection)
-        else:
-            await manager.close(connection)
-
-    @manager.on_disconnect
-    def ended(connection: Connection) -> None:
-        seen.append("on_disconnect")
-
-    peer = Peer()
-    with pytest.raises(ConnectionClosed):
-        await manager.connect(peer.websocket)
-    assert manager.connections == []
-    await until(lambda: seen == ["on_connect", "on_disconnect"])
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_broadcast_hook_may_broadcast(event: str, manager: ConnectionManager) -> None:
-    async def log(*args: object) -> object:
-        message = args[0].message if isinstance(args[0], Delivery) else cast(Message, args[0])
-        if message.data != "log":
-            await manager.broadcast("log")
-        return message
-
-    getattr(manager, event)(log)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    await manager.broadcast("one")
-    await manager.broadcast("two")
-    await until(lambda: len(peer.texts) == 4)
-    assert peer.texts == ["log", "one", "log", "two"]
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_hook_that_answers_its_own_broadcasts_is_stopped(event: str, manager: ConnectionManager) -> None:
-    calls: list[int] = []
-
-    async def echo(*args: object) -> object:
-        calls.append(1)
-        await manager.broadcast("echo")
-        return args[0]
-
-    getattr(manager, event)(echo)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    with pytest.raises(RuntimeError, match=f"an {event} hook broadcasts from within itself"):
-        await manager.broadcast("one")
-    depth = len(calls)
-    assert 2 <= depth <= 16
-    assert peer.texts == []
-    with pytest.raises(RuntimeError, match="from within itself"):
-        await manager.broadcast("two")
-    assert len(calls) == 2 * depth  # what the first one used was given back
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_nobody_gets_what_a_broadcast_hook_failed_on(event: str, manager: ConnectionManager) -> None:
-    def check(*args: object) -> object:
-        message = args[0].message if isinstance(args[0], Delivery) else cast(Message, args[0])
-        if message.data == "bad":
-            raise ValueError("bad word")
-        return message
-
-    getattr(manager, event)(check)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    with pytest.raises(ValueError, match="bad word"):
-        await manager.broadcast("bad")
-    await manager.broadcast("good")
-    await until(lambda: peer.texts)
-    assert peer.texts == ["good"]
-    assert manager.stats().hook_errors == 1
-
-
-async def test_refused_connection_is_closed_with_a_policy_violation(manager: ConnectionManager) -> None:
-    @manager.on_connect
-    async def refuse(connection: Connection) -> None:
-        raise PermissionDenied("not you")
-
-    peer = Peer()
-    with pytest.raises(PermissionDenied, match="not you"):
-        await manager.connect(peer.websocket)
-    assert peer.sent[-1] == {"type": "websocket.close", "code": 1008, "reason": "not you"}
-    assert manager.connections == []
-
-
-@both
-async def test_broadcast_nowait_runs_hooks_that_need_not_wait(is_async: bool, manager: ConnectionManager) -> None:
-    def change(message: Message, audience: Audience) -> object:
-        return "changed"
-
-    async def change_async(message: Message, audience: Audience) -> object:
-        return "changed"
-
-    manager.on_broadcast(change_async if is_async else change)
-    peer = Peer()
-    await manager.connect(peer.websocket)
-    manager.broadcast_nowait("from a task")
-    failures: list[BaseException] = []
-
-    def callback() -> None:
-        try:
-            manager.broadcast_nowait("from a plain callback")
-        except BaseException as error:
-            failures.append(error)
-
-    asyncio.get_running_loop().call_soon(callback)
-    await until(lambda: len(peer.texts) == 2 or failures)
-    assert failures == []
-    assert peer.texts == ["changed", "changed"]
-
-
-async def test_broadcast_nowait_refuses_a_hook_that_has_to_wait(manager: ConnectionManager) -> None:
-    @manager.on_broadcast
-    async def ask(message: Message, audience: Audience) -> object:
-        await asyncio.sleep(0)
-        return message
-
-    with pytest.raises(LifecycleError, match="an on_broadcast hook has to wait"):
-        manager.broadcast_nowait("text")
-    failures: list[BaseException] = []
-
-    def callback() -> None:
-        try:
-            manager.broadcast_nowait("text")
-        except BaseException as error:
-            failures.append(error)
-
-    asyncio.get_running_loop().call_soon(callback)
-    await until(lambda: failures)
-    assert isinstance(failures[0], LifecycleError)

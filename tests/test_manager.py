@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-import datetime
 import enum
-import json
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
-from fastapi import Depends, FastAPI
-from pydantic import BaseModel
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, connected, eventually, turns
@@ -37,12 +30,6 @@ from wsbroadcast import (
     PermissionDenied,
     SlowConsumer,
 )
-
-
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
 
 
 async def _received(pairs: list[tuple[Peer, Connection]]) -> list[list[str | bytes]]:
@@ -81,33 +68,11 @@ def test_manager_is_made_outside_any_event_loop() -> None:
 # Audiences.
 
 
-async def test_broadcast_reaches_everyone(manager: ConnectionManager) -> None:
-    pairs = await connected(manager, 5)
-    await manager.broadcast("hello")
-    assert await _received(pairs) == [["hello"]] * 5
-
-
 async def test_broadcast_without_connections_is_no_error(manager: ConnectionManager) -> None:
     await manager.broadcast("hello")
     await manager.broadcast("hello", channel="nobody")
     await manager.broadcast("hello", user="nobody")
     assert manager.stats().deliveries == 0
-
-
-async def test_broadcast_reaches_a_channel_only(manager: ConnectionManager) -> None:
-    inside = await connected(manager, 2, channels=["news"])
-    outside = await connected(manager, 2, channels=["sport"]) + await connected(manager, 1)
-    await manager.broadcast("hello", channel="news")
-    assert await _received(inside) == [["hello"]] * 2
-    assert await _received(outside) == [[]] * 3
-
-
-async def test_broadcast_reaches_all_tabs_of_a_user_only(manager: ConnectionManager) -> None:
-    tabs = await connected(manager, 3, user="ada")
-    others = await connected(manager, 1, user="bob") + await connected(manager, 1)
-    await manager.broadcast("hello", user="ada")
-    assert await _received(tabs) == [["hello"]] * 3
-    assert await _received(others) == [[]] * 2
 
 
 async def test_broadcast_takes_a_user_as_text(manager: ConnectionManager) -> None:
@@ -190,16 +155,10 @@ async def test_a_message_goes_to_those_who_were_there_when_it_was_broadcast(mana
     ("options", "error"),
     [
         ({"channel": None}, InvalidChannel),
-        ({"channel": ""}, InvalidChannel),
-        ({"channel": "x" * 5000}, InvalidChannel),
         ({"channel": "a\nb"}, InvalidChannel),
-        ({"channel": "\ud800"}, InvalidChannel),
-        ({"channel": 5}, InvalidChannel),
         ({"channel": ["a"]}, InvalidChannel),
         ({"user": None}, ValueError),
         ({"user": ""}, ValueError),
-        ({"user": "x" * 5000}, ValueError),
-        ({"user": object()}, ValueError),
         ({"channel": "a", "user": "b"}, ValueError),
     ],
 )
@@ -232,32 +191,19 @@ class _Color(enum.StrEnum):
     RED = "red"
 
 
-class _Model(BaseModel):
-    name: str
-    at: datetime.datetime
-
-
-@dataclasses.dataclass
-class _Point:
-    x: int
-    y: float
-
-
 @pytest.mark.parametrize(
     ("message", "received"),
     [
-        ("text", "text"),
-        ("", ""),
         ("é 😀 \x00", "é 😀 \x00"),
+        ("", ""),
         (b"\x00\xff", b"\x00\xff"),
-        (b"", b""),
-        (bytearray(b"ab"), b"ab"),
         (memoryview(b"abcdef")[::2], b"ace"),
         (_Color.RED, "red"),
         (Message.of("ready"), "ready"),
+        ({"a": {"b": (1, None)}}, '{"a":{"b":[1,null]}}'),
     ],
 )
-async def test_broadcast_sends_text_and_bytes_as_they_are(
+async def test_broadcast_sends_text_and_bytes_as_they_are_and_anything_else_as_json(
     manager: ConnectionManager, message: object, received: object
 ) -> None:
     [(peer, _)] = await connected(manager, 1)
@@ -265,72 +211,12 @@ async def test_broadcast_sends_text_and_bytes_as_they_are(
     assert await peer.next() == received
 
 
-@pytest.mark.parametrize(
-    ("message", "received"),
-    [
-        (None, None),
-        (True, True),
-        (5, 5),
-        (1.5, 1.5),
-        ([1, "a", None], [1, "a", None]),
-        ((1, 2), [1, 2]),
-        ({"a": {"b": []}}, {"a": {"b": []}}),
-        (_Point(1, 2.5), {"x": 1, "y": 2.5}),
-        (
-            _Model(name="é", at=datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC)),
-            {"name": "é", "at": "2024-01-02T00:00:00Z"},
-        ),
-        ({"when": datetime.date(2024, 1, 2)}, {"when": "2024-01-02"}),
-        (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
-        ({"NaN": "Infinity"}, {"NaN": "Infinity"}),
-    ],
-)
-async def test_broadcast_sends_anything_else_as_json_text(
-    manager: ConnectionManager, message: object, received: object
-) -> None:
-    [(peer, _)] = await connected(manager, 1)
-    await manager.broadcast(message)
-    text = await peer.next()
-    assert isinstance(text, str)
-    assert json.loads(text) == received
-
-
-def _circular() -> object:
-    circle: list[object] = []
-    circle.append(circle)
-    return circle
-
-
-def _deep() -> object:
-    value: object = 1
-    for _ in range(100_000):
-        value = [value]
-    return value
-
-
-_UNSENDABLE: dict[str, Callable[[], object]] = {
-    "lone surrogate": lambda: "\ud800",
-    "lone surrogate in JSON": lambda: {"a": ["\udfff"]},
-    "lone surrogate in a key": lambda: {"\udfff": 1},
-    "NaN": lambda: float("nan"),
-    "NaN inside": lambda: {"a": [1.0, float("nan")]},
-    "infinity": lambda: [float("-inf")],
-    "NaN in a dataclass": lambda: _Point(1, float("nan")),
-    "object": object,
-    "object inside": lambda: [object()],
-    "function": lambda: print,
-    "circular": _circular,
-    "deep": _deep,
-}
-
-
 @pytest.mark.parametrize("call", ["broadcast", "broadcast_local", "broadcast_nowait", "send"])
-@pytest.mark.parametrize("kind", _UNSENDABLE)
+@pytest.mark.parametrize("message", ["\ud800", {"a": [1.0, float("nan")]}, object()])
 async def test_a_message_that_cannot_be_sent_raises_and_reaches_nobody(
-    manager: ConnectionManager, call: str, kind: str
+    manager: ConnectionManager, call: str, message: object
 ) -> None:
     [(peer, connection)] = pairs = await connected(manager, 1)
-    message = _UNSENDABLE[kind]()
     with pytest.raises(EncodeError):
         await (connection.send(message) if call == "send" else _call(manager, call, message))
     assert await _received(pairs) == [[]]
@@ -405,19 +291,11 @@ async def test_broadcast_nowait_with_a_hook_that_waits_says_what_to_do(manager: 
         return message
 
     [(peer, _)] = pairs = await connected(manager, 1)
-    with pytest.raises(LifecycleError, match="await `broadcast`"):
+    with pytest.raises(LifecycleError, match=r"an on_broadcast hook has to wait.*await `broadcast`"):
         manager.broadcast_nowait("hello")
     assert await _received(pairs) == [[]]
     await manager.broadcast("hello")
     assert await peer.next() == "hello"
-
-
-async def test_broadcast_nowait_vetoed_by_a_hook_reaches_nobody(manager: ConnectionManager) -> None:
-    manager.on_broadcast(lambda message, audience: HOLD_BACK)
-    pairs = await connected(manager, 1)
-    manager.broadcast_nowait("hello")
-    assert await _received(pairs) == [[]]
-    assert manager.stats().vetoed == 1
 
 
 async def test_send_reaches_one_connection(manager: ConnectionManager) -> None:
@@ -449,48 +327,6 @@ async def test_send_to_one_that_is_not_here_raises(manager: ConnectionManager) -
 
 
 # Order.
-
-
-async def test_what_the_app_sends_itself_keeps_its_place(manager: ConnectionManager) -> None:
-    pairs = await connected(manager, 3)
-    (peer, connection), (quiet, _), _ = pairs
-    await manager.broadcast("1")
-    await peer.websocket.send_text("2")
-    await manager.broadcast("3")
-    await peer.websocket.send_json({"n": 4})
-    await connection.send("5")
-    await peer.websocket.send_bytes(b"6")
-    await manager.broadcast("7")
-    await peer.websocket.close(4000)
-    await manager.broadcast("8")
-    await turns()
-    assert peer.messages == ["1", "2", "3", '{"n":4}', "5", b"6", "7"]
-    assert peer.sent[-1]["type"] == "websocket.close"
-    assert quiet.messages == ["1", "3", "7", "8"]
-    assert all(peer.overlaps == 0 for peer, _ in pairs)
-
-
-@pytest.mark.parametrize("suspends", [False, True])
-async def test_order_holds_over_a_thousand_messages_of_every_kind(manager: ConnectionManager, suspends: bool) -> None:
-    peer = Peer(suspends=suspends)
-    connection = await manager.connect(peer.websocket, user="ada", channels=["a"])
-    for number in range(1000):
-        match number % 6:
-            case 0:
-                await manager.broadcast(str(number))
-            case 1:
-                await manager.broadcast(str(number), channel="a")
-            case 2:
-                await manager.broadcast(str(number), user="ada")
-            case 3:
-                await connection.send(str(number))
-            case 4:
-                await peer.websocket.send_text(str(number))
-            case 5:
-                await manager.broadcast_local(str(number))
-    assert await peer.wait_messages(1000) == [str(number) for number in range(1000)]
-    assert peer.overlaps == 0
-    assert manager.stats().evicted == {}
 
 
 async def test_concurrent_senders_never_overlap_on_one_socket(manager: ConnectionManager) -> None:
@@ -642,25 +478,6 @@ async def test_the_apps_own_mistake_is_the_apps(manager: ConnectionManager) -> N
 # Hooks, through the manager.
 
 
-async def test_hooks_pair_connect_with_disconnect_whichever_way_it_ends(manager: ConnectionManager) -> None:
-    seen: list[tuple[str, Connection]] = []
-    manager.on_connect(lambda connection: seen.append(("connect", connection)))
-    manager.on_disconnect(lambda connection: seen.append(("disconnect", connection)))
-    pairs = await connected(manager, 6)
-    connections = [connection for _, connection in pairs]
-    manager.disconnect(connections[0])
-    await connections[1].close()
-    await pairs[2][0].websocket.close()
-    pairs[3][0].leave()
-    await connections[3].wait_closed()
-    pairs[4][0].vanish()
-    await manager.broadcast("finds out")
-    await eventually(lambda: len(seen) == 11)
-    await manager.aclose()
-    assert [c for kind, c in seen if kind == "connect"] == connections
-    assert sorted(c.id for kind, c in seen if kind == "disconnect") == sorted(c.id for c in connections)
-
-
 async def test_hooks_see_subscriptions_at_connect_and_at_the_end(manager: ConnectionManager) -> None:
     seen: list[tuple[str, str]] = []
     manager.on_connect(lambda connection: seen.append(("connect", "")))
@@ -756,9 +573,10 @@ async def test_on_broadcast_runs_once_and_changes_or_vetoes(manager: ConnectionM
     pairs = await connected(manager, 3)
     await manager.broadcast("hello")
     await manager.broadcast("secret")
+    manager.broadcast_nowait("secret")
     assert await _received(pairs) == [['{"was":"hello"}']] * 3
-    assert seen == [("hello", Audience("everyone")), ("secret", Audience("everyone"))]
-    assert manager.stats().vetoed == 1
+    assert seen == [(text, Audience("everyone")) for text in ("hello", "secret", "secret")]
+    assert manager.stats().vetoed == 2
 
 
 @pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
@@ -779,19 +597,6 @@ async def test_a_broadcast_hook_that_raises_fails_closed(manager: ConnectionMana
         await eventually(lambda: manager.stats().hook_errors == 3)
     assert await _received(pairs) == [[], []]
     assert manager.stats().hook_errors == 3
-
-
-@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
-async def test_a_broadcast_hook_that_hangs_is_cut_off(event: str) -> None:
-    async def hang(*args: object) -> None:
-        await asyncio.Event().wait()
-
-    async with ConnectionManager(hook_timeout=0.02) as manager:
-        pairs = await connected(manager, 2)
-        getattr(manager, event)(hang)
-        with pytest.raises(TimeoutError, match=event):
-            await asyncio.wait_for(manager.broadcast("hello"), 5)
-        assert await _received(pairs) == [[], []]
 
 
 @pytest.mark.parametrize("event", ["on_connect", "on_disconnect", "on_message", "on_subscribe", "on_unsubscribe"])
@@ -845,6 +650,7 @@ async def test_on_deliver_adds_nobody_and_doubles_nobody(manager: ConnectionMana
 
     @manager.on_deliver
     def everybody_i_know(delivery: Delivery) -> None:
+        assert delivery.recipients == [a]  # who is not excluded
         delivery.recipients += [a, b, c, d, e, a]
 
     await manager.broadcast("text", channel="room", exclude=b)
@@ -852,40 +658,6 @@ async def test_on_deliver_adds_nobody_and_doubles_nobody(manager: ConnectionMana
     await turns()
     assert [peer.messages for peer in (inside, excluded, elsewhere, gone, foreign)] == [["text"], [], [], [], []]
     await other_manager.aclose()
-
-
-async def test_on_deliver_that_leaves_a_websocket_among_the_recipients_fails_closed(manager: ConnectionManager) -> None:
-    [(peer, connection)] = await connected(manager, 1)
-
-    @manager.on_deliver
-    def websockets(delivery: Delivery) -> None:
-        delivery.recipients = [one.websocket for one in delivery.recipients]  # type: ignore[misc]  # the mistake
-
-    with pytest.raises(TypeError, match="a Connection, not WebSocket"):
-        await manager.broadcast("text")
-    await turns()
-    assert peer.messages == []
-    assert connection.is_open
-    assert manager.stats().hook_errors == 1
-
-
-async def test_on_deliver_sees_who_is_not_excluded(manager: ConnectionManager) -> None:
-    seen: list[set[Connection]] = []
-    manager.on_deliver(lambda delivery: seen.append(set(delivery.recipients)))
-    (_, a), (_, b), _ = await connected(manager, 2, channels=["x"]) + await connected(manager, 1)
-    await manager.broadcast("hello", channel="x", exclude=a)
-    assert seen == [{b}]
-
-
-async def test_on_deliver_keeps_the_order_of_concurrent_broadcasts(manager: ConnectionManager) -> None:
-    @manager.on_deliver
-    async def slower_first(delivery: Delivery) -> None:
-        for _ in range(20 - int(delivery.message.data)):
-            await asyncio.sleep(0)
-
-    [(peer, _)] = await connected(manager, 1)
-    await asyncio.gather(*(manager.broadcast(str(number)) for number in range(20)))
-    assert await peer.wait_messages(20) == [str(number) for number in range(20)]
 
 
 async def test_on_deliver_that_fails_for_one_message_lets_the_next_pass(manager: ConnectionManager) -> None:
@@ -945,6 +717,7 @@ async def test_an_observer_may_act_on_its_own_connection(manager: ConnectionMana
     manager.disconnect(peer.websocket)
     await eventually(lambda: len(ended) == 1)
     assert watching.messages == (["from the hook"] if act == "broadcast" else [])
+    assert peer.messages == (["from the hook"] if act in ("broadcast", "send") else [])
     assert len(manager.connections) == 1
     assert peer.close_code == (4000 if act == "close" else None)
 
@@ -985,15 +758,23 @@ async def test_broadcast_hooks_may_broadcast_and_close(manager: ConnectionManage
     assert doomed.messages == ["from on_deliver"]
 
 
-async def test_a_hook_that_answers_its_own_broadcasts_is_stopped(manager: ConnectionManager) -> None:
-    @manager.on_broadcast
-    async def echo(message: Message, audience: Audience) -> Message:
-        await manager.broadcast("again")
-        return message
+@pytest.mark.parametrize("event", ["on_broadcast", "on_deliver"])
+async def test_a_hook_that_answers_its_own_broadcasts_is_stopped(manager: ConnectionManager, event: str) -> None:
+    calls: list[int] = []
 
+    async def echo(*args: object) -> object:
+        calls.append(1)
+        await manager.broadcast("echo")
+        return args[0]
+
+    getattr(manager, event)(echo)
     pairs = await connected(manager, 1)
-    with pytest.raises(RuntimeError, match="from within itself"):
-        await asyncio.wait_for(manager.broadcast("hello"), 5)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"an {event} hook broadcasts from within itself"):
+            await asyncio.wait_for(manager.broadcast("hello"), 5)
+        calls.append(0)
+    assert 2 <= calls.index(0) <= 16
+    assert calls == 2 * calls[: calls.index(0) + 1]  # what the first one used was given back
     assert await _received(pairs) == [[]]
 
 
@@ -1017,23 +798,6 @@ async def test_a_hook_that_blocks_the_loop_is_named_and_evicts_nobody(caplog: py
         assert manager.stats().evicted == {}
         assert len(manager.connections) == 4
     assert any("block" in r.getMessage() and "blocked the event loop" in r.getMessage() for r in caplog.records)
-
-
-@pytest.mark.parametrize("route", ["websocket", "get"])
-def test_connect_is_no_dependency(route: str) -> None:
-    """A client would say in its query who it is."""
-
-    class Own(ConnectionManager):
-        pass
-
-    for manager in (ConnectionManager(), Own()):
-        depends = Depends(manager.connect)
-
-        async def endpoint(connection: Any = depends) -> None:
-            pass
-
-        with pytest.raises(ConfigurationError, match="ConnectionDep"):
-            getattr(FastAPI(), route)("/ws")(endpoint)
 
 
 async def test_connect_can_be_mocked_by_its_signature() -> None:

@@ -88,18 +88,19 @@ class Clone:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
-    return Clone(tmp_path)
+    """A clone on a machine that has Python 3.11, unless another one takes its place."""
+    clone = Clone(tmp_path)
+    clone.has("python3", "3, 11")
+    return clone
 
 
 def test_demo_installs_its_extra_alone_and_only_once(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     demo = "wsbroadcast demo --port 0"
     assert clone.does("demo", "--port", "0") == [MAKE, DEMO, demo]
     assert clone.does("demo", "--port", "0") == [demo]
 
 
 def test_tests_install_what_every_script_needs(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     assert clone.does("demo") == [MAKE, DEMO, "wsbroadcast demo"]
     assert clone.does("test", "-k", "a b") == [TEST, "pytest -k a b"]
     assert clone.does("test") == ["pytest"]
@@ -109,13 +110,11 @@ def test_tests_install_what_every_script_needs(clone: Clone) -> None:
 
 
 def test_coverage_is_an_option(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     measured = ["coverage run -m pytest -n 0 -x tests/node/test_node.py", "coverage report"]
     assert clone.does("test", "-x", "--coverage", "tests/node/test_node.py") == [MAKE, TEST, *measured]
 
 
 def test_changed_project_is_installed_again(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     clone.does("demo")
     with (clone.directory / "pyproject.toml").open("a") as file:
         file.write("# changed\n")
@@ -124,14 +123,12 @@ def test_changed_project_is_installed_again(clone: Clone) -> None:
 
 
 def test_moved_clone_is_installed_again(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     clone.does("demo")
     clone.directory = clone.directory.rename(clone.directory.with_name("a clone elsewhere"))
     assert clone.does("demo") == [DEMO, "wsbroadcast demo"]
 
 
 def test_installation_that_failed_is_tried_again(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     (clone.directory / "pip-fails").touch()
     assert clone.run("demo").returncode == 1
     assert (clone.directory / "log").read_text().splitlines() == [MAKE, DEMO]
@@ -140,7 +137,6 @@ def test_installation_that_failed_is_tried_again(clone: Clone) -> None:
 
 
 def test_scripts_that_are_started_together_install_once(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     with ThreadPoolExecutor() as pool:
         scripts = [pool.submit(clone.run, "demo") for _ in range(4)]
         assert [script.result().returncode for script in scripts] == [0] * 4
@@ -148,7 +144,6 @@ def test_scripts_that_are_started_together_install_once(clone: Clone) -> None:
 
 
 def test_environment_whose_python_was_updated_is_made_anew(clone: Clone) -> None:
-    clone.has("python3", "3, 11")
     clone.does("demo")
     shutil.copy(clone.has("updated", "3, 12", lacks=("pip",)), clone.directory / ".venv" / "bin" / "python")
     assert clone.does("demo") == [MAKE, DEMO, "wsbroadcast demo"]
@@ -205,6 +200,7 @@ def test_python_without_venv_is_refused_with_what_brings_it(clone: Clone) -> Non
 
 
 def test_machine_without_python_is_told_what_brings_it(clone: Clone) -> None:
+    (clone.path / "python3").unlink()
     assert "there is no python3; Debian and Ubuntu: apt-get install python3-venv\n" in clone.refuses("demo")
 
 

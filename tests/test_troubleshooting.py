@@ -17,7 +17,9 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.asgi import Peer, eventually
+from tests.support.brokers.processes import wait_until
 from tests.support.servers import serve_here
+from tests.support.web import router_app
 from tests.test_docs import PAGES, blocks_of
 from wsbroadcast import (
     HOLD_BACK,
@@ -41,12 +43,6 @@ Log = pytest.LogCaptureFixture
 Patch = pytest.MonkeyPatch
 
 
-def app_of(manager: ConnectionManager) -> FastAPI:
-    app = FastAPI()
-    app.include_router(create_router(manager, "/ws"))
-    return app
-
-
 def said_by(call: Callable[[], object]) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011  # its text is what is asked for
         call()
@@ -57,12 +53,12 @@ def said_by(call: Callable[[], object]) -> str:
 
 
 async def origin(log: Log, patch: Patch) -> None:
-    with TestClient(app_of(ConnectionManager())) as client, pytest.raises(Exception):  # noqa: B017, PT011
+    with TestClient(router_app(ConnectionManager())) as client, pytest.raises(Exception):  # noqa: B017, PT011
         client.websocket_connect("/ws", headers={"origin": "http://localhost:5173"}).__enter__()
 
 
 async def no_websocket_library(log: Log, patch: Patch) -> None:
-    async with serve_here(app_of(ConnectionManager()), ws="none") as port:
+    async with serve_here(router_app(ConnectionManager()), ws="none") as port:
         patch.setattr(logging.getLogger("uvicorn"), "propagate", True)  # where `log` hears it
         assert await status_of(port, "/ws") == 404
 
@@ -90,7 +86,7 @@ async def not_connected(log: Log, patch: Patch) -> str:
 
 async def other_loop(log: Log, patch: Patch) -> str:
     manager = ConnectionManager()
-    with TestClient(app_of(manager)):
+    with TestClient(router_app(manager)):
         with pytest.raises(Exception) as caught:  # noqa: PT011
             await manager.broadcast("hello")
         return str(caught.value)
@@ -355,19 +351,15 @@ async def test_on_message_runs_only_where_the_endpoint_reads() -> None:
             done.set()
         with client.websocket_connect("/reads") as socket:
             socket.send_text("two")
-            await asyncio.to_thread(_wait_until, lambda: heard == ["two"])
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    asyncio.run(eventually(condition))
+            await asyncio.to_thread(wait_until, lambda: heard == ["two"])
 
 
 def test_client_without_with_gives_each_socket_a_loop_of_its_own() -> None:
     manager = ConnectionManager()
-    client = TestClient(app_of(manager))
+    client = TestClient(router_app(manager))
     with client.websocket_connect("/ws"):
         assert "another event loop" in said_by(client.websocket_connect("/ws").__enter__)
-    with TestClient(app_of(manager)) as client, client.websocket_connect("/ws"), client.websocket_connect("/ws"):
+    with TestClient(router_app(manager)) as client, client.websocket_connect("/ws"), client.websocket_connect("/ws"):
         pass
-    with TestClient(app_of(manager)) as client, client.websocket_connect("/ws"):  # the app has ended once
+    with TestClient(router_app(manager)) as client, client.websocket_connect("/ws"):  # the app has ended once
         pass

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.asgi import turns
 from wsbroadcast import Audience, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.dispatcher import Dispatcher
@@ -118,11 +119,6 @@ class Node:
 
 def members(count: int) -> list[Member]:
     return [Member(str(number)) for number in range(count)]
-
-
-async def turns(count: int = 3) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -445,7 +441,7 @@ async def test_broadcaster_goes_on_when_those_behind_turn_out_to_take_nothing() 
     began = time.monotonic()
     async with asyncio.timeout(5):
         await easing
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3  # and not send_timeout
     assert not any(member.recorder.evictions for member in everybody)
     await node.slow_consumers.aclose()
 
@@ -479,7 +475,7 @@ async def test_tail_of_another_audience_is_not_waited_for() -> None:
     node.fall_behind(outside)
     outside.recorder.is_half_full = True
     node.dispatch("x" * 20_000)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(5):
         await node.dispatcher.ease(0, Audience("channel", "a"))
 
 

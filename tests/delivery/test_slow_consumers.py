@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from contextvars import Context
 from typing import Any, cast
 
 import pytest
 
+from tests.support.asgi import eventually
 from wsbroadcast import SlowConsumer
 from wsbroadcast.delivery.backlog import Entry
 from wsbroadcast.delivery.slow_consumers import Progress, SlowConsumers, unsent_bytes
@@ -60,12 +61,6 @@ class Waiting:
         await self.writer
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  # any condition, not only an event
-            await asyncio.sleep(0.001)
-
-
 async def test_only_the_sink_that_stands_still_is_evicted() -> None:
     slow_consumers = watch_with()
     still, moving = Waiting(slow_consumers), Waiting(slow_consumers)
@@ -85,7 +80,7 @@ async def test_standstill_counts_from_when_the_sink_began_to_wait() -> None:
     await asyncio.sleep(0.15)
     second = Waiting(slow_consumers)
     began = time.monotonic()
-    await until(lambda: second.evictions)
+    await eventually(lambda: second.evictions)
     assert first.evictions == 1
     assert time.monotonic() - began > 0.15  # a tick may be at hand when it comes, so not quite send_timeout
 
@@ -95,7 +90,7 @@ async def test_watch_looks_again_after_nothing_was_waiting() -> None:
     await Waiting(slow_consumers).end()
     await asyncio.sleep(SEND_TIMEOUT / 2)
     again = Waiting(slow_consumers)
-    await until(lambda: again.evictions)
+    await eventually(lambda: again.evictions)
 
 
 async def test_writer_has_a_name_and_its_end_is_noticed() -> None:

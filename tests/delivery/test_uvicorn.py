@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.asgi import turns
+from tests.support.fast import Transport, WebSocketsSansIOProtocol
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES, Batch
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
@@ -16,53 +18,6 @@ from wsbroadcast.message import Message
 from wsbroadcast.options import SlowConsumer
 from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
-
-
-class Transport:
-    def __init__(self) -> None:
-        self.written: list[bytes] = []
-        self.closing = False
-        self.aborted = False
-        self.reads = True
-
-    def pause_reading(self) -> None:
-        self.reads = False
-
-    def close(self) -> None:
-        self.closing = True
-
-    def write(self, data: bytes) -> None:
-        self.written.append(data)
-
-    def is_closing(self) -> bool:
-        return self.closing
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def abort(self) -> None:
-        self.aborted = self.closing = True
-
-
-class Conn:
-    extensions: tuple[object, ...] = ()
-
-
-class WebSocketsSansIOProtocol:
-    __module__ = "uvicorn.fake"
-
-    def __init__(self) -> None:
-        self.transport = Transport()
-        self.writable = asyncio.Event()
-        self.writable.set()
-        self.handshake_complete = True
-        self.close_sent = False
-        self.conn = Conn()
-
-    async def send(self, event: Any) -> None:
-        pass
-
-    async def receive(self) -> None: ...
 
 
 class Owner:
@@ -89,6 +44,7 @@ class Owner:
 class Bench:
     def __init__(self, options: SlowConsumer | None = None) -> None:
         self.protocol = WebSocketsSansIOProtocol()
+        self.protocol.handshake_complete = True
         self.owner = Owner(self.protocol)
         self.slow_consumers = SlowConsumers(options or SlowConsumer(), Counters())
         self.sink = UvicornSink(self.owner, self.slow_consumers, self.owner.app_send, self.protocol)
@@ -243,11 +199,6 @@ async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, st
     return bench, text
 
 
-async def turns(count: int = 3) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
 async def take_everything(bench: Bench) -> None:
     async with asyncio.timeout(5):
         while bench.sink.backlog is not None:
@@ -335,6 +286,7 @@ async def test_tls_transport_says_that_it_is_full_when_any_other_would() -> None
 
 def test_protocol_is_found_behind_its_own_receive() -> None:
     protocol = WebSocketsSansIOProtocol()
+    protocol.handshake_complete = True
     assert find_protocol(protocol.receive, protocol.send) == (protocol, "")
 
 

@@ -83,14 +83,20 @@ async def used(where: str | BrokerEngine | Link, *names: str) -> AsyncIterator[U
         await link.abort()
 
 
-async def failure(where: str | BrokerEngine | Link) -> Exception:
-    """Return why a link can't be opened."""
+async def open_once(where: str | BrokerEngine | Link) -> None:
+    """Open a link, and let go of it."""
     link = new_link(where)
     try:
         async with asyncio.timeout(10):
             await link.open()
-    except Exception as error:
-        return error
     finally:
         await link.abort()
+
+
+async def failure(where: str | BrokerEngine | Link) -> Exception:
+    """Return why a link can't be opened."""
+    try:
+        await open_once(where)
+    except Exception as error:
+        return error
     raise AssertionError("the link is open")

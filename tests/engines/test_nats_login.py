@@ -104,7 +104,7 @@ async def test_unreachable_server_is_an_outage_at_once(caplog: pytest.LogCapture
     began = time.monotonic()
     error = await failure(f"nats://alice:secret@127.0.0.1:{free_port()}")
     assert isinstance(error, ConnectionRefusedError)
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < Timing().connect_timeout
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
     assert "secret" not in "".join(traceback.format_exception(error))
 
@@ -307,7 +307,7 @@ async def test_open_can_be_cut_off_at_every_stage(serve: Any) -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await link.open()
-        async with asyncio.timeout(0.1):
+        async with asyncio.timeout(5):
             await link.abort()
         assert len(asyncio.all_tasks() - before) <= 1  # what serves us
 

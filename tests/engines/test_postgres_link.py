@@ -13,6 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.support.asgi import turns
 from tests.support.brokers import Endpoint
 from tests.support.postgres import Life, Node, Run, drop_database, holding, living, new_link, until
 from tests.support.servers import eventually
@@ -496,11 +497,11 @@ async def test_pooler_in_session_mode_will_do(postgres_server: Endpoint, prefix:
 
 
 async def test_server_that_brings_nothing_is_out_of_reach(postgres_server: Endpoint, prefix: str) -> None:
-    link = pooled(postgres_server.url, prefix, forgets=True, pid=None, connect_timeout=0.2)
+    link = pooled(postgres_server.url, prefix, forgets=True, pid=None, connect_timeout=0.8)
     began = time.monotonic()
     with pytest.raises(EngineUnavailable, match="takes notifications and brings none"):
         await link.open()
-    assert time.monotonic() - began < 0.6
+    assert time.monotonic() - began < 3
     await link.abort()
 
 
@@ -514,11 +515,6 @@ async def wait_blocked(run: Run, pid: int) -> None:
         return bool(await run("SELECT cardinality(pg_blocking_pids($1)) > 0", pid))
 
     await eventually(is_blocked)
-
-
-async def turns(count: int) -> None:
-    for _ in range(count):
-        await asyncio.sleep(0)
 
 
 async def cut_off(working: Awaitable[Any], after: int) -> None:

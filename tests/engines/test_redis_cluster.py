@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import redis
 import trustme
 from redis.crc import key_slot
 
-from tests.engines.links import Used, used
+from tests.engines.links import Used, open_once, used
 from tests.engines.redis_links import fake_redis, obliging, skip_without_shards
 from tests.support.brokers import BrokerMissing, RedisServer, free_port
 from tests.support.brokers.redis_groups import redis_cluster
@@ -111,7 +110,7 @@ async def test_link_goes_over_tls(tls_cluster: list[RedisServer], tmp_path: Path
     stranger = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(stranger)
     with pytest.raises(ConfigurationError, match="has a certificate that isn't trusted"):
-        await _open(f"{url}?ssl_ca_certs={stranger}")
+        await open_once(f"{url}?ssl_ca_certs={stranger}")
 
 
 async def test_order_of_a_name_is_kept(cluster: list[RedisServer], prefix: str) -> None:
@@ -140,7 +139,7 @@ async def test_documented_permissions_are_enough(cluster: list[RedisServer], pre
     for node in cluster:
         node.command("ACL", "SETUSER", prefix, "-sunsubscribe", "+publish", "+subscribe", "+unsubscribe")
     with pytest.raises(ConfigurationError, match="'sunsubscribe'"):  # else some nodes would speak past the others
-        await _open(url)
+        await open_once(url)
     for node in cluster:
         node.command("ACL", "SETUSER", prefix, "+sunsubscribe", "-publish", "-subscribe", "-unsubscribe")
     # Each node has an ACL of its own.
@@ -148,10 +147,10 @@ async def test_documented_permissions_are_enough(cluster: list[RedisServer], pre
     with pytest.raises(
         ConfigurationError, match=rf"{cluster[1].port} refuses the user .*needs &{prefix}:\* \+spublish"
     ):
-        await _open(url)
+        await open_once(url)
     cluster[1].command("ACL", "DELUSER", prefix)
     with pytest.raises(ConfigurationError, match="invalid username-password"):
-        await _open(url)
+        await open_once(url)
 
 
 async def test_names_that_are_forbidden_cost_the_others_nothing(cluster: list[RedisServer], prefix: str) -> None:
@@ -179,12 +178,12 @@ async def test_names_that_are_forbidden_cost_the_others_nothing(cluster: list[Re
 
 async def test_single_redis_is_no_cluster(redis_server: RedisServer) -> None:
     with pytest.raises(ConfigurationError, match="cluster support disabled: is it a cluster"):
-        await _open(url_of([redis_server]))
+        await open_once(url_of([redis_server]))
 
 
 async def test_no_node_at_all_can_not_be_reached() -> None:
     with pytest.raises(redis.ConnectionError):
-        await _open(f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{free_port()}")
+        await open_once(f"redis+cluster://127.0.0.1:{free_port()},127.0.0.1:{free_port()}")
 
 
 async def test_slot_that_moves_loses_the_link_and_the_next_finds_it(own_cluster: list[RedisServer]) -> None:
@@ -210,7 +209,7 @@ async def test_lost_node_loses_the_link(own_cluster: list[RedisServer]) -> None:
         await own_cluster[1].killed()
         assert isinstance(await used_link.lost(), OSError)
     with pytest.raises(redis.ConnectionError):
-        await _open(url_of(own_cluster))
+        await open_once(url_of(own_cluster))
     await own_cluster[1].started()
 
     async def is_back() -> bool:
@@ -226,13 +225,13 @@ async def test_lost_node_loses_the_link(own_cluster: list[RedisServer]) -> None:
 
 
 async def test_node_that_hangs_is_noticed_although_nothing_is_sent_to_it(cluster: list[RedisServer]) -> None:
-    link = RedisEngine(url_of(cluster), timing=Timing(probe_interval=0.1, request_timeout=0.1)).new_link()
+    link = RedisEngine(url_of(cluster), timing=Timing(probe_interval=0.1, request_timeout=0.5)).new_link()
     before = _pings(cluster[1])
     async with used(link, "a") as used_link:
         await eventually(lambda: _equals(_pings(cluster[1]) - before > 2, True))  # it answers, subscribed or not
         assert not used_link.reading.done()
         cluster[1].pause()
-        assert f"{cluster[1].port} doesn't answer within 0.1 s" in str(await used_link.lost())
+        assert f"{cluster[1].port} doesn't answer within 0.5 s" in str(await used_link.lost())
         cluster[1].resume()
 
 
@@ -290,16 +289,7 @@ async def test_cluster_without_all_slots_can_not_be_used_yet(ranges: tuple[tuple
         lambda command: _slots(*ranges) if command[0] == b"CLUSTER" else obliging(command)
     ) as address:
         with pytest.raises(ConnectionError, match=r"serves no slots yet|serves the slot"):
-            await _open(f"redis+cluster://{address}")
-
-
-async def _open(url: str) -> None:
-    link = RedisEngine.from_url(url).new_link()
-    try:
-        async with asyncio.timeout(5):
-            await link.open()
-    finally:
-        await link.abort()
+            await open_once(f"redis+cluster://{address}")
 
 
 async def _equals(one: object, other: object) -> bool:

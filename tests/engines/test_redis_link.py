@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis.asyncio
 
-from tests.engines.links import Letters, used
+from tests.engines.links import Letters, open_once, used
 from tests.engines.redis_links import fake_redis, obliging
 from tests.support.asgi import turns
 from tests.support.brokers import Endpoint, RedisServer, free_port
@@ -69,7 +69,7 @@ async def test_link_goes_over_tls(own_redis: OwnRedis) -> None:
 async def test_certificate_that_is_not_trusted_is_refused(own_redis: OwnRedis) -> None:
     server = own_redis(tls=True)
     with pytest.raises(ConfigurationError, match=r"127\.0\.0\.1:\d+ has a certificate that isn't trusted"):
-        await _open(server.url)
+        await open_once(server.url)
 
 
 async def test_certificate_for_another_name_is_refused(own_redis: OwnRedis) -> None:
@@ -77,12 +77,12 @@ async def test_certificate_for_another_name_is_refused(own_redis: OwnRedis) -> N
     with pytest.raises(
         ConfigurationError, match=r"127\.0\.0\.2:\d+ has a certificate .*: it has to hold for that name"
     ):
-        await _open(f"{server.url.replace('127.0.0.1', '127.0.0.2')}?ssl_ca_certs={server.ca}")
+        await open_once(f"{server.url.replace('127.0.0.1', '127.0.0.2')}?ssl_ca_certs={server.ca}")
 
 
 async def test_certificate_files_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="ssl_…"):
-        await _open(f"rediss://localhost:1?ssl_ca_certs={tmp_path / 'none.pem'}")
+        await open_once(f"rediss://localhost:1?ssl_ca_certs={tmp_path / 'none.pem'}")
 
 
 async def test_client_is_neither_used_nor_closed(own_redis: OwnRedis) -> None:
@@ -128,7 +128,7 @@ async def test_refusal_says_who_and_what_is_needed(own_redis: OwnRedis, login: s
     server = own_redis(password="main", users=USERS)
     url = f"unix://{login}{server.socket_path}" if is_unix else f"redis://{login}{server.host}:{server.port}"
     with pytest.raises(ConfigurationError, match=says) as raised:
-        await _open(f"{url}?prefix=t")
+        await open_once(f"{url}?prefix=t")
     _shows_no_secret(raised.value, "secret", "wrong")
     assert str(server.socket_path if is_unix else server.port) in str(raised.value)
 
@@ -139,17 +139,17 @@ async def test_refusal_says_who_and_what_is_needed(own_redis: OwnRedis, login: s
 async def test_options_that_need_a_permission_say_so(own_redis: OwnRedis, option: str, says: str) -> None:
     server = own_redis(users=USERS)
     with pytest.raises(ConfigurationError, match=says):
-        await _open(f"redis://app:secret@{server.host}:{server.port}?prefix=t&{option}")
+        await open_once(f"redis://app:secret@{server.host}:{server.port}?prefix=t&{option}")
 
 
 async def test_unknown_database_is_refused(redis_server: Endpoint) -> None:
     with pytest.raises(ConfigurationError, match="DB index is out of range"):
-        await _open(redis_server.url.rpartition("/")[0] + "/99999")
+        await open_once(redis_server.url.rpartition("/")[0] + "/99999")
 
 
 async def test_password_where_none_is_set_is_refused(redis_server: Endpoint) -> None:
     with pytest.raises(ConfigurationError, match="without any password configured") as raised:
-        await _open(f"redis://:hunter2@{redis_server.host}:{redis_server.port}")
+        await open_once(f"redis://:hunter2@{redis_server.host}:{redis_server.port}")
     _shows_no_secret(raised.value, "hunter2")
 
 
@@ -182,14 +182,14 @@ async def test_unknown_command_that_repeats_the_password_is_not_passed_on() -> N
 
     async with fake_redis(answer) as address:
         with pytest.raises(ConfigurationError, match="unknown command 'AUTH'") as raised:
-            await _open(f"redis://:hunter2@{address}")
+            await open_once(f"redis://:hunter2@{address}")
     _shows_no_secret(raised.value, "hunter2")
 
 
 async def test_server_that_is_no_redis_can_not_be_reached() -> None:
     async with fake_redis(lambda command: b"HTTP/1.1 400 Bad Request\r\n") as address:
         with pytest.raises(Exception) as raised:  # noqa: PT011
-            await _open(f"redis://{address}")
+            await open_once(f"redis://{address}")
         assert not isinstance(raised.value, ConfigurationError)
 
 
@@ -210,24 +210,24 @@ async def test_connection_without_a_socket_is_refused(redis_server: Endpoint) ->
 
     pool = redis.asyncio.ConnectionPool(connection_class=Unreal)
     with pytest.raises(ConfigurationError, match="Unreal is not a connection to a server"):
-        await _open(RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)))
+        await open_once(RedisEngine(client=redis.asyncio.Redis(connection_pool=pool)))
 
 
 @pytest.mark.parametrize("option", ["credential_provider", "socket_keepalive_options"])
 async def test_option_of_the_wrong_type_is_no_outage(redis_server: Endpoint, option: str) -> None:
     options: dict[str, Any] = {option: 5}
     with pytest.raises(AttributeError, match="'int' object has no attribute"):
-        await _open(RedisEngine(redis_server.url, **options))
+        await open_once(RedisEngine(redis_server.url, **options))
 
 
 async def test_option_that_redis_py_can_not_send_is_refused(redis_server: Endpoint) -> None:
     with pytest.raises(ConfigurationError, match="redis-py refuses the options: Invalid input"):
-        await _open(RedisEngine(redis_server.url, password=object()))
+        await open_once(RedisEngine(redis_server.url, password=object()))
 
 
 async def test_closed_port_can_not_be_reached() -> None:
     with pytest.raises(redis.ConnectionError, match=r"Connect call failed|refused"):
-        await _open(f"redis://:hunter2@127.0.0.1:{free_port()}")
+        await open_once(f"redis://:hunter2@127.0.0.1:{free_port()}")
 
 
 @pytest.mark.parametrize("verb", [b"AUTH", b"PUBLISH", b"subscribe"])
@@ -235,7 +235,7 @@ async def test_server_that_is_full_can_not_be_reached(verb: bytes) -> None:
     full = b"-ERR max number of clients + cluster connections reached\r\n"
     async with fake_redis(lambda command: full if command[0] == verb else obliging(command)) as address:
         with pytest.raises(ConnectionError, match="max number of clients"):
-            await _open(f"redis://:hunter2@{address}")
+            await open_once(f"redis://:hunter2@{address}")
 
 
 async def test_answer_to_a_publish_that_makes_no_sense_loses_the_link() -> None:
@@ -528,15 +528,6 @@ def test_answer_that_nobody_asked_for_loses_the_link() -> None:
     asker = Asker(target_from_url("redis://", {}).access, None, "", losses.append)
     asker.data_received(b"+OK\r\n")
     assert "nobody asked for" in str(losses[0])
-
-
-async def _open(where: str | RedisEngine) -> None:
-    link = (RedisEngine.from_url(where) if isinstance(where, str) else where).new_link()
-    try:
-        async with asyncio.timeout(5):
-            await link.open()
-    finally:
-        await link.abort()
 
 
 async def _is_left(server: RedisServer) -> bool:

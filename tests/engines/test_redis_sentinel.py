@@ -13,7 +13,7 @@ import redis
 import trustme
 from redis.asyncio.sentinel import Sentinel
 
-from tests.engines.links import used
+from tests.engines.links import open_once, used
 from tests.engines.redis_links import Answer, fake_redis, obliging
 from tests.support.brokers import RedisServer, free_port
 from tests.support.brokers.redis_groups import RedisSentinel
@@ -62,7 +62,7 @@ async def test_link_goes_over_tls(tls_sentinel: RedisSentinel, tmp_path: Path) -
     stranger = tmp_path / "ca.pem"
     trustme.CA().cert_pem.write_to_path(stranger)
     with pytest.raises(ConfigurationError, match="has a certificate that isn't trusted"):
-        await _open(tls_url_of(tls_sentinel, stranger))
+        await open_once(tls_url_of(tls_sentinel, stranger))
 
 
 async def test_next_link_goes_to_the_promoted_replica(tls_sentinel: RedisSentinel) -> None:
@@ -88,12 +88,12 @@ async def test_next_link_goes_to_the_promoted_replica(tls_sentinel: RedisSentine
 
 async def test_unknown_service_is_a_configuration_error(own_sentinel: RedisSentinel) -> None:
     with pytest.raises(ConfigurationError, match="know no service of this name"):
-        await _open(url_of(own_sentinel) + "s")
+        await open_once(url_of(own_sentinel) + "s")
 
 
 async def test_redis_that_is_no_sentinel_is_a_configuration_error(redis_server: RedisServer) -> None:
     with pytest.raises(ConfigurationError, match="is it a sentinel"):
-        await _open(f"redis+sentinel://{redis_server.host}:{redis_server.port}/main")
+        await open_once(f"redis+sentinel://{redis_server.host}:{redis_server.port}/main")
 
 
 async def test_sentinel_may_want_a_login(own_redis: Callable[..., RedisServer], own_sentinel: RedisSentinel) -> None:
@@ -105,9 +105,9 @@ async def test_sentinel_may_want_a_login(own_redis: Callable[..., RedisServer], 
     async with used(f"{url}asker", "a") as (link, _, _):
         await link.publish([Parcel("a", b"hello")])
     with pytest.raises(ConfigurationError, match=r"'mute' .* needs \+sentinel\|get-master-addr-by-name"):
-        await _open(f"{url}mute")
+        await open_once(f"{url}mute")
     with pytest.raises(ConfigurationError, match=r"'nobody' .*invalid username-password"):
-        await _open(f"{url}nobody")
+        await open_once(f"{url}nobody")
 
 
 async def test_documented_permissions_are_enough(own_sentinel: RedisSentinel) -> None:
@@ -115,7 +115,7 @@ async def test_documented_permissions_are_enough(own_sentinel: RedisSentinel) ->
     own_sentinel.primary.command("ACL", "SETUSER", "app", *rules)
     url = url_of(own_sentinel).replace("://", "://app:secret@") + "?prefix=t"
     with pytest.raises(ConfigurationError, match=r"'app' .* needs &t:\* \+publish \+subscribe \+unsubscribe \+role"):
-        await _open(url)
+        await open_once(url)
     own_sentinel.primary.command("ACL", "SETUSER", "app", "+role")
     async with used(RedisEngine.from_url(url), "t:a") as (link, letters, _):
         await link.publish([Parcel("t:a", b"hello")])
@@ -174,16 +174,16 @@ async def test_sentinels_that_are_away_or_hang_are_left_out() -> None:
 async def test_primary_that_has_become_a_replica_is_left_alone() -> None:
     async with fake_redis(_has_role(b"slave")) as old, sentinels(_names(old)) as url:
         with pytest.raises(ConnectionError, match="is not the master"):
-            await _open(url)
+            await open_once(url)
 
 
 async def test_no_sentinel_at_all_can_not_be_reached() -> None:
     with pytest.raises(redis.ConnectionError):
-        await _open(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}/main")
+        await open_once(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{free_port()}/main")
     async with sentinels(_silent) as url:
         for timing, seconds in [(Timing(), "0.5"), (Timing(connect_timeout=0.3), "0.1")]:
             with pytest.raises(TimeoutError, match=f"doesn't answer within {seconds} s"):
-                await _open(RedisEngine(url, timing=timing))
+                await open_once(RedisEngine(url, timing=timing))
 
 
 async def test_asking_sentinels_can_be_cancelled() -> None:
@@ -193,13 +193,4 @@ async def test_asking_sentinels_can_be_cancelled() -> None:
         await asyncio.sleep(0.02)
         opening.cancel()
         await asyncio.wait([opening])
-        await link.abort()
-
-
-async def _open(engine: str | RedisEngine) -> None:
-    link = (RedisEngine.from_url(engine) if isinstance(engine, str) else engine).new_link()
-    try:
-        async with asyncio.timeout(5):
-            await link.open()
-    finally:
         await link.abort()

@@ -105,7 +105,9 @@ async def test_a_page_from_elsewhere_is_refused_with_403(server: Server, path: s
     if answers(server):
         assert f"origin {origin!r} is not allowed" in body
         assert headers["content-type"] == "text/plain; charset=utf-8"
-    assert await server.get("/state") == before
+    after = await server.get("/state")  # a client of the test before may have been leaving still
+    counts = [(one["connects"], one["endpoints"], one["sessions"]["opened"]) for one in (before, after)]
+    assert counts[0] == counts[1]
     assert not server.complaints(), server.log()
 
 

@@ -160,18 +160,11 @@ async def test_fast_path_layer_passes_by_nothing_that_is_around_it() -> None:
         assert manager.stats().fast_path_refused == {"send is wrapped": 1}
 
 
-async def test_fast_path_layer_keeps_it_around_a_wrapped_send() -> None:
+@pytest.mark.parametrize("middleware", [Redacts, WrapsReceive])
+async def test_fast_path_layer_keeps_it_around_what_wraps_send_or_receive(middleware: Any) -> None:
     manager = ConnectionManager()
     app = make_app(manager)
-    app.add_middleware(Redacts)
-    async with serve_here(FastPath(app)) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
-        assert await echo(manager, client) == {"uvicorn": 1}
-
-
-async def test_fast_path_layer_keeps_it_around_a_wrapped_receive() -> None:
-    manager = ConnectionManager()
-    app = make_app(manager)
-    app.add_middleware(WrapsReceive)
+    app.add_middleware(middleware)
     async with serve_here(FastPath(app)) as port, connect(f"ws://127.0.0.1:{port}/ws") as client:
         assert await echo(manager, client) == {"uvicorn": 1}
 

@@ -50,17 +50,6 @@ def many_sockets() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-async def connections(server: Server, room: str, count: int, timeout: float = 5.0) -> dict[str, Any]:
-    """Wait until a manager has so many connections; return its stats."""
-
-    async def reached() -> dict[str, Any] | None:
-        stats: dict[str, Any] = await server.get(f"{room}/stats")
-        return stats if stats["connections"] == count else None
-
-    stats: dict[str, Any] = await eventually(reached, timeout)
-    return stats
-
-
 async def poll_health(server: Server, until: asyncio.Task[Any]) -> list[float]:
     """Ask the health route again and again; return how long each answer took, in seconds."""
     latencies = []
@@ -72,16 +61,9 @@ async def poll_health(server: Server, until: asyncio.Task[Any]) -> list[float]:
 
 
 async def everybody_left(server: Server, room: str, connects: int) -> None:
-    """Wait until a manager has no connection, and its hooks have seen each of them go, once."""
-
-    async def reached() -> bool:
-        stats = await server.get(f"{room}/stats")
-        return bool(stats["connections"] == 0 and stats["on_disconnect"] == connects)
-
-    await eventually(reached)
-    stats = await server.get(f"{room}/stats")
-    assert (stats["on_disconnect"], stats["on_disconnect_twice"]) == (connects, 0)
-    assert (stats["evicted"], stats["tasks"], stats["backlog_messages"]) == ({}, 0, 0)
+    """Wait until a manager has no connection, its hooks have seen each of them go, once, and nothing is left."""
+    gone = {"connections": 0, "on_disconnect": connects, "on_disconnect_twice": 0, "tasks": 0, "backlog_messages": 0}
+    assert (await server.stats(room, **gone))["evicted"] == {}
 
 
 def assert_complete(result: dict[str, Any], connections: int, messages: int) -> None:
@@ -97,14 +79,14 @@ async def test_client_vanishing_in_a_broadcast_disturbs_nobody(
     messages = 1000
     async with swarm(server.port, f"{room}/forgetful", connections=10, messages=messages) as others:
         vanishing = [await connect_raw(server, f"{room}/forgetful") for _ in range(5)]
-        await connections(server, room, 15)
+        await server.stats(room, connections=15)
         flood = asyncio.create_task(server.post(f"{room}/flood?messages={messages}&size=1024"))
         for client in vanishing:
             await client.receive_text()
             client.vanish()
         await flood
         assert_complete(await others.result(), 10, messages)
-        await connections(server, room, 10, timeout=2)
+        await server.stats(room, connections=10)
     await everybody_left(server, room, 15)
 
 
@@ -126,7 +108,7 @@ async def test_a_thousand_vanishing_at_once_disturb_nobody(server: Server, room:
         swarm(server.port, f"{room}/forgetful", connections=20, messages=messages) as others,
         swarm(server.port, f"{room}/forgetful", connections=size, messages=messages) as vanishing,
     ):
-        await connections(server, room, size + 20)
+        await server.stats(room, connections=size + 20)
         flood = asyncio.create_task(server.post(f"{room}/flood?messages={messages}&size=128"))
 
         async def under_way() -> bool:
@@ -134,7 +116,7 @@ async def test_a_thousand_vanishing_at_once_disturb_nobody(server: Server, room:
 
         await eventually(under_way)
         await vanishing.vanish()
-        await connections(server, room, 20, timeout=2)
+        await server.stats(room, connections=20)
         await flood
         assert_complete(await others.result(), 20, messages)
     await everybody_left(server, room, size + 20)
@@ -150,7 +132,7 @@ async def test_tight_loop_evicts_nobody_and_starves_nothing(
     server: Server, room: str, messages: int, record_property: Any
 ) -> None:
     async with swarm(server.port, f"{room}/listen", connections=50, messages=messages) as crowd:
-        await connections(server, room, 50)
+        await server.stats(room, connections=50)
         flood = asyncio.create_task(server.post(f"{room}/flood?messages={messages}&size={KIB}"))
         latencies = await poll_health(server, flood)
         await flood
@@ -170,10 +152,10 @@ async def test_majority_that_never_reads_is_not_waited_for_until_it_is_evicted(
     async with swarm(server.port, f"{room}/listen", connections=10, messages=messages) as others:
         for _ in range(40):
             await connect_raw(server, f"{room}/listen", stalls=True)
-        await connections(server, room, 50)
+        await server.stats(room, connections=50)
         await server.post(f"{room}/flood?messages={messages}&size={KIB}")
         assert_complete(await others.result(), 10, messages)
-        stats = await connections(server, room, 10)
+        stats = await server.stats(room, connections=10)
     assert stats["evicted"] == {"backlog_full": 40}  # not "send_timeout", which is how long a crowd is waited for
 
 
@@ -190,14 +172,14 @@ async def test_stalled_client_costs_its_bound_and_nothing_else(
             async with swarm(server.port, f"{room}/listen", connections=5, messages=messages) as others:
                 if room == "/m/one-stalls":
                     await connect_raw(server, f"{room}/listen", stalls=True)
-                    await connections(server, room, 6)
+                    await server.stats(room, connections=6)
                 else:
-                    await connections(server, room, 5)
+                    await server.stats(room, connections=5)
                 await server.post(f"{room}/flood?messages={messages}&size={KIB}")
                 assert_complete(await others.result(), 5, messages)
-                stats = await connections(server, room, 5)
+                stats = await server.stats(room, connections=5)
                 peaks.append(server.peak_resident_bytes())
-            await connections(server, room, 0)
+            await server.stats(room, connections=0)
         assert stats["evicted"] == {"backlog_full": 1}
         # 1 MiB of payload in the backlog, the objects around it, and the crumbs of an allocator.
         assert peaks[1] - peaks[0] < 4 * KIB * KIB
@@ -219,10 +201,10 @@ async def test_stalled_client_costs_its_bound_and_nothing_else(
 )
 async def test_crowd_loses_doubles_and_disorders_nothing(server: Server, room: str, size: int, messages: int) -> None:
     async with swarm(server.port, f"{room}/listen", connections=size, messages=messages) as crowd:
-        await connections(server, room, size)
+        await server.stats(room, connections=size)
         await server.post(f"{room}/flood?messages={messages}&size=128")
         assert_complete(await crowd.result(), size, messages)
         stats = await server.get(f"{room}/stats")
         assert (stats["evicted"], stats["dropped"]) == ({}, {})
         assert stats["deliveries"] == size * messages
-    await connections(server, room, 0)
+    await server.stats(room, connections=0)

@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI, WebSocket
 from websockets.asyncio.client import connect
 
-from tests.integration.test_servers import connections, on_every_server, receive_all
+from tests.integration.test_servers import on_every_server, receive_all
 from tests.support.rawclient import RawClient
 from tests.support.servers import DAPHNE, Server, eventually, serve_here
 from wsbroadcast import Connection, ConnectionManager, Limits
@@ -44,7 +44,7 @@ async def test_what_an_endpoint_says_last_arrives(server: Server, room: str, end
     for how in HOWS:
         messages = await last_words(server, f"{room}/last/{end}/plain/{how}", CODES[end])
         assert messages == ["first", "second", "last"], how
-    await connections(server, room, 0, timeout=2)
+    await server.stats(room, connections=0)
     if end == "raise":
         await expect_tracebacks(server, len(HOWS))
 
@@ -53,7 +53,7 @@ async def test_what_an_endpoint_says_last_arrives(server: Server, room: str, end
 async def test_what_is_said_in_a_with_block_arrives(server: Server, room: str) -> None:
     for how in HOWS:
         assert await last_words(server, f"{room}/last/with/plain/{how}", 1000) == ["last"], how
-    await connections(server, room, 0, timeout=2)
+    await server.stats(room, connections=0)
 
 
 @on_every_server
@@ -61,7 +61,7 @@ async def test_what_is_said_in_a_with_block_arrives(server: Server, room: str) -
 async def test_connecting_in_another_task_is_the_same(server: Server, room: str, way: str) -> None:
     messages = await last_words(server, f"{room}/last/return/{way}/broadcast", 1000)
     assert messages == ["first", "second", "last"]
-    await connections(server, room, 0, timeout=2)
+    await server.stats(room, connections=0)
 
 
 @on_every_server
@@ -74,10 +74,10 @@ async def test_a_large_message_before_it_arrives_too(server: Server, room: str) 
 @on_every_server
 async def test_observers_get_everything_and_stay(server: Server, room: str) -> None:
     async with connect(server.url(f"{room}/listen")) as observer:
-        await connections(server, room, 1)
+        await server.stats(room, connections=1)
         for _ in range(3):
             await last_words(server, f"{room}/last/return/plain/broadcast", 1000)
-        await connections(server, room, 1, timeout=2)
+        await server.stats(room, connections=1)
         async with asyncio.timeout(5):
             assert [await observer.recv() for _ in range(9)] == ["first", "second", "last"] * 3
 

@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -30,7 +29,6 @@ from tests.support.servers import (
     UVICORN_WSPROTO,
     Flavour,
     Server,
-    eventually,
 )
 
 TIMEOUT = 10.0
@@ -93,17 +91,6 @@ async def status_of(server: Server, path: str) -> tuple[int, bytes]:
     return caught.value.response.status_code, bytes(caught.value.response.body or b"")
 
 
-async def stats_of(server: Server, path: str, **fields: Any) -> dict[str, Any]:
-    """Wait until the stats say so; return them."""
-
-    async def reached() -> dict[str, Any] | None:
-        stats: dict[str, Any] = await server.get(f"{path}/stats")
-        return stats if {name: stats[name] for name in fields} == fields else None
-
-    stats: dict[str, Any] = await eventually(reached)
-    return stats
-
-
 @pytest.mark.parametrize(
     ("kind", "limit", "status", "text"),
     [
@@ -123,8 +110,8 @@ async def test_client_sees_why_it_is_refused(
             assert refused[0] == 403
         else:
             assert refused == (status, text)
-        await stats_of(server, path, connections=2, limited={limit: 1})
-    await stats_of(server, path, connections=0, places={}, tasks=0)
+        await server.stats(path, connections=2, limited={limit: 1})
+    await server.stats(path, connections=0, places={}, tasks=0)
 
 
 async def test_hundred_handshakes_at_once_get_two_in(server: Server, room: str) -> None:
@@ -140,10 +127,10 @@ async def test_hundred_handshakes_at_once_get_two_in(server: Server, room: str) 
     inside = [result for result in results if isinstance(result, ClientConnection)]
     assert len(inside) == 2
     assert results.count(403 if server.flavour is DAPHNE else 429) == 98
-    await stats_of(server, path, connections=2, limited={"max_connections_per_user": 98})
+    await server.stats(path, connections=2, limited={"max_connections_per_user": 98})
     for client in inside:
         await client.close()
-    await stats_of(server, path, connections=0, places={}, tasks=0)
+    await server.stats(path, connections=0, places={}, tasks=0)
 
 
 async def test_accepted_socket_is_closed_with_the_reason(server: Server, room: str) -> None:
@@ -167,7 +154,7 @@ async def test_who_does_not_answer_the_close_holds_its_place_as_long_as_its_sock
                 accepted.append(stack.enter_context(sock))
                 sock.sendall(masked_frame(TEXT, b"{"))
                 assert sum(map(is_open, accepted)) <= 2
-        await stats_of(server, path, connections=0, places={}, tasks=0)
+        await server.stats(path, connections=0, places={}, tasks=0)
         assert not any(map(is_open, accepted))
 
 
@@ -210,7 +197,7 @@ async def test_message_beyond_the_limit_closes_with_1009(server: Server, room: s
             assert len(await client.recv()) == 500
         else:
             assert await end_of(client) == expected(server, 1009, "message too big")
-            await stats_of(server, f"/inbound/{room}", connections=0, limited={"max_inbound_bytes": 1})
+            await server.stats(f"/inbound/{room}", connections=0, limited={"max_inbound_bytes": 1})
 
 
 async def test_flood_of_frames_ends_that_connection_alone(server: Server, room: str, connect_raw: ConnectRaw) -> None:
@@ -229,7 +216,7 @@ async def test_flood_of_frames_ends_that_connection_alone(server: Server, room: 
             )
         flooding.close()
         await sending
-        stats = await stats_of(server, path, connections=1, limited={"max_inbound_rate": 1})
+        stats = await server.stats(path, connections=1, limited={"max_inbound_rate": 1})
         assert stats["broadcasts"] == 10
         await healthy.send("still here")
         assert await healthy.recv() == "still here"
@@ -261,25 +248,25 @@ async def test_flood_of_everything_costs_the_healthy_no_message_and_leaves_nothi
     async with contextlib.AsyncExitStack() as stack:
         healthy = [await stack.enter_async_context(connect(server.url(f"{path}/ws"))) for _ in range(50)]
         deaf = [attacker(server, f"{path}/ws", f"127.0.1.{number}") for number in range(1, 101)]
-        await stats_of(server, path, connections=150)
+        await server.stats(path, connections=150)
         knocking = []
         for _ in range(1000):  # 60 find a place, 40 more the pace lets come, and the rest it doesn't
             knocking.append(attacker(server, f"{path}/ws", "127.0.0.3"))
             await asyncio.sleep(0)
         limited = {"max_connections_per_address": 40, "max_handshake_rate": 900}
-        await stats_of(server, path, connections=210, limited=limited)
+        await server.stats(path, connections=210, limited=limited)
         for sock in knocking:
             sock.close()
-        await stats_of(server, path, connections=150)
+        await server.stats(path, connections=150)
 
         naming = attacker(server, f"{path}/names", "127.0.0.4")
         flooding = attacker(server, f"{path}/ws", "127.0.0.5")
-        await stats_of(server, path, connections=152)
+        await server.stats(path, connections=152)
         names = b"".join(masked_frame(TEXT, f"name {number}".encode()) for number in range(10_000))
         frames = b"".join(masked_frame(TEXT, f"{number}".encode()) for number in range(10_000))
         await asyncio.gather(*(send_what_goes(sock, data) for sock, data in ((naming, names), (flooding, frames))))
         limited |= {"max_channels_per_connection": 10, "max_inbound_rate": 2}
-        stats = await stats_of(server, path, connections=150, limited=limited, channels=0)
+        stats = await server.stats(path, connections=150, limited=limited, channels=0)
         assert stats["broadcasts"] == 60  # as many of the flood as its burst allows
 
         await healthy[0].send("still here")
@@ -289,8 +276,8 @@ async def test_flood_of_everything_costs_the_healthy_no_message_and_leaves_nothi
             assert received == [*map(str, range(60)), "still here"]
         for sock in (*deaf, naming, flooding):
             sock.close()
-        await stats_of(server, path, connections=50)
-    await stats_of(server, path, connections=0, channels=0, backlog_messages=0, places={}, tasks=0)
+        await server.stats(path, connections=50)
+    await server.stats(path, connections=0, channels=0, backlog_messages=0, places={}, tasks=0)
 
 
 async def send_what_goes(sock: socket.socket, data: bytes) -> None:
@@ -315,7 +302,7 @@ async def test_connection_is_closed_at_the_moment_it_expires(server: Server, roo
     async with connect(server.url(f"/default/{room}/ws?expires_in=0.5")) as client:
         assert await end_of(client) == expected(server, 4401, "it has expired")
     assert 0.4 < time.monotonic() - started < 2.5
-    await stats_of(server, f"/default/{room}", connections=0, tasks=0)
+    await server.stats(f"/default/{room}", connections=0, tasks=0)
 
 
 async def test_expired_handshake_is_refused(server: Server, room: str) -> None:
@@ -343,12 +330,12 @@ async def test_disconnected_user_is_out_within_two_seconds(server: Server, room:
 async def test_disconnected_user_does_not_get_what_waits(server: Server, room: str, connect_raw: ConnectRaw) -> None:
     path = f"/default/{room}"
     client = await connect_raw(server, f"{path}/ws?user=ann", stalls=True)
-    await stats_of(server, path, connections=1)
+    await server.stats(path, connections=1)
     sent = waiting = 0
     while waiting == 0:  # until the kernel holds what it can
         sent += 5
         await server.post(f"{path}/broadcast?times=5&size=65536")
-        waiting = (await stats_of(server, path, connections=1))["backlog_messages"]
+        waiting = (await server.stats(path, connections=1))["backlog_messages"]
     await server.post(f"{path}/disconnect/ann")
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * 1024 * 1024)
     received = 0
@@ -356,7 +343,7 @@ async def test_disconnected_user_does_not_get_what_waits(server: Server, room: s
         while (frame := await client.receive()) is not None and frame.opcode == TEXT:
             received += 1
     assert received <= sent - waiting
-    stats = await stats_of(server, path, connections=0, tasks=0)
+    stats = await server.stats(path, connections=0, tasks=0)
     assert stats["dropped"]["closed"] >= waiting
 
 
@@ -415,10 +402,10 @@ async def test_no_log_and_no_close_tells_a_secret(server: Server, room: str, con
     for client in clients:
         await client.close()
     stalled = await connect_raw(server, f"/default/{room}/ws?token={query}", stalls=True)
-    await stats_of(server, f"/default/{room}", connections=1)
+    await server.stats(f"/default/{room}", connections=1)
     await server.post(f"/default/{room}/broadcast?times=200&size=65536")  # evicted, where the server lets us know
     stalled.close()
-    await stats_of(server, f"/default/{room}", connections=0)
+    await server.stats(f"/default/{room}", connections=0)
     log = server.log()
     for secret in SECRETS:
         assert secret not in log, log

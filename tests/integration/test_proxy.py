@@ -19,9 +19,10 @@ import trustme
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+from tests.support.brokers import free_port
 from tests.support.guarded import LISTED
 from tests.support.programs import NGINX, needs_nginx
-from tests.support.servers import ROOT, UVICORN, Server, free_port
+from tests.support.servers import ROOT, UVICORN, Server
 
 pytestmark = needs_nginx
 

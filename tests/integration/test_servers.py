@@ -43,27 +43,9 @@ async def receive_all(client: ClientConnection) -> list[str | bytes]:
         return messages
 
 
-async def connections(server: Server, room: str, count: int, timeout: float = 5.0) -> dict[str, Any]:
-    """Wait until a manager has so many connections; return its stats."""
-
-    async def reached() -> dict[str, Any] | None:
-        stats: dict[str, Any] = await server.get(f"{room}/stats")
-        return stats if stats["connections"] == count else None
-
-    stats: dict[str, Any] = await eventually(reached, timeout)
-    return stats
-
-
 async def ended(server: Server, room: str, connects: int) -> None:
-    """Wait until the hooks of a manager have seen so many connections go, and nothing is left of them."""
-
-    async def reached() -> bool:
-        stats = await server.get(f"{room}/stats")
-        return bool(stats["on_disconnect"] == connects and stats["tasks"] == 0)
-
-    await eventually(reached)
-    stats = await server.get(f"{room}/stats")
-    assert (stats["connections"], stats["on_disconnect"], stats["on_disconnect_twice"]) == (0, connects, 0)
+    """Wait until the hooks of a manager have seen so many connections go, once, and nothing is left of them."""
+    await server.stats(room, connections=0, on_disconnect=connects, on_disconnect_twice=0, tasks=0)
 
 
 async def example_connections(server: Server, example: str, count: int) -> dict[str, Any]:
@@ -124,7 +106,7 @@ async def test_seed_runs_unchanged(server: Server) -> None:
 async def test_mixed_sends_keep_the_order_of_the_code(server: Server, room: str) -> None:
     listening = server.url(f"{room}/listen")
     async with connect(server.url(f"{room}/mixed")) as own, connect(listening) as one, connect(listening) as two:
-        await connections(server, room, 3)
+        await server.stats(room, connections=3)
         await own.send("go")
         received = await asyncio.gather(
             receive_all(own), receive(one, len(MIXED_OTHERS)), receive(two, len(MIXED_OTHERS))
@@ -133,7 +115,7 @@ async def test_mixed_sends_keep_the_order_of_the_code(server: Server, room: str)
         assert own_messages == MIXED_OWN
         assert others == [MIXED_OTHERS, MIXED_OTHERS]
         assert own.close_code == 4001
-    await connections(server, room, 0)
+    await server.stats(room, connections=0)
 
 
 @on_every_server
@@ -141,7 +123,7 @@ async def test_mixed_sends_keep_the_order_of_the_code(server: Server, room: str)
 async def test_close_from_another_task_ends_receive_text(server: Server, room: str, code: int) -> None:
     path = server.url(f"{room}/chat")
     async with connect(path) as one, connect(path) as two:
-        await connections(server, room, 2)
+        await server.stats(room, connections=2)
         reason = "ü" * 100  # 200 bytes, of which 122 fit
         await server.post(f"{room}/close?code={code}&last_words=50&reason={'%C3%BC' * 100}")
         expected = [f"{number:08}" for number in range(50)]
@@ -151,11 +133,7 @@ async def test_close_from_another_task_ends_receive_text(server: Server, room: s
         assert one.close_code == (code if code >= 3000 or server.flavour != DAPHNE else code + 3000)
         assert one.close_reason == (reason[:61] if server.flavour != DAPHNE else "")
 
-    async def endpoints_ended() -> bool:
-        stats = await server.get(f"{room}/stats")
-        return bool(stats["ends"] == [f"disconnect {code}"] * 2)
-
-    await eventually(endpoints_ended)
+    await server.stats(room, ends=[f"disconnect {code}"] * 2)
     await ended(server, room, 2)
 
 
@@ -164,14 +142,14 @@ async def test_close_from_another_task_ends_receive_text(server: Server, room: s
 async def test_close_delivers_what_was_broadcast_before(server: Server, room: str, endpoint: str) -> None:
     path = server.url(f"{room}/{endpoint}")
     async with connect(path, compression=None) as one, connect(path, compression=None) as two:
-        await connections(server, room, 2)
+        await server.stats(room, connections=2)
         closing = asyncio.create_task(server.post(f"{room}/close?code=4000&last_words=600&size=10000"))
         received = await asyncio.gather(receive_all(one), receive_all(two))
         await closing
         for messages in received:
             assert [message[:8] for message in messages] == [f"{number:08}" for number in range(600)]
         assert (one.close_code, two.close_code) == (4000, 4000)
-    stats = await connections(server, room, 0)
+    stats = await server.stats(room, connections=0)
     assert stats["dropped"] == {}
 
 
@@ -184,13 +162,13 @@ async def test_every_end_is_noticed(server: Server, room: str, endpoint: str, co
     ending = await connect_raw(server, path)
     async with connect(server.url(path)) as staying:
         async with connect(server.url(path)):
-            await connections(server, room, 4)
+            await server.stats(room, connections=4)
             vanishing.vanish()
             ending.close()
-        await connections(server, room, 1, timeout=2)
+        await server.stats(room, connections=1)
         await server.post(f"{room}/broadcast?text=still+here")
         assert await receive(staying, 1) == ["still here"]
-    await connections(server, room, 0, timeout=2)
+    await server.stats(room, connections=0)
     await ended(server, room, 4)
 
 
@@ -201,7 +179,7 @@ async def test_end_is_noticed_by_the_next_broadcast_if_nobody_receives(
     """Uvicorn only: elsewhere a send to a peer that is gone succeeds, and only `receive` would tell."""
     path = f"{room}/deaf"
     vanishing, ending = await connect_raw(server, path), await connect_raw(server, path)
-    await connections(server, room, 2)
+    await server.stats(room, connections=2)
     vanishing.vanish()
     ending.close()
 
@@ -209,5 +187,5 @@ async def test_end_is_noticed_by_the_next_broadcast_if_nobody_receives(
         await server.post(f"{room}/broadcast?text=tick")
         return bool((await server.get(f"{room}/stats"))["connections"] == 0)
 
-    await eventually(everybody_left, timeout=2)
+    await eventually(everybody_left)
     await ended(server, room, 2)

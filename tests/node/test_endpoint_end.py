@@ -30,12 +30,6 @@ from wsbroadcast.transports.exit_stack import Exits
 Endpoint = Callable[[WebSocket], Awaitable[None]]
 
 
-@pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
-
-
 def app_of(endpoint: Endpoint, **options: Any) -> FastAPI:
     app = FastAPI(**options)
     app.add_api_websocket_route("/ws", endpoint)
@@ -64,37 +58,24 @@ async def test_fastapi_has_the_exit_stack() -> None:
     assert isinstance(stacks[0], AsyncExitStack), f"FastAPI {fastapi.__version__} has it no longer"
 
 
-@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize(("error", "code"), [(None, 1000), (ValueError(), 1011)])
 async def test_connection_of_an_endpoint_that_never_disconnects_is_gone_with_it(
-    manager: ConnectionManager, raises: bool
+    manager: ConnectionManager, error: Exception | None, code: int
 ) -> None:
     ended: list[Connection] = []
     manager.on_disconnect(ended.append)
 
     async def endpoint(websocket: WebSocket) -> None:
         await manager.connect(websocket, channels=["room"])
-        if raises:
-            raise ValueError
+        if error is not None:
+            raise error
 
     peer = await run(app_of(endpoint))
     assert manager.connections == []
-    assert peer.close_code == (1011 if raises else 1000)
+    assert peer.close_code == code
     await eventually(lambda: len(ended) == 1)
     assert ended[0].close_code == peer.close_code
     assert manager.stats().channels == 0
-
-
-async def test_its_place_is_free_again() -> None:
-    async with ConnectionManager(limits=Limits(max_connections=2)) as manager:
-
-        async def endpoint(websocket: WebSocket) -> None:
-            await manager.connect(websocket, channels=["room"])
-
-        app = app_of(endpoint)
-        for _ in range(5):
-            peer = await run(app)
-            assert peer.accepted is not None
-            assert peer.close_code == 1000
 
 
 async def test_an_own_close_keeps_its_code(manager: ConnectionManager) -> None:
@@ -207,16 +188,6 @@ async def test_task_that_outlives_its_endpoint_is_told(manager: ConnectionManage
     is_over.set()
     await asyncio.wait_for(tasks[0], 5)
     assert [error.code for error in errors if isinstance(error, ConnectionClosed)] == [1000]
-
-
-async def test_connecting_twice_is_once(manager: ConnectionManager) -> None:
-    async def endpoint(websocket: WebSocket) -> None:
-        await manager.connect(websocket)
-        await manager.connect(websocket, channels=["room"])
-        await manager.broadcast("once")
-
-    peer = await run(app_of(endpoint))
-    assert (peer.messages, peer.close_code) == (["once"], 1000)
 
 
 async def test_connection_after_another_on_the_same_socket_is_not_ended_by_the_first(

@@ -196,7 +196,7 @@ async def test_connect_that_waits_for_the_broker_ends_with_the_manager(
     await turns()
     await manager.aclose()
     with pytest.raises(LifecycleError):
-        await asyncio.wait_for(connecting, 1)
+        await asyncio.wait_for(connecting, 5)
     assert diary.told == []
 
 

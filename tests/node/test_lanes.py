@@ -60,12 +60,6 @@ def node() -> Deliverer:
 
 
 @pytest.fixture
-async def manager() -> AsyncIterator[ConnectionManager]:
-    async with ConnectionManager() as manager:
-        yield manager
-
-
-@pytest.fixture
 async def lanes(node: Deliverer) -> AsyncIterator[Lanes]:
     lanes = Lanes(node, max_publications=3, max_bytes=100)
     yield lanes

@@ -32,17 +32,6 @@ def places(manager: ConnectionManager) -> dict[str, dict[str, int]]:
     }
 
 
-def denying(peer: Peer) -> Peer:
-    """Let the peer's server support denial responses."""
-    peer.scope["extensions"] = {"websocket.http.response": {}}
-    return peer
-
-
-def status_of(peer: Peer) -> tuple[int, bytes]:
-    start, body = peer.sent
-    return start["status"], body["body"]
-
-
 REFUSALS = [
     (IN_ALL, 503, 1013, "too many connections here"),
     (PER_USER, 429, 1008, "too many connections of this user"),
@@ -56,12 +45,12 @@ async def test_connection_beyond_a_limit_is_refused_before_it_is_accepted(
 ) -> None:
     manager = ConnectionManager(limits=Limits(**{limit: 2}))
     pairs = await connected(manager, 2, user="ann")
-    peer = denying(Peer())
+    peer = Peer(can_deny=True)
     with pytest.raises(LimitExceeded) as caught:
         await manager.connect(peer.websocket, user="ann")
     assert (caught.value.limit, caught.value.code, str(caught.value)) == (limit, code, text)
     assert peer.accepted is None
-    assert status_of(peer) == (status, text.encode())
+    assert peer.denial == (status, text)
     assert len(manager.connections) == 2
     assert manager.stats().limited == {limit: 1}
     pairs[0][0].leave()
@@ -73,76 +62,27 @@ async def test_connection_beyond_a_limit_is_refused_before_it_is_accepted(
 
 
 @pytest.mark.parametrize(("limit", "status", "code", "text"), REFUSALS)
-async def test_server_without_denial_responses_closes_before_it_accepts(
-    limit: str, status: int, code: int, text: str
-) -> None:
-    manager = ConnectionManager(limits=Limits(**{limit: 1}))
-    await connected(manager, 1, user="ann")
-    peer = Peer()
-    with pytest.raises(LimitExceeded):
-        await manager.connect(peer.websocket, user="ann")
-    assert [event["type"] for event in peer.sent] == ["websocket.close"]
-
-
-@pytest.mark.parametrize(("limit", "status", "code", "text"), REFUSALS)
 @pytest.mark.parametrize("refuses", [(), (1008, 1013)])
 async def test_socket_that_is_accepted_already_is_closed_with_a_reason(
     limit: str, status: int, code: int, text: str, refuses: tuple[int, ...]
 ) -> None:
     manager = ConnectionManager(limits=Limits(**{limit: 1}))
     await connected(manager, 1, user="ann")
-    peer = denying(Peer(refuses=refuses))
+    peer = Peer(refuses=refuses, can_deny=True)
     await peer.websocket.accept()
     with pytest.raises(LimitExceeded):
         await manager.connect(peer.websocket, user="ann")
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (code + 3000 if refuses else code, text)
+    assert peer.end == (code + 3000 if refuses else code, text)
     await peer.websocket.close(1008)  # as Starlette does for an error that nobody catches: nothing happens
     assert len(peer.sent) == 2
 
 
-async def test_handshakes_that_come_too_fast_are_refused() -> None:
-    manager = ConnectionManager(limits=Limits(max_handshake_rate=0.001, handshake_burst=3))
-    await connected(manager, 3)
-    peer = denying(Peer())
-    with pytest.raises(LimitExceeded) as caught:
-        await manager.connect(peer.websocket)
-    assert (caught.value.limit, status_of(peer)) == (
-        "max_handshake_rate",
-        (429, b"too many handshakes from this address"),
-    )
-    other = Peer()
-    other.scope["client"] = ("203.0.113.7", 1)
-    await manager.connect(other.websocket)
-
-
-async def test_header_is_no_address() -> None:
-    manager = ConnectionManager(limits=Limits(max_connections_per_address=1))
-    await connected(manager, 1)
-    for header in (b"x-forwarded-for", b"x-real-ip", b"forwarded"):
-        peer = Peer(headers=[(header, b"1.2.3.4")])
-        with pytest.raises(LimitExceeded):
-            await manager.connect(peer.websocket)
-    assert places(manager) == {PER_ADDRESS: {"testclient": 1}}
-
-
-async def test_peers_without_address_share_no_limit() -> None:
-    manager = ConnectionManager(
-        limits=Limits(max_connections_per_address=1, max_handshake_rate=0.001, handshake_burst=1)
-    )
-    for _ in range(3):
-        peer = Peer()
-        peer.scope["client"] = None
-        await manager.connect(peer.websocket)
-    assert len(manager.connections) == 3
-
-
 @pytest.mark.parametrize(("limit", "status", "code", "text"), REFUSALS)
-async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
+async def test_handshakes_at_the_same_time_do_not_get_past_a_limit(
     limit: str, status: int, code: int, text: str
 ) -> None:
     manager = ConnectionManager(limits=Limits(**{limit: 10}))
-    peers = [denying(Peer(suspends=True)) for _ in range(100)]
+    peers = [Peer(suspends=True, can_deny=True) for _ in range(40)]
     most = 0
 
     @manager.on_connect
@@ -155,10 +95,10 @@ async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
         *(manager.connect(peer.websocket, user="ann") for peer in peers), return_exceptions=True
     )
     assert sum(isinstance(result, Connection) for result in results) == 10
-    assert sum(isinstance(result, LimitExceeded) for result in results) == 90
+    assert sum(isinstance(result, LimitExceeded) for result in results) == 30
     assert most == len(manager.connections) == 10
     assert sum(peer.accepted is not None for peer in peers) == 10
-    assert [status_of(peer)[0] for peer in peers if peer.accepted is None] == [status] * 90
+    assert [peer.denial[0] for peer in peers if peer.accepted is None] == [status] * 30
     for peer in peers:
         peer.leave()
     for connection in manager.connections:
@@ -172,12 +112,20 @@ async def test_hundred_handshakes_at_the_same_time_do_not_get_past_a_limit(
 ALL = Limits(max_connections=1, max_connections_per_user=1, max_connections_per_address=1)
 
 
-async def test_failed_accept_gives_the_place_back() -> None:
+@pytest.mark.parametrize("fault", ["failed accept", "refusing hook"])
+async def test_connect_that_fails_gives_the_place_back(fault: str) -> None:
     manager = ConnectionManager(limits=ALL)
-    peer = Peer()
-    peer.error = OSError("the client disconnected")
-    with pytest.raises(ConnectionClosed):
-        await manager.connect(peer.websocket, user="ann")
+
+    @manager.on_connect
+    def on_connect(connection: Connection) -> None:
+        raise PermissionDenied("not today")
+
+    for _ in range(3):
+        peer = Peer()
+        if fault == "failed accept":
+            peer.error = OSError("the client disconnected")
+        with pytest.raises(ConnectionClosed if peer.error else PermissionDenied):
+            await manager.connect(peer.websocket, user="ann")
     assert places(manager) == {}
 
 
@@ -210,7 +158,7 @@ async def test_cancelled_refusal_holds_nothing() -> None:
     before = places(manager)
     step = 1
     while True:
-        peer = denying(Peer(suspends=True))
+        peer = Peer(suspends=True, can_deny=True)
 
         async def connect(peer: Peer = peer) -> None:
             with pytest.raises(LimitExceeded):
@@ -222,19 +170,6 @@ async def test_cancelled_refusal_holds_nothing() -> None:
         assert peer.websocket.application_state is WebSocketState.DISCONNECTED  # nobody can accept it any more
         step += 1
     assert step > 2
-
-
-async def test_hook_that_refuses_gives_the_place_back() -> None:
-    manager = ConnectionManager(limits=ALL)
-
-    @manager.on_connect
-    def on_connect(connection: Connection) -> None:
-        raise PermissionDenied("not today")
-
-    for _ in range(3):
-        with pytest.raises(PermissionDenied):
-            await manager.connect(Peer().websocket, user="ann")
-    assert places(manager) == {}
 
 
 @pytest.mark.parametrize("end", ["leave", "disconnect", "close", "app_close", "evict", "expire", "disconnect_user"])
@@ -289,15 +224,6 @@ async def test_two_at_once_for_the_same_socket_leave_one_place_taken() -> None:
     assert places(manager)[IN_ALL] == {"": 1}
 
 
-async def test_managers_count_for_themselves() -> None:
-    one, two = ConnectionManager(limits=ALL), ConnectionManager(limits=ALL)
-    peer = Peer()
-    async with one.handshake(peer.websocket):
-        await two.connect(peer.websocket)
-        await one.connect(peer.websocket)
-    assert places(one)[IN_ALL] == places(two)[IN_ALL] == {"": 1}
-
-
 async def test_restarted_manager_starts_counting_anew() -> None:
     manager = ConnectionManager(limits=ALL)
     async with manager:
@@ -311,12 +237,12 @@ async def test_restarted_manager_starts_counting_anew() -> None:
 
 async def test_handshake_that_is_looked_into_counts_already() -> None:
     manager = ConnectionManager(limits=Limits(max_connections=1, max_handshake_rate=0.001, handshake_burst=2))
-    first, second = Peer(), denying(Peer())
+    first, second = Peer(), Peer(can_deny=True)
     async with manager.handshake(first.websocket):
         with pytest.raises(LimitExceeded):
             async with manager.handshake(second.websocket):
                 raise AssertionError("the block runs")
-        assert status_of(second)[0] == 503
+        assert second.denial[0] == 503
         await manager.connect(first.websocket, user="ann")
     assert places(manager) == {IN_ALL: {"": 1}}
     assert len(manager.connections) == 1
@@ -386,10 +312,10 @@ async def test_handshakes_have_their_place_while_the_engine_starts() -> None:
         async with manager.handshake(peer.websocket):
             raise AssertionError("the block runs")
 
-    peers = [denying(Peer()) for _ in range(5)]
+    peers = [Peer(can_deny=True) for _ in range(5)]
     tasks = [asyncio.create_task(shake_hands(peer)) for peer in peers]
     await eventually(lambda: sum(task.done() for task in tasks) == 3)
-    assert [status_of(peer)[0] for peer in peers[2:]] == [503] * 3
+    assert [peer.denial[0] for peer in peers[2:]] == [503] * 3
     assert places(manager) == {IN_ALL: {"": 2}}
     for task in tasks:
         task.cancel()
@@ -417,6 +343,10 @@ async def test_start_that_fails_gives_the_places_back() -> None:
 async def test_connection_may_be_in_so_many_channels() -> None:
     manager = ConnectionManager(limits=Limits(max_channels_per_connection=3))
     ((_, connection),) = await connected(manager, 1, channels=["a", "b"])
+    with pytest.raises(LimitExceeded):
+        await connection.subscribe("c", "d")  # both or none
+    assert connection.channels == {"a", "b"}
+    assert manager.stats().limited == {"max_channels_per_connection": 1}
     await connection.subscribe("b", "c", "a")  # none of them twice
     assert connection.channels == {"a", "b", "c"}
     with pytest.raises(LimitExceeded) as caught:
@@ -426,15 +356,6 @@ async def test_connection_may_be_in_so_many_channels() -> None:
     assert connection.channels == {"a", "b", "c"}
     await connection.unsubscribe("a")
     await connection.subscribe("d")
-
-
-async def test_channels_are_subscribed_all_or_none() -> None:
-    manager = ConnectionManager(limits=Limits(max_channels_per_connection=3))
-    ((_, connection),) = await connected(manager, 1, channels=["a"])
-    with pytest.raises(LimitExceeded):
-        await connection.subscribe("b", "c", "d")
-    assert connection.channels == {"a"}
-    assert manager.stats().limited == {"max_channels_per_connection": 1}
 
 
 async def test_subscribing_at_the_same_time_gets_not_past_the_limit() -> None:
@@ -455,27 +376,11 @@ async def test_subscribing_at_the_same_time_gets_not_past_the_limit() -> None:
 async def test_handshake_for_too_many_channels_is_refused() -> None:
     manager = ConnectionManager()
     await manager.connect(Peer().websocket, channels=[str(number) for number in range(100)])
-    peer = denying(Peer())
+    peer = Peer(can_deny=True)
     with pytest.raises(LimitExceeded):
         await manager.connect(peer.websocket, channels=[str(number) for number in range(101)])
-    assert status_of(peer) == (403, b"too many channels")
+    assert peer.denial == (403, "too many channels")
     assert places(manager) == {}
-
-
-async def test_million_channel_names_leave_nothing() -> None:
-    manager = ConnectionManager()
-    ((_, connection),) = await connected(manager, 1)
-    refused = 0
-    for number in range(20_000):
-        try:
-            await connection.subscribe(f"name {number}")
-        except LimitExceeded:
-            refused += 1
-            await connection.unsubscribe(*connection.channels)
-    assert refused == 20_000 // 101
-    assert manager.stats().channels == len(connection.channels) <= 100
-    manager.disconnect(connection)
-    assert manager.stats().channels == 0
 
 
 # Messages of clients.
@@ -546,8 +451,7 @@ async def test_message_that_is_too_big_closes_however_it_is_read(
     with pytest.raises(WebSocketDisconnect) as caught:
         await read(way, peer.websocket, connection)
     assert caught.value.code == 1009
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (1009, "message too big")
+    assert peer.end == (1009, "message too big")
     assert seen == ["1234567890"]  # no hook saw the other
     assert manager.stats().limited == {"max_inbound_bytes": 1}
     assert manager.connections == []
@@ -566,8 +470,7 @@ async def test_one_message_too_many_closes_however_it_is_read(watched: Watched, 
     with pytest.raises(WebSocketDisconnect) as caught:
         await read(way, peer.websocket, connection)
     assert caught.value.code == 1008
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (1008, "too many messages (max_inbound_rate)")
+    assert peer.end == (1008, "too many messages (max_inbound_rate)")
     assert seen == ["0", "1", "2"]
     assert manager.stats().limited == {"max_inbound_rate": 1}
     other.say("x")
@@ -584,19 +487,8 @@ async def test_messages_that_are_thrown_away_count_too(watched: Watched) -> None
     assert peer.close_code == 1008
 
 
-async def test_ten_thousand_messages_make_no_tasks() -> None:
-    manager = ConnectionManager(limits=Limits(max_router_inbound_rate=None))
-    peer = Peer()
-    connection = await manager.connect(peer.websocket)
-    before = asyncio.all_tasks()
-    for _ in range(10_000):
-        peer.say("x")
-        await connection.receive()
-    assert asyncio.all_tasks() == before
-
-
 @pytest.mark.parametrize("has_hook", [False, True])
-async def test_tasks_of_a_connection_stay_few_during_ten_thousand_messages(has_hook: bool) -> None:
+async def test_tasks_of_a_connection_stay_few_however_much_it_says(has_hook: bool) -> None:
     manager = ConnectionManager(limits=Limits(max_router_inbound_rate=None))
     counts: set[int] = set()
 
@@ -611,33 +503,12 @@ async def test_tasks_of_a_connection_stay_few_during_ten_thousand_messages(has_h
     before = len(asyncio.all_tasks())
     peer = Peer()
     async with visit(app, "/ws", peer):
-        for number in range(10_000):
+        for number in range(2000):
             peer.say(str(number))
-        while len(peer.sent) <= 10_000:  # the first is the accept
+        while len(peer.sent) <= 2000:  # the first is the accept
             await asyncio.sleep(0)
             count()
     assert max(counts) <= before + 2, "the app's call and a writer"
-
-
-async def test_server_that_refuses_a_code_gets_the_other_form(watched: Watched) -> None:
-    manager, _ = watched
-    peer = Peer(refuses=(1008, 1009))
-    connection = await manager.connect(peer.websocket)
-    peer.say("x" * 11)
-    with pytest.raises(ConnectionClosed) as caught:
-        await connection.receive()
-    assert (peer.close_code, caught.value.code) == (4009, 1009)
-
-
-async def test_what_was_handed_over_before_goes_out_first(watched: Watched) -> None:
-    manager, _ = watched
-    peer = Peer()
-    connection = await manager.connect(peer.websocket)
-    await manager.broadcast("before")
-    peer.say("x" * 11)
-    with pytest.raises(ConnectionClosed):
-        await connection.receive()
-    assert peer.messages == ["before"]
 
 
 # The app that catches nothing.
@@ -654,14 +525,13 @@ async def test_limit_that_nobody_catches_is_no_error_of_the_app() -> None:
         await connection.subscribe(await websocket.receive_text())
 
     async with visit(app, "/ws") as peer:
-        refused = denying(Peer("/ws"))
+        refused = Peer("/ws", can_deny=True)
         await app(refused.scope, refused.receive, refused.send)  # nothing escapes
-        assert status_of(refused)[0] == 503
+        assert refused.denial[0] == 503
         peer.say("a")
         peer.say("b")
-        assert await peer.wait_close() == 1008
-        assert peer.close is not None
-        assert peer.close["reason"] == "too many channels"
+        await peer.wait_close()
+        assert peer.end == (1008, "too many channels")
     assert places(manager) == {}
 
 
@@ -701,7 +571,6 @@ async def test_router_has_a_rate_and_an_own_endpoint_none_unless_it_is_set(
         if limit is None:
             assert len(await peer.wait_messages(400)) == 400
         else:
-            assert await peer.wait_close() == 1008
-            assert peer.close is not None
-            assert peer.close["reason"] == f"too many messages ({limit})"
+            await peer.wait_close()
+            assert peer.end == (1008, f"too many messages ({limit})")
             assert manager.stats().limited == {limit: 1}

@@ -41,6 +41,7 @@ class Peer:
         is_silent: Whether a send after the end succeeds without effect, as on hypercorn, granian and daphne. Otherwise
             it raises `OSError` after the peer's end and `RuntimeError` after a close, as on uvicorn.
         has_both_keys: Whether a received event has both `text` and `bytes`, as on hypercorn.
+        can_deny: Whether the server lets the app refuse the handshake with an HTTP response.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Peer:
         refuses: Collection[int] = (),
         is_silent: bool = False,
         has_both_keys: bool = False,
+        can_deny: bool = False,
     ) -> None:
         self.scope: dict[str, Any] = {
             "type": "websocket",
@@ -67,7 +69,7 @@ class Peer:
             "client": ("testclient", 50000),
             "server": ("testserver", 80),
             "subprotocols": list(subprotocols),
-            "extensions": {},
+            "extensions": {"websocket.http.response": {}} if can_deny else {},
             "state": {},
         }
         self.websocket = WebSocket(self.scope, self.receive, self.send)
@@ -92,6 +94,9 @@ class Peer:
         self._takes.set()
         self._sending = 0
         self._news = asyncio.Event()
+        # What `sent` has of messages and of a close, so that nobody goes through it for each of a thousand events.
+        self._messages: list[str | bytes] = []
+        self._close: Event | None = None
         self._read = 0
 
     # What the server calls.
@@ -128,6 +133,10 @@ class Peer:
         if event["type"] == "websocket.close" and event["code"] in self._refuses:
             raise ValueError("invalid close code")
         self.sent.append(dict(event))
+        if event["type"] == "websocket.send":
+            self._messages.append(event["text"] if event.get("text") is not None else event["bytes"])
+        elif event["type"] == "websocket.close":
+            self._close = self.sent[-1]
         self._news.set()
 
     # What the peer does.
@@ -171,27 +180,44 @@ class Peer:
     @property
     def messages(self) -> list[str | bytes]:
         """The messages so far."""
-        return [_data(event) for event in self.sent if event["type"] == "websocket.send"]
+        return self._messages.copy()
 
     @property
     def close(self) -> Event | None:
         """The close event, if there was one."""
-        return next((event for event in self.sent if event["type"] == "websocket.close"), None)
+        return self._close
 
     @property
     def close_code(self) -> int | None:
         """The code of the close event, if there was one."""
         return None if self.close is None else int(self.close["code"])
 
+    @property
+    def end(self) -> tuple[int, str] | None:
+        """Code and reason of the close event, if there was one."""
+        return None if self.close is None else (int(self.close["code"]), self.close.get("reason", ""))
+
+    @property
+    def subprotocol(self) -> str | None:
+        """The subprotocol that the app has accepted with."""
+        assert self.accepted is not None
+        return self.accepted["subprotocol"]  # type: ignore[no-any-return]
+
+    @property
+    def denial(self) -> tuple[int, str]:
+        """Status and text of the HTTP response that has refused the handshake."""
+        start, body = self.sent
+        return start["status"], body["body"].decode()
+
     async def next(self) -> str | bytes:
         """Wait for the next message that was not asked for yet."""
-        await self.wait_for(lambda: len(self.messages) > self._read)
+        await self.wait_for(lambda: len(self._messages) > self._read)
         self._read += 1
-        return self.messages[self._read - 1]
+        return self._messages[self._read - 1]
 
     async def wait_messages(self, count: int) -> list[str | bytes]:
         """Wait until so many messages have come; return all."""
-        await self.wait_for(lambda: len(self.messages) >= count)
+        await self.wait_for(lambda: len(self._messages) >= count)
         return self.messages
 
     async def wait_close(self) -> int:
@@ -208,11 +234,6 @@ class Peer:
                 await self._news.wait()
 
 
-def _data(event: Event) -> str | bytes:
-    data: str | bytes = event["text"] if event.get("text") is not None else event["bytes"]
-    return data
-
-
 # Helpers.
 
 
@@ -225,7 +246,7 @@ async def connected(manager: ConnectionManager, count: int, **options: Any) -> l
     return pairs
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], object]) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110  # whatever changes it sets no event
@@ -269,6 +290,15 @@ async def visit(app: App, path: str, peer: Peer | None = None, **options: Any) -
         peer.resume()
         async with asyncio.timeout(TIMEOUT):
             await call
+
+
+async def refusal(app: App, path: str = "/ws", peer: Peer | None = None, **options: Any) -> int | None:
+    """Return the close code with which an app refuses a handshake before it accepts, if it gives one."""
+    try:
+        async with visit(app, path, peer, **options):
+            raise AssertionError("it was accepted")
+    except Refused as refused:
+        return refused.code
 
 
 class _Steps:

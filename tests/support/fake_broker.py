@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from wsbroadcast.engines.broker import BrokerEngine, Inlet, Link, Parcel
+from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.options import Timing
+from wsbroadcast.publication import Dismissal, Publication
 
 QUICK = Timing(connect_timeout=0.1, request_timeout=0.1, probe_interval=0.05, max_backoff=0.02, linger=0.01)
 
@@ -162,3 +164,14 @@ class FakeEngine(BrokerEngine):
 
     def new_link(self) -> Link:
         return FakeLink(self.broker)
+
+
+class FailingEngine(MemoryEngine):
+    """An engine of which nothing is known but the error that each `publish` raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    async def publish(self, publication: Publication | Dismissal) -> None:
+        raise self.error

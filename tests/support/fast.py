@@ -15,13 +15,14 @@ class Transport:
     """Takes what is written; how much waits in it is up to the test."""
 
     def __init__(self) -> None:
-        self.written = bytearray()
+        self.written: list[bytes] = []
         self.closing = False
         self.aborted = False
+        self.reads = True
 
     def write(self, data: bytes) -> None:
         assert not self.closing, "written to a transport that is closing"
-        self.written += data
+        self.written.append(data)
 
     def is_closing(self) -> bool:
         return self.closing
@@ -30,7 +31,7 @@ class Transport:
         return 0
 
     def pause_reading(self) -> None:
-        pass
+        self.reads = False
 
     def close(self) -> None:
         self.closing = True
@@ -87,7 +88,7 @@ class WebSocketsSansIOProtocol:
     @property
     def messages(self) -> list[str]:
         """The texts the peer got; a close frame is `<close>`."""
-        data, messages = bytes(self.transport.written), []
+        data, messages = b"".join(self.transport.written), []
         while data:
             size = data[1]
             assert size < 126

@@ -21,6 +21,8 @@ from uuid import uuid4
 
 import uvicorn
 
+from tests.support.brokers import free_port
+
 APP = "tests.support.apps:app"
 
 # The directory that `tests` is imported from.
@@ -195,6 +197,16 @@ class Server:
     async def post(self, path: str, timeout: float = 120) -> Any:
         return await asyncio.to_thread(http, self.port, "POST", path, timeout)
 
+    async def stats(self, path: str, **fields: Any) -> dict[str, Any]:
+        """Wait until the stats below a path say so; return them."""
+
+        async def reached() -> dict[str, Any] | None:
+            stats: dict[str, Any] = await self.get(f"{path}/stats")
+            return stats if {name: stats[name] for name in fields} == fields else None
+
+        stats: dict[str, Any] = await eventually(reached)
+        return stats
+
     def url(self, path: str) -> str:
         return f"ws://127.0.0.1:{self.port}{path}"
 
@@ -202,14 +214,6 @@ class Server:
         """Return the most memory the process has ever held. Linux only."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def http(port: int, method: str, path: str, timeout: float = 30) -> Any:

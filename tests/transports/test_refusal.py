@@ -12,15 +12,9 @@ from wsbroadcast import ConnectionClosed, ConnectionManager
 from wsbroadcast.transports.refusal import can_refuse_handshake, refuse, refuse_handshake
 
 
-def denying(**options: Any) -> Peer:
-    peer = Peer(**options)
-    peer.scope["extensions"] = {"websocket.http.response": {}}
-    return peer
-
-
 @pytest.mark.parametrize("is_received", [False, True])
 async def test_denial_is_an_http_response(is_received: bool) -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     if is_received:
         await peer.websocket.receive()
     assert can_refuse_handshake(peer.websocket)
@@ -38,7 +32,7 @@ async def test_denial_is_an_http_response(is_received: bool) -> None:
 
 
 async def test_http_2_has_no_connection_header() -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     peer.scope["http_version"] = "2"
     await refuse_handshake(peer.websocket, 403, "")
     assert b"connection" not in dict(peer.sent[0]["headers"])
@@ -56,14 +50,14 @@ async def test_server_without_the_extension_closes(extensions: Any) -> None:
 
 @pytest.mark.parametrize("error", [OSError("gone"), RuntimeError("gone")])
 async def test_peer_that_has_gone_is_no_error(error: Exception) -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     peer.error = error
     await refuse_handshake(peer.websocket, 429, "")
     assert peer.websocket.application_state is WebSocketState.DISCONNECTED
 
 
 async def test_peer_that_left_before_is_no_error() -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     peer._inbox.get_nowait()
     peer.leave()
     await refuse_handshake(peer.websocket, 429, "")
@@ -71,7 +65,7 @@ async def test_peer_that_left_before_is_no_error() -> None:
 
 
 async def test_denied_socket_cannot_be_connected() -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     await refuse_handshake(peer.websocket, 429, "")
     with pytest.raises(ConnectionClosed):
         await ConnectionManager().connect(peer.websocket)
@@ -79,7 +73,7 @@ async def test_denied_socket_cannot_be_connected() -> None:
 
 
 async def test_close_after_a_denial_does_nothing() -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     await refuse_handshake(peer.websocket, 429, "")
     await peer.websocket.close(1008, "as Starlette does for a WebSocketException")
     assert len(peer.sent) == 2
@@ -89,7 +83,7 @@ async def test_close_after_a_denial_does_nothing() -> None:
 
 @pytest.mark.parametrize("end", ["accept", "close"])
 async def test_only_a_handshake_can_be_denied(end: str) -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     await getattr(peer.websocket, end)()
     with pytest.raises(RuntimeError, match="neither accepted nor closed"):
         await refuse_handshake(peer.websocket, 429, "")
@@ -100,18 +94,17 @@ async def test_only_a_handshake_can_be_denied(end: str) -> None:
 
 
 async def test_handshake_is_refused_by_http() -> None:
-    peer = denying()
+    peer = Peer(can_deny=True)
     await refuse(peer.websocket, 429, 1008, "too many")
     assert peer.sent[0]["status"] == 429
 
 
 @pytest.mark.parametrize(("refuses", "code"), [((), 1008), ((1008,), 4008), ((1008, 4008), 1000)])
 async def test_accepted_socket_is_closed(refuses: tuple[int, ...], code: int) -> None:
-    peer = denying(refuses=refuses)
+    peer = Peer(refuses=refuses, can_deny=True)
     await peer.websocket.accept()
     await refuse(peer.websocket, 429, 1008, "x" * 200)
-    assert peer.close is not None
-    assert (peer.close["code"], peer.close["reason"]) == (code, "x" * 123)
+    assert peer.end == (code, "x" * 123)
     await peer.websocket.close()
     assert len(peer.sent) == 2
 
@@ -140,7 +133,7 @@ async def test_accepted_peer_that_has_gone_is_no_error() -> None:
 
 @pytest.mark.parametrize("where", ["accepted", "by http", "by close"])
 async def test_peer_that_takes_nothing_holds_nobody_up(where: str) -> None:
-    peer = denying() if where == "by http" else Peer()
+    peer = Peer(can_deny=True) if where == "by http" else Peer()
     if where == "accepted":
         await peer.websocket.accept()
     peer.stall()

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, HTTPException
+from fastapi import HTTPException
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.asgi import Peer, eventually, lifespan, turns, visit
-from tests.support.fake_broker import FakeBroker, FakeEngine
+from tests.support.fake_broker import FailingEngine, FakeBroker, FakeEngine
+from tests.support.web import router_app
 from wsbroadcast import (
     ConfigurationError,
     Connection,
@@ -22,19 +24,12 @@ from wsbroadcast import (
     EngineError,
     EngineUnavailable,
     Limits,
-    MemoryEngine,
     PermissionDenied,
-    Publication,
     create_router,
     create_routes,
 )
-from wsbroadcast.publication import Dismissal
 
-
-def _app(manager: ConnectionManager, path: str = "/ws", *, inbound: Any = "commands", **options: Any) -> FastAPI:
-    app = FastAPI()
-    app.include_router(create_router(manager, path, inbound=inbound, **options))
-    return app
+_app = partial(router_app, inbound="commands")
 
 
 async def _ask(peer: Peer, command: Any) -> Any:
@@ -45,6 +40,21 @@ async def _ask(peer: Peer, command: Any) -> Any:
 
 def _command(kind: str, channel: str, **more: Any) -> dict[str, Any]:
     return {"type": kind, "channel": channel, **more}
+
+
+class _Pondering:
+    """An `authorize` that says yes when it may; about some actions at once."""
+
+    def __init__(self, *about: str) -> None:
+        self.about = about
+        self.asked = asyncio.Event()
+        self.may_decide = asyncio.Event()
+
+    async def __call__(self, connection: Any, action: str, channel: str) -> bool:
+        if action in self.about:
+            self.asked.set()
+            await self.may_decide.wait()
+        return True
 
 
 def _anything(connection: Any, action: str, channel: str) -> bool:
@@ -59,8 +69,7 @@ _PUBLISH = json.dumps(_command("publish", "news", data=1))
 # What the commands do.
 
 
-async def test_commands_subscribe_publish_and_unsubscribe() -> None:
-    manager = ConnectionManager()
+async def test_commands_subscribe_publish_and_unsubscribe(manager: ConnectionManager) -> None:
     app = _app(manager, authorize=_anything)
     async with visit(app, "/ws") as ada, visit(app, "/ws") as bob:
         assert await _ask(ada, _command("subscribe", "news")) == {"type": "subscribed", "channel": "news"}
@@ -140,8 +149,7 @@ async def test_commands_may_come_as_binary_frames() -> None:
     ],
     ids=str,
 )
-async def test_what_is_no_command_is_an_error_and_changes_nothing(command: Any) -> None:
-    manager = ConnectionManager()
+async def test_what_is_no_command_is_an_error_and_changes_nothing(manager: ConnectionManager, command: Any) -> None:
     async with visit(_app(manager, authorize=_anything), "/ws") as peer:
         answer = await _ask(peer, json.dumps(command))
         assert (answer["type"], answer["code"]) == ("error", "invalid_command")
@@ -151,8 +159,7 @@ async def test_what_is_no_command_is_an_error_and_changes_nothing(command: Any) 
 
 
 @pytest.mark.parametrize("frame", ["", "{", "NaN", '"\\ud800"', "[" * 60_000, b"\xff\xfe", '{"a": 1e999}'])
-async def test_what_is_no_json_closes_that_connection_alone(frame: str | bytes) -> None:
-    manager = ConnectionManager()
+async def test_what_is_no_json_closes_that_connection_alone(manager: ConnectionManager, frame: str | bytes) -> None:
     app = _app(manager, authorize=_anything)
     async with visit(app, "/ws") as healthy:
         async with visit(app, "/ws") as peer:
@@ -182,8 +189,7 @@ async def test_a_name_that_is_no_channel_is_an_error_that_does_not_repeat_it(kin
 @pytest.mark.parametrize(
     "channel", ["*", ">", "a.>", "news[a-z]", "__keyspace@0__:*", '"; DROP', "é", "e\u0301", "a b"]
 )
-async def test_a_name_means_itself_and_nothing_else(channel: str) -> None:
-    manager = ConnectionManager()
+async def test_a_name_means_itself_and_nothing_else(manager: ConnectionManager, channel: str) -> None:
     app = _app(manager, authorize=_anything)
     async with visit(app, "/ws") as wild, visit(app, "/ws") as other:
         assert (await _ask(wild, _command("subscribe", channel)))["channel"] == channel
@@ -205,20 +211,13 @@ async def test_too_many_channels_are_an_error_and_nothing_more() -> None:
         assert (await _ask(peer, _command("subscribe", "c")))["type"] == "subscribed"
 
 
-class _BrokenEngine(MemoryEngine):
-    error: Exception = EngineUnavailable("no route to redis://:hunter2@internal:6379")
-
-    async def publish(self, publication: Publication | Dismissal) -> None:
-        raise self.error
-
-
 UNAVAILABLE = {"type": "error", "code": "unavailable", "text": "try again later"}
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        _BrokenEngine.error,
+        EngineUnavailable("no route to redis://:hunter2@internal:6379"),
         EngineError("the database is read-only: hunter2"),
         ExceptionGroup("several", [EngineError("hunter2")]),
     ],
@@ -226,9 +225,7 @@ UNAVAILABLE = {"type": "error", "code": "unavailable", "text": "try again later"
 async def test_a_broker_that_is_gone_is_an_error_without_a_word_about_it(
     error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = _BrokenEngine()
-    engine.error = error
-    async with visit(_app(ConnectionManager(engine), "/ws/{channel}"), "/ws/news") as peer:
+    async with visit(_app(ConnectionManager(FailingEngine(error)), "/ws/{channel}"), "/ws/news") as peer:
         for _ in range(3):
             assert await _ask(peer, _command("publish", "news", data=1)) == UNAVAILABLE
         assert peer.close is None
@@ -287,9 +284,7 @@ async def test_an_error_of_the_app_closes_with_1011_and_says_nothing() -> None:
 # Who may.
 
 
-async def test_without_authorize_a_client_has_what_the_path_and_the_app_gave_it() -> None:
-    manager = ConnectionManager()
-
+async def test_without_authorize_a_client_has_what_the_path_and_the_app_gave_it(manager: ConnectionManager) -> None:
     @manager.on_connect
     async def subscribe(connection: Connection) -> None:
         await connection.subscribe("given")
@@ -336,12 +331,14 @@ async def test_authorize_decides_by_connection_action_and_channel(is_async: bool
         ]
 
 
-async def test_authorize_may_deny_as_fastapi_does() -> None:
+@pytest.mark.parametrize("error", [HTTPException(403, "muted"), PermissionDenied("muted")])
+@pytest.mark.parametrize("kind", ["publish", "subscribe"])
+async def test_a_denial_says_what_authorize_says(error: Exception, kind: str) -> None:
     def authorize(connection: Any, action: str, channel: str) -> bool:
-        raise HTTPException(403, "muted")
+        raise error
 
     async with visit(_app(ConnectionManager(), authorize=authorize), "/ws") as peer:
-        assert await _ask(peer, _command("publish", "news", data=1)) == FORBIDDEN | {"text": "muted"}
+        assert await _ask(peer, _command(kind, "news", data=1)) == FORBIDDEN | {"text": "muted"}
 
 
 async def test_a_failure_of_authorize_is_not_kept_quiet() -> None:
@@ -355,21 +352,14 @@ async def test_a_failure_of_authorize_is_not_kept_quiet() -> None:
 
 
 async def test_nothing_of_a_channel_arrives_before_authorize_has_said_yes() -> None:
-    decided = asyncio.Event()
-    asked = asyncio.Event()
-
-    async def authorize(connection: Any, action: str, channel: str) -> bool:
-        asked.set()
-        await decided.wait()
-        return connection.user is None
-
+    authorize = _Pondering("subscribe")
     manager = ConnectionManager()
     async with visit(_app(manager, authorize=authorize), "/ws") as peer:
         peer.say(json.dumps(_command("subscribe", "private")))
-        await asked.wait()
+        await authorize.asked.wait()
         await manager.broadcast("secret", channel="private")
         assert manager.connections[0].channels == frozenset()
-        decided.set()
+        authorize.may_decide.set()
         assert json.loads(await peer.next()) == {"type": "subscribed", "channel": "private"}
         await manager.broadcast("now", channel="private")
         assert await peer.next() == "now"
@@ -405,26 +395,14 @@ async def test_a_denial_may_close_instead(inbound: str) -> None:
     app = _app(manager, "/ws/{channel}", inbound=inbound, authorize=authorize, on_denied="close")
     async with visit(app, "/ws/news") as peer, visit(app, "/ws/news") as other:
         peer.say(json.dumps(_command("publish", "news", data=1)))
-        assert await peer.wait_close() == 4403
-        assert peer.close is not None
-        assert peer.close["reason"] == "read only"
+        await peer.wait_close()
+        assert peer.end == (4403, "read only")
         assert peer.messages == []
         await manager.broadcast("still here")
         assert await other.next() == "still here"
 
 
-async def test_a_denial_says_what_authorize_says() -> None:
-    def authorize(connection: Any, action: str, channel: str) -> bool:
-        raise PermissionDenied(f"no {action} in {channel}")
-
-    async with visit(_app(ConnectionManager(), authorize=authorize), "/ws") as peer:
-        answer = await _ask(peer, _command("subscribe", "news"))
-        assert answer == {"type": "error", "code": "forbidden", "text": "no subscribe in news"}
-
-
-async def test_a_hook_that_refuses_a_channel_is_a_denial_too() -> None:
-    manager = ConnectionManager()
-
+async def test_a_hook_that_refuses_a_channel_is_a_denial_too(manager: ConnectionManager) -> None:
     @manager.on_subscribe
     async def refuse(connection: Connection, channel: str) -> None:
         raise PermissionDenied("full")
@@ -450,20 +428,13 @@ async def test_what_is_broadcast_to_everyone_is_asked_for_as_none() -> None:
 
 
 async def test_who_left_while_authorize_thought_about_it_is_no_error() -> None:
-    decided = asyncio.Event()
-    asked = asyncio.Event()
-
-    async def authorize(connection: Any, action: str, channel: str) -> bool:
-        asked.set()
-        await decided.wait()
-        return True
-
+    authorize = _Pondering("subscribe")
     manager = ConnectionManager()
     async with visit(_app(manager, authorize=authorize), "/ws") as peer:
         peer.say(json.dumps(_command("subscribe", "news")))
-        await asked.wait()
+        await authorize.asked.wait()
         await manager.close(manager.connections[0])
-        decided.set()
+        authorize.may_decide.set()
     assert manager.stats().channels == 0
 
 
@@ -484,25 +455,17 @@ async def test_a_denied_channel_never_reaches_a_recipient() -> None:
 
 @pytest.mark.parametrize(("inbound", "text"), [("commands", _PUBLISH), ("broadcast", "hello")])
 async def test_who_was_closed_while_authorize_thought_about_it_publishes_nothing(inbound: str, text: str) -> None:
-    decided = asyncio.Event()
-    asked = asyncio.Event()
-
-    async def authorize(connection: Any, action: str, channel: str) -> bool:
-        if action == "publish":
-            asked.set()
-            await decided.wait()
-        return True
-
+    authorize = _Pondering("publish")
     manager = ConnectionManager()
     app = _app(manager, "/ws/{channel}", inbound=inbound, authenticate=lambda: "ada", authorize=authorize)
     listener = Peer()
     await manager.connect(listener.websocket, channels=["news"])
     async with visit(app, "/ws/news") as peer:
         peer.say(text)
-        await asked.wait()
+        await authorize.asked.wait()
         await manager.disconnect_user("ada")
         assert await peer.wait_close() == 4401
-        decided.set()
+        authorize.may_decide.set()
     assert listener.messages == []
     assert manager.stats().broadcasts == 0
 

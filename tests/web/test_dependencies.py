@@ -289,9 +289,7 @@ def _app(manager: ConnectionManager, body: Endpoint) -> FastAPI:
     return app
 
 
-async def test_connection_dep_is_accepted_and_registered() -> None:
-    manager = ConnectionManager()
-
+async def test_connection_dep_is_accepted_and_registered(manager: ConnectionManager) -> None:
     async def echo(connection: Connection) -> None:
         assert connection in connection.manager.connections
         async for message in connection:
@@ -357,9 +355,10 @@ async def test_connection_dep_is_removed_and_closed_whichever_way_the_endpoint_e
         assert peer.messages == ["before"]
         assert manager.connections == []
         await eventually(lambda: len(ended) == 1)
+        assert peer.end == (ended[0].close_code, ended[0].close_reason)
         if isinstance(raised, (WebSocketException, PermissionDenied)):
-            assert peer.close is not None
-            assert peer.close["reason"] == (raised.reason if isinstance(raised, WebSocketException) else str(raised))
+            reason = raised.reason if isinstance(raised, WebSocketException) else str(raised)
+            assert peer.end == (code, reason)
 
 
 # What a task group makes of a single error, and of several.
@@ -390,9 +389,7 @@ EVERY_GROUP = pytest.mark.parametrize("run", [_in_asyncio, _in_anyio, _nested])
 
 
 @EVERY_GROUP
-async def test_peer_that_leaves_a_task_group_is_no_error_of_the_endpoint(run: Any) -> None:
-    manager = ConnectionManager()
-
+async def test_peer_that_leaves_a_task_group_is_no_error_of_the_endpoint(manager: ConnectionManager, run: Any) -> None:
     async def body(connection: Connection) -> None:
         async def read() -> None:
             while True:
@@ -418,10 +415,8 @@ async def test_peer_that_leaves_a_task_group_is_no_error_of_the_endpoint(run: An
 )
 @EVERY_GROUP
 async def test_what_an_endpoint_raises_in_a_task_group_is_its_end(
-    run: Any, raised: Exception, code: int, reason: str
+    manager: ConnectionManager, run: Any, raised: Exception, code: int, reason: str
 ) -> None:
-    manager = ConnectionManager()
-
     async def body(connection: Connection) -> None:
         async def fail() -> None:
             raise raised
@@ -430,16 +425,13 @@ async def test_what_an_endpoint_raises_in_a_task_group_is_its_end(
 
     app = _app(manager, body)
     async with lifespan(app), visit(app, "/ws") as peer:
-        assert await peer.wait_close() == code
-        assert peer.close is not None
-        assert peer.close["reason"] == reason
+        await peer.wait_close()
+        assert peer.end == (code, reason)
     assert manager.connections == []
 
 
 @EVERY_GROUP
-async def test_error_in_a_task_group_stays_an_error(run: Any) -> None:
-    manager = ConnectionManager()
-
+async def test_error_in_a_task_group_stays_an_error(manager: ConnectionManager, run: Any) -> None:
     async def body(connection: Connection) -> None:
         async def fail() -> None:
             raise KeyError("broken")
@@ -457,9 +449,7 @@ async def test_error_in_a_task_group_stays_an_error(run: Any) -> None:
                 assert await peer.wait_close() == 1011
 
 
-async def test_connection_dep_is_removed_when_the_endpoint_raises_an_http_exception() -> None:
-    manager = ConnectionManager()
-
+async def test_connection_dep_is_removed_when_the_endpoint_raises_an_http_exception(manager: ConnectionManager) -> None:
     async def body(connection: Connection) -> None:
         raise HTTPException(403)
 
@@ -473,8 +463,7 @@ async def test_connection_dep_is_removed_when_the_endpoint_raises_an_http_except
         assert manager.connections == []
 
 
-async def test_connection_dep_is_removed_when_the_endpoint_is_cancelled() -> None:
-    manager = ConnectionManager()
+async def test_connection_dep_is_removed_when_the_endpoint_is_cancelled(manager: ConnectionManager) -> None:
     app = _app(manager, lambda connection: asyncio.Event().wait())
     async with lifespan(app):
         peer = Peer("/ws")
@@ -488,9 +477,7 @@ async def test_connection_dep_is_removed_when_the_endpoint_is_cancelled() -> Non
 
 
 @pytest.mark.parametrize("reader", ["receive", "receive_text", "websocket"])
-async def test_a_peer_that_leaves_is_no_error_of_the_endpoint(reader: str) -> None:
-    manager = ConnectionManager()
-
+async def test_a_peer_that_leaves_is_no_error_of_the_endpoint(manager: ConnectionManager, reader: str) -> None:
     async def body(connection: Connection) -> None:
         while True:
             if reader == "websocket":
@@ -507,9 +494,7 @@ async def test_a_peer_that_leaves_is_no_error_of_the_endpoint(reader: str) -> No
         assert peer.close is None
 
 
-async def test_a_close_from_elsewhere_is_no_error_of_the_endpoint() -> None:
-    manager = ConnectionManager()
-
+async def test_a_close_from_elsewhere_is_no_error_of_the_endpoint(manager: ConnectionManager) -> None:
     async def body(connection: Connection) -> None:
         while True:
             await connection.websocket.receive_text()
@@ -520,9 +505,7 @@ async def test_a_close_from_elsewhere_is_no_error_of_the_endpoint() -> None:
         assert peer.close_code == 4000
 
 
-async def test_a_dead_peer_found_by_the_endpoints_own_send_is_no_error() -> None:
-    manager = ConnectionManager()
-
+async def test_a_dead_peer_found_by_the_endpoints_own_send_is_no_error(manager: ConnectionManager) -> None:
     async def body(connection: Connection) -> None:
         await connection.receive()
         await connection.websocket.send_text("to nobody")
@@ -535,9 +518,7 @@ async def test_a_dead_peer_found_by_the_endpoints_own_send_is_no_error() -> None
         await eventually(lambda: manager.connections == [])
 
 
-async def test_an_endpoint_that_closes_by_itself_is_closed_once() -> None:
-    manager = ConnectionManager()
-
+async def test_an_endpoint_that_closes_by_itself_is_closed_once(manager: ConnectionManager) -> None:
     async def body(connection: Connection) -> None:
         await connection.close(4000)
 
@@ -547,9 +528,7 @@ async def test_an_endpoint_that_closes_by_itself_is_closed_once() -> None:
     assert [event["type"] for event in peer.sent].count("websocket.close") == 1
 
 
-async def test_connection_dep_refused_by_a_hook_is_closed_with_1008() -> None:
-    manager = ConnectionManager()
-
+async def test_connection_dep_refused_by_a_hook_is_closed_with_1008(manager: ConnectionManager) -> None:
     @manager.on_connect
     async def refuse(connection: Connection) -> None:
         raise PermissionDenied("not today")
@@ -559,15 +538,12 @@ async def test_connection_dep_refused_by_a_hook_is_closed_with_1008() -> None:
 
     app = _app(manager, body)
     async with lifespan(app), visit(app, "/ws") as peer:
-        assert await peer.wait_close() == 1008
-    assert peer.close is not None
-    assert peer.close["reason"] == "not today"
+        await peer.wait_close()
+        assert peer.end == (1008, "not today")
 
 
 @pytest.mark.parametrize("way", ["disconnect", "error"])
-async def test_a_peer_that_leaves_during_the_handshake_registers_nothing(way: str) -> None:
-    manager = ConnectionManager()
-
+async def test_a_peer_that_leaves_during_the_handshake_registers_nothing(manager: ConnectionManager, way: str) -> None:
     async def body(connection: Connection) -> None:
         raise AssertionError("the endpoint must not run")
 
@@ -590,9 +566,7 @@ async def _subscribed(connection: ConnectionDep, channel: str) -> Connection:
     return connection
 
 
-async def test_connection_dep_is_shared_within_a_request_and_composes() -> None:
-    manager = ConnectionManager()
-
+async def test_connection_dep_is_shared_within_a_request_and_composes(manager: ConnectionManager) -> None:
     app = FastAPI(lifespan=manager.lifespan)
     router = APIRouter(prefix="/api")
 
@@ -611,9 +585,7 @@ async def test_connection_dep_is_shared_within_a_request_and_composes() -> None:
         assert await peer.next() == "hello"
 
 
-async def test_connection_dep_can_be_replaced_with_options_of_ones_own() -> None:
-    manager = ConnectionManager()
-
+async def test_connection_dep_can_be_replaced_with_options_of_ones_own(manager: ConnectionManager) -> None:
     async def as_ada(websocket: WebSocket, manager: ManagerDep) -> Any:
         async with manager.connect(websocket, user="ada") as connection:
             yield connection
@@ -623,39 +595,6 @@ async def test_connection_dep_can_be_replaced_with_options_of_ones_own() -> None
     async with lifespan(app), visit(app, "/ws") as peer:
         await manager.broadcast("hello", user="ada")
         assert await peer.next() == "hello"
-
-
-def test_the_shorter_ways_of_the_readme_work_in_a_test_client() -> None:
-    app = FastAPI(lifespan=(manager := ConnectionManager()).lifespan)
-
-    @app.websocket("/feed")
-    async def feed(connection: ConnectionDep) -> None:
-        async for message in connection:
-            await connection.manager.broadcast(message, exclude=connection)
-
-    with TestClient(app) as client, client.websocket_connect("/feed") as a, client.websocket_connect("/feed") as b:
-        a.send_text("from a")
-        assert b.receive_text() == "from a"
-        b.send_bytes(b"from b")
-        assert a.receive_bytes() == b"from b"
-    assert manager.stats().connections == 0
-
-
-async def test_hooks_see_the_code_of_a_websocket_exception() -> None:
-    manager = ConnectionManager()
-    seen: list[tuple[int | None, str]] = []
-    manager.on_disconnect(lambda connection: seen.append((connection.close_code, connection.close_reason)))
-    app = FastAPI(lifespan=manager.lifespan)
-
-    @app.websocket("/ws")
-    async def endpoint(connection: ConnectionDep) -> None:
-        raise WebSocketException(4001, "no such room")
-
-    async with lifespan(app):
-        async with visit(app, "/ws") as peer:
-            await peer.wait_for(lambda: peer.close_code is not None)
-            assert peer.close_code == 4001
-        await eventually(lambda: seen == [(4001, "no such room")])
 
 
 async def test_a_connection_dependency_may_name_its_manager() -> None:

@@ -7,18 +7,15 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.applications import Starlette
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.testclient import TestClient, WebSocketDenialResponse
-from starlette.websockets import WebSocketDisconnect
+from starlette.testclient import TestClient
 
-from tests.support.asgi import Peer, Refused, lifespan, visit
+from tests.support.asgi import Peer, lifespan, refusal
+from tests.support.web import EVERY_APP, MakeApp, admitted, denied, router_app
 from wsbroadcast import (
     ConfigurationError,
-    ConnectionDep,
     ConnectionManager,
     connection_dependency,
     create_router,
@@ -248,44 +245,14 @@ def test_the_refusal_says_so_if_only_the_scheme_differs() -> None:
 # At the door.
 
 
-def _router_app(**options: Any) -> FastAPI:
-    app = FastAPI()
-    app.include_router(create_router(ConnectionManager(), **options))
-    return app
-
-
-def _dependency_app() -> FastAPI:
-    manager = ConnectionManager()
-    app = FastAPI(lifespan=manager.lifespan)
-
-    @app.websocket("/ws")
-    async def endpoint(connection: ConnectionDep) -> None:
-        async for message in connection:
-            await connection.manager.broadcast(message)
-
-    return app
-
-
-def _starlette_app() -> Starlette:
-    manager = ConnectionManager()
-    return Starlette(routes=create_routes(manager), lifespan=manager.lifespan)
-
-
-APPS = [_router_app, _dependency_app, _starlette_app]
-
-
-@pytest.mark.parametrize("make_app", APPS)
-def test_a_page_of_another_site_gets_403_and_the_reason(make_app: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with TestClient(make_app()) as client:
+@EVERY_APP
+def test_a_page_of_another_site_gets_403_and_the_reason(make_app: MakeApp, caplog: pytest.LogCaptureFixture) -> None:
+    with TestClient(make_app(ConnectionManager())) as client:
         for _ in range(3):
-            with (
-                pytest.raises(WebSocketDenialResponse) as refused,
-                client.websocket_connect("/ws?token=secret", headers={"origin": "http://localhost:5173"}),
-            ):
-                pass
-            assert refused.value.status_code == 403
-            assert refused.value.headers["content-type"] == "text/plain; charset=utf-8"
-            assert "allowed_origins=['http://localhost:5173']" in refused.value.text
+            response = denied(client, "/ws?token=secret", origin="http://localhost:5173")
+            assert response.status_code == 403
+            assert response.headers["content-type"] == "text/plain; charset=utf-8"
+            assert "allowed_origins=['http://localhost:5173']" in response.text
         with client.websocket_connect("/ws", headers={"origin": "http://testserver"}) as socket:
             socket.send_text("hello")
             assert socket.receive_text() == "hello"
@@ -295,100 +262,70 @@ def test_a_page_of_another_site_gets_403_and_the_reason(make_app: Any, caplog: p
     assert "secret" not in caplog.text
 
 
-@pytest.mark.parametrize("make_app", APPS)
-async def test_a_server_that_can_not_answer_closes_before_it_accepts(make_app: Any) -> None:
-    app = make_app()
+@EVERY_APP
+async def test_a_server_that_can_not_answer_closes_before_it_accepts(make_app: MakeApp) -> None:
+    app = make_app(ConnectionManager())
     async with lifespan(app):
-        with pytest.raises(Refused) as refused:
-            async with visit(app, "/ws", headers=[(b"origin", b"https://evil.example")]):
-                pass
-        assert refused.value.code == 1008
+        assert await refusal(app, headers=[(b"origin", b"https://evil.example")]) == 1008
 
 
-async def test_what_a_client_chose_is_logged_escaped_and_cut(caplog: pytest.LogCaptureFixture) -> None:
-    app = _router_app()
+async def test_what_a_client_chose_is_logged_escaped_and_cut(
+    manager: ConnectionManager, caplog: pytest.LogCaptureFixture
+) -> None:
     for origin in ("evil\x1b[2J\u0085\x9b\n" + "x" * 10_000, "https://evil.example\xff"):
-        peer = Peer("/ws", headers=[(b"origin", origin.encode("latin-1"))])
-        peer.scope["extensions"] = {"websocket.http.response": {}}
-        with pytest.raises(Refused):
-            async with visit(app, "/ws", peer):
-                pass
-        start, body = peer.sent
-        assert start["status"] == 403
-        assert body["body"].decode().isprintable()
-        assert len(body["body"]) < 1000
+        peer = Peer("/ws", headers=[(b"origin", origin.encode("latin-1"))], can_deny=True)
+        await refusal(router_app(manager), peer=peer)
+        status, text = peer.denial
+        assert (status, text.isprintable()) == (403, True)
+        assert len(text) < 1000
     assert len(caplog.records) == 2
     assert all(record.getMessage().isprintable() and len(record.getMessage()) < 1000 for record in caplog.records)
 
 
 def test_many_origins_do_not_fill_the_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    with TestClient(_router_app()) as client:
+    with TestClient(router_app(ConnectionManager())) as client:
         for number in range(150):
-            with (
-                pytest.raises(WebSocketDisconnect),
-                client.websocket_connect("/ws", headers={"origin": f"https://evil{number}.example"}),
-            ):
-                pass
+            denied(client, origin=f"https://evil{number}.example")
         assert len(caplog.records) == 101
         later = monotonic() + 61
         monkeypatch.setattr(Throttle, "is_due", Throttle(lambda: later).is_due)
         for origin in ("https://evil1.example", "https://late.example", "https://later.example"):
-            with pytest.raises(WebSocketDisconnect), client.websocket_connect("/ws", headers={"origin": origin}):
-                pass
+            denied(client, origin=origin)
     assert len(caplog.records) == 102
     assert "https://late.example" in caplog.messages[-1]
 
 
 def test_dns_rebinding_is_refused_where_the_names_of_the_server_are_known() -> None:
-    rebound = {"origin": "http://evil.example", "host": "evil.example"}
-    with TestClient(_router_app()) as client, client.websocket_connect("/ws", headers=rebound):
-        pass  # which the threat model says
-    trusting = _router_app()
+    manager, rebound = ConnectionManager(), {"origin": "http://evil.example", "host": "evil.example"}
+    with TestClient(router_app(manager)) as client:
+        admitted(client, **rebound)  # which the threat model says
+    trusting = router_app(manager)
     trusting.add_middleware(TrustedHostMiddleware, allowed_hosts=["testserver"])
-    for app, status in ((_router_app(allowed_origins=["http://testserver"]), 403), (trusting, 400)):
+    for app, status in ((router_app(manager, allowed_origins=["http://testserver"]), 403), (trusting, 400)):
         with TestClient(app) as client:
-            with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws", headers=rebound):
-                pass
-            assert refused.value.status_code == status
-            with client.websocket_connect("/ws", headers={"origin": "http://testserver"}):
-                pass
+            assert denied(client, **rebound).status_code == status
+            admitted(client, origin="http://testserver")
 
 
-def test_the_routers_options_are_the_doors(caplog: pytest.LogCaptureFixture) -> None:
-    app = _router_app(allowed_origins=["http://localhost:5173"], allow_missing_origin=False)
-    with TestClient(app) as client:
-        with client.websocket_connect("/ws", headers={"origin": "http://localhost:5173"}):
-            pass
+def test_the_routers_options_are_the_doors() -> None:
+    options: dict[str, Any] = {"allowed_origins": ["http://localhost:5173"], "allow_missing_origin": False}
+    with TestClient(router_app(ConnectionManager(), **options)) as client:
+        admitted(client, origin="http://localhost:5173")
         for headers in ({}, {"origin": "http://testserver"}):
-            with pytest.raises(WebSocketDenialResponse), client.websocket_connect("/ws", headers=headers):
-                pass
-    with (
-        TestClient(_router_app(allowed_origins="*")) as client,
-        client.websocket_connect("/ws", headers={"origin": "https://evil.example"}),
-    ):
-        pass
+            denied(client, **headers)
+    with TestClient(router_app(ConnectionManager(), allowed_origins="*")) as client:
+        admitted(client, origin="https://evil.example")
 
 
 @pytest.mark.parametrize("root_path", ["", "/api", "/api/v1/"])
 def test_a_root_path_changes_nothing(root_path: str) -> None:
-    with TestClient(_router_app(), root_path=root_path) as client:
-        with client.websocket_connect("/ws", headers={"origin": "http://testserver"}):
-            pass
-        with (
-            pytest.raises(WebSocketDenialResponse),
-            client.websocket_connect("/ws", headers={"origin": "http://evil.example"}),
-        ):
-            pass
+    with TestClient(router_app(ConnectionManager()), root_path=root_path) as client:
+        admitted(client, origin="http://testserver")
+        denied(client, origin="http://evil.example")
 
 
-@pytest.mark.parametrize("make_app", APPS)
-def test_over_tls_the_scheme_counts(make_app: Any) -> None:
-    with TestClient(make_app(), base_url="https://testserver") as client:
-        url = "wss://testserver/ws"
-        with client.websocket_connect(url, headers={"origin": "https://testserver"}):
-            pass
-        with (
-            pytest.raises(WebSocketDenialResponse),
-            client.websocket_connect(url, headers={"origin": "http://testserver"}),
-        ):
-            pass
+@EVERY_APP
+def test_over_tls_the_scheme_counts(make_app: MakeApp) -> None:
+    with TestClient(make_app(ConnectionManager()), base_url="https://testserver") as client:
+        admitted(client, "wss://testserver/ws", origin="https://testserver")
+        denied(client, "wss://testserver/ws", origin="http://testserver")

@@ -14,11 +14,11 @@ from fastapi.routing import APIWebSocketRoute
 from fastapi.testclient import TestClient
 from starlette.applications import Starlette
 from starlette.routing import Mount, Router, WebSocketRoute
-from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
 
-from tests.support.asgi import Peer, Refused, eventually, lifespan, turns, visit
-from tests.support.fake_broker import FakeBroker, FakeEngine
+from tests.support.asgi import Peer, eventually, lifespan, refusal, turns, visit
+from tests.support.fake_broker import FailingEngine, FakeBroker, FakeEngine
+from tests.support.web import denied, router_app
 from wsbroadcast import (
     Audience,
     ConfigurationError,
@@ -28,21 +28,11 @@ from wsbroadcast import (
     EngineUnavailable,
     Limits,
     ManagerDep,
-    MemoryEngine,
     Message,
     PermissionDenied,
-    Publication,
     create_router,
     create_routes,
 )
-from wsbroadcast.publication import Dismissal
-
-
-def _app(manager: ConnectionManager, path: str = "/ws", prefix: str = "", **options: Any) -> FastAPI:
-    app = FastAPI()
-    app.include_router(create_router(manager, path, **options), prefix=prefix)
-    return app
-
 
 # Options.
 
@@ -70,36 +60,13 @@ def test_an_option_that_makes_no_sense_is_refused(factory: Any, path: str, optio
 
 
 async def test_a_pattern_with_an_unknown_parameter_is_an_error_of_the_app() -> None:
-    app = _app(ConnectionManager(), "/ws/{a}", channel="{b}")
+    app = router_app(ConnectionManager(), "/ws/{a}", channel="{b}")
     async with lifespan(app):
         with pytest.raises(ConfigurationError, match="not a path parameter"):
-            async with visit(app, "/ws/x"):
-                pass
+            await refusal(app, "/ws/x")
 
 
 # Who hears whom.
-
-
-async def test_what_a_client_sends_is_broadcast_to_everyone() -> None:
-    manager = ConnectionManager()
-    app = _app(manager)
-    async with lifespan(app), visit(app, "/ws") as a, visit(app, "/ws") as b:
-        a.say("hello")
-        b_heard = await b.next()
-        b.say(b"\x00\xff")
-        assert b_heard == "hello"
-        assert await a.wait_messages(2) == ["hello", b"\x00\xff"]
-        assert await b.wait_messages(2) == ["hello", b"\x00\xff"]
-
-
-async def test_include_sender_false_leaves_the_sender_out() -> None:
-    app = _app(ConnectionManager(), "/ws/{channel}", include_sender=False)
-    async with lifespan(app), visit(app, "/ws/x") as a, visit(app, "/ws/x") as b:
-        a.say("from a")
-        assert await b.next() == "from a"
-        b.say("from b")
-        assert await a.next() == "from b"
-        assert b.messages == ["from a"]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +96,10 @@ async def test_include_sender_false_leaves_the_sender_out() -> None:
         ("/ws/{room}", {}, "/ws/{evil}", {"{evil}"}),
     ],
 )
-async def test_path_parameters_subscribe(path: str, options: dict[str, Any], url: str, channels: set[str]) -> None:
-    manager = ConnectionManager()
-    app = _app(manager, path, **options)
+async def test_path_parameters_subscribe(
+    manager: ConnectionManager, path: str, options: dict[str, Any], url: str, channels: set[str]
+) -> None:
+    app = router_app(manager, path, **options)
     async with lifespan(app), visit(app, url) as peer:
         [connection] = manager.connections
         assert connection.channels == channels
@@ -139,25 +107,13 @@ async def test_path_parameters_subscribe(path: str, options: dict[str, Any], url
         assert await peer.next() == "hello"
 
 
-async def test_a_channel_hears_nothing_of_another() -> None:
-    manager = ConnectionManager()
-    app = _app(manager, "/ws/{channel}")
-    async with lifespan(app), visit(app, "/ws/a") as a, visit(app, "/ws/b") as b, visit(app, "/ws/b") as also_b:
-        b.say("to b")
-        assert await also_b.next() == "to b"
-        await manager.broadcast("to all")
-        assert await a.next() == "to all"
-
-
 @pytest.mark.parametrize("url", ["/ws/" + "x" * 201, "/ws/a\x00b", "/ws/a\nb", "/ws/\u2028"])
-async def test_an_invalid_channel_in_the_url_is_refused_before_it_is_accepted(url: str) -> None:
-    manager = ConnectionManager()
-    app = _app(manager, "/ws/{channel}")
+async def test_an_invalid_channel_in_the_url_is_refused_before_it_is_accepted(
+    manager: ConnectionManager, url: str
+) -> None:
+    app = router_app(manager, "/ws/{channel}")
     async with lifespan(app):
-        with pytest.raises(Refused) as caught:
-            async with visit(app, url):
-                pass
-        assert caught.value.code == 1008
+        assert await refusal(app, url) == 1008
         assert manager.stats().connects == 0
 
 
@@ -169,22 +125,20 @@ async def test_an_invalid_channel_in_the_url_is_refused_before_it_is_accepted(ur
         ("{room}/{tenant}/x", "/ws/a/b/c"),
     ],
 )
-async def test_parameters_that_could_make_the_channel_of_others_are_refused(pattern: str, url: str) -> None:
-    manager = ConnectionManager()
-    app = _app(manager, "/ws/{tenant}/{room:path}", channel=pattern)
+async def test_parameters_that_could_make_the_channel_of_others_are_refused(
+    manager: ConnectionManager, pattern: str, url: str
+) -> None:
+    app = router_app(manager, "/ws/{tenant}/{room:path}", channel=pattern)
     async with lifespan(app):
-        with pytest.raises(Refused):
-            async with visit(app, url):
-                pass
+        await refusal(app, url)
         assert manager.stats().connects == 0
 
 
 # Inbound.
 
 
-async def test_inbound_ignore_reads_and_forgets() -> None:
-    manager = ConnectionManager()
-    app = _app(manager, inbound="ignore")
+async def test_inbound_ignore_reads_and_forgets(manager: ConnectionManager) -> None:
+    app = router_app(manager, inbound="ignore")
     async with lifespan(app), visit(app, "/ws") as peer:
         for number in range(20):
             peer.say(str(number))
@@ -195,14 +149,12 @@ async def test_inbound_ignore_reads_and_forgets() -> None:
         await eventually(lambda: manager.connections == [])
 
 
-async def test_inbound_handle_leaves_it_to_the_hooks() -> None:
-    manager = ConnectionManager()
-
+async def test_inbound_handle_leaves_it_to_the_hooks(manager: ConnectionManager) -> None:
     @manager.on_message
     async def answer(connection: Connection, message: str | bytes) -> None:
         await connection.send(f"you said {message!r}")
 
-    app = _app(manager, "/ws/{channel}", inbound="handle")
+    app = router_app(manager, "/ws/{channel}", inbound="handle")
     async with lifespan(app), visit(app, "/ws/a") as a, visit(app, "/ws/a") as b:
         a.say("hello")
         assert await a.next() == "you said 'hello'"
@@ -212,19 +164,16 @@ async def test_inbound_handle_leaves_it_to_the_hooks() -> None:
 
 
 @pytest.mark.parametrize("inbound", ["broadcast", "handle", "ignore"])
-async def test_a_message_that_a_hook_refuses_closes_with_1008(inbound: str) -> None:
-    manager = ConnectionManager()
-
+async def test_a_message_that_a_hook_refuses_closes_with_1008(manager: ConnectionManager, inbound: str) -> None:
     @manager.on_message
     async def refuse(connection: Connection, message: str | bytes) -> None:
         raise PermissionDenied("read only")
 
-    app = _app(manager, inbound=inbound)
+    app = router_app(manager, inbound=inbound)
     async with lifespan(app), visit(app, "/ws") as peer:
         peer.say("hello")
-        assert await peer.wait_close() == 1008
-        assert peer.close is not None
-        assert peer.close["reason"] == "read only"
+        await peer.wait_close()
+        assert peer.end == (1008, "read only")
         assert manager.connections == []
         assert peer.messages == []
 
@@ -235,20 +184,17 @@ async def test_a_message_that_a_hook_refuses_closes_with_1008(inbound: str) -> N
     [(PermissionDenied("no"), 1008), (WebSocketException(4123, "no"), 4123), (WebSocketException(1, "no"), 1011)],
 )
 async def test_a_broadcast_that_a_hook_refuses_closes_with_the_refusals_code(
-    error: Exception, code: int, is_grouped: bool
+    manager: ConnectionManager, error: Exception, code: int, is_grouped: bool
 ) -> None:
-    manager = ConnectionManager()
-
     @manager.on_broadcast
     async def refuse(message: Message, audience: Audience) -> object:
         raise ExceptionGroup("a task group", [error]) if is_grouped else error
 
-    app = _app(manager)
+    app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as peer:
         peer.say("hello")
-        assert await peer.wait_close() == code
-        assert peer.close is not None
-        assert peer.close["reason"] == "no"
+        await peer.wait_close()
+        assert peer.end == (code, "no")
 
 
 # A broker that is gone.
@@ -265,7 +211,7 @@ async def test_messages_of_clients_are_ignored_and_counted_while_the_broker_is_g
 ) -> None:
     broker = FakeBroker()
     manager = ConnectionManager(FakeEngine(broker))
-    app = _app(manager, "/ws/{channel}")
+    app = router_app(manager, "/ws/{channel}")
     async with lifespan(app), visit(app, "/ws/news") as ada, visit(app, "/ws/news") as bob:
         await _kill(broker)
         caplog.clear()
@@ -284,23 +230,12 @@ async def test_messages_of_clients_are_ignored_and_counted_while_the_broker_is_g
     assert [record for record in caplog.records if record.levelname == "ERROR" or record.exc_info] == []
 
 
-class _Failing(MemoryEngine):
-    """An engine of which nothing is known but that it fails."""
-
-    error: Exception = EngineError("read-only")
-
-    async def publish(self, publication: Publication | Dismissal) -> None:
-        raise self.error
-
-
 @pytest.mark.parametrize(
     "error", [EngineError("read-only"), EngineUnavailable("gone"), ExceptionGroup("several", [EngineError("one")])]
 )
 async def test_every_error_of_an_engine_is_its_trouble_and_not_the_client_s(error: Exception) -> None:
-    engine = _Failing()
-    engine.error = error
-    manager = ConnectionManager(engine)
-    app = _app(manager)
+    manager = ConnectionManager(FailingEngine(error))
+    app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as peer:
         peer.say("hello")
         peer.say("hello")
@@ -308,40 +243,36 @@ async def test_every_error_of_an_engine_is_its_trouble_and_not_the_client_s(erro
         assert peer.close is None
 
 
-async def test_engine_error_of_a_hook_is_no_reason_to_close() -> None:
-    manager = ConnectionManager()
-
+async def test_engine_error_of_a_hook_is_no_reason_to_close(manager: ConnectionManager) -> None:
     @manager.on_broadcast
     async def archive(message: Message, audience: Audience) -> object:
         raise EngineUnavailable("the archive is gone")
 
-    app = _app(manager)
+    app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as peer:
         peer.say("hello")
         await eventually(lambda: manager.stats().unpublished == 1)
         assert peer.close is None
 
 
-async def test_error_of_a_hook_closes_with_1011() -> None:
-    manager = ConnectionManager()
-
+async def test_error_of_a_hook_closes_with_1011(manager: ConnectionManager) -> None:
     @manager.on_broadcast
     async def fail(message: Message, audience: Audience) -> object:
         raise KeyError("broken")
 
-    app = _app(manager)
+    app = router_app(manager)
     async with lifespan(app):
         peer = Peer("/ws")
         peer.say("hello")
         with pytest.raises(KeyError):
             async with visit(app, "/ws", peer):
                 assert await peer.wait_close() == 1011
+        assert manager.connections == []
     assert manager.stats().unpublished == 0
 
 
 @pytest.mark.parametrize("inbound", ["broadcast", "commands"])
-async def test_message_that_waits_while_the_manager_ends_is_no_error(inbound: str) -> None:
-    manager = ConnectionManager()
+async def test_message_that_waits_while_the_manager_ends_is_no_error(manager: ConnectionManager, inbound: str) -> None:
     waits, goes_on = asyncio.Event(), asyncio.Event()
 
     @manager.on_broadcast
@@ -350,7 +281,7 @@ async def test_message_that_waits_while_the_manager_ends_is_no_error(inbound: st
         await goes_on.wait()
         return message
 
-    app = _app(manager, "/ws/{channel}", inbound=inbound)
+    app = router_app(manager, "/ws/{channel}", inbound=inbound)
     async with visit(app, "/ws/news") as peer:
         peer.say('{"type": "publish", "channel": "news", "data": 1}')
         await waits.wait()
@@ -364,43 +295,35 @@ async def test_message_that_waits_while_the_manager_ends_is_no_error(inbound: st
 async def test_engine_that_fails_fast_refuses_handshakes_with_503(caplog: pytest.LogCaptureFixture) -> None:
     broker = FakeBroker()
     broker.is_down = True
-    app = _app(ConnectionManager(FakeEngine(broker, fail_fast=True)))
+    app = router_app(ConnectionManager(FakeEngine(broker, fail_fast=True)))
     for _ in range(3):
-        peer = Peer("/ws")
-        peer.scope["extensions"] = {"websocket.http.response": {}}
+        peer = Peer("/ws", can_deny=True)
         await app(peer.scope, peer.receive, peer.send)
-        assert peer.sent[0]["status"] == 503
+        assert peer.denial[0] == 503
     [warning] = [record.getMessage() for record in caplog.records if "handshake" in record.getMessage()]
     assert warning.startswith("refused a handshake: fake at nowhere:1 can't be reached")
 
 
-async def test_a_connection_that_a_hook_refuses_is_closed_with_1008_and_no_error() -> None:
-    manager = ConnectionManager()
-
+async def test_a_connection_that_a_hook_refuses_is_closed_with_1008_and_no_error(manager: ConnectionManager) -> None:
     @manager.on_connect
     async def refuse(connection: Connection) -> None:
         raise PermissionDenied("not today")
 
-    app = _app(manager)
+    app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as peer:
         assert await peer.wait_close() == 1008
 
 
-async def test_a_peer_that_leaves_during_the_handshake_is_no_error() -> None:
-    manager = ConnectionManager()
-    app = _app(manager)
+async def test_a_peer_that_leaves_during_the_handshake_is_no_error(manager: ConnectionManager) -> None:
+    app = router_app(manager)
     async with lifespan(app):
         peer = Peer("/ws")
         peer.error = OSError("gone")
-        with pytest.raises(Refused):
-            async with visit(app, "/ws", peer):
-                pass
+        await refusal(app, peer=peer)
         peer = Peer("/ws")
         await peer.receive()
         peer.leave()
-        with pytest.raises(Refused):
-            async with visit(app, "/ws", peer):
-                pass
+        await refusal(app, peer=peer)
         assert manager.connections == []
 
 
@@ -424,16 +347,14 @@ async def test_a_peer_that_leaves_during_the_handshake_is_no_error() -> None:
 )
 @pytest.mark.parametrize("inbound", ["broadcast", "handle"])
 async def test_a_message_of_the_wrong_kind_closes_that_connection_alone(
-    accepts: str, data: str | bytes, code: int, inbound: str, has_both_keys: bool
+    manager: ConnectionManager, accepts: str, data: str | bytes, code: int, inbound: str, has_both_keys: bool
 ) -> None:
-    manager = ConnectionManager()
-    app = _app(manager, accepts=accepts, inbound=inbound)
+    app = router_app(manager, accepts=accepts, inbound=inbound)
     async with lifespan(app), visit(app, "/ws") as healthy:
         async with visit(app, "/ws", has_both_keys=has_both_keys) as peer:
             peer.say(data)
             assert await peer.wait_close() == code
-            assert peer.close is not None
-            assert peer.close["reason"]
+            assert peer.end != (code, "")
         await manager.broadcast("still here")
         assert await healthy.next() == "still here"
 
@@ -456,7 +377,7 @@ async def test_a_message_of_the_wrong_kind_closes_that_connection_alone(
     ],
 )
 async def test_a_message_of_the_right_kind_is_broadcast(accepts: str, data: str | bytes, heard: str | bytes) -> None:
-    app = _app(ConnectionManager(), accepts=accepts)
+    app = router_app(ConnectionManager(), accepts=accepts)
     async with lifespan(app), visit(app, "/ws") as a, visit(app, "/ws") as b:
         a.say(data)
         assert await b.next() == heard
@@ -468,9 +389,8 @@ async def test_a_message_of_the_right_kind_is_broadcast(accepts: str, data: str 
     + ["9" * 5000, "[" + "9" * 5000 + ', "NaN"]', '{"a":1e308}', "1e400", "-1e400"],
     ids=lambda data: f"{data[:3]}{len(data)}",
 )
-async def test_json_at_the_edge_is_either_broadcast_or_closes_with_1007(data: str) -> None:
-    manager = ConnectionManager()
-    app = _app(manager, accepts="json")
+async def test_json_at_the_edge_is_either_broadcast_or_closes_with_1007(manager: ConnectionManager, data: str) -> None:
+    app = router_app(manager, accepts="json")
     async with lifespan(app), visit(app, "/ws") as healthy:
         async with visit(app, "/ws") as peer:
             peer.say(data)
@@ -482,7 +402,7 @@ async def test_json_at_the_edge_is_either_broadcast_or_closes_with_1007(data: st
 
 async def test_a_message_past_the_limit_closes_that_connection_alone_with_1009() -> None:
     manager = ConnectionManager(limits=Limits(max_message_bytes=100))
-    app = _app(manager)
+    app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as healthy:
         async with visit(app, "/ws") as peer:
             peer.say("x" * 101)
@@ -491,29 +411,10 @@ async def test_a_message_past_the_limit_closes_that_connection_alone_with_1009()
         assert await healthy.next() == "x" * 100
 
 
-async def test_a_broadcast_that_fails_closes_with_1011_and_is_the_apps_error() -> None:
-    manager = ConnectionManager()
-
-    @manager.on_broadcast
-    async def fail(message: Any, audience: Any) -> Any:
-        raise KeyError("broken")
-
-    app = _app(manager)
-    async with lifespan(app):
-        peer = Peer("/ws")
-        peer.say("hello")
-        call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
-        assert await peer.wait_close() == 1011
-        with pytest.raises(KeyError):
-            await call
-        assert manager.connections == []
-
-
 # Including.
 
 
-async def test_a_router_works_nested_with_prefixes() -> None:
-    manager = ConnectionManager()
+async def test_a_router_works_nested_with_prefixes(manager: ConnectionManager) -> None:
     inner, outer = APIRouter(prefix="/inner"), APIRouter(prefix="/outer")
     inner.include_router(create_router(manager, "/ws/{channel}"), prefix="/api")
     outer.include_router(inner, prefix="/between")
@@ -528,27 +429,23 @@ async def test_a_router_works_nested_with_prefixes() -> None:
 
 
 @pytest.mark.parametrize("name", ["channel", "room"])
-async def test_the_prefix_may_hold_the_parameter(name: str) -> None:
-    manager = ConnectionManager()
-    app = _app(manager, "/ws", prefix=f"/{{{name}}}")
-    async with lifespan(app), visit(app, "/news/ws") as peer, visit(app, "/sport/ws") as other:
+@pytest.mark.parametrize("is_mounted", [False, True])
+async def test_what_is_around_the_path_may_hold_the_parameter(
+    manager: ConnectionManager, name: str, is_mounted: bool
+) -> None:
+    app = FastAPI()
+    if is_mounted:
+        app.mount(f"/{{{name}}}", router_app(manager))
+    else:
+        app = router_app(manager, prefix=f"/{{{name}}}")
+    async with visit(app, "/news/ws") as peer, visit(app, "/sport/ws") as other:
         await manager.broadcast("hello", channel="news")
         assert await peer.next() == "hello"
         assert other.messages == []
 
 
-async def test_the_path_of_a_mount_may_hold_the_parameter() -> None:
-    manager = ConnectionManager()
-    app = FastAPI()
-    app.mount("/{room}", _app(manager, "/ws"))
-    async with visit(app, "/news/ws") as peer:
-        await manager.broadcast("hello", channel="news")
-        assert await peer.next() == "hello"
-    await manager.aclose()
-
-
 def _prefixed(manager: ConnectionManager, path: str, **options: Any) -> Any:
-    return _app(manager, path, prefix="/{tenant}", **options)
+    return router_app(manager, path, prefix="/{tenant}", **options)
 
 
 def _prefixed_twice(manager: ConnectionManager, path: str, **options: Any) -> Any:
@@ -560,13 +457,13 @@ def _prefixed_twice(manager: ConnectionManager, path: str, **options: Any) -> An
 
 def _mounted(manager: ConnectionManager, path: str, **options: Any) -> Any:
     app = FastAPI()
-    app.mount("/{tenant}", _app(manager, path, **options))
+    app.mount("/{tenant}", router_app(manager, path, **options))
     return app
 
 
 def _mounted_twice(manager: ConnectionManager, path: str, **options: Any) -> Any:
     middle, app = FastAPI(), FastAPI()
-    middle.mount("", _app(manager, path, **options))
+    middle.mount("", router_app(manager, path, **options))
     app.mount("/{tenant}", middle)
     return app
 
@@ -582,8 +479,9 @@ SURROUNDINGS = pytest.mark.parametrize(
 
 @pytest.mark.parametrize("name", ["room", "channel"])
 @SURROUNDINGS
-async def test_a_parameter_around_the_path_is_not_left_out_in_silence(surround: Callable[..., Any], name: str) -> None:
-    manager = ConnectionManager()
+async def test_a_parameter_around_the_path_is_not_left_out_in_silence(
+    manager: ConnectionManager, surround: Callable[..., Any], name: str
+) -> None:
     app = surround(manager, f"/ws/{{{name}}}")
     with pytest.raises(ConfigurationError, match=rf"say which make the channel, channel='\{{tenant\}}:\{{{name}\}}'"):
         async with visit(app, "/acme/ws/general"):
@@ -595,21 +493,18 @@ async def test_a_parameter_around_the_path_is_not_left_out_in_silence(surround: 
         other.say("for others")
         acme.say("for acme")
         assert (await acme.next(), await other.next()) == ("for acme", "for others")
-    await manager.aclose()
 
 
 @SURROUNDINGS
 async def test_a_pattern_that_leaves_out_a_parameter_around_the_path_is_warned_of(
-    surround: Callable[..., Any], caplog: pytest.LogCaptureFixture
+    manager: ConnectionManager, surround: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    manager = ConnectionManager()
     app = surround(manager, "/ws/{room}", channel="room:{room}")
     async with visit(app, "/acme/ws/general"), visit(app, "/other/ws/general"):
         assert [connection.channels for connection in manager.connections] == [{"room:general"}] * 2
     assert [record.levelname for record in caplog.records if "same for every tenant" in record.getMessage()] == [
         "WARNING"
     ]
-    await manager.aclose()
 
 
 # Two routers that make the same channels.
@@ -652,9 +547,11 @@ def test_two_paths_that_make_the_same_channels_are_warned_of(
     ],
 )
 async def test_what_is_the_same_on_purpose_is_not_warned_of(
-    first: tuple[str, str | None], second: tuple[str, str | None], caplog: pytest.LogCaptureFixture
+    manager: ConnectionManager,
+    first: tuple[str, str | None],
+    second: tuple[str, str | None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    manager = ConnectionManager()
     app = FastAPI()
     for path, pattern in (first, second):
         app.include_router(create_router(manager, path, channel=pattern), prefix="/api")
@@ -674,8 +571,9 @@ def test_routers_of_two_managers_have_channels_of_their_own(caplog: pytest.LogCa
     del kept
 
 
-async def test_a_router_that_is_gone_has_no_namesakes(caplog: pytest.LogCaptureFixture) -> None:
-    manager = ConnectionManager()
+async def test_a_router_that_is_gone_has_no_namesakes(
+    manager: ConnectionManager, caplog: pytest.LogCaptureFixture
+) -> None:
     create_router(manager, "/ws/rooms/{room}")
     gc.collect()
     create_router(manager, "/ws/typing/{room}")
@@ -687,7 +585,7 @@ def _around_by_prefix(app: Any, around: str, manager: ConnectionManager, path: s
 
 
 def _around_by_mount(app: Any, around: str, manager: ConnectionManager, path: str) -> None:
-    app.mount(around, _app(manager, path))
+    app.mount(around, router_app(manager, path))
 
 
 @pytest.mark.parametrize("put", [_around_by_prefix, _around_by_mount])
@@ -700,13 +598,13 @@ def _around_by_mount(app: Any, around: str, manager: ConnectionManager, path: st
     ],
 )
 async def test_two_prefixes_that_make_the_same_channels_are_warned_of_when_somebody_comes(
+    manager: ConnectionManager,
     put: Callable[..., None],
     paths: tuple[str, str],
     arounds: tuple[str, str],
     places: tuple[str, str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    manager = ConnectionManager()
     app = FastAPI()
     for path, around in zip(paths, arounds, strict=True):
         put(app, around, manager, path)
@@ -715,7 +613,6 @@ async def test_two_prefixes_that_make_the_same_channels_are_warned_of_when_someb
             async with visit(app, (around + path).format(room="lobby")):
                 pass
     assert _namesakes(caplog) == [_warning(*places)]
-    await manager.aclose()
 
 
 async def test_a_router_included_twice_shares_its_manager_and_its_life() -> None:
@@ -770,7 +667,7 @@ async def test_the_router_carries_the_managers_life_beside_the_apps_own() -> Non
 
 async def test_the_router_works_without_a_lifespan() -> None:
     manager = ConnectionManager()
-    app = _app(manager)
+    app = router_app(manager)
     async with visit(app, "/ws") as peer:  # daphne runs no lifespan
         peer.say("hello")
         assert await peer.next() == "hello"
@@ -779,7 +676,7 @@ async def test_the_router_works_without_a_lifespan() -> None:
 
 async def test_manager_dep_finds_the_routers_manager() -> None:
     manager = ConnectionManager()
-    app = _app(manager)
+    app = router_app(manager)
 
     @app.get("/count")
     async def count(manager: ManagerDep) -> int:
@@ -808,8 +705,9 @@ async def _token(websocket: WebSocket, token: str = "") -> None:
 
 
 @pytest.mark.parametrize("where", ["create_router", "include_router", "FastAPI"])
-async def test_a_dependency_that_fails_refuses_before_the_connection_is_accepted(where: str) -> None:
-    manager = ConnectionManager()
+async def test_a_dependency_that_fails_refuses_before_the_connection_is_accepted(
+    manager: ConnectionManager, where: str
+) -> None:
     dependencies = [Depends(_no_entry)]
     app = FastAPI(dependencies=dependencies if where == "FastAPI" else None)
     app.include_router(
@@ -817,10 +715,7 @@ async def test_a_dependency_that_fails_refuses_before_the_connection_is_accepted
         dependencies=dependencies if where == "include_router" else None,
     )
     async with lifespan(app):
-        with pytest.raises(Refused) as caught:
-            async with visit(app, "/ws"):
-                pass
-        assert caught.value.code == 4003
+        assert await refusal(app) == 4003
         assert manager.stats().connects == 0
 
 
@@ -830,9 +725,7 @@ def test_a_dependency_may_answer_with_http_and_let_others_pass() -> None:
     app.include_router(create_router(manager, "/closed", dependencies=[Depends(_no_entry_by_http)]))
     app.include_router(create_router(manager, "/open", dependencies=[Depends(_token)]))
     with TestClient(app) as client:
-        with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/closed"):
-            pass
-        assert refused.value.status_code == 401
+        assert denied(client, "/closed").status_code == 401
         with pytest.raises(WebSocketDisconnect) as caught, client.websocket_connect("/open?token=wrong"):
             pass
         assert caught.value.code == 1008
@@ -846,8 +739,7 @@ def test_a_dependency_may_answer_with_http_and_let_others_pass() -> None:
 
 
 @pytest.mark.parametrize("is_mounted", [False, True])
-async def test_routes_for_plain_starlette(is_mounted: bool) -> None:
-    manager = ConnectionManager()
+async def test_routes_for_plain_starlette(manager: ConnectionManager, is_mounted: bool) -> None:
     routes = create_routes(manager, "/ws/{channel}", include_sender=False)
     app = Starlette(
         routes=[Mount("/api", app=Router(routes=routes))] if is_mounted else routes, lifespan=manager.lifespan
@@ -860,46 +752,12 @@ async def test_routes_for_plain_starlette(is_mounted: bool) -> None:
         assert app.state.wsbroadcast_managers == (manager,)
 
 
-async def test_routes_for_plain_starlette_refuse_an_invalid_channel() -> None:
-    app = Starlette(routes=create_routes(ConnectionManager(), "/ws/{channel}"))
-    with pytest.raises(Refused) as caught:
-        async with visit(app, "/ws/" + "x" * 300):
-            pass
-    assert caught.value.code == 1008
-
-
-async def test_a_fastapi_app_with_a_router_works_mounted_in_another() -> None:
-    manager = ConnectionManager()
-    inner = FastAPI()
-    inner.include_router(create_router(manager, "/ws/{channel}"))
-    outer = FastAPI(lifespan=manager.lifespan)  # the lifespan of a mounted app doesn't run
-    outer.mount("/inner", inner)
-    async with lifespan(outer), visit(outer, "/inner/ws/news") as peer:
-        await manager.broadcast("hello", channel="news")
-        assert await peer.next() == "hello"
-
-
-def test_the_router_works_in_a_test_client() -> None:
-    manager = ConnectionManager()
-    with TestClient(_app(manager, "/ws/{channel}")) as client:
-        with client.websocket_connect("/ws/x") as a, client.websocket_connect("/ws/x") as b:
-            a.send_text("hello")
-            assert b.receive_text() == "hello"
-            assert a.receive_text() == "hello"
-        with client.websocket_connect("/ws/x") as c:
-            c.send_bytes(b"again")
-            assert c.receive_bytes() == b"again"
-    assert manager.stats().connections == 0
-
-
-async def test_router_broadcasts_to_the_channel_of_its_path_only() -> None:
-    manager = ConnectionManager()
-
+async def test_router_broadcasts_to_the_channel_of_its_path_only(manager: ConnectionManager) -> None:
     @manager.on_connect
     async def everybody_hears_announcements(connection: Connection) -> None:
         await connection.subscribe("announcements")
 
-    app = _app(manager, "/ws/{channel}")
+    app = router_app(manager, "/ws/{channel}")
     async with visit(app, "/ws/a") as one, visit(app, "/ws/a") as two, visit(app, "/ws/b") as other:
         one.say("hello")
         await eventually(lambda: one.messages == two.messages == ["hello"])
@@ -908,9 +766,8 @@ async def test_router_broadcasts_to_the_channel_of_its_path_only() -> None:
         assert one.messages == ["hello", "everyone"]
 
 
-async def test_who_was_unsubscribed_from_the_path_s_channel_is_not_heard() -> None:
-    manager = ConnectionManager()
-    app = _app(manager, "/ws/{channel}")
+async def test_who_was_unsubscribed_from_the_path_s_channel_is_not_heard(manager: ConnectionManager) -> None:
+    app = router_app(manager, "/ws/{channel}")
     async with visit(app, "/ws/a") as kicked, visit(app, "/ws/b") as other:
         await manager.unsubscribe(manager.connections[0], "a")
         kicked.say("is anybody there?")

@@ -97,7 +97,7 @@ def is_alive(pid: int) -> bool:
     return _state(Path(f"/proc/{pid}")) not in "ZX"
 
 
-def wait_until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 10.0) -> None:
     """Block until a condition holds; `eventually` is its twin to await."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -1,0 +1,63 @@
+"""An app around a manager, in each of the ways there are, and what a `TestClient` sees of its ends."""
+
+# No postponed annotations: FastAPI reads them, and the dependency is local.
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from starlette.applications import Starlette
+from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
+
+from wsbroadcast import Connection, ConnectionManager, connection_dependency, create_router, create_routes
+
+MakeApp = Callable[..., Any]
+
+
+def router_app(manager: ConnectionManager, path: str = "/ws", *, prefix: str = "", **options: Any) -> FastAPI:
+    """Make an app of `create_router`."""
+    app = FastAPI()
+    app.include_router(create_router(manager, path, **options), prefix=prefix)
+    return app
+
+
+def dependency_app(manager: ConnectionManager, path: str = "/ws", **options: Any) -> FastAPI:
+    """Make an app of `connection_dependency`, whose endpoint broadcasts what it reads."""
+    app = FastAPI(lifespan=manager.lifespan)
+    member = connection_dependency(**options)
+
+    @app.websocket(path)
+    async def endpoint(connection: Annotated[Connection, Depends(member)]) -> None:
+        async for message in connection:
+            await connection.manager.broadcast(message)
+
+    return app
+
+
+def starlette_app(manager: ConnectionManager, path: str = "/ws", **options: Any) -> Starlette:
+    """Make an app of `create_routes`."""
+    return Starlette(routes=create_routes(manager, path, **options), lifespan=manager.lifespan)
+
+
+EVERY_APP = pytest.mark.parametrize("make_app", [router_app, dependency_app, starlette_app])
+
+
+def denied(client: TestClient, path: str = "/ws", **headers: str) -> WebSocketDenialResponse:
+    """Return the HTTP response that a handshake is refused with."""
+    with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect(path, headers=headers):
+        pass
+    return caught.value
+
+
+def admitted(client: TestClient, path: str = "/ws", **headers: str) -> None:
+    """Connect, which must succeed, and leave."""
+    with client.websocket_connect(path, headers=headers):
+        pass
+
+
+def close_of(socket: WebSocketTestSession) -> tuple[int, str]:
+    """Read until the server closes; return the code and the reason."""
+    while (message := socket.receive())["type"] != "websocket.close":
+        pass
+    return message["code"], message["reason"]
