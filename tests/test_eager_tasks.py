@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,14 +10,11 @@ import pytest
 
 from tests.support.asgi import Peer, connected, eventually
 from tests.support.fast import WebSocketsSansIOProtocol
+from tests.support.loops import TASK_FACTORIES
 from wsbroadcast import Connection, ConnectionManager, SlowConsumer
 
-FACTORIES: list[Any] = [None]
-if sys.version_info >= (3, 12):
-    FACTORIES.append(asyncio.eager_task_factory)
 
-
-@pytest.fixture(params=FACTORIES, ids=lambda factory: "eager" if factory else "usual")
+@pytest.fixture(params=TASK_FACTORIES)
 async def manager(request: pytest.FixtureRequest) -> AsyncIterator[ConnectionManager]:
     asyncio.get_running_loop().set_task_factory(request.param)
     options = SlowConsumer(max_backlog_messages=4, send_timeout=0.2, close_timeout=0.05)
