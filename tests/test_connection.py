@@ -211,6 +211,57 @@ async def test_an_apps_own_readers_stay(manager: ConnectionManager) -> None:
     assert await connection.receive_text() == "hello"
 
 
+@pytest.mark.parametrize(("name", "said"), [("receive_text", b"x"), ("receive_bytes", "x"), ("receive_json", "{")])
+async def test_readers_below_an_apps_own_close_the_connection_too(
+    manager: ConnectionManager, name: str, said: str | bytes
+) -> None:
+    class Counting(WebSocket):
+        reads = 0
+
+        async def receive_text(self) -> str:
+            self.reads += 1
+            return await super().receive_text()
+
+        async def receive_bytes(self) -> bytes:
+            self.reads += 1
+            return await super().receive_bytes()
+
+        async def receive_json(self, mode: str = "text") -> Any:
+            self.reads += 1
+            return await super().receive_json(mode)
+
+    class Last(Counting):
+        pass
+
+    peer = Peer()
+    websocket = Last(peer.scope, peer.receive, peer.send)
+    await manager.connect(websocket)
+    peer.say(said)
+    with pytest.raises(WebSocketDisconnect):
+        await getattr(websocket, name)()
+    assert peer.close_code == (1007 if name == "receive_json" else 1003)
+    assert websocket.reads == (2 if name == "receive_json" else 1)
+
+
+async def test_class_of_the_apps_own_may_want_to_know_what_is_below_it(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+
+    class Registered(WebSocket):
+        def __init_subclass__(cls, *, topic: str) -> None:
+            seen.append(topic)
+
+    class Named(Registered, topic="news"):
+        pass
+
+    peer = Peer()
+    connection = await manager.connect(Named(peer.scope, peer.receive, peer.send))
+    await connection.send("hello")
+    assert await peer.next() == "hello"
+    assert isinstance(connection.websocket, Named)
+    assert type(connection.websocket).__name__ == "Named"
+    assert seen == ["news"]
+
+
 # Reads that are cancelled.
 
 

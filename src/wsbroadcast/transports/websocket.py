@@ -20,8 +20,6 @@ from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSin
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
 
-_READERS = ("receive_text", "receive_bytes", "receive_json")
-
 
 class Taker(Protocol):
     """Who gets what an endpoint does with a WebSocket: a connection, or what is left of one."""
@@ -40,8 +38,7 @@ class TakenOver(WebSocket):
     """What the class of a WebSocket is while a connection has it.
 
     The class is exchanged, rather than methods set on each instance: those would hold the connection in a reference
-    cycle, and take memory for each. The readers close a peer that sends something else, where Starlette's fail with
-    `KeyError`.
+    cycle, and take memory for each.
     """
 
     taker: Taker | None = None
@@ -58,6 +55,18 @@ class TakenOver(WebSocket):
         """Return the next ASGI event."""
         taker = self.taker
         return self.kind.receive(self) if taker is None else taker.receive()
+
+    def __init_subclass__(cls) -> None:
+        """Leave out what an app's own class does for each class below it: this one takes its place."""
+
+
+class Readers(WebSocket):
+    """The readers of a WebSocket that is taken over, in the place of Starlette's: below a class of the app's own.
+
+    They close a peer that sends something else, where Starlette's fail with `KeyError`.
+    """
+
+    taker: Taker | None
 
     async def receive_text(self) -> str:
         """Wait for a text message; a binary one closes with 1003, and is an end like others."""
@@ -146,17 +155,11 @@ def own_send(websocket: WebSocket) -> Callable[[Event], Coroutine[Any, Any, None
     return None if kind.send is WebSocket.send else MethodType(kind.send, websocket)
 
 
-# What a user sees of it, in an error for example, is the class that it was.
-TakenOver.__name__ = TakenOver.__qualname__ = "WebSocket"
-
-
 @cache
-def _taken_over(kind: type[WebSocket]) -> type[TakenOver]:
-    if kind is WebSocket:
-        return TakenOver
-    # A class of the app's own: its readers stay as they are.
-    own = {name: getattr(kind, name) for name in _READERS if getattr(kind, name) is not getattr(WebSocket, name)}
-    return type(kind.__name__, (TakenOver, kind), {"kind": kind, **own})
+def _taken_over(kind: type[WebSocket]) -> type[WebSocket]:
+    # By its name a user sees, in an error for example, the class that it was.
+    own = () if kind is WebSocket else (kind,)
+    return type(kind.__name__, (TakenOver, *own, Readers), {"kind": kind})
 
 
 def _event_of(event: Event) -> Event:
