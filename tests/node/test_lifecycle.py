@@ -749,7 +749,7 @@ def test_end_that_its_event_loop_never_finished_ends_nothing_later(other_loop: L
     async def use(ending: asyncio.Task[None]) -> None:
         await manager.start()
         [(peer, _)] = await connected(manager, 1)
-        ending.get_coro().close()  # type: ignore[union-attr]  # as the garbage collector does
+        ending.get_coro().close()  # as the garbage collector does
         await manager.broadcast("hello")
         assert await peer.next() == "hello"
         may_end.set()
