@@ -68,6 +68,11 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def begun(self) -> None:
+        """Wait, in one of these tasks, until its caller goes on: an eager task factory runs the task in between."""
+        if self._starting:
+            await asyncio.sleep(0)
+
     async def join(self) -> None:
         """Wait until all have ended, also those that they start; not the one that calls this."""
         while pending := self._tasks - {asyncio.current_task()}:

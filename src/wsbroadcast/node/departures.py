@@ -166,6 +166,7 @@ class Announcements:
                 self.disconnected(connection)
 
     async def _tell_end(self, connection: Connection) -> None:
+        await self._tasks.begun()  # a delivery may have found it gone, and goes on to others before a hook broadcasts
         if self._hooks.has("on_unsubscribe"):
             # One budget for all channels: a hook that hangs holds up `on_disconnect` once, not once for each.
             deadline = asyncio.get_running_loop().time() + self._hooks.timeout

@@ -127,6 +127,7 @@ class Lanes:
     async def _run(self, audience: Audience, lane: _Lane) -> None:
         number = 0
         try:
+            await self._tasks.begun()  # who puts something in goes on before a hook runs
             while lane:
                 number += 1
                 first = lane.popleft()
