@@ -345,9 +345,7 @@ class Membership:
         """The app is about to send something itself: what was handed over before goes first."""
         self._dispatcher.flush()
 
-    def observe_message(
-        self, connection: Connection, message: str | bytes, *, is_counted: bool = False
-    ) -> Awaitable[None] | None:
+    def observe_message(self, connection: Connection, message: str | bytes) -> Awaitable[None] | None:
         """Return what to await before the endpoint gets a message, or `None` if there is nothing.
 
         Hooks that may wait run in a task, because the read may be cancelled: they run on, and the message is there for
@@ -356,10 +354,11 @@ class Membership:
         Raises:
             LimitExceeded: If the message is too large, or one too many; nobody has looked into it then.
         """
-        if not is_counted:
-            self.admission.check_message(connection, message)
-        if not self._hooks.has("on_message"):
-            return None
+        self.admission.check_message(connection, message)
+        return self.observe_again(connection, message) if self._hooks.has("on_message") else None
+
+    def observe_again(self, connection: Connection, message: str | bytes) -> Awaitable[None]:
+        """Return what to await before the endpoint gets a message that was counted already."""
         observing = self._hooks.observe("on_message", connection, message)
         if not self._hooks.may_wait("on_message"):
             return observing

@@ -72,19 +72,15 @@ class Keeper(Protocol):
     def is_closing(self, connection: Any) -> bool:
         """Tell whether we are closing the connection, or have closed it."""
 
-    def observe_message(
-        self, connection: Any, message: str | bytes, *, is_counted: bool = False
-    ) -> Awaitable[None] | None:
+    def observe_message(self, connection: Any, message: str | bytes) -> Awaitable[None] | None:
         """Return what to await before the endpoint gets a message, or `None` if there is nothing.
-
-        Args:
-            connection: Whose peer sent it.
-            message: What it sent.
-            is_counted: Whether limits have let it pass already.
 
         Raises:
             LimitExceeded: If the message goes past a limit.
         """
+
+    def observe_again(self, connection: Any, message: str | bytes) -> Awaitable[None]:
+        """Return what to await before the endpoint gets a message whose hooks were cancelled; no limit counts it."""
 
 
 class Transport(Protocol):

@@ -363,17 +363,19 @@ class WebSocketTransport:
             return disconnect_event(owner)
         return event if observing is None else await self._observed(owner, next(_NUMBERS), event, observing)
 
-    def _observe(self, owner: Owner, event: Event, *, is_counted: bool = False) -> Awaitable[None] | None:
+    def _observe(self, owner: Owner, event: Event) -> Awaitable[None] | None:
         text = event.get("text")
-        return self.keeper.observe_message(owner, event["bytes"] if text is None else text, is_counted=is_counted)
+        return self.keeper.observe_message(owner, event["bytes"] if text is None else text)
 
     async def _observed(self, owner: Owner, number: int, event: Event, observing: Awaitable[None] | None) -> Event:
-        observing = observing or self._observe(owner, event, is_counted=True)
+        if observing is None:
+            text = event.get("text")
+            observing = self.keeper.observe_again(owner, event["bytes"] if text is None else text)
         try:
             if isinstance(observing, asyncio.Task):
                 await asyncio.wait({observing})  # which doesn't cancel it
                 observing.result()
-            elif observing is not None:
+            else:
                 await observing
         except asyncio.CancelledError:
             # Hooks that were not expected to wait have been cancelled, and run again.
