@@ -16,6 +16,7 @@ from wsbroadcast import (
     ConnectionClosed,
     ConnectionManager,
     ConnectionState,
+    Limits,
     PermissionDenied,
 )
 from wsbroadcast.connection import Manager
@@ -183,6 +184,57 @@ async def test_an_apps_own_readers_stay(manager: ConnectionManager) -> None:
     assert await connection.receive_text() == "hello"
 
 
+@pytest.mark.parametrize(("name", "said"), [("receive_text", b"x"), ("receive_bytes", "x"), ("receive_json", "{")])
+async def test_readers_below_an_apps_own_close_the_connection_too(
+    manager: ConnectionManager, name: str, said: str | bytes
+) -> None:
+    class Counting(WebSocket):
+        reads = 0
+
+        async def receive_text(self) -> str:
+            self.reads += 1
+            return await super().receive_text()
+
+        async def receive_bytes(self) -> bytes:
+            self.reads += 1
+            return await super().receive_bytes()
+
+        async def receive_json(self, mode: str = "text") -> Any:
+            self.reads += 1
+            return await super().receive_json(mode)
+
+    class Last(Counting):
+        pass
+
+    peer = Peer()
+    websocket = Last(peer.scope, peer.receive, peer.send)
+    await manager.connect(websocket)
+    peer.say(said)
+    with pytest.raises(WebSocketDisconnect):
+        await getattr(websocket, name)()
+    assert peer.close_code == (1007 if name == "receive_json" else 1003)
+    assert websocket.reads == (2 if name == "receive_json" else 1)
+
+
+async def test_class_of_the_apps_own_may_want_to_know_what_is_below_it(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+
+    class Registered(WebSocket):
+        def __init_subclass__(cls, *, topic: str) -> None:
+            seen.append(topic)
+
+    class Named(Registered, topic="news"):
+        pass
+
+    peer = Peer()
+    connection = await manager.connect(Named(peer.scope, peer.receive, peer.send))
+    await connection.send("hello")
+    assert await peer.next() == "hello"
+    assert isinstance(connection.websocket, Named)
+    assert type(connection.websocket).__name__ == "Named"
+    assert seen == ["news"]
+
+
 # Reads that are cancelled.
 
 
@@ -241,6 +293,53 @@ async def test_cancelled_read_loses_no_message_to_a_plain_hook_that_returns_an_a
         release.set()
         assert await asyncio.wait_for(connection.receive(), 5) == text
     assert seen == ["hello", "again"]
+
+
+async def test_message_whose_read_was_cancelled_is_counted_once() -> None:
+    release = asyncio.Event()
+    async with ConnectionManager(limits=Limits(max_inbound_rate=0.001, inbound_burst=2)) as manager:
+        manager.on_message(lambda connection, message: release.wait())
+        [(peer, connection)] = await connected(manager, 1)
+        for text in ("first", "second"):
+            release.clear()
+            peer.say(text)
+            for _ in range(5):
+                reading = asyncio.ensure_future(connection.receive())
+                await turns()
+                reading.cancel()
+                await asyncio.wait({reading})
+            release.set()
+            assert await asyncio.wait_for(connection.receive(), 5) == text
+        assert manager.stats().limited == {}
+        peer.say("one too many")
+        with pytest.raises(ConnectionClosed):
+            await connection.receive()
+
+
+@pytest.mark.parametrize("rest", [(), (0,)], ids=["once", "and the first one again"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+async def test_messages_whose_reads_were_cancelled_keep_their_order(
+    manager: ConnectionManager, order: tuple[int, ...], rest: tuple[int, ...]
+) -> None:
+    release = asyncio.Event()
+
+    @manager.on_message
+    async def slow(connection: Connection, message: str | bytes) -> None:
+        await release.wait()
+
+    [(peer, connection)] = await connected(manager, 1)
+    for number in range(3):
+        peer.say(str(number))
+    for cancelled in (order, rest):
+        readings = []
+        for _ in cancelled:
+            readings.append(asyncio.ensure_future(connection.receive()))
+            await turns()
+        for index in cancelled:
+            readings[index].cancel()
+            await asyncio.wait({readings[index]})
+    release.set()
+    assert [await connection.receive() for _ in order] == ["0", "1", "2"]
 
 
 async def test_message_whose_read_was_cancelled_is_refused_by_its_hook_all_the_same(

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from tests.support.asgi import Peer, connected, eventually
+from tests.support.asgi import Peer, connected, eventually, turns
 from tests.support.fast import WebSocketsSansIOProtocol
-from wsbroadcast import Connection, ConnectionManager, SlowConsumer
-
-FACTORIES: list[Any] = [None]
-if sys.version_info >= (3, 12):
-    FACTORIES.append(asyncio.eager_task_factory)
+from tests.support.loops import TASK_FACTORIES
+from wsbroadcast import Connection, ConnectionManager, Gap, SlowConsumer
 
 
-@pytest.fixture(params=FACTORIES, ids=lambda factory: "eager" if factory else "usual")
+@pytest.fixture(params=TASK_FACTORIES)
 async def manager(request: pytest.FixtureRequest) -> AsyncIterator[ConnectionManager]:
     asyncio.get_running_loop().set_task_factory(request.param)
     options = SlowConsumer(max_backlog_messages=4, send_timeout=0.2, close_timeout=0.05)
@@ -86,3 +82,39 @@ async def test_hooks_run_in_their_order(manager: ConnectionManager) -> None:
     assert await connection.receive() == "hello"
     manager.disconnect(connection)
     await eventually(lambda: seen == ["connect", "hello", "disconnect"])
+
+
+async def test_hook_that_acts_on_a_lost_connection_breaks_into_no_delivery(manager: ConnectionManager) -> None:
+    lost, stays, leaves = protocols = [WebSocketsSansIOProtocol() for _ in range(3)]
+    connections = [await manager.connect(protocol.websocket, channels=["news"]) for protocol in protocols]
+
+    @manager.on_disconnect
+    def on_disconnect(connection: Connection) -> None:
+        manager.broadcast_nowait("somebody has left")
+        manager.disconnect(connections[2])
+
+    lost.transport.abort()
+    manager.broadcast_nowait("1", channel="news")
+    manager.broadcast_nowait("2")
+    await eventually(lambda: manager.stats().disconnects == 2)
+    await turns()
+    assert stays.messages == ["1", "2", "somebody has left", "somebody has left"]
+    assert leaves.messages == ["1", "2", "somebody has left"]
+
+
+async def test_gap_hook_runs_when_what_reports_the_gap_goes_on(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+    manager.on_gap(lambda gap: seen.append("hook"))
+    manager._life.node.gap(Gap("test", 1.0))
+    seen.append("goes on")
+    await eventually(lambda: len(seen) == 2)
+    assert seen == ["goes on", "hook"]
+
+
+async def test_deliver_hook_runs_when_what_broadcasts_without_waiting_goes_on(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+    manager.on_deliver(lambda delivery: seen.append("hook"))
+    manager.broadcast_nowait("hello")
+    seen.append("goes on")
+    await eventually(lambda: len(seen) == 2)
+    assert seen == ["goes on", "hook"]

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import os
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -23,6 +22,7 @@ from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint, RedisServer
 from tests.support.brokers.processes import wait_until
 from tests.support.fake_broker import FakeBroker, FakeEngine, FakeLink
+from tests.support.loops import TASK_FACTORIES
 from tests.support.servers import ROOT, eventually
 from tests.support.strict import STRICT
 from wsbroadcast import (
@@ -355,11 +355,7 @@ async def test_cancelled_close_ends_it_though_every_thread_is_busy(publisher: Pu
         await asyncio.to_thread(wait_until, lambda: threads() == [])
 
 
-# Eager tasks came with Python 3.12.
-FACTORIES = [None, getattr(asyncio, "eager_task_factory", None)][: 1 + (sys.version_info >= (3, 12))]
-
-
-@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: "eager" if factory else "usual")
+@pytest.mark.parametrize("factory", TASK_FACTORIES)
 async def test_task_factory_changes_nothing(publisher: Publisher, broker: FakeBroker, factory: Any) -> None:
     asyncio.get_running_loop().set_task_factory(factory)
     broker.refuses = ConfigurationError("wrong password")

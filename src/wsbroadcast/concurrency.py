@@ -68,6 +68,11 @@ class Tasks:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    async def begun(self) -> None:
+        """Wait, in one of these tasks, until its caller goes on: an eager task factory runs the task in between."""
+        if self._starting:
+            await asyncio.sleep(0)
+
     async def join(self) -> None:
         """Wait until all have ended, also those that they start; not the one that calls this."""
         while pending := self._tasks - {asyncio.current_task()}:
@@ -88,6 +93,46 @@ def _log_error(task: asyncio.Task[Any]) -> None:
 def _look_at(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()  # else asyncio complains where the caller was cancelled
+
+
+class Interruptible:
+    """A task inside `receive` that may have to be interrupted.
+
+    As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
+    """
+
+    __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "before", "throws_away")
+
+    def __init__(self, throws_away: bool, before: Interruptible | None) -> None:
+        self.throws_away = throws_away
+        """Whether it only waits for the end, and steps aside for a reader of the messages."""
+        self.before = before
+        """The one that began before it and still waits, if another task reads as well."""
+        self._task = asyncio.current_task()
+        self._cancelling = 0 if self._task is None else self._task.cancelling()
+        self._is_interrupted = False
+        self._is_taken_back = False
+
+    def interrupt(self) -> None:
+        """Make the task come out of `receive`."""
+        if self._task is not None and self._task is not asyncio.current_task() and not self._is_interrupted:
+            self._is_interrupted = True
+            self._task.cancel()
+
+    def without(self, ended: Interruptible) -> Interruptible | None:
+        """Return the readings from this one on, without one that has ended."""
+        if self is ended:
+            return self.before
+        if self.before is not None:
+            self.before = self.before.without(ended)
+        return self
+
+    def take_back(self) -> bool:
+        """Undo our own cancellation; return whether it was the only one."""
+        if not self._is_interrupted or self._is_taken_back or self._task is None:
+            return False
+        self._is_taken_back = True
+        return self._task.uncancel() <= self._cancelling
 
 
 # Coroutines, and code that blocks.

@@ -17,6 +17,7 @@ import trustme
 from tests.engines.links import failure, used
 from tests.engines.nats_links import INFO, let_in, serving
 from tests.support.brokers import Endpoint, NATSServer, free_port
+from tests.support.loops import TASK_FACTORIES
 from wsbroadcast import ConfigurationError, EngineUnavailable
 from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.link import Host
@@ -183,7 +184,10 @@ async def test_server_tells_of_others_when_it_greets_and_later() -> None:
             assert {str(host) for host in target.route()} == {engine.address, "10.0.0.2:2"}
 
 
-async def test_what_comes_behind_the_greeting_is_read() -> None:
+@pytest.mark.parametrize("factory", TASK_FACTORIES)
+async def test_what_comes_behind_the_greeting_is_read(factory: Any) -> None:
+    asyncio.get_running_loop().set_task_factory(factory)
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(INFO)
         await reader.readuntil(b"PING\r\n")
@@ -351,8 +355,9 @@ async def test_server_of_another_kind_is_an_outage() -> None:
     [
         ('sys.modules["nats"] = None', "needs nats-py:"),
         ("from nats.aio.client import Client; del Client._process_info", "needs another nats-py"),
+        ("from nats.aio.client import Client; del Client._read_loop", "needs another nats-py"),
     ],
-    ids=["missing", "changed"],
+    ids=["missing", "changed", "reads otherwise"],
 )
 def test_missing_driver_is_named_with_the_command_that_installs_it(spoil: str, what: str) -> None:
     script = f"""

@@ -250,7 +250,7 @@ class Unreal(redis.asyncio.Connection):
         """Read what nobody has sent."""
 
 
-NO_CONNECTION = "no connection to a server, which RedisEngine needs; in tests use memory://"
+NO_CONNECTION = "not a connection to a server, which RedisEngine needs; in tests use memory://"
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,22 @@ async def test_end_forgets_what_waits_and_keeps_nobody_waiting(node: Deliverer, 
     assert not lanes.waiting
 
 
+async def test_end_before_a_lane_has_begun_keeps_nobody_waiting(node: Deliverer, lanes: Lanes) -> None:
+    async def by_itself() -> None:
+        async with lanes.turn(NEWS):
+            pass
+
+    node.behind.add(NEWS)
+    lanes.put(news("1"))
+    turn = by_itself()
+    turn.send(None)  # it has its place before the lane's task runs its first step
+    await lanes.aclose()
+    with pytest.raises(StopIteration):
+        turn.send(None)
+    assert not lanes.waiting
+    assert node.delivered == []
+
+
 async def test_end_may_be_patient(node: Deliverer, lanes: Lanes) -> None:
     node.behind.add(NEWS)
     lanes.put(news("1"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import deque
 from typing import Any
 
@@ -12,14 +11,12 @@ from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
 from tests.support.asgi import Peer
+from tests.support.loops import TASK_FACTORIES
 from wsbroadcast import Connection, ConnectionClosed, ConnectionManager, LifecycleError
 from wsbroadcast.engines.contract import Receiver
 from wsbroadcast.engines.memory import MemoryEngine
 
 VERBS = ("start", "aclose", "connect", "broadcast", "disconnect")
-FACTORIES: list[Any] = [None]
-if sys.version_info >= (3, 12):
-    FACTORIES.append(asyncio.eager_task_factory)
 
 # `oldest` and `newest` let one of the engine's starts and ends go on, `turn` only gives way to other tasks.
 operations = st.lists(st.sampled_from((*VERBS, "oldest", "newest", "turn")), max_size=25)
@@ -86,7 +83,7 @@ class World:
                 await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: "eager" if factory else "usual")
+@pytest.mark.parametrize("factory", TASK_FACTORIES)
 @seed(10)
 @settings(max_examples=200, database=None)
 @given(operations)

@@ -696,6 +696,74 @@ async def test_aclose_ends_it_in_an_event_loop_that_owns_nothing(other_loop: Loo
         await connected(manager, 1)
 
 
+async def test_start_waits_for_an_end_in_another_event_loop(
+    other_loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end = asyncio.Event()
+    engine = Life()
+    manager = ConnectionManager(engine)
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        await may_end.wait()
+
+    async def start() -> asyncio.Task[None]:
+        starting = asyncio.create_task(manager.start())
+        await turns()
+        return starting
+
+    async def use(starting: asyncio.Task[None]) -> str | bytes:
+        await starting
+        [(peer, _)] = await connected(manager, 1)
+        await manager.broadcast("hello")
+        return await peer.next()
+
+    await manager.start()
+    await connected(manager, 1)
+    ending = asyncio.create_task(manager.aclose())
+    await turns()
+    here, there = asyncio.get_running_loop(), other_loop.loop
+    starting = await asyncio.to_thread(other_loop.run, start())
+    assert manager._life.loop is here
+    with monkeypatch.context() as patch:
+        patch.setattr("wsbroadcast.node.lifecycle._LEAVE_SECONDS", 0.0)
+        with pytest.raises(LifecycleError, match="still being closed"):
+            await asyncio.to_thread(other_loop.run, manager.start())
+    may_end.set()
+    await ending
+    assert await asyncio.to_thread(other_loop.run, use(starting)) == "hello"
+    assert engine.life[2:4] == [("stopped", here), ("starts", there)]
+    await asyncio.to_thread(other_loop.run, manager.aclose())
+
+
+def test_end_that_its_event_loop_never_finished_ends_nothing_later(other_loop: LoopThread) -> None:
+    manager = ConnectionManager()
+    may_end = asyncio.Event()
+    manager.on_disconnect(lambda connection: may_end.wait())
+
+    async def begin_to_end() -> asyncio.Task[None]:
+        await manager.start()
+        await connected(manager, 1)
+        ending = asyncio.create_task(manager.aclose())
+        await turns()
+        return ending
+
+    async def use(ending: asyncio.Task[None]) -> None:
+        await manager.start()
+        [(peer, _)] = await connected(manager, 1)
+        ending.get_coro().close()  # as the garbage collector does
+        await manager.broadcast("hello")
+        assert await peer.next() == "hello"
+        may_end.set()
+        await manager.aclose()
+
+    ending = other_loop.run(begin_to_end())
+    other_loop.stop(close=False)
+    asyncio.run(use(ending))
+    ending.cancel()
+    other_loop.loop.run_until_complete(asyncio.wait(asyncio.all_tasks(other_loop.loop)))
+
+
 async def test_third_event_loop_stops_nothing_that_the_second_could_not_start(other_loop: LoopThread) -> None:
     engine = Life()
     manager = ConnectionManager(engine)

@@ -931,3 +931,44 @@ async def test_on_unsubscribe_waits_for_on_subscribe_to_end(manager: ConnectionM
     with pytest.raises(ConnectionClosed):
         await subscribing
     await eventually(lambda: seen == ["inserted", "deleted"])
+
+
+@pytest.mark.parametrize("why", ["unsubscribed", "refused"])
+async def test_end_is_told_when_hooks_know_that_the_connection_has_left_its_channel(
+    why: str, manager: ConnectionManager
+) -> None:
+    seen: list[str] = []
+    release = asyncio.Event()
+
+    @manager.on_subscribe
+    async def on_subscribe(connection: Connection, channel: str) -> None:
+        if why == "refused":
+            raise PermissionDenied("no")
+
+    @manager.on_unsubscribe
+    async def on_unsubscribe(connection: Connection, channel: str) -> None:
+        seen.append("leaves")
+        await release.wait()
+        seen.append("has left")
+
+    @manager.on_disconnect
+    async def on_disconnect(connection: Connection) -> None:
+        seen.append("ended")
+
+    connection = await manager.connect(Peer().websocket)
+    if why == "refused":
+        with pytest.raises(PermissionDenied):
+            await manager.subscribe(connection, "news")
+        leaving = None
+    else:
+        await manager.subscribe(connection, "news")
+        leaving = asyncio.create_task(manager.unsubscribe(connection, "news"))
+    await eventually(lambda: bool(seen))
+    manager.disconnect(connection)
+    await turns()
+    assert seen == ["leaves"]
+    release.set()
+    await eventually(lambda: len(seen) == 3)
+    assert seen == ["leaves", "has left", "ended"]
+    if leaving is not None:
+        await leaving

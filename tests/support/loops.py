@@ -1,11 +1,20 @@
-"""An event loop beside the test's own."""
+"""An event loop beside the test's own, and the ways in which one begins its tasks."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+TASK_FACTORIES: list[Any] = [pytest.param(None, id="usual")]
+"""Begin a task in the next turn of the event loop, or at once, which came with Python 3.12."""
+if sys.version_info >= (3, 12):
+    TASK_FACTORIES.append(pytest.param(asyncio.eager_task_factory, id="eager"))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ class Announcements:
         self._hooks = hooks
         self._tasks = tasks
         self._leave_channel = leave_channel
-        # How many hooks are being told that a connection has come or was subscribed, where there are any.
+        # How many calls of hooks about a connection that was here run, where there are any.
         self._running: dict[Connection, int] = {}
 
     async def connected(self, connection: Connection, channels: tuple[str, ...]) -> None:
@@ -128,17 +128,20 @@ class Announcements:
                 await self._hooks.observe("on_subscribe", connection, channel)
             except BaseException:
                 if self._leave_channel(connection, channel):
+                    self._hold(connection)
                     observing = self._hooks.observe("on_unsubscribe", connection, channel)
-                    self._tasks.spawn(observing, "on_unsubscribe hooks", connection._transport.context)
+                    task = self._tasks.spawn(observing, "on_unsubscribe hooks", connection._transport.context)
+                    task.add_done_callback(lambda _: self._release(connection))
                 raise
 
     async def unsubscribed(self, connection: Connection, channel: str) -> None:
         """Tell that a connection has left a channel, and stays."""
         if self._hooks.has("on_unsubscribe"):
-            await self._hooks.observe("on_unsubscribe", connection, channel)
+            with self._holding(connection):
+                await self._hooks.observe("on_unsubscribe", connection, channel)
 
     def disconnected(self, connection: Connection) -> None:
-        """Tell that a connection has gone, in a task; after the hooks that are still told of its coming."""
+        """Tell that a connection has gone, in a task; after the hooks that are still told of its channels or coming."""
         is_heard = self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe")
         if is_heard and connection not in self._running:
             self._tasks.spawn(self._tell_end(connection), "on_disconnect hooks", connection._transport.context)
@@ -146,17 +149,24 @@ class Announcements:
     @contextmanager
     def _holding(self, connection: Connection) -> Generator[None]:
         # What is told of the connection's end waits for the end of this block.
-        self._running[connection] = self._running.get(connection, 0) + 1
+        self._hold(connection)
         try:
             yield
         finally:
-            self._running[connection] -= 1
-            if not self._running[connection]:
-                del self._running[connection]
-                if not connection.is_open:
-                    self.disconnected(connection)
+            self._release(connection)
+
+    def _hold(self, connection: Connection) -> None:
+        self._running[connection] = self._running.get(connection, 0) + 1
+
+    def _release(self, connection: Connection) -> None:
+        self._running[connection] -= 1
+        if not self._running[connection]:
+            del self._running[connection]
+            if not connection.is_open:
+                self.disconnected(connection)
 
     async def _tell_end(self, connection: Connection) -> None:
+        await self._tasks.begun()  # a delivery may have found it gone, and goes on to others before a hook broadcasts
         if self._hooks.has("on_unsubscribe"):
             # One budget for all channels: a hook that hangs holds up `on_disconnect` once, not once for each.
             deadline = asyncio.get_running_loop().time() + self._hooks.timeout

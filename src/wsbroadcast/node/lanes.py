@@ -121,10 +121,13 @@ class Lanes:
         if self._report is not None:
             self._report.cancel()
         await self._tasks.cancel()
+        for audience in list(self.waiting):  # a task that never ran a step was cancelled without its `finally`
+            self._end_lane(audience)
 
     async def _run(self, audience: Audience, lane: _Lane) -> None:
         number = 0
         try:
+            await self._tasks.begun()  # who puts something in goes on before a hook runs
             while lane:
                 number += 1
                 first = lane.popleft()
@@ -141,10 +144,12 @@ class Lanes:
                 if number % _TURN_PUBLICATIONS == 0:
                     await asyncio.sleep(0)
         finally:
-            del self.waiting[audience]
-            for left in lane:  # at the end of the node nobody is kept waiting
-                if isinstance(left, _Turn):
-                    left.begun.set()
+            self._end_lane(audience)
+
+    def _end_lane(self, audience: Audience) -> None:
+        for left in self.waiting.pop(audience):  # at the end of the node nobody is kept waiting
+            if isinstance(left, _Turn):
+                left.begun.set()
 
     async def _deliver_paced(self, publication: Publication) -> None:
         try:

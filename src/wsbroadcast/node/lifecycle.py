@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from wsbroadcast.concurrency import Tasks, running_loop
 from wsbroadcast.engines.contract import Engine
@@ -30,6 +31,13 @@ _LEAVE_SECONDS = 5.0
 
 # For which a call there waits until it has.
 _FINISH_SECONDS = 1.0
+
+
+class _Ending(NamedTuple):
+    """An `aclose` that runs."""
+
+    loop: asyncio.AbstractEventLoop
+    over: asyncio.Event
 
 
 class Departure:
@@ -118,8 +126,8 @@ class Lifecycle:
         self._new_node = new_node
         self._starts = 0
         self._is_closed = False
-        # Set at its end; there while the manager ends.
-        self._ending: asyncio.Event | None = None
+        # There while the manager ends.
+        self._ending: _Ending | None = None
         # What another event loop has begun because we took the manager from it.
         self._departure: Departure | None = None
         # Held for moments, while it is decided which event loop it is.
@@ -130,13 +138,14 @@ class Lifecycle:
     async def start(self) -> None:
         """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
 
+        An end that has begun comes first, in whichever event loop it runs.
+
         Raises:
-            LifecycleError: If it runs in another event loop.
+            LifecycleError: If it runs in another event loop, or its end there takes too long.
         """
-        while self._ending is not None and self.loop is asyncio.get_running_loop():
-            await self._ending.wait()
-        self._is_closed = False
-        node = self.enter()
+        deadline = asyncio.get_running_loop().time() + _LEAVE_SECONDS
+        while (node := self._begin_again()) is None:
+            await self._until_ended(deadline)
         try:
             await self.run_here()
             self._starts += 1
@@ -164,7 +173,7 @@ class Lifecycle:
                 return
             if is_first := not self._is_closed:
                 self._is_closed = True
-                self._ending = asyncio.Event()
+                self._ending = _Ending(here, asyncio.Event())
                 if is_elsewhere:
                     self._take_to(None)
             ending = self._ending
@@ -172,7 +181,7 @@ class Lifecycle:
             return
         if not is_first:
             if self.loop is here and not self.node.is_own_task():  # which the one that ends it waits for
-                await ending.wait()
+                await ending.over.wait()
             return
         try:
             if self.loop is here:
@@ -180,9 +189,32 @@ class Lifecycle:
             else:
                 await self._departed()
         finally:
-            self._move_to(None)
+            with self._lock:
+                if self._ending is ending:  # else this event loop had stopped, and another one has taken over
+                    self._move_to(None)
+                    self._ending = None
+            ending.over.set()
+
+    def _begin_again(self) -> Node | None:
+        # Nothing while the manager ends: who ends it still works on what it was.
+        with self._lock:
+            if self._ending is not None and self._ending.loop.is_running():
+                return None
+            node = self._settle(is_owner=True, reopens=True)
             self._ending = None
-            ending.set()
+            node.entering += 1
+            return node
+
+    async def _until_ended(self, deadline: float) -> None:
+        ending, here = self._ending, asyncio.get_running_loop()
+        if ending is None:
+            return
+        if ending.loop is here:
+            await ending.over.wait()
+        elif here.time() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+        else:
+            raise LifecycleError("the manager is still being closed in another event loop")
 
     async def run_here(self) -> Node:
         """Begin in this event loop unless that has been done; return what the manager is here.
@@ -247,11 +279,11 @@ class Lifecycle:
         with self._lock:
             return self._settle(is_owner=False)
 
-    def _settle(self, *, is_owner: bool) -> Node:
+    def _settle(self, *, is_owner: bool, reopens: bool = False) -> Node:
         loop = running_loop()
         if loop is None:
             raise LifecycleError(f"no event loop runs here: {_FROM_A_THREAD}")
-        if self._is_closed:
+        if self._is_closed and not reopens:
             raise LifecycleError(CLOSED)
         if self.loop is not None and self.loop is not loop:
             if not self.loop.is_running():
@@ -261,6 +293,7 @@ class Lifecycle:
             else:
                 raise LifecycleError(_ELSEWHERE)
         self.loop = loop
+        self._is_closed = False
         return self.node
 
     @property
@@ -298,10 +331,12 @@ class Lifecycle:
             await departure.finish()
 
     async def _close_here(self) -> None:
+        node = self.node
         try:
-            await self.node.aclose()
+            await node.aclose()
         finally:
-            if self._departure is None or self._departure.is_over:  # else it is stopped where it still runs
+            # Else another event loop has started it again, or it is stopped where it still runs.
+            if self.node is node and (self._departure is None or self._departure.is_over):
                 await self.engine.aclose()
                 await self._stopped_starting()
 

@@ -352,8 +352,10 @@ class Membership:
             LimitExceeded: If the message is too large, or one too many; nobody has looked into it then.
         """
         self.admission.check_message(connection, message)
-        if not self._hooks.has("on_message"):
-            return None
+        return self.observe_again(connection, message) if self._hooks.has("on_message") else None
+
+    def observe_again(self, connection: Connection, message: str | bytes) -> Awaitable[None]:
+        """Return what to await before the endpoint gets a message that was counted already."""
         observing = self._hooks.observe("on_message", connection, message)
         if not self._hooks.may_wait("on_message"):
             return observing

@@ -82,7 +82,7 @@ class Node:
     def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing. Never blocks."""
         if not self._is_closed:
-            self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
+            self._tasks.spawn(self._tell_gap(gap), "on_gap hooks")
 
     # What the manager calls.
 
@@ -166,6 +166,10 @@ class Node:
             self.gap(Gap(self._engine.name, seconds))
 
     # Inside.
+
+    async def _tell_gap(self, gap: Gap) -> None:
+        await self._tasks.begun()  # the engine goes on first
+        await self._hooks.observe("on_gap", gap)
 
     def _deliver(self, publication: Publication) -> None:
         self._counters.broadcasts += 1

@@ -262,9 +262,10 @@ async def _lag() -> AsyncIterator[list[float]]:
     """Collect by how many seconds the event loop is late, in the block."""
     loop = asyncio.get_running_loop()
     lag = [0.0]
+    is_over = asyncio.Event()
 
     async def measure() -> None:
-        while True:
+        while not is_over.is_set():
             due = loop.time() + 0.01
             await asyncio.sleep(0.01)
             lag.append(loop.time() - due)
@@ -273,4 +274,5 @@ async def _lag() -> AsyncIterator[list[float]]:
     try:
         yield lag
     finally:
-        measuring.cancel()
+        is_over.set()
+        await measuring  # what blocked last is noticed at the next look

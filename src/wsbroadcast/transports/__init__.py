@@ -79,6 +79,9 @@ class Keeper(Protocol):
             LimitExceeded: If the message goes past a limit.
         """
 
+    def observe_again(self, connection: Any, message: str | bytes) -> Awaitable[None]:
+        """Return what to await before the endpoint gets a message whose hooks were cancelled; no limit counts it."""
+
 
 class Transport(Protocol):
     """What a connection needs of the way in which its peer is connected."""

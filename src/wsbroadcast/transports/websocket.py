@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import copy_context
@@ -14,13 +16,15 @@ from typing import Any, Protocol
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
+from wsbroadcast.concurrency import Interruptible
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSink, find_protocol, find_transport
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
 
-_READERS = ("receive_text", "receive_bytes", "receive_json")
+# Messages that hooks see, in the order in which they came.
+_NUMBERS = itertools.count()
 
 
 class Taker(Protocol):
@@ -40,8 +44,7 @@ class TakenOver(WebSocket):
     """What the class of a WebSocket is while a connection has it.
 
     The class is exchanged, rather than methods set on each instance: those would hold the connection in a reference
-    cycle, and take memory for each. The readers close a peer that sends something else, where Starlette's fail with
-    `KeyError`.
+    cycle, and take memory for each.
     """
 
     taker: Taker | None = None
@@ -58,6 +61,18 @@ class TakenOver(WebSocket):
         """Return the next ASGI event."""
         taker = self.taker
         return self.kind.receive(self) if taker is None else taker.receive()
+
+    def __init_subclass__(cls) -> None:
+        """Leave out what an app's own class does for each class below it: this one takes its place."""
+
+
+class Readers(WebSocket):
+    """The readers of a WebSocket that is taken over, in the place of Starlette's: below a class of the app's own.
+
+    They close a peer that sends something else, where Starlette's fail with `KeyError`.
+    """
+
+    taker: Taker | None
 
     async def receive_text(self) -> str:
         """Wait for a text message; a binary one closes with 1003, and is an end like others."""
@@ -146,17 +161,11 @@ def own_send(websocket: WebSocket) -> Callable[[Event], Coroutine[Any, Any, None
     return None if kind.send is WebSocket.send else MethodType(kind.send, websocket)
 
 
-# What a user sees of it, in an error for example, is the class that it was.
-TakenOver.__name__ = TakenOver.__qualname__ = "WebSocket"
-
-
 @cache
-def _taken_over(kind: type[WebSocket]) -> type[TakenOver]:
-    if kind is WebSocket:
-        return TakenOver
-    # A class of the app's own: its readers stay as they are.
-    own = {name: getattr(kind, name) for name in _READERS if getattr(kind, name) is not getattr(WebSocket, name)}
-    return type(kind.__name__, (TakenOver, kind), {"kind": kind, **own})
+def _taken_over(kind: type[WebSocket]) -> type[WebSocket]:
+    # By its name a user sees, in an error for example, the class that it was.
+    own = () if kind is WebSocket else (kind,)
+    return type(kind.__name__, (TakenOver, *own, Readers), {"kind": kind})
 
 
 def _event_of(event: Event) -> Event:
@@ -202,9 +211,9 @@ class WebSocketTransport:
         self._found: Found | None = None
         # Who is inside `receive`, the last first, to be interrupted when the connection ends by our side.
         self._reading: Interruptible | None = None
-        # Messages whose hooks had not ended when the read was cancelled; the next read gets them. `None` while there
-        # was none and the connection is open, so that a read has one thing to look at.
-        self._kept: deque[tuple[Event, Awaitable[None] | None]] | None = None
+        # Messages whose hooks had not ended when the read was cancelled, by their numbers; the next read gets them.
+        # `None` while there was none and the connection is open, so that a read has one thing to look at.
+        self._kept: deque[tuple[int, Event, Awaitable[None] | None]] | None = None
 
     # What the connection uses; see `Transport`.
 
@@ -352,24 +361,26 @@ class WebSocketTransport:
             self.sink.hangs_up = True
             await owner.close(error.code, error.reason)
             return disconnect_event(owner)
-        return event if observing is None else await self._observed(owner, event, observing)
+        return event if observing is None else await self._observed(owner, next(_NUMBERS), event, observing)
 
     def _observe(self, owner: Owner, event: Event) -> Awaitable[None] | None:
         text = event.get("text")
         return self.keeper.observe_message(owner, event["bytes"] if text is None else text)
 
-    async def _observed(self, owner: Owner, event: Event, observing: Awaitable[None] | None) -> Event:
-        observing = observing or self._observe(owner, event)
+    async def _observed(self, owner: Owner, number: int, event: Event, observing: Awaitable[None] | None) -> Event:
+        if observing is None:
+            text = event.get("text")
+            observing = self.keeper.observe_again(owner, event["bytes"] if text is None else text)
         try:
             if isinstance(observing, asyncio.Task):
                 await asyncio.wait({observing})  # which doesn't cancel it
                 observing.result()
-            elif observing is not None:
+            else:
                 await observing
         except asyncio.CancelledError:
             # Hooks that were not expected to wait have been cancelled, and run again.
             self._kept = self._kept or deque()
-            self._kept.append((event, observing if isinstance(observing, asyncio.Task) else None))
+            insort(self._kept, (number, event, observing if isinstance(observing, asyncio.Task) else None))
             raise
         return event if owner.is_open else disconnect_event(owner)
 
@@ -413,46 +424,3 @@ def _make_sink(transport: WebSocketTransport, websocket: WebSocket, slow_consume
         is_read_directly = is_plain(websocket) and getattr(own_receive, "__self__", None) is protocol
         return UvicornSink(transport, slow_consumers, send, protocol, is_read_directly=is_read_directly), ""
     return Sink(transport, slow_consumers, send, find_transport(receive)), refused
-
-
-# A task that waits inside `receive`, and how to get it out of there.
-
-
-class Interruptible:
-    """A task inside `receive` that may have to be interrupted.
-
-    As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
-    """
-
-    __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "before", "throws_away")
-
-    def __init__(self, throws_away: bool, before: Interruptible | None) -> None:
-        self.throws_away = throws_away
-        """Whether it only waits for the end, and steps aside for a reader of the messages."""
-        self.before = before
-        """The one that began before it and still waits, if another task reads as well."""
-        self._task = asyncio.current_task()
-        self._cancelling = 0 if self._task is None else self._task.cancelling()
-        self._is_interrupted = False
-        self._is_taken_back = False
-
-    def interrupt(self) -> None:
-        """Make the task come out of `receive`."""
-        if self._task is not None and self._task is not asyncio.current_task() and not self._is_interrupted:
-            self._is_interrupted = True
-            self._task.cancel()
-
-    def without(self, ended: Interruptible) -> Interruptible | None:
-        """Return the readings from this one on, without one that has ended."""
-        if self is ended:
-            return self.before
-        if self.before is not None:
-            self.before = self.before.without(ended)
-        return self
-
-    def take_back(self) -> bool:
-        """Undo our own cancellation; return whether it was the only one."""
-        if not self._is_interrupted or self._is_taken_back or self._task is None:
-            return False
-        self._is_taken_back = True
-        return self._task.uncancel() <= self._cancelling

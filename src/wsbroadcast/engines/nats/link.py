@@ -289,8 +289,9 @@ except ImportError as error:
 
 _TASKS = ("_reading_task", "_ping_interval_task", "_flusher_task")
 _STREAMS = ("_io_reader", "_io_writer")
+_OVERRIDDEN = ("_process_info", "_read_loop")
 if (
-    not iscoroutinefunction(getattr(Client, "_process_info", None))
+    not all(iscoroutinefunction(getattr(Client, name, None)) for name in _OVERRIDDEN)
     or not vars(Client()).keys() >= {"_transport", *_TASKS}
     or not vars(TcpTransport()).keys() >= {*_STREAMS}  # type: ignore[no-untyped-call]
 ):
@@ -349,6 +350,10 @@ class Login(Client):
             info["tls_required"] = True  # nats-py encrypts only then, and would send the password in plain text
         self.info = info
         await super()._process_info(info, initial_connection)
+
+    async def _read_loop(self) -> None:
+        # nats-py reads nothing behind the PONG: a task that starts at once would do so before we have cancelled it.
+        pass
 
     async def _let_go(self) -> bytes:
         for name in _TASKS:
