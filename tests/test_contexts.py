@@ -37,8 +37,8 @@ async def disconnect(manager: ConnectionManager, peer: Peer, connection: Connect
     manager.disconnect(connection)
 
 
-async def disconnect_user(manager: ConnectionManager, peer: Peer, connection: Connection) -> None:
-    await manager.disconnect_user("bob")
+async def close_user(manager: ConnectionManager, peer: Peer, connection: Connection) -> None:
+    await manager.close_user("bob")
 
 
 async def fill(manager: ConnectionManager, peer: Peer, connection: Connection) -> None:
@@ -65,7 +65,7 @@ async def end(manager: ConnectionManager, peer: Peer, connection: Connection) ->
     await manager.aclose()
 
 
-WAYS = [close, disconnect, disconnect_user, fill, stall, expire, break_off, end]
+WAYS = [close, disconnect, close_user, fill, stall, expire, break_off, end]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

@@ -242,6 +242,41 @@ def database_row(client: TestClient, block: Namespace) -> None:
     block["engine"].dispose()
 
 
+def rows_after_commit(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws") as ada:
+        for number, path in enumerate(("/in-a-thread", "/in-the-loop"), 1):
+            assert client.post(path, params={"text": path}).status_code == 200
+            assert ada.receive_json() == {"id": number, "text": path}
+        with block["Session"](block["engine"]) as session:
+            session.add(block["Post"](text="undone"))
+            session.flush()
+            session.rollback()
+        client.post("/in-a-thread", params={"text": "last"})
+        assert ada.receive_json()["text"] == "last"
+    block["engine"].dispose()
+
+
+def several_rooms(client: TestClient, block: Namespace) -> None:
+    with (
+        client.websocket_connect("/ws?user=ada&topic=cats") as ada,
+        client.websocket_connect("/ws?user=bob&topic=cats") as bob,
+        client.websocket_connect("/ws?user=root&topic=admins") as root,
+    ):
+        post = {"author": "ada", "topics": ["cats", "admins"], "text": "hello"}
+        assert client.post("/posts", json=post).status_code == 200
+        client.post("/invitations/ada")
+        assert bob.receive_json() == root.receive_json() == post
+        assert ada.receive_json() == root.receive_json() == {"invited": "ada"}
+
+
+def nobody_there(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws/ada") as ada:
+        for user in ("ada", "bob"):
+            client.post(f"/notify/{user}", params={"text": "hello"})
+        assert ada.receive_text() == "hello"
+    assert block["mails"] == [("bob", "hello")]
+
+
 def local_ticks(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws") as ada:
         assert ada.receive_json()["time"] < ada.receive_json()["time"]
@@ -514,9 +549,12 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#replace-the-class-you-wrote-by-hand": rooms_of_a_class,
     "docs/how-to.md#send-from-an-http-route": http_route,
     "docs/how-to.md#send-from-an-http-route-#2": echo,
+    "docs/how-to.md#send-to-several-rooms-or-to-all-but-some": several_rooms,
+    "docs/how-to.md#know-whether-anybody-was-there": nobody_there,
     "docs/how-to.md#send-from-a-thread": threads,
     "docs/how-to.md#send-from-a-background-task": background_task,
     "docs/how-to.md#send-a-row-of-your-database": database_row,
+    "docs/how-to.md#send-a-row-of-your-database-#2": rows_after_commit,
     "docs/how-to.md#write-an-endpoint-that-only-sends": only_sends,
     "docs/how-to.md#let-only-some-people-in": access,
     "docs/how-to.md#close-a-connection-or-throw-a-user-out": ban,
@@ -706,6 +744,8 @@ def test_reference_mentions_nothing_that_is_not_there(section: str, kind: type) 
 def test_reference_has_every_option_with_its_default(options: type[SlowConsumer | Limits | Timing]) -> None:
     for field in dataclasses.fields(options):
         number = f"{field.default:,}" if isinstance(field.default, (int, float)) else str(field.default)
+        if field.default_factory is not dataclasses.MISSING:
+            number = str(field.default_factory())
         default = f'`"{field.default}"`' if isinstance(field.default, str) else number
         assert re.search(rf"^\| `{field.name}` \| {re.escape(default)}( s| bytes)? \|", REFERENCE, re.MULTILINE), (
             field.name

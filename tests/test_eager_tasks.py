@@ -25,7 +25,7 @@ async def manager(request: pytest.FixtureRequest) -> AsyncIterator[ConnectionMan
 async def test_close_on_the_fast_path(manager: ConnectionManager) -> None:
     protocol = WebSocketsSansIOProtocol()
     connection = await manager.connect(protocol.websocket)
-    assert connection.sink.kind == "uvicorn"
+    assert connection._sink.kind == "uvicorn"
     await manager.broadcast("before")
     await manager.close(protocol.websocket, 4100)
     assert protocol.messages == ["before", "<close>"]
@@ -105,7 +105,7 @@ async def test_hook_that_acts_on_a_lost_connection_breaks_into_no_delivery(manag
 async def test_gap_hook_runs_when_what_reports_the_gap_goes_on(manager: ConnectionManager) -> None:
     seen: list[str] = []
     manager.on_gap(lambda gap: seen.append("hook"))
-    manager._life.node.gap(Gap("test", 1.0))
+    manager._core.life.node.gap(Gap("test", 1.0))
     seen.append("goes on")
     await eventually(lambda: len(seen) == 2)
     assert seen == ["goes on", "hook"]

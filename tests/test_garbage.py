@@ -76,7 +76,7 @@ async def test_ended_connection_is_freed_without_the_collector(
 
     @manager.on_connect
     def on_connect(connection: Connection) -> None:
-        kinds.add(connection.sink.kind)
+        kinds.add(connection._sink.kind)
         seen.extend((weakref.ref(connection), weakref.ref(connection.websocket)))
 
     manager.on_disconnect(lambda connection: None)

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from functools import partial
+from inspect import signature
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional, cast, get_args
 from unittest.mock import MagicMock
@@ -109,9 +110,9 @@ def test_what_is_no_hook_is_refused(hook: Any) -> None:
 async def test_hooks_that_override_nothing_change_nothing() -> None:
     hook = Hook()
     connection = connection_named("1")
-    assert await hook.on_broadcast(MESSAGE, EVERYONE) is MESSAGE
+    assert await cast(Any, hook.on_broadcast(MESSAGE, EVERYONE)) is None
     delivery = delivery_to("1", "2")
-    await hook.on_deliver(delivery)
+    await cast(Any, hook.on_deliver(delivery))
     assert [recipient.id for recipient in delivery.recipients] == ["1", "2"]
     for result in (
         hook.on_connect(connection),
@@ -122,7 +123,7 @@ async def test_hooks_that_override_nothing_change_nothing() -> None:
         hook.on_gap(cast(Any, None)),
         hook.on_error(KeyError(), "where"),
     ):
-        await result
+        await cast(Any, result)
 
 
 @pytest.mark.parametrize("event", OBSERVED)
@@ -555,13 +556,14 @@ def test_message_for_one_recipient_keeps_its_own_key(result: object, key: str) -
     [recipient] = recipients = [connection_named("1")]
     delivery = Delivery(Message.of("before", "caller"), EVERYONE, recipients)
     delivery.replace(recipient, result)
-    [message] = [message for message, some in delivery.parts() if some]
+    [message] = [message for message, some in delivery._parts() if some]
     assert (message.data, message.key) == ("text", key)
 
 
 # Annotations of hooks that were written when None held a message back.
 
 
+def one(value: object) -> Message | None: ...
 async def guard(message: Message, audience: Audience) -> Message | None: ...
 def old_guard(message: Message, audience: Audience) -> Optional[Message]: ...  # noqa: UP045
 def later(message: Message, audience: Audience) -> Awaitable[Message | None]: ...  # type: ignore[empty-body]
@@ -615,7 +617,7 @@ def test_broadcast_hook_that_may_return_none_is_warned_of(
 
 @pytest.mark.parametrize("event", [event for event in EVENTS if event != "on_broadcast"])
 def test_other_hooks_may_return_none(event: HookEvent, caplog: pytest.LogCaptureFixture) -> None:
-    chain_with(event, guard)
+    chain_with(event, one if len(signature(getattr(Hook, event)).parameters) == 2 else guard)
     assert not caplog.records
 
 
@@ -642,7 +644,7 @@ async def test_broadcast_hook_that_returns_what_can_not_be_sent_is_an_error() ->
 
 
 def parts_of(delivery: Delivery) -> list[tuple[object, list[str]]]:
-    return [(message.data, [recipient.id for recipient in some]) for message, some in delivery.parts()]
+    return [(message.data, [recipient.id for recipient in some]) for message, some in delivery._parts()]
 
 
 def test_delivery_untouched_is_one_part() -> None:

@@ -321,7 +321,7 @@ def test_what_is_not_utf_8_is_refused(value: object) -> None:
 def test_key_that_is_too_long_to_tell_is_no_other_error(key: object) -> None:
     with pytest.raises(EncodeError) as caught:
         Message.json({key: [object(), NAN]})
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 400
 
 
 def test_generator_that_fails_is_told() -> None:
@@ -490,7 +490,7 @@ def test_row_that_is_not_to_blame_is_not_blamed(session: Session) -> None:
     author = Author(id=1, name="ann")
     session.add(author)
     session.flush()
-    with pytest.raises(EncodeError, match="list can't be written as JSON: Unable to serialize unknown type"):
+    with pytest.raises(EncodeError, match=r"^object at \[1\] can't be written as JSON: Unable to"):
         Message.json([author, object()])
 
 

@@ -137,7 +137,7 @@ class World:
         await asyncio.gather(*self.pending)
         for _ in range(1000):
             await asyncio.sleep(0)  # at least once: the last turn isn't delivered yet
-            if not self.manager._life.node._slow_consumers.waiting:
+            if not self.manager._core.life.node._slow_consumers.waiting:
                 break
 
     def received(self, peer: Any) -> list[str]:

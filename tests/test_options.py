@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_broker import FakeBroker, FakeEngine
-from wsbroadcast import ConfigurationError, Limits, SlowConsumer, Timing
+from wsbroadcast import ConfigurationError, Limits, Policy, SlowConsumer, Timing
 
 
 def broker_engine(**options: Any) -> FakeEngine:
@@ -21,12 +21,44 @@ def test_defaults_are_what_the_documentation_says() -> None:
     assert options.policy == "disconnect"
     assert (options.max_backlog_bytes, options.max_backlog_messages) == (2**20, 1024)
     assert (options.send_timeout, options.close_timeout) == (10.0, 1.0)
-    assert Limits().max_message_bytes == 16 * 2**20
+    assert Limits().max_outbound_bytes == 16 * 2**20
 
 
 @pytest.mark.parametrize("policy", ["disconnect", "drop_newest", "drop_oldest", "conflate"])
 def test_every_policy_is_taken(policy: Any) -> None:
     assert SlowConsumer(policy=policy).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("channel", "policy"),
+    [
+        (None, "disconnect"),
+        ("news", "disconnect"),
+        ("ticker:oil", "conflate"),
+        ("ticker:", "conflate"),
+        ("ticker:oil\n", "conflate"),
+        ("TICKER:oil", "disconnect"),
+        ("ticker:gold", "drop_oldest"),
+        ("my ticker:oil", "disconnect"),
+        ("a.b", "drop_newest"),
+        ("axb", "disconnect"),
+    ],
+)
+def test_longest_pattern_names_the_policy_of_a_channel(channel: str | None, policy: str) -> None:
+    by_channel: dict[str, Policy] = {"ticker:*": "conflate", "ticker:gold": "drop_oldest", "a.b": "drop_newest"}
+    assert SlowConsumer(by_channel=by_channel).policy_of(channel) == policy
+
+
+@pytest.mark.parametrize("by_channel", [["a"], {"a": "drop"}, {"a": None}, "a"])
+def test_policies_of_channels_are_a_dict_of_known_ones(by_channel: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        SlowConsumer(by_channel=by_channel)
+
+
+@pytest.mark.parametrize("when_full", ["newest", None, True])
+def test_when_full_is_refuse_or_oldest(when_full: Any) -> None:
+    with pytest.raises(ConfigurationError, match="refuse or oldest"):
+        Limits(when_full=when_full)
 
 
 @pytest.mark.parametrize("policy", ["", "drop", None, ["disconnect"]])
@@ -39,7 +71,8 @@ NUMBERS = [
     *((kind, field.name) for kind in (SlowConsumer, Limits, Timing) for field in dataclasses.fields(kind)),
     (broker_engine, "max_message_bytes"),
 ]
-NUMBERS.remove((SlowConsumer, "policy"))
+for no_number in ((SlowConsumer, "policy"), (SlowConsumer, "by_channel"), (Limits, "when_full")):
+    NUMBERS.remove(no_number)
 
 
 def is_measured(name: str) -> bool:

@@ -40,10 +40,11 @@ from wsbroadcast import (
     MessageTooLarge,
     Publication,
     Publisher,
+    Receipt,
 )
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.options import Timing
-from wsbroadcast.publishing import NullReceiver
+from wsbroadcast.publishing.host import NullReceiver
 
 PUBLICATION = Publication(Message.of("text"), Audience("everyone"))
 PATIENT = Timing(connect_timeout=30, request_timeout=30)
@@ -134,7 +135,7 @@ async def test_async_program_sends(
 async def test_publisher_refuses_what_the_manager_refuses(
     broker: FakeBroker, message: object, arguments: dict[str, Any]
 ) -> None:
-    limits = Limits(max_message_bytes=100)
+    limits = Limits(max_outbound_bytes=100)
     manager, publisher = ConnectionManager(limits=limits), Publisher(FakeEngine(broker), limits=limits)
     async with manager, publisher:
         with pytest.raises(ValueError) as expected:  # noqa: PT011  # what it says is compared
@@ -585,7 +586,7 @@ def test_thread_that_comes_while_an_event_loop_is_stuck_waits_for_its_end() -> N
     broker = Late()
     publisher = Publisher(FakeEngine(broker, timing=PATIENT))
 
-    async def use() -> Future[None]:
+    async def use() -> Future[Receipt]:
         await publisher.broadcast("one")
         broker.hang()
         stuck = asyncio.create_task(publisher.broadcast("cut off"))

@@ -168,7 +168,7 @@ def test_signature_shows_what_the_source_says() -> None:
 async def test_mocks_take_the_arguments_of_the_real_thing() -> None:
     mock = create_autospec(ConnectionManager, instance=True)
     websocket = Peer().websocket
-    mock.connect(websocket, user="ada")
+    await mock.connect(websocket, user="ada")
     mock.connect.assert_called_once_with(websocket, user="ada")
     with pytest.raises(TypeError):
         mock.connect(websocket, nobody="ada")

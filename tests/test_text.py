@@ -172,14 +172,14 @@ async def test_user_of_another_class_is_the_same_user(text: str) -> None:
     peer = Peer()
     connection = await manager.connect(peer.websocket, user=text, channels=[text])
     assert connection.user is text
-    assert is_plain(connection.user_key, "admin")
+    assert is_plain(connection._user_key, "admin")
     assert all(is_plain(name, "admin") for name in connection.channels)
     await manager.broadcast("to the user", user="admin")
     await manager.broadcast("to the channel", channel="admin")
     assert await peer.wait_messages(2) == ["to the user", "to the channel"]
     await manager.unsubscribe(connection, text)
     assert connection.channels == frozenset()
-    await manager.disconnect_user("admin", reason=text)
+    await manager.close_user("admin", reason=text)
     assert await peer.wait_close() == 4401
     assert peer.close is not None
     assert is_plain(peer.close["reason"], "admin")
@@ -206,7 +206,7 @@ async def test_subprotocol_of_an_endpoint_goes_out_plain(text: str, is_alone: bo
     access = Access(subprotocols=text if is_alone else [text])
     manager = ConnectionManager()
     peer = Peer(subprotocols=["other", "admin"])
-    await access.connect(manager, peer.websocket)
+    await access._connect(manager, peer.websocket)
     assert peer.accepted is not None
     assert is_plain(peer.accepted["subprotocol"], "admin")
     await manager.aclose()
@@ -229,7 +229,7 @@ class Site(str, Enum):  # noqa: UP042
 async def test_origin_may_be_of_another_class(origins: list[str] | str) -> None:
     manager = ConnectionManager()
     peer = Peer(headers=[(b"origin", b"https://app.example")])
-    await Access(allowed_origins=origins).connect(manager, peer.websocket)
+    await Access(allowed_origins=origins)._connect(manager, peer.websocket)
     assert len(manager.connections) == 1
     await manager.aclose()
 

@@ -220,7 +220,7 @@ async def test_handshakes_are_refused_with_what_the_page_says(caplog: Log) -> No
     def forbidden() -> str:
         raise HTTPException(403)
 
-    def no(connection: object, action: str, channel: str) -> bool:
+    def no(connection: object, action: str, channel: str | None) -> bool:
         return False
 
     app.include_router(create_router(manager, "/ws"))

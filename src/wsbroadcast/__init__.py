@@ -1,8 +1,10 @@
 """WebSocket broadcasting for FastAPI: the ConnectionManager of the tutorials, as a library."""
 
-from wsbroadcast.audience import Audience
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from wsbroadcast.audience import EVERYONE, Audience, UserId
 from wsbroadcast.close_codes import CloseCode, should_reconnect
-from wsbroadcast.connection import Connection, ConnectionState
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import (
@@ -19,29 +21,66 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     WSBroadcastError,
 )
-from wsbroadcast.hooks import HOLD_BACK, Delivery, HoldBack, Hook
-from wsbroadcast.manager import ConnectionManager
-from wsbroadcast.message import Message
-from wsbroadcast.options import Limits, SlowConsumer, Timing
-from wsbroadcast.publication import Dismissal, Gap, Position, Publication
+from wsbroadcast.message import JSONDefault, Message
+from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, Timing
+from wsbroadcast.publication import Control, Dismissal, Gap, Position, Publication, Receipt, Unsubscription
 from wsbroadcast.publishing import Publisher
 from wsbroadcast.stats import EngineStats, Stats
-from wsbroadcast.transports.exit_stack import FastPath
-from wsbroadcast.web.authentication import Handshake, Identity, TokenFrom
-from wsbroadcast.web.dependencies import (
-    ConnectionDep,
-    ManagerDep,
-    connection_dependency,
-    get_connection,
-    get_manager,
-)
-from wsbroadcast.web.routing import create_router, create_routes
+
+if TYPE_CHECKING:
+    from wsbroadcast.connection import Connection, ConnectionState, Exclude
+    from wsbroadcast.hooks import HOLD_BACK, Delivery, HoldBack, Hook, HookEvent
+    from wsbroadcast.manager import ConnectionManager
+    from wsbroadcast.transports.exit_stack import FastPath
+    from wsbroadcast.types import Guard, Headers, Manager, To, Users
+    from wsbroadcast.web.access import Access, Action, Authenticate, Authorize, OnDenied
+    from wsbroadcast.web.authentication import Handshake, Identity, TokenFrom, UserKey
+    from wsbroadcast.web.dependencies import (
+        ConnectionDep,
+        ManagerDep,
+        connection_dependency,
+        get_connection,
+        get_manager,
+    )
+    from wsbroadcast.web.routing import Accepts, Inbound, create_router, create_routes
 
 __version__ = "0.1.0"
 
+# Imported when they are used first: a program that only publishes needs neither Starlette nor FastAPI.
+_LAZY = {
+    "connection": ("Connection", "ConnectionState", "Exclude"),
+    "hooks": ("HOLD_BACK", "Delivery", "HoldBack", "Hook", "HookEvent"),
+    "manager": ("ConnectionManager",),
+    "transports.exit_stack": ("FastPath",),
+    "types": ("Guard", "Headers", "Manager", "To", "Users"),
+    "web.access": ("Access", "Action", "Authenticate", "Authorize", "OnDenied"),
+    "web.authentication": ("Handshake", "Identity", "TokenFrom", "UserKey"),
+    "web.dependencies": ("ConnectionDep", "ManagerDep", "connection_dependency", "get_connection", "get_manager"),
+    "web.routing": ("Accepts", "Inbound", "create_router", "create_routes"),
+}
+_MODULES = {name: module for module, names in _LAZY.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
+    "EVERYONE",
     "HOLD_BACK",
+    "Accepts",
+    "Access",
+    "Action",
     "Audience",
+    "Authenticate",
+    "Authorize",
     "CloseCode",
     "ConfigurationError",
     "Connection",
@@ -49,6 +88,7 @@ __all__ = [
     "ConnectionDep",
     "ConnectionManager",
     "ConnectionState",
+    "Control",
     "Delivery",
     "Dismissal",
     "EncodeError",
@@ -56,31 +96,47 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "EngineUnavailable",
+    "Exclude",
+    "ExpiresAt",
     "FastPath",
     "Gap",
+    "Guard",
     "Handshake",
+    "Headers",
     "Health",
     "HoldBack",
     "Hook",
+    "HookEvent",
     "Identity",
+    "Inbound",
     "InvalidChannel",
+    "JSONDefault",
     "LifecycleError",
     "LimitExceeded",
     "Limits",
+    "Manager",
     "ManagerDep",
     "MemoryEngine",
     "Message",
     "MessageTooLarge",
     "MissingDependency",
+    "OnDenied",
     "PermissionDenied",
+    "Policy",
     "Position",
     "Publication",
     "Publisher",
+    "Receipt",
     "Receiver",
     "SlowConsumer",
     "Stats",
     "Timing",
+    "To",
     "TokenFrom",
+    "Unsubscription",
+    "UserId",
+    "UserKey",
+    "Users",
     "WSBroadcastError",
     "__version__",
     "connection_dependency",

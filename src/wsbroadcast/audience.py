@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, cast
 from uuid import UUID
 
@@ -33,6 +34,24 @@ class Audience(NamedTuple):
     """The channel, the user or the connection's id; empty for everyone."""
 
     @classmethod
+    def channel(cls, channel: str) -> Audience:
+        """Return the audience of a channel: the connections that are subscribed to it.
+
+        Raises:
+            InvalidChannel: If the name breaks a rule.
+        """
+        return cls("channel", check_channel(channel))
+
+    @classmethod
+    def user(cls, user: UserId) -> Audience:
+        """Return the audience of a user: all of the user's connections.
+
+        Raises:
+            ValueError: If it is not a str, int or UUID.
+        """
+        return cls("user", user_key(user))
+
+    @classmethod
     def of(cls, channel: object = UNSET, user: object = UNSET) -> Audience:
         """Build the audience of a broadcast.
 
@@ -44,12 +63,66 @@ class Audience(NamedTuple):
             return EVERYONE
         if channel is not UNSET:
             if user is not UNSET:
-                raise ValueError("a broadcast goes to a channel or to a user, not to both")
+                raise ValueError(_ONE_OF)
             return cls("channel", check_channel(channel))
         return cls("user", user_key(user))
 
 
 EVERYONE = Audience("everyone")
+"""The audience of all connections."""
+
+MAX_AUDIENCES = 1000
+"""The most that one broadcast goes to."""
+
+_ONE_OF = (
+    "a broadcast goes to one of channel=, channels=, user= and to=; for a channel and a user pass "
+    "to=[Audience.channel(…), Audience.user(…)]"
+)
+
+
+def audiences_of(
+    channel: object = UNSET, user: object = UNSET, channels: object = UNSET, to: object = UNSET
+) -> tuple[Audience, ...]:
+    """Build the audiences of a broadcast, each once.
+
+    Raises:
+        InvalidChannel: If a channel's name breaks a rule.
+        ValueError: If more than one argument is given, one isn't valid, or the audiences are too many.
+    """
+    if channels is UNSET and to is UNSET:
+        return (Audience.of(channel, user),)
+    if (channel, user, channels, to).count(UNSET) < 3:
+        raise ValueError(_ONE_OF)
+    if channels is not UNSET:
+        if not isinstance(channels, Iterable):
+            raise ValueError(f"channels is a list of names, not {type(channels).__name__}")
+        found = tuple(Audience("channel", name) for name in as_channels(channels))
+    else:
+        if not isinstance(to, Iterable):
+            raise ValueError(_not_audience(to))
+        found = tuple(dict.fromkeys(map(_checked, (to,) if isinstance(to, Audience) else to)))
+    if len(found) > MAX_AUDIENCES:
+        raise ValueError(f"a broadcast goes to {MAX_AUDIENCES} audiences at most, not {len(found)}")
+    return found
+
+
+def _checked(audience: object) -> Audience:
+    if not isinstance(audience, Audience):
+        raise ValueError(_not_audience(audience))
+    if audience.kind == "channel":
+        return Audience.channel(audience.name)
+    if audience.kind == "user":
+        return Audience.user(audience.name)
+    if audience != EVERYONE:
+        raise ValueError(f"an audience of a broadcast is EVERYONE, a channel or a user, not {audience!r:.80}")
+    return EVERYONE
+
+
+def _not_audience(value: object) -> str:
+    return (
+        "to is an Audience or several, such as Audience.channel(…), Audience.user(…) or EVERYONE, not "
+        f"{type(value).__name__}; for one connection await `send`"
+    )
 
 
 def check_channel(channel: object) -> str:
@@ -102,6 +175,16 @@ def _broken_rule(name: str) -> str | None:
     except UnicodeEncodeError:
         return "it has a lone surrogate, which UTF-8 can't carry"
     return f"it has {size} bytes, the limit is {MAX_NAME_BYTES}" if size > MAX_NAME_BYTES else None
+
+
+def user_keys(users: object) -> frozenset[str]:
+    """Return the texts that identify users: one, or several.
+
+    Raises:
+        ValueError: If one of them is not a str, int or UUID.
+    """
+    is_one = isinstance(users, (str, int, UUID, bytes, bytearray)) or not isinstance(users, Iterable)
+    return frozenset(map(user_key, (users,) if is_one else cast("Iterable[object]", users)))
 
 
 def as_channels(channels: object) -> tuple[str, ...]:

@@ -38,6 +38,8 @@ class CloseCode(IntEnum):
     """Who it is isn't known, or no longer: nothing proved it in time, it has expired, or was taken back."""
     FORBIDDEN = 4403
     """Who it is may not do what it asked for."""
+    REPLACED = 4409
+    """A newer connection of the same user took its place."""
 
 
 _RECONNECT = {
@@ -69,7 +71,7 @@ def check_sendable(code: int) -> None:
     Raises:
         ValueError: If it may not.
     """
-    if not is_sendable(code):
+    if not isinstance(code, int) or not is_sendable(code):
         raise ValueError(f"close code must be 1000-1003, 1007-1014 or 3000-4999, not {code!r}")
 
 

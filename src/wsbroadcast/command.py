@@ -1,4 +1,4 @@
-"""The command line: `python -m wsbroadcast demo` and `python -m wsbroadcast publish`."""
+"""The command line: `wsbroadcast demo` and `wsbroadcast publish`, or `python -m wsbroadcast …`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from functools import partial
 
 from pydantic_core import from_json
 
+from wsbroadcast import __version__
 from wsbroadcast.audience import check_channel, user_key
 from wsbroadcast.exceptions import EncodeError, MessageTooLarge, MissingDependency, WSBroadcastError
 from wsbroadcast.options import Limits
@@ -25,7 +26,7 @@ _INTERRUPTED = 130
 
 _ENGINE = "WSBROADCAST_ENGINE"
 
-Broadcast = Callable[[str | bytes], Awaitable[None]]
+Broadcast = Callable[[str | bytes], Awaitable[object]]
 
 
 class CommandFailed(Exception):
@@ -38,8 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments after the program's name; by default those of the process.
     """
-    arguments = _parser().parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = arguments.run
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] | None = arguments.run
+    if run is None:
+        parser.print_help()
+        return 0
     try:
         return run(arguments)
     except CommandFailed as error:
@@ -58,8 +63,11 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     # Each command is a subparser and a function that is its `run`.
-    parser = argparse.ArgumentParser(prog="python -m wsbroadcast", description="WebSocket broadcasting for FastAPI.")
-    commands = parser.add_subparsers(title="commands", metavar="command", required=True)
+    program = "python -m wsbroadcast" if sys.argv[0].endswith("__main__.py") else "wsbroadcast"
+    parser = argparse.ArgumentParser(prog=program, description="WebSocket broadcasting for FastAPI.")
+    parser.add_argument("--version", action="version", version=f"wsbroadcast {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="command")
     demo = commands.add_parser(
         "demo",
         help="serve a page on which browser tabs chat, stall and flood each other",
@@ -178,16 +186,17 @@ async def _publish_texts(broadcast: Broadcast, texts: Sequence[str]) -> None:
 
 
 async def _publish_binary(broadcast: Broadcast) -> None:
-    message = await everything(_standard_input(), Limits().max_message_bytes)
+    file = _standard_input("standard input is one message")
+    message = await everything(file, Limits().max_outbound_bytes)
     if message:
         await broadcast(message)
     _say_published(1 if message else 0)
 
 
 async def _publish_lines(publisher: LinePublisher) -> None:
-    file = _standard_input()
+    file = _standard_input("each line is a message")
     try:
-        await publisher.run(lines(file, Limits().max_message_bytes))
+        await publisher.run(lines(file, Limits().max_outbound_bytes))
     finally:
         _say_published(publisher.published)
     if publisher.failures:
@@ -199,11 +208,11 @@ def _say_published(messages: int) -> None:
     _say(f"published {messages} message{'' if messages == 1 else 's'}")
 
 
-def _standard_input() -> int:
+def _standard_input(what_it_is: str) -> int:
     if sys.stdin is None:
         raise CommandFailed("standard input is closed: give the messages as arguments")
     if sys.stdin.isatty():
-        _say("each line is a message; Ctrl+D ends")
+        _say(f"{what_it_is}; Ctrl+D ends it")
     return sys.stdin.fileno()
 
 
@@ -304,7 +313,7 @@ class LinePublisher:
 
     def __init__(
         self,
-        broadcast: Callable[[str], Awaitable[None]],
+        broadcast: Callable[[str], Awaitable[object]],
         convert: Callable[[bytes], str | None],
         *,
         max_messages: int = 512,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator
@@ -177,6 +179,14 @@ class AwaitableContext(Coroutine[Any, Any, T], Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._leave(self._result)
+
+
+def mark_coroutine_function(function: Callable[..., object]) -> None:
+    """Let `iscoroutinefunction` be true of a function that returns something to await."""
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(function)
+    else:
+        function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
 
 
 def name_if_it_blocked(name: str, started: float, seconds: float) -> None:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterable
 from enum import Enum
 from secrets import token_urlsafe
-from typing import Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self
+from uuid import UUID
 
 from pydantic_core import from_json
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import UNSET, Unset, UserId
-from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.audience import UserId, as_channels
+from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.concurrency import AwaitableContext, running_loop
 from wsbroadcast.delivery.sink import Sink
-from wsbroadcast.engines.contract import Health
-from wsbroadcast.exceptions import ConnectionClosed, LifecycleError
+from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, kind_of
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt, unix_seconds
 from wsbroadcast.signatures import no_dependency
-from wsbroadcast.stats import Stats
-from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Transport, closed_error
+from wsbroadcast.text import plain
+from wsbroadcast.transports import SCOPE_KEY, SEEN_KEY, STEPPED_ASIDE, Ended, Event, Transport, closed_error
+from wsbroadcast.types import Manager
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:  # with a default, which Python has from 3.13 on
+    from typing_extensions import TypeVar
 
-Headers = Iterable[tuple[bytes, bytes]]
-"""Those of a response."""
+    Info = TypeVar("Info", default=Any)
+else:
+    from typing import TypeVar
+
+    Info = TypeVar("Info")
 
 
 class ConnectionState(Enum):
@@ -49,104 +53,35 @@ _TRANSITIONS = {
 }
 
 
-class Manager(Protocol):
-    """Everything public of the manager that a connection belongs to; see `ConnectionManager`.
-
-    The class itself can't be named here: it is built from this module.
-    """
-
-    hooks: Any
+class Operations(Protocol):
+    """What a connection's own methods are made of, whatever methods of the manager the app has overridden."""
 
     @property
-    def connections(self) -> list[Connection]: ...  # noqa: D102
-    @property
-    def active_connections(self) -> list[WebSocket]: ...  # noqa: D102
+    def manager(self) -> Manager[Connection]:
+        """The manager that keeps the connection."""
 
-    async def start(self) -> None: ...  # noqa: D102
-    async def aclose(self) -> None: ...  # noqa: D102
-    def lifespan(self, app: Any) -> AbstractAsyncContextManager[None]: ...  # noqa: D102
-    def bind(self, app: Any) -> None: ...  # noqa: D102
-    def stats(self) -> Stats: ...  # noqa: D102
-    async def health(self) -> Health: ...  # noqa: D102
+    def encode(self, message: object, key: str | None = None) -> Message:
+        """Encode a message within the limit."""
 
-    def connect(  # noqa: D102
-        self,
-        websocket: WebSocket,
-        *,
-        user: UserId | None = None,
-        channels: Iterable[str] = (),
-        info: object = None,
-        subprotocol: str | None = None,
-        headers: Headers | None = None,
-        expires_at: ExpiresAt = None,
-    ) -> AwaitableContext[Connection]: ...
-    def handshake(self, websocket: WebSocket) -> AbstractAsyncContextManager[None]: ...  # noqa: D102
-    def disconnect(self, websocket: WebSocket | Connection) -> None: ...  # noqa: D102
-    async def close(  # noqa: D102
-        self, websocket: WebSocket | Connection, code: int = CloseCode.NORMAL, reason: str = ""
-    ) -> None: ...
-    async def disconnect_user(  # noqa: D102
-        self, user: UserId, *, code: int = CloseCode.UNAUTHENTICATED, reason: str = "", exclude: Exclude = ()
-    ) -> None: ...
-    async def subscribe(self, connection: WebSocket | Connection, *channels: str) -> None: ...  # noqa: D102
-    async def unsubscribe(self, connection: WebSocket | Connection, *channels: str) -> None: ...  # noqa: D102
+    async def send(self, websocket: WebSocket | Connection, message: object) -> None:
+        """Send a message to a connection."""
 
-    async def broadcast(  # noqa: D102
-        self,
-        message: object,
-        *,
-        channel: str | Unset = UNSET,
-        user: UserId | Unset = UNSET,
-        exclude: Exclude = (),
-        key: str | None = None,
-        transaction: object = None,
-    ) -> None: ...
-    async def broadcast_local(  # noqa: D102
-        self,
-        message: object,
-        *,
-        channel: str | Unset = UNSET,
-        user: UserId | Unset = UNSET,
-        exclude: Exclude = (),
-        key: str | None = None,
-    ) -> None: ...
-    def broadcast_nowait(  # noqa: D102
-        self,
-        message: object,
-        *,
-        channel: str | Unset = UNSET,
-        user: UserId | Unset = UNSET,
-        exclude: Exclude = (),
-        key: str | None = None,
-    ) -> None: ...
-    def broadcast_threadsafe(  # noqa: D102
-        self,
-        message: object,
-        *,
-        channel: str | Unset = UNSET,
-        user: UserId | Unset = UNSET,
-        exclude: Exclude = (),
-        key: str | None = None,
-    ) -> None: ...
-    async def send(self, connection: WebSocket | Connection, message: object) -> None: ...  # noqa: D102
-    async def send_personal_message(self, message: object, websocket: WebSocket | Connection) -> None: ...  # noqa: D102
+    async def subscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
+        """Subscribe a connection to channels."""
 
-    def on_connect(self, function: F) -> F: ...  # noqa: D102
-    def on_disconnect(self, function: F) -> F: ...  # noqa: D102
-    def on_message(self, function: F) -> F: ...  # noqa: D102
-    def on_subscribe(self, function: F) -> F: ...  # noqa: D102
-    def on_unsubscribe(self, function: F) -> F: ...  # noqa: D102
-    def on_broadcast(self, function: F) -> F: ...  # noqa: D102
-    def on_deliver(self, function: F) -> F: ...  # noqa: D102
-    def on_gap(self, function: F) -> F: ...  # noqa: D102
-    def on_error(self, function: F) -> F: ...  # noqa: D102
+    async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
+        """Unsubscribe a connection from channels."""
+
+    async def close(self, websocket: WebSocket | Connection, code: int, reason: str) -> None:
+        """Send what was handed over before, then close and remove."""
 
 
+_NO_SCOPE: dict[str, Any] = {}
 _NO_CHANNELS: frozenset[str] = frozenset()
 
 
 @no_dependency("take a ConnectionDep")
-class Connection:
+class Connection(Generic[Info]):
     """One accepted WebSocket, as `ConnectionManager.connect` returns it.
 
     It takes over `websocket.send` and `websocket.receive`: what the app sends itself keeps its place among the
@@ -160,36 +95,43 @@ class Connection:
         "_closed",
         "_end",
         "_expiry",
+        "_inbound_full_at",
+        "_sink",
         "_state",
         "_transport",
+        "_user_key",
         "channels",
         "expires_at",
         "id",
-        "inbound_full_at",
         "info",
-        "sink",
         "user",
-        "user_key",
     )
 
     def __init__(
-        self, transport: Transport, *, user: object, user_key: str | None, channels: tuple[str, ...], info: object
+        self,
+        transport: Transport,
+        *,
+        user: UserId | None,
+        user_key: str | None,
+        channels: tuple[str, ...],
+        info: Info,
     ) -> None:
         self.id = token_urlsafe(12)
         """Unique among all nodes."""
-        self.user = user
-        """Who is behind the connection, as it was given to `connect`."""
-        self.user_key = user_key
+        # `Any`, so that a type checker doesn't ask whether it is `None` where the app knows that it isn't.
+        self.user: UserId | Any = user
+        """Who is behind the connection, as it was given to `connect`; `None` if nobody was named."""
+        self._user_key = user_key
         """The text a broadcast to this user is addressed to."""
-        self.info: Any = info
-        """Whatever the application wants to remember about the connection."""
+        self.info = info
+        """Whatever the application wants to remember about the connection; `Connection[Member]` says of what type."""
         self.channels = frozenset(channels) if channels else _NO_CHANNELS
         """The channels it is subscribed to; after its end, those it was in. Change it through `subscribe`."""
         self.expires_at: float | None = None
         """When it ends unless it is renewed, in seconds since 1970; `None` for never."""
-        self.sink: Sink = transport.sink
+        self._sink: Sink = transport.sink
         """Where its messages go."""
-        self.inbound_full_at: float | None = None
+        self._inbound_full_at: float | None = None
         """When the bucket of its peer's messages is full again, by the clock of the limits; `None` if nothing limits
         them."""
         self._state = ConnectionState.OPEN
@@ -209,10 +151,14 @@ class Connection:
         return self._transport.websocket
 
     @property
-    def manager(self) -> Manager:
+    def manager(self) -> Manager[Connection[Any]]:
         """The manager that keeps this connection."""
-        manager: Manager = self._transport.keeper.manager
-        return manager
+        return self._core.manager
+
+    @property
+    def _core(self) -> Operations:
+        core: Operations = self._transport.keeper.core
+        return core
 
     @property
     def state(self) -> ConnectionState:
@@ -243,7 +189,7 @@ class Connection:
             ConnectionClosed: If the connection has ended.
             EncodeError: If the message can't be sent as text, bytes or JSON.
         """
-        await self.manager.send(self, message)
+        await self._core.send(self, message)
 
     async def subscribe(self, *channels: str) -> None:
         """Subscribe to channels; every later broadcast to them, from any node, arrives.
@@ -252,15 +198,15 @@ class Connection:
             ConnectionClosed: If the connection has ended.
             InvalidChannel: If a name breaks a rule; then none of them is subscribed.
         """
-        await self.manager.subscribe(self, *channels)
+        await self._core.subscribe(self, as_channels(channels))
 
     async def unsubscribe(self, *channels: str) -> None:
         """Unsubscribe from channels; those it isn't in are passed over."""
-        await self.manager.unsubscribe(self, *channels)
+        await self._core.unsubscribe(self, as_channels(channels))
 
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what was handed over before, then close. Idempotent; never hangs on a peer that takes nothing."""
-        await self.manager.close(self, code, reason)
+        await self._core.close(self, code, plain(reason or ""))
 
     def renew(self, expires_at: ExpiresAt) -> None:
         """Let the connection live until another moment; at that moment it is closed with 4401.
@@ -392,21 +338,29 @@ class Connection:
 
 
 def find_connection(websocket: WebSocket | Connection, manager: object) -> Connection | None:
-    """Find a manager's connection behind a WebSocket; `None` if it never had one, or its socket is gone."""
+    """Find a manager's connection behind a WebSocket; `None` if it never had one, or its socket is gone.
+
+    Raises:
+        TypeError: If it is neither a WebSocket nor a Connection.
+    """
     found = find_known(websocket, manager)
     return found if isinstance(found, Connection) else None
 
 
-def find_open(websocket: WebSocket | Connection, manager: object) -> Connection | None:
-    """Find a manager's connection behind a WebSocket; `None` if it never had one.
+def find_open(websocket: WebSocket | Connection, manager: object) -> Connection:
+    """Find a manager's connection behind a WebSocket.
 
     Raises:
         ConnectionClosed: If it has ended.
+        LifecycleError: If `connect` was never called for it.
+        TypeError: If it is neither a WebSocket nor a Connection.
     """
     found = find_known(websocket, manager)
-    if found is None or (isinstance(found, Connection) and found.is_open):
+    if isinstance(found, Connection) and found.is_open:
         return found
-    raise closed_error(found)
+    if found is None and getattr(websocket, "scope", _NO_SCOPE).get(SEEN_KEY) is not manager:
+        raise LifecycleError("the WebSocket is not connected to this manager: await `manager.connect(websocket)` first")
+    raise ConnectionClosed(ABNORMAL, "it is not connected") if found is None else closed_error(found)
 
 
 def is_known(websocket: WebSocket) -> bool:
@@ -415,12 +369,33 @@ def is_known(websocket: WebSocket) -> bool:
 
 
 def find_known(websocket: WebSocket | Connection, manager: object) -> Connection | Ended | None:
-    """Find a manager's connection behind a WebSocket, or what is left of it."""
-    found: Any = websocket if isinstance(websocket, Connection) else websocket.scope.get(SCOPE_KEY)
+    """Find a manager's connection behind a WebSocket, or what is left of it.
+
+    Raises:
+        TypeError: If it is neither a WebSocket nor a Connection.
+    """
+    found: Any = websocket
+    if not isinstance(websocket, Connection):
+        try:
+            found = websocket.scope.get(SCOPE_KEY)
+        except AttributeError:
+            raise TypeError(_not_a_websocket(websocket)) from None
     while found is not None and found.manager is not manager:
         found = found._transport.previous if isinstance(found, Connection) else None
     known: Connection | Ended | None = found
     return known
+
+
+def _not_a_websocket(value: object) -> str:
+    text = f"expected a WebSocket or a Connection, not {kind_of(value)}"
+    if isinstance(value, AwaitableContext):
+        return f"{text}: an `await` is missing before `connect`"
+    if isinstance(value, (str, bytes, int, UUID)):
+        return (
+            f"{text}; for a user's connections call broadcast(…, user=…) or close_user(…), for a channel "
+            "broadcast(…, channel=…)"
+        )
+    return text
 
 
 Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]

@@ -16,7 +16,8 @@ WSBroadcastError
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocketDisconnect
@@ -119,8 +120,16 @@ class EngineError(WSBroadcastError):
 class EngineUnavailable(EngineError, OSError):
     """Raised when the broker can't be reached, takes no messages now, or forbids us to send them; a retry is sensible.
 
-    Nothing was sent, unless the text says that it isn't known: the broker was asked and did not answer in time.
+    Nothing was sent, unless `may_have_been_sent`: the broker was asked and did not answer in time.
     """
+
+    def __init__(self, *args: object, may_have_been_sent: bool = False) -> None:
+        super().__init__(*args)
+        self.may_have_been_sent = may_have_been_sent
+        """Whether the broker may have taken the message, because it was asked and didn't answer in time."""
+        self.positions: Mapping[Any, Any] = {}
+        """Of a broadcast to several audiences, those that were sent it, each with its `Position`, or `None` where
+        nothing is kept."""
 
 
 def ungrouped(error: Exception, *kinds: type[Exception]) -> Exception:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
+import inspect
+import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from difflib import get_close_matches
 from inspect import iscoroutinefunction
-from types import FunctionType, MethodType, NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import FunctionType, MethodType
+from typing import Any, Literal, TypeVar, get_args
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Timed, Unfinished, finished, name_if_it_blocked
 from wsbroadcast.connection import Connection
-from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, kind_of, ungrouped
+from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, ungrouped
 from wsbroadcast.logs import logger
 from wsbroadcast.message import Message
-from wsbroadcast.options import Limits
 from wsbroadcast.publication import Gap
+from wsbroadcast.signatures import check_callable, may_return_none, without_parentheses
 from wsbroadcast.stats import Counters
+from wsbroadcast.types import Guard
 
 HookEvent = Literal[
     "on_connect",
@@ -38,10 +40,17 @@ HookEvent = Literal[
 # What an observer may refuse by raising PermissionDenied.
 _REFUSABLE = {"on_connect", "on_subscribe", "on_message"}
 
+# What Python says of a call whose arguments don't fit.
+_MISFIT = re.compile(r"positional argument|keyword argument|keyword-only argument")
+
 # Broadcasts from within broadcast hooks may nest this deep: a hook that answers its own broadcasts is a mistake.
 _MAX_DEPTH = 8
 _depth: ContextVar[int] = ContextVar("wsbroadcast_hook_depth", default=0)
 _delivery: ContextVar[Delivery | None] = ContextVar("wsbroadcast_delivery", default=None)
+
+
+Encode = Callable[[object, "str | None"], Message]
+"""Makes a message of a value and a key."""
 
 
 class HoldBack:
@@ -63,14 +72,14 @@ HOLD_BACK = HoldBack()
 class Delivery:
     """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
 
-    __slots__ = ("_instead", "_limits", "_meant", "audience", "is_running", "message", "recipients")
+    __slots__ = ("_encode", "_instead", "_is_running", "_meant", "audience", "message", "recipients")
 
     def __init__(
         self,
         message: Message,
         audience: Audience,
         recipients: list[Connection],
-        limits: Limits = Limits(),  # noqa: B008  # frozen
+        encode: Encode = Message.of,
     ) -> None:
         self.message = message
         """What was broadcast."""
@@ -80,10 +89,10 @@ class Delivery:
         """The connections that will get it; a hook may remove some, or assign a shorter list. Each gets it once, and
         one that a hook adds gets nothing: it isn't in the audience, or was excluded."""
         self._meant = {id(recipient): recipient for recipient in recipients}
-        self.is_running = False
-        """Whether its hooks run now."""
+        # Whether its hooks run now.
+        self._is_running = False
         self._instead: dict[str, Message] = {}
-        self._limits = limits
+        self._encode = encode
 
     def replace(self, connection: Connection, message: object) -> None:
         """Give one recipient another message instead. A `Message` keeps its own key, if it has one.
@@ -93,9 +102,9 @@ class Delivery:
             TypeError: If `connection` is not a Connection.
         """
         self._check(connection)
-        self._instead[connection.id] = _in_place_of(self.message, message).within(self._limits.max_message_bytes)
+        self._instead[connection.id] = _in_place_of(self.message, message, self._encode)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Take each recipient that the hooks have left once, and leave out those that they have added.
 
         Raises:
@@ -112,13 +121,26 @@ class Delivery:
         if id(recipient) not in self._meant and not isinstance(recipient, Connection):
             raise TypeError(f"a recipient of an on_deliver hook is a Connection, not {type(recipient).__name__}")
 
-    def parts(self) -> list[tuple[Message, list[Connection]]]:
+    def _parts(self) -> list[tuple[Message, list[Connection]]]:
         """Return each message with those who get it."""
         if not self._instead:
             return [(self.message, self.recipients)]
         same = [recipient for recipient in self.recipients if recipient.id not in self._instead]
         others = [recipient for recipient in self.recipients if recipient.id in self._instead]
         return [(self.message, same), *((self._instead[other.id], [other]) for other in others)]
+
+
+class _Nothing(Awaitable[None]):
+    """What the methods of `Hook` itself return: nothing, for those who await `super().on_connect(…)` and others."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
+
+
+NOTHING = _Nothing()
 
 
 class Hook:
@@ -129,44 +151,72 @@ class Hook:
     error is counted, logged and passed to `on_error`, and everything goes on. The exception is `PermissionDenied`, with
     which `on_connect`, `on_subscribe` and `on_message` refuse what they see; they may return `False` instead. One of
     these that returns a coroutine, because an `await` is missing, refuses too: nobody knows what it would have said.
-    A hook may broadcast, and disconnect the connection it is about.
+    A hook may broadcast, and disconnect the connection it is about. Each method may be `def` or `async def`.
     """
 
-    async def on_connect(self, connection: Connection) -> None:
+    def on_connect(self, connection: Connection) -> Guard:
         """A connection was accepted and registered."""
+        return NOTHING
 
-    async def on_disconnect(self, connection: Connection) -> None:
+    def on_disconnect(self, connection: Connection) -> object:
         """A connection ended, whichever way; runs once for each that `on_connect` saw. `close_code` says how."""
+        return NOTHING
 
-    async def on_message(self, connection: Connection, message: str | bytes) -> None:
+    def on_message(self, connection: Connection, message: str | bytes) -> Guard:
         """A peer sent a message; runs before the endpoint gets it, however it reads."""
+        return NOTHING
 
-    async def on_subscribe(self, connection: Connection, channel: str) -> None:
+    def on_subscribe(self, connection: Connection, channel: str) -> Guard:
         """A connection was subscribed to a channel, by `connect` too."""
+        return NOTHING
 
-    async def on_unsubscribe(self, connection: Connection, channel: str) -> None:
+    def on_unsubscribe(self, connection: Connection, channel: str) -> object:
         """A connection left a channel, by its end too."""
+        return NOTHING
 
-    async def on_broadcast(self, message: Message, audience: Audience) -> object:
+    def on_broadcast(self, message: Message, audience: Audience) -> object:
         """A broadcast is about to go out; runs once, on the node where it was called.
 
         Returns:
             What to send instead of the message, `HOLD_BACK` to send nothing, or `None` to send it unchanged. A
             `Message` keeps its own key, if it has one; anything else gets the key that the broadcast was given.
         """
-        return message
+        return NOTHING
 
-    async def on_deliver(self, delivery: Delivery) -> None:
+    def on_deliver(self, delivery: Delivery) -> object:
         """A broadcast is about to reach this node's recipients; runs once per node."""
+        return NOTHING
 
-    async def on_gap(self, gap: Gap) -> None:
+    def on_gap(self, gap: Gap) -> object:
         """The engine was cut off from its broker; messages from other nodes may be missing."""
+        return NOTHING
 
-    async def on_error(self, error: Exception, where: str) -> None:
+    def on_error(self, error: Exception, where: str) -> object:
         """A hook failed; `where` names the event and the hook."""
+        return NOTHING
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+# What the function of each event has to be.
+_OfConnection = TypeVar("_OfConnection", bound=Callable[[Connection], object])
+_ConnectGuard = TypeVar("_ConnectGuard", bound=Callable[[Connection], Guard])
+_MessageGuard = TypeVar("_MessageGuard", bound=Callable[[Connection, str | bytes], Guard])
+_ChannelGuard = TypeVar("_ChannelGuard", bound=Callable[[Connection, str], Guard])
+_OfChannel = TypeVar("_OfChannel", bound=Callable[[Connection, str], object])
+_OfBroadcast = TypeVar("_OfBroadcast", bound=Callable[[Message, Audience], object])
+_OfDelivery = TypeVar("_OfDelivery", bound=Callable[[Delivery], object])
+_OfGap = TypeVar("_OfGap", bound=Callable[[Gap], object])
+_OfError = TypeVar("_OfError", bound=Callable[[Exception, str], object])
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+# What the function of each event is called with.
+_ARGUMENTS: Mapping[HookEvent, tuple[str, ...]] = {
+    event: tuple(inspect.signature(getattr(Hook, event)).parameters)[1:] for event in get_args(HookEvent)
+}
+
+
+class Uncalled(ConfigurationError):
+    """Raised when a hook can't be called with the arguments of its event, so that what it would say isn't known."""
 
 
 class HookChain:
@@ -188,16 +238,18 @@ class HookChain:
         for event in get_args(HookEvent):
             if getattr(type(hook), event) is not getattr(Hook, event):
                 self.add_function(event, getattr(hook, event))
+        for name in dir(type(hook)):
+            if not hasattr(Hook, name) and (meant := get_close_matches(name, get_args(HookEvent), 1, 0.8)):
+                logger.warning("%s.%s is never called: %s is meant?", type(hook).__qualname__, name, meant[0])
 
-    def add_function(self, event: HookEvent, function: F) -> F:
+    def add_function(self, event: HookEvent, function: M) -> M:
         """Append a function, `async def` or `def`, for one event.
 
         Raises:
-            ConfigurationError: If it can't be called.
+            ConfigurationError: If it can't be called with the arguments of the event.
         """
-        if not callable(function):
-            raise ConfigurationError(f"a hook for {event} is a function, not {kind_of(function)}")
-        if event == "on_broadcast" and _may_return_none(function):
+        check_callable(function, _ARGUMENTS[event], f"the hook for {event}")
+        if event == "on_broadcast" and may_return_none(function):
             logger.warning(
                 "on_broadcast hook %s may return None, which sends the message unchanged: to hold it back, "
                 "return HOLD_BACK",
@@ -238,10 +290,10 @@ class HookChain:
                 if event in _REFUSABLE and isinstance(bare, PermissionDenied):
                     raise bare from bare.__cause__  # out of the group that may have held it
                 await self._report(error, f"{event} hook {_name(function)}")
-                if event in _REFUSABLE and isinstance(error, Unfinished):  # it may have been about to refuse
+                if event in _REFUSABLE and _says_nothing(error):  # it may have been about to refuse
                     raise PermissionDenied("not allowed") from error
 
-    async def transform(self, message: Message, audience: Audience) -> Message | None:
+    async def transform(self, message: Message, audience: Audience, encode: Encode = Message.of) -> Message | None:
         """Run the `on_broadcast` hooks, each on what the one before made of the message; `None` if one holds it back.
 
         Raises:
@@ -254,7 +306,7 @@ class HookChain:
                     self._counters.vetoed += 1
                     return None
                 if result is not None:
-                    message = _in_place_of(message, result)
+                    message = _in_place_of(message, result, encode)
         return message
 
     async def deliver(self, delivery: Delivery) -> None:
@@ -264,14 +316,14 @@ class HookChain:
             Exception: What a hook raises.
         """
         token = _delivery.set(delivery)
-        delivery.is_running = True
+        delivery._is_running = True
         try:
             for function in self._functions["on_deliver"]:
                 with _nested("on_deliver"), self._counted():
                     await self._call("on_deliver", function, (delivery,))
-                    delivery.settle()
+                    delivery._settle()
         finally:
-            delivery.is_running = False
+            delivery._is_running = False
             _delivery.reset(token)
 
     async def _call(
@@ -285,6 +337,10 @@ class HookChain:
             started = time.perf_counter()
             try:
                 result = function(*args)
+            except TypeError as error:
+                if error.__traceback__ is None or error.__traceback__.tb_next is None:  # raised by the call itself
+                    raise Uncalled(f"{name} can't be called: {error}") from error
+                raise
             finally:
                 name_if_it_blocked(name, started, self.blocked_seconds)
             if isinstance(result, Awaitable):
@@ -325,6 +381,12 @@ class HookChain:
                 logger.exception("on_error hook %s failed", _name(function))
 
 
+def _says_nothing(error: Exception) -> bool:
+    # Whether a guard was not asked: it could not be called, or what a decorator hides of it, or nobody awaited it.
+    is_misfit = isinstance(error, TypeError) and _MISFIT.search(str(error)) is not None
+    return is_misfit or isinstance(error, (Unfinished, Uncalled))
+
+
 @contextmanager
 def _nested(event: str) -> Generator[None]:
     depth = _depth.get()
@@ -340,47 +402,17 @@ def _nested(event: str) -> Generator[None]:
 def is_delivering() -> bool:
     """Tell whether the caller runs inside an `on_deliver` hook."""
     delivery = _delivery.get()
-    return delivery is not None and delivery.is_running  # a task that a hook started outlives it
+    return delivery is not None and delivery._is_running  # a task that a hook started outlives it
 
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or repr(function)
 
 
-def _in_place_of(message: Message, result: object) -> Message:
+def _in_place_of(message: Message, result: object, encode: Encode) -> Message:
     # What a hook gave instead of a message, under its own key or else that of the message.
     keeps_key = isinstance(result, Message) and result.key is not None
-    return Message.of(result, None if keeps_key else message.key)
-
-
-def _may_return_none(function: Callable[..., Any]) -> bool:
-    # Whether it is annotated to return something or None; a hook that returns nothing ever only watches.
-    if isinstance(function, partial):
-        function = function.func
-    if not isinstance(function, (FunctionType, MethodType)):
-        function = type(function).__call__
-    try:
-        return _is_optional(get_type_hints(function, localns=_Names(function)).get("return"))
-    except Exception:  # an annotation that means nothing to Python
-        return False
-
-
-def _is_optional(annotation: object) -> bool:
-    annotation = getattr(annotation, "__value__", annotation)  # of a `type` statement
-    arguments = get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return NoneType in arguments or any(map(_is_optional, arguments))
-    return get_origin(annotation) in (Awaitable, Coroutine) and _is_optional(arguments[-1])
-
-
-class _Names(dict[str, Any]):
-    """The names in a function's annotations; one that is imported for a type checker only stands for something."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(vars(builtins) | getattr(function, "__globals__", {}))
-
-    def __missing__(self, name: str) -> object:
-        return object
+    return encode(result, None if keeps_key else message.key)
 
 
 # The hook decorators of a manager.
@@ -391,38 +423,47 @@ class HookDecorators:
 
     hooks: HookChain
 
-    def on_connect(self, function: F) -> F:
+    @without_parentheses
+    def on_connect(self, function: _ConnectGuard) -> _ConnectGuard:
         """Run `function(connection)` after a connection was accepted and registered."""
         return self.hooks.add_function("on_connect", function)
 
-    def on_disconnect(self, function: F) -> F:
+    @without_parentheses
+    def on_disconnect(self, function: _OfConnection) -> _OfConnection:
         """Run `function(connection)` once after a connection ended."""
         return self.hooks.add_function("on_disconnect", function)
 
-    def on_message(self, function: F) -> F:
+    @without_parentheses
+    def on_message(self, function: _MessageGuard) -> _MessageGuard:
         """Run `function(connection, message)` before the endpoint gets a message of a peer."""
         return self.hooks.add_function("on_message", function)
 
-    def on_subscribe(self, function: F) -> F:
+    @without_parentheses
+    def on_subscribe(self, function: _ChannelGuard) -> _ChannelGuard:
         """Run `function(connection, channel)` after a connection was subscribed to a channel."""
         return self.hooks.add_function("on_subscribe", function)
 
-    def on_unsubscribe(self, function: F) -> F:
+    @without_parentheses
+    def on_unsubscribe(self, function: _OfChannel) -> _OfChannel:
         """Run `function(connection, channel)` after a connection left a channel."""
         return self.hooks.add_function("on_unsubscribe", function)
 
-    def on_broadcast(self, function: F) -> F:
+    @without_parentheses
+    def on_broadcast(self, function: _OfBroadcast) -> _OfBroadcast:
         """Run `function(message, audience)` before each broadcast; it may return another message, or `HOLD_BACK`."""
         return self.hooks.add_function("on_broadcast", function)
 
-    def on_deliver(self, function: F) -> F:
+    @without_parentheses
+    def on_deliver(self, function: _OfDelivery) -> _OfDelivery:
         """Run `function(delivery)` before each broadcast reaches this node's recipients."""
         return self.hooks.add_function("on_deliver", function)
 
-    def on_gap(self, function: F) -> F:
+    @without_parentheses
+    def on_gap(self, function: _OfGap) -> _OfGap:
         """Run `function(gap)` when messages from other nodes may be missing."""
         return self.hooks.add_function("on_gap", function)
 
-    def on_error(self, function: F) -> F:
+    @without_parentheses
+    def on_error(self, function: _OfError) -> _OfError:
         """Run `function(error, where)` when a hook failed."""
         return self.hooks.add_function("on_error", function)

@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, Unpack, overload
 
+from starlette.applications import Starlette
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import EVERYONE, UNSET, Audience, Unset, UserId, as_channels
-from wsbroadcast.close_codes import ABNORMAL, CloseCode, check_sendable, cut_reason
-from wsbroadcast.concurrency import AwaitableContext, LoopEnded, running_loop, submit, wait_in_thread, without_waiting
-from wsbroadcast.connection import Connection, Exclude, Headers, find_connection, find_open
-from wsbroadcast.engines import create_engine
-from wsbroadcast.engines.contract import Engine, Health, transactional
-from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, EngineError, LifecycleError
-from wsbroadcast.hooks import Hook, HookChain, HookDecorators
-from wsbroadcast.message import Message
+from wsbroadcast.audience import EVERYONE, UNSET, Unset, UserId, as_channels
+from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.concurrency import AwaitableContext, mark_coroutine_function
+from wsbroadcast.connection import Connection, Exclude
+from wsbroadcast.engines import URL, create_engine
+from wsbroadcast.engines.contract import Engine, Health
+from wsbroadcast.exceptions import ConfigurationError, LifecycleError
+from wsbroadcast.hooks import NOTHING, Hook, HookChain, HookDecorators
+from wsbroadcast.message import JSONDefault, check_json_default
 from wsbroadcast.node.admission import Joining
-from wsbroadcast.node.lifecycle import Lifecycle
-from wsbroadcast.node.node import Node
-from wsbroadcast.options import ExpiresAt, Limits, SlowConsumer, check_positive
-from wsbroadcast.publication import NOBODY, Dismissal, Publication
-from wsbroadcast.signatures import no_dependency
+from wsbroadcast.node.core import Core
+from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive
+from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
+from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.text import plain
 from wsbroadcast.transports.exit_stack import give_exit_stack
+from wsbroadcast.types import BroadcastOptions, Headers, To, TransactionOptions, Users
+
+_Options: TypeAlias = BroadcastOptions[Connection]
+_TransactionOptions: TypeAlias = TransactionOptions[Connection]
+
+
+_AWAIT = "an `await` is missing: connection = await manager.connect(websocket)"
+
+
+class Connecting(AwaitableContext[Connection]):
+    """What `connect` returns: await it for the connection, or use it with `async with`."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"this has no {name}, because {_AWAIT}" if not name.startswith("__") else name)
+
+    def send(self, value: Any) -> Any:
+        """Resume it."""
+        if value is not None:
+            raise TypeError(_AWAIT)
+        return super().send(value)
 
 
 @no_dependency(
@@ -46,8 +67,9 @@ class ConnectionManager(HookDecorators):
         engine: A URL that names the engine, or an engine. `memory://` reaches the connections of this process.
         hooks: Code of yours around its events, in the order in which it runs.
         limits: How much is too much.
-        slow_consumer: What happens to a connection that doesn't keep up.
+        slow_consumer: What happens to a connection that doesn't keep up; the name of a policy, or a `SlowConsumer`.
         hook_timeout: Seconds after which a hook is cut off.
+        json_default: Called with what JSON doesn't know, such as an array of numpy; returns what is written instead.
 
     Raises:
         ConfigurationError: If an option or the URL makes no sense.
@@ -55,24 +77,39 @@ class ConnectionManager(HookDecorators):
 
     def __init__(
         self,
-        engine: str | Engine = "memory://",
+        engine: URL | Engine = "memory://",
         *,
         hooks: Iterable[Hook] = (),
         limits: Limits = Limits(),  # noqa: B008  # frozen
-        slow_consumer: SlowConsumer = SlowConsumer(),  # noqa: B008  # frozen
+        slow_consumer: SlowConsumer | Policy = SlowConsumer(),  # noqa: B008  # frozen
         hook_timeout: float = 5.0,
+        json_default: JSONDefault | None = None,
     ) -> None:
+        if isinstance(slow_consumer, str):
+            slow_consumer = SlowConsumer(policy=slow_consumer)
         if not isinstance(limits, Limits) or not isinstance(slow_consumer, SlowConsumer):
-            raise ConfigurationError("limits is a Limits(…), slow_consumer is a SlowConsumer(…)")
+            raise ConfigurationError("limits is a Limits(…), slow_consumer is a policy or a SlowConsumer(…)")
         check_positive("hook_timeout", hook_timeout)
-        self._limits = limits
-        self._slow_consumer = slow_consumer
-        self._counters = Counters()
-        self.hooks = HookChain(hook_timeout, self._counters)
+        check_json_default(json_default)
+        counters = Counters()
+        self.hooks = HookChain(hook_timeout, counters)
         """The hooks by event; the decorators add to it."""
+        if isinstance(hooks, Hook) or not isinstance(hooks, Iterable):
+            name = type(hooks).__name__ if isinstance(hooks, Hook) else "MyHook"
+            raise ConfigurationError(f"hooks is a list: write hooks=[{name}(…)]")
         for hook in hooks:
             self.hooks.add(hook)
-        self._life = Lifecycle(create_engine(engine), self._new_node)
+        self._core = Core(self, create_engine(engine), self.hooks, limits, slow_consumer, json_default, counters)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in ("_core", "hooks"):
+                kind = type(self).__name__
+                raise LifecycleError(
+                    f"{kind}.__init__ doesn't call super().__init__(), which makes a ConnectionManager"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     # From start to end.
 
@@ -82,7 +119,7 @@ class ConnectionManager(HookDecorators):
         Raises:
             LifecycleError: If it runs in another event loop, or is closed while it starts.
         """
-        await self._life.start()
+        await self._core.life.start()
 
     async def aclose(self) -> None:
         """End: send what was handed over, close the connections with 1001, wait for hooks, stop the engine.
@@ -93,7 +130,7 @@ class ConnectionManager(HookDecorators):
         Raises:
             LifecycleError: If it runs in another event loop.
         """
-        await self._life.aclose()
+        await self._core.life.aclose()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -104,15 +141,19 @@ class ConnectionManager(HookDecorators):
     ) -> None:
         await self.aclose()
 
-    @asynccontextmanager
-    async def lifespan(self, app: Any) -> AsyncIterator[None]:
+    @without_parentheses
+    def lifespan(self, app: Starlette) -> AbstractAsyncContextManager[None]:
         """Run as long as an app: `FastAPI(lifespan=manager.lifespan)`. Routers of `create_router` carry it."""
+        return self._run_with(app)
+
+    @asynccontextmanager
+    async def _run_with(self, app: Starlette) -> AsyncGenerator[None]:
         self.bind(app)
         give_exit_stack(app)
         async with self:
             yield
 
-    def bind(self, app: Any) -> None:
+    def bind(self, app: Starlette) -> None:
         """Make this the manager that `ManagerDep` and `ConnectionDep` find in an app; `lifespan` does it too.
 
         They find it in apps that are mounted in this one as well, unless such an app has one of its own.
@@ -120,8 +161,9 @@ class ConnectionManager(HookDecorators):
         managers = getattr(app.state, "wsbroadcast_managers", ())
         if self not in managers:
             managers = app.state.wsbroadcast_managers = (*managers, self)
-        if hasattr(app, "router"):  # which is all that a request to a mounted app knows of the app around it
-            app.router.wsbroadcast_managers = managers
+        router: Any = getattr(app, "router", None)
+        if router is not None:  # which is all that a request to a mounted app knows of the app around it
+            router.wsbroadcast_managers = managers
 
     # Connections.
 
@@ -131,11 +173,11 @@ class ConnectionManager(HookDecorators):
         *,
         user: UserId | None = None,
         channels: Iterable[str] = (),
-        info: object = None,
+        info: Any = None,
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
-    ) -> AwaitableContext[Connection]:
+    ) -> Connecting:
         """Accept a WebSocket, unless it is accepted already, and register it.
 
         Await it for the `Connection`, or use it with `async with`, which removes the connection on the way out. A
@@ -166,29 +208,18 @@ class ConnectionManager(HookDecorators):
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         joining = partial(Joining.of, user, channels, info, subprotocol, headers, expires_at)
-        return AwaitableContext(self._connect(websocket, joining), self._part)
+        return Connecting(self._core.connect(websocket, joining), self._core.part)
 
-    async def _connect(self, websocket: WebSocket, joining: Callable[[], Joining]) -> Connection:
-        node = self._life.enter()
-        try:
-            if not self._life.is_started:
-                await self._life.run_here()
-            return await node.membership.join(websocket, joining())
-        finally:
-            node.entering -= 1
+    def disconnect(self, websocket: WebSocket | Connection) -> Awaitable[None]:
+        """Remove a connection whose peer is gone. Idempotent; the socket isn't closed.
 
-    async def _part(self, connection: Connection) -> None:
-        await self._life.node.membership.part(connection)
-
-    def disconnect(self, websocket: WebSocket | Connection) -> None:
-        """Remove a connection whose peer is gone. Synchronous and idempotent; the socket isn't closed.
+        It is done when the call returns. It may be awaited, as hand-written classes are, and need not be.
 
         Raises:
             LifecycleError: If called from a thread, or in another event loop; nothing has changed then.
         """
-        connection = self._find_here(websocket)
-        if connection is not None:
-            self._life.node.membership.leave(connection, ABNORMAL, "")
+        self._core.disconnect(websocket)
+        return NOTHING
 
     async def close(self, websocket: WebSocket | Connection, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what was handed over before, then close and remove. Idempotent.
@@ -204,24 +235,22 @@ class ConnectionManager(HookDecorators):
             LifecycleError: If called in another event loop.
             ValueError: If the code can't be sent.
         """
-        connection = self._find_here(websocket)
-        if connection is not None:
-            await self._life.node.membership.close(connection, code, plain(reason or ""))
+        await self._core.close(websocket, code, plain(reason or ""))
 
-    async def disconnect_user(
+    async def close_user(
         self,
         user: UserId,
         *,
         code: int = CloseCode.UNAUTHENTICATED,
         reason: str = "",
         exclude: Exclude = (),
-    ) -> None:
+    ) -> Receipt:
         """Close every connection of a user, on all nodes: after a log-out, or when its rights were taken back.
 
         Returns once the engine has taken it. What waits for these connections is not sent any more. Take back first,
-        then disconnect. A handshake that was authenticated before that may still come in after it: an `on_connect` hook
-        that looks again closes this gap, because every later call reaches the connections that it runs for. A node that
-        is cut off from the broker at that moment misses the call: look again in `on_gap`, too.
+        then close. A handshake that was authenticated before that may still come in after it: an `on_connect` hook that
+        looks again closes this gap, because every later call reaches the connections that it runs for. A node that is
+        cut off from the broker at that moment misses the call: look again in `on_gap`, too.
 
         Args:
             user: Whose connections.
@@ -235,14 +264,7 @@ class ConnectionManager(HookDecorators):
                 of others not.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        check_sendable(code)
-        dismissal = Dismissal(Audience.of(user=user), int(code), cut_reason(reason), self._ids(exclude))
-        node = await self._life.run_here()
-        try:
-            await self._life.engine.publish(dismissal)
-        except EngineError:
-            node.take(dismissal)
-            raise
+        return await self._core.control(Dismissal.of_user(user, code, reason, self._core.ids(exclude)))
 
     @asynccontextmanager
     async def handshake(self, websocket: WebSocket) -> AsyncIterator[None]:
@@ -257,17 +279,8 @@ class ConnectionManager(HookDecorators):
             LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        node = self._life.enter()
-        try:
-            known = find_connection(websocket, self)
-            if known is not None and known.is_open:
-                yield  # it has its place
-                return
-            async with node.membership.admission.handshake(websocket):
-                await self._life.run_here()
-                yield
-        finally:
-            node.entering -= 1
+        async with self._core.handshake(websocket):
+            yield
 
     async def subscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
         """Subscribe a connection to channels; every later broadcast to them, from any node, arrives.
@@ -280,10 +293,7 @@ class ConnectionManager(HookDecorators):
             PermissionDenied: If a hook refuses a channel; that one and those after it are not subscribed.
             EngineUnavailable: If the broker forbids us one of them; none of them is subscribed.
         """
-        names = as_channels(channels)
-        found = self._find_open(connection)
-        self._life.check_here()
-        await self._life.node.membership.subscribe(found, names)
+        await self._core.subscribe(connection, as_channels(channels))
 
     async def unsubscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
         """Unsubscribe a connection from channels; those it isn't in are passed over.
@@ -291,33 +301,67 @@ class ConnectionManager(HookDecorators):
         Raises:
             InvalidChannel: If a name breaks a rule.
         """
-        names = as_channels(channels)
-        found = self._find_here(connection)
-        if found is not None:
-            await self._life.node.membership.unsubscribe(found, names)
+        await self._core.unsubscribe(connection, as_channels(channels))
+
+    async def unsubscribe_user(self, user: UserId, *channels: str) -> Receipt:
+        """Unsubscribe every connection of a user from channels, on all nodes: after it has left a room.
+
+        Returns once the engine has taken it; those of this node are out by then. `on_unsubscribe` hooks run afterwards.
+        Take the right to subscribe back first. What `close_user` says of handshakes and of nodes that are cut off holds
+        here too.
+
+        Raises:
+            InvalidChannel: If a name breaks a rule.
+            ValueError: If the user is not an id, or no channel is named.
+            EngineError: If the broker didn't take it, mostly `EngineUnavailable`: those of this node are out, those of
+                others not.
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
+        return await self._core.control(Unsubscription.of_user(user, channels))
 
     @property
     def connections(self) -> list[Connection]:
         """The registered connections of this node, in the order in which they came."""
-        return self._life.node.registry.recipients(EVERYONE)
+        return self._core.life.node.registry.recipients(EVERYONE)
 
     @property
     def active_connections(self) -> list[WebSocket]:
-        """Their WebSockets, as in FastAPI's tutorial."""
-        return [connection.websocket for connection in self._life.node.registry.recipients(EVERYONE)]
+        """Their WebSockets, as in FastAPI's tutorial; a new list each time, which the manager keeps by itself."""
+        return [connection.websocket for connection in self._core.life.node.registry.recipients(EVERYONE)]
+
+    @active_connections.setter
+    def active_connections(self, value: object) -> NoReturn:
+        raise ConfigurationError(
+            f"{type(self).__name__} sets active_connections, which ConnectionManager keeps by itself: remove the line"
+        )
 
     # Messages.
 
+    @overload
+    async def broadcast(
+        self, message: object, *, channel: str = ..., **options: Unpack[_TransactionOptions]
+    ) -> Receipt: ...
+    @overload
+    async def broadcast(self, message: object, *, user: UserId, **options: Unpack[_TransactionOptions]) -> Receipt: ...
+    @overload
+    async def broadcast(
+        self, message: object, *, channels: Iterable[str], **options: Unpack[_TransactionOptions]
+    ) -> Receipt: ...
+    @overload
+    async def broadcast(self, message: object, *, to: To, **options: Unpack[_TransactionOptions]) -> Receipt: ...
     async def broadcast(
         self,
         message: object,
         *,
         channel: str | Unset = UNSET,
         user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
         exclude: Exclude = (),
+        exclude_users: Users = (),
         key: str | None = None,
         transaction: object = None,
-    ) -> None:
+    ) -> Receipt:
         """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
 
         Returns once the engine has taken it. Connections receive it at most once, in the order in which the engine took
@@ -327,61 +371,86 @@ class ConnectionManager(HookDecorators):
         waits until that is no longer so, at most `send_timeout` and 10 s. Who takes nothing holds up nobody but a
         tight loop, and that for a moment.
 
+        A connection that is in several of its audiences gets it once. Of `channel`, `user`, `channels` and `to` one may
+        be given.
+
         Args:
             message: `str` for a text frame, `bytes` for a binary one, anything else is sent as JSON.
             channel: The channel whose subscribers get it.
             user: The user whose connections get it.
+            channels: Several channels. An empty list is nobody.
+            to: An `Audience` or several: `Audience.channel("x")`, `Audience.user(5)`, `EVERYONE`.
             exclude: Connections or WebSockets that don't.
+            exclude_users: A user or several whose connections don't.
             key: What the message is the newest of, for slow consumers under the policy `conflate`.
             transaction: On Postgres, a database connection or session of yours: the message is sent when its
                 transaction commits, and never if it is rolled back.
 
+        Returns:
+            Receipt: How many connections of this node it is for, and what else is known.
+
         Raises:
             EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
-            ValueError: If `channel` (`InvalidChannel`) or `user` is not valid. `None` is an error, never "everyone".
+            ValueError: If `channel` (`InvalidChannel`), `user` or `to` is not valid. `None` is an error, never
+                "everyone".
             EngineUnavailable: If the broker can't be reached, takes no messages now, or no longer lets us publish:
-                nothing was sent; or if it doesn't answer in time, and whether it took the message isn't known: the text
-                says which.
+                nothing was sent; or if it doesn't answer in time: `may_have_been_sent` says which. Of several audiences
+                some may have been sent it: those in `positions`.
             EngineError: If the broker refuses this very message: to try again doesn't help.
             ConfigurationError: If the engine can't publish inside a transaction, or in this one.
             LifecycleError: If the manager is closed, or runs in another event loop.
             Exception: What an `on_broadcast` or `on_deliver` hook raises, or the driver of the transaction; nobody gets
                 the message.
         """
-        publication = self._publication(message, channel, user, exclude, key)
-        prepared = await self._prepare(publication)
-        if prepared is None:
-            return
-        if transaction is None:
-            await self._life.engine.publish(prepared)
-        else:
-            await transactional(self._life.engine).publish_in(transaction, prepared)
+        publications = self._core.publications(message, channel, user, channels, to, exclude, exclude_users, key)
+        return await self._core.broadcast(publications, transaction)
 
+    @overload
+    async def broadcast_local(self, message: object, *, channel: str = ..., **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    async def broadcast_local(self, message: object, *, user: UserId, **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    async def broadcast_local(
+        self, message: object, *, channels: Iterable[str], **options: Unpack[_Options]
+    ) -> Receipt: ...
+    @overload
+    async def broadcast_local(self, message: object, *, to: To, **options: Unpack[_Options]) -> Receipt: ...
     async def broadcast_local(
         self,
         message: object,
         *,
         channel: str | Unset = UNSET,
         user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
         exclude: Exclude = (),
+        exclude_users: Users = (),
         key: str | None = None,
-    ) -> None:
+    ) -> Receipt:
         """Send a message like `broadcast`, to the connections of this node only; no broker is needed."""
-        publication = self._publication(message, channel, user, exclude, key)
-        prepared = await self._prepare(publication)
-        if prepared is not None:
-            node = await self._life.run_here()
-            await node.deliver_local(prepared)
+        publications = self._core.publications(message, channel, user, channels, to, exclude, exclude_users, key)
+        return await self._core.broadcast_local(publications)
 
+    @overload
+    def broadcast_nowait(self, message: object, *, channel: str = ..., **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    def broadcast_nowait(self, message: object, *, user: UserId, **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    def broadcast_nowait(self, message: object, *, channels: Iterable[str], **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    def broadcast_nowait(self, message: object, *, to: To, **options: Unpack[_Options]) -> Receipt: ...
     def broadcast_nowait(
         self,
         message: object,
         *,
         channel: str | Unset = UNSET,
         user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
         exclude: Exclude = (),
+        exclude_users: Users = (),
         key: str | None = None,
-    ) -> None:
+    ) -> Receipt:
         """Send a message like `broadcast`, without awaiting anything: for hot loops and plain callbacks.
 
         It sets no pace: what a connection can't take, and its backlog can't hold, is handled by the slow-consumer
@@ -395,49 +464,72 @@ class ConnectionManager(HookDecorators):
             LifecycleError: If called outside the event loop, before the start of an engine that needs one, or with an
                 `on_broadcast` hook that has to wait.
         """
-        publication = self._publication(message, channel, user, exclude, key)
-        if not self._life.is_started or self._life.loop is not running_loop():
-            self._life.settle_here()
-            if self._life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
-                raise LifecycleError("the engine has to start, and broadcast_nowait can't: await `broadcast`")
-            without_waiting(self._life.run_here(), "the engine has to start")
-        if self.hooks.has("on_broadcast"):
-            prepared = without_waiting(self._transform(publication), "an on_broadcast hook has to wait")
-            if prepared is None:
-                return
-            publication = prepared
-        self._life.engine.publish_nowait(publication)
+        publications = self._core.publications(message, channel, user, channels, to, exclude, exclude_users, key)
+        return self._core.broadcast_nowait(publications)
 
+    @overload
+    def broadcast_soon(self, message: object, *, channel: str = ..., **options: Unpack[_Options]) -> None: ...
+    @overload
+    def broadcast_soon(self, message: object, *, user: UserId, **options: Unpack[_Options]) -> None: ...
+    @overload
+    def broadcast_soon(self, message: object, *, channels: Iterable[str], **options: Unpack[_Options]) -> None: ...
+    @overload
+    def broadcast_soon(self, message: object, *, to: To, **options: Unpack[_Options]) -> None: ...
+    def broadcast_soon(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
+        exclude: Exclude = (),
+        exclude_users: Users = (),
+        key: str | None = None,
+    ) -> None:
+        """Send a message like `broadcast`, later and from anywhere: from the event loop, and from any thread.
+
+        For listeners that run in both, such as SQLAlchemy's `after_commit`. The message is encoded now. What one thread
+        sends this way arrives in the order of its calls. What fails later, such as a hook or the broker, is logged.
+        `aclose` sends what waits.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
+            EngineUnavailable: If 16 MiB wait already.
+            LifecycleError: If the manager doesn't run.
+        """
+        publications = self._core.publications(message, channel, user, channels, to, exclude, exclude_users, key)
+        self._core.broadcast_soon(publications)
+
+    @overload
+    def broadcast_threadsafe(self, message: object, *, channel: str = ..., **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    def broadcast_threadsafe(self, message: object, *, user: UserId, **options: Unpack[_Options]) -> Receipt: ...
+    @overload
+    def broadcast_threadsafe(
+        self, message: object, *, channels: Iterable[str], **options: Unpack[_Options]
+    ) -> Receipt: ...
+    @overload
+    def broadcast_threadsafe(self, message: object, *, to: To, **options: Unpack[_Options]) -> Receipt: ...
     def broadcast_threadsafe(
         self,
         message: object,
         *,
         channel: str | Unset = UNSET,
         user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
         exclude: Exclude = (),
+        exclude_users: Users = (),
         key: str | None = None,
-    ) -> None:
+    ) -> Receipt:
         """Send a message like `broadcast`, from a thread: a sync endpoint, a worker. Blocks until it is handed over.
 
         Raises:
             LifecycleError: If the manager isn't running, or the call comes from its own event loop.
         """
-        while True:
-            loop = self._life.loop
-            if loop is None or not loop.is_running():
-                raise LifecycleError(
-                    "the manager isn't running, so a thread can't reach it: start the app with manager.lifespan, "
-                    "a router made by create_router, or `async with manager`"
-                )
-            if running_loop() is loop:
-                raise LifecycleError("broadcast_threadsafe would block its own event loop: await `broadcast`")
-            broadcast = self.broadcast(message, channel=channel, user=user, exclude=exclude, key=key)
-            try:
-                return wait_in_thread(submit(broadcast, loop), loop)
-            except LifecycleError as error:
-                if self._life.loop is loop or isinstance(error, LoopEnded):
-                    raise
-                # Another event loop has taken the manager from that one, before anything was sent.
+        publications = self._core.publications(message, channel, user, channels, to, exclude, exclude_users, key)
+        return self._core.broadcast_threadsafe(publications)
 
     async def send(self, connection: WebSocket | Connection, message: object) -> None:
         """Send a message to one connection of this node, after everything handed over before.
@@ -445,90 +537,37 @@ class ConnectionManager(HookDecorators):
         If the connection is behind, the call waits while it keeps pace, at most `send_timeout` and 10 s.
 
         Raises:
-            ConnectionClosed: If the connection has ended, or was never here.
+            ConnectionClosed: If the connection has ended.
             EncodeError: If the message can't be sent as text, bytes or JSON.
+            LifecycleError: If the WebSocket was never connected to this manager.
+            TypeError: If it is neither a WebSocket nor a Connection.
         """
-        encoded = self._encode(message, None)
-        await self._life.run_here()
-        audience = Audience("connection", self._find_open(connection).id)
-        if not self._life.node.dispatcher.is_clear:
-            await self._life.node.dispatcher.ease(encoded.size, audience)
-            self._find_open(connection)
-        self._counters.sends += 1
-        self._life.node.dispatcher.dispatch(Publication(encoded, audience))
+        await self._core.send(connection, message)
 
     async def send_personal_message(self, message: object, websocket: WebSocket | Connection) -> None:
         """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
-        await self.send(websocket, message)
+        await self._core.send(websocket, message)
 
     # State.
 
     def stats(self) -> Stats:
         """Return what this node holds now and has counted so far."""
-        return self._life.node.stats()
+        return self._core.life.node.stats()
 
     async def health(self) -> Health:
         """Tell whether messages travel between the nodes now."""
-        await self._life.run_here()
-        return await self._life.engine.health()
+        await self._core.life.run_here()
+        return await self._core.life.engine.health()
 
     def __repr__(self) -> str:
-        return f"<ConnectionManager {self._life.engine.name}, {len(self._life.node.registry)} connections>"
-
-    # Inside.
-
-    def _publication(
-        self, message: object, channel: object, user: object, exclude: Exclude, key: str | None
-    ) -> Publication:
-        ids = self._ids(exclude) if exclude != () else NOBODY
-        return Publication.of(message, channel, user, key, self._limits, ids)
-
-    def _encode(self, message: object, key: str | None) -> Message:
-        return Message.of(message, key).within(self._limits.max_message_bytes)
-
-    def _ids(self, exclude: Exclude) -> frozenset[str]:
-        several = (exclude,) if isinstance(exclude, (Connection, WebSocket)) else tuple(exclude or ())
-        if not all(isinstance(one, (Connection, WebSocket)) for one in several):
-            raise ValueError(f"exclude takes connections or WebSockets, not {exclude!r:.80}")
-        found = (find_connection(one, self) for one in several)
-        return frozenset(connection.id for connection in found if connection is not None)
-
-    def _find_here(self, websocket: WebSocket | Connection) -> Connection | None:
-        connection = find_connection(websocket, self)
-        if connection is not None and connection.is_open:
-            self._life.check_here()
-        return connection
-
-    def _find_open(self, websocket: WebSocket | Connection) -> Connection:
-        connection = find_open(websocket, self)
-        if connection is None:
-            raise ConnectionClosed(ABNORMAL, "it is not connected to this manager")
-        return connection
-
-    async def _prepare(self, publication: Publication) -> Publication | None:
-        loop, node = asyncio.get_running_loop(), self._life.node
-        if not self._life.is_started or self._life.loop is not loop:
-            node = await self._life.run_here()
-        if self.hooks.has("on_broadcast"):
-            transformed = await self._transform(publication)
-            if transformed is None:
-                return None
-            publication = transformed
-        if not node.dispatcher.is_clear:
-            await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        if self._life.loop is not loop:  # it was closed, or another event loop took it
-            raise self._life.elsewhere()
-        return publication
-
-    async def _transform(self, publication: Publication) -> Publication | None:
-        message = await self.hooks.transform(publication.message, publication.audience)
-        return None if message is None else publication.with_message(self._encode(message, None))
-
-    def _new_node(self, engine: Engine) -> Node:
-        return Node(self, engine, self.hooks, self._slow_consumer, self._limits, self._counters)
+        life = self._core.life
+        return f"<ConnectionManager {life.engine.name}, {len(life.node.registry)} connections>"
 
 
-def count_unpublished(manager: ConnectionManager) -> int:
-    """Count a message of a client that the broker didn't take, for `stats()`; return how many there are by now."""
-    manager._counters.unpublished += 1
-    return manager._counters.unpublished
+# FastAPI, mocks and others ask what can be awaited.
+mark_coroutine_function(ConnectionManager.connect)
+
+
+def core_of(manager: ConnectionManager) -> Core:
+    """Return what does the work of a manager, whichever of its methods an app has overridden."""
+    return manager._core

@@ -6,9 +6,11 @@ import json
 import marshal
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from inspect import iscoroutinefunction
 from math import isfinite
 from types import GeneratorType
 from typing import Any, Literal, NamedTuple, Protocol
@@ -16,11 +18,16 @@ from uuid import UUID
 
 from pydantic_core import PydanticSerializationError, SchemaSerializer, from_json, to_json
 
-from wsbroadcast.exceptions import EncodeError, MessageTooLarge, shorten
+from wsbroadcast.exceptions import ConfigurationError, EncodeError, MessageTooLarge, shorten
+from wsbroadcast.signatures import check_callable
 from wsbroadcast.text import plain
 
 Form = Literal["text", "json", "binary"]
 """What the bytes of a message are. JSON goes out as text."""
+
+
+JSONDefault = Callable[[Any], Any]
+"""Makes, of an object that JSON doesn't know, something that it knows."""
 
 
 class Encoding(Protocol):
@@ -51,8 +58,13 @@ class Message:
         self._encoded: dict[Encoding, bytes] = {}
 
     @classmethod
-    def of(cls, value: object, key: str | None = None) -> Message:
+    def of(cls, value: object, key: str | None = None, *, json_default: JSONDefault | None = None) -> Message:
         """Encode a value. A `Message` is returned as it is, unless it gets another key.
+
+        Args:
+            value: `str` is text, `bytes` binary, anything else JSON.
+            key: What it is the newest of, for slow consumers under the policy `conflate`.
+            json_default: Called with what JSON doesn't know; returns what is written instead.
 
         Raises:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON; or if the
@@ -74,30 +86,30 @@ class Message:
             if key is None or key == value.key:
                 return value
             return cls(value.payload, value.form, key=key)
-        return cls.json(value, key)
+        return cls.json(value, key, json_default=json_default)
 
     @classmethod
-    def json(cls, value: object, key: str | None = None) -> Message:
+    def json(cls, value: object, key: str | None = None, *, json_default: JSONDefault | None = None) -> Message:
         """Encode a value as JSON, a `str` too.
 
         Raises:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
         """
-        return cls(to_json_bytes(value), "json", key=key)
+        return cls(to_json_bytes(value, json_default), "json", key=key)
 
     @property
     def is_text(self) -> bool:
         """Whether it goes out as a text frame; as a binary one else."""
         return self.form != "binary"
 
-    def encoded(self, encoding: Encoding) -> bytes:
+    def _wire(self, encoding: Encoding) -> bytes:
         """Return the message in an encoding for the wire, made once for all connections that share it."""
         encoded = self._encoded.get(encoding)
         if encoded is None:
             encoded = self._encoded[encoding] = encoding.encode(self)
         return encoded
 
-    def within(self, limit: int) -> Message:
+    def _within(self, limit: int) -> Message:
         """Return the message itself.
 
         Raises:
@@ -141,7 +153,7 @@ _FOR_PYTHON = SchemaSerializer({"type": "any"})
 Path = tuple["str | int", ...]
 
 
-def to_json_bytes(value: object) -> bytes:
+def to_json_bytes(value: object, json_default: JSONDefault | None = None) -> bytes:
     """Write a value as JSON in UTF-8.
 
     Raises:
@@ -152,7 +164,7 @@ def to_json_bytes(value: object) -> bytes:
         if type(value) is GeneratorType:
             value = _drained(value)
         # "constants" writes NaN literally, where the default would turn a NaN into null behind the caller's back.
-        payload = to_json(value, inf_nan_mode="constants")
+        payload = to_json(value, inf_nan_mode="constants", fallback=json_default)
         # First for one byte, an N or an I: `in` finds a number ten times as fast as a word.
         if (78 in payload and payload.find(b"NaN") >= 0) or (73 in payload and payload.find(b"Infinity") >= 0):
             _refuse_constants(payload)
@@ -163,8 +175,21 @@ def to_json_bytes(value: object) -> bytes:
     except EncodeError:
         raise
     except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
-        raise EncodeError(_explanation(value, error)) from error
+        raise EncodeError(_explanation(value, error, json_default)) from error
     return payload
+
+
+def check_json_default(function: object) -> None:
+    """Check that something can be a `json_default`.
+
+    Raises:
+        ConfigurationError: If it is no plain function.
+    """
+    if function is None:
+        return
+    if iscoroutinefunction(function):
+        raise ConfigurationError("json_default is a plain function: nothing can be awaited while a message is written")
+    check_callable(function, ("value",), "json_default")
 
 
 def _drained(generator: GeneratorType[Any, Any, Any]) -> list[object]:
@@ -284,12 +309,32 @@ def _expired(row: object) -> list[str]:
     return [name for name, field in fields.items() if name in expired and not field.exclude]
 
 
-def _explanation(value: object, error: Exception) -> str:
+def _explanation(value: object, error: Exception, json_default: JSONDefault | None) -> str:
     for path, row in _objects(value, within_models=True):
         if advice := _advice(row):
             return f"{type(row).__name__}{_at(path)} {advice}"
+    path, strange = _strange(value, json_default)
+    if isinstance(strange, Coroutine):
+        strange.close()  # else Python complains later, and somewhere else
+        return f"a coroutine{_at(path)} can't be written as JSON: an `await` is missing"
     # One line: an error of a database goes on with a statement and its values.
-    return f"{type(value).__name__} can't be written as JSON: {str(error).partition(chr(10))[0]}"
+    text = f"{type(strange).__name__}{_at(path)[:200]} can't be written as JSON: {str(error).partition(chr(10))[0]}"
+    is_unknown = isinstance(error, PydanticSerializationError) and json_default is None
+    return f"{text}; json_default= can say how" if is_unknown else text
+
+
+def _strange(value: object, json_default: JSONDefault | None) -> tuple[Path, object]:
+    # What inside a value can't be written; the value itself if that isn't found.
+    found: list[object] = []
+
+    def remember(strange: Any) -> Any:
+        found.append(strange)
+        return strange if json_default is None else json_default(strange)
+
+    with suppress(Exception):
+        to_json(value, inf_nan_mode="constants", fallback=remember)
+    places = {id(each): path for path, each in _objects(value, within_models=True)}
+    return next(((places[id(each)], each) for each in found[-1:] if id(each) in places), ((), value))
 
 
 def _advice(row: object) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from datetime import datetime
+from functools import cache
 from math import inf
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from wsbroadcast.exceptions import ConfigurationError
 
@@ -20,10 +22,17 @@ class SlowConsumer:
 
     Policies: `disconnect` closes the connection with 1013, a code that tells a client to come back. `drop_newest`
     keeps what waits and drops what comes. `drop_oldest` drops what has waited longest. `conflate` keeps the newest
-    message of each `key` that a broadcast names, and disconnects when that doesn't fit either. Every drop is counted.
+    message of each `key` that a broadcast names, and disconnects when that doesn't fit either; a message without a key
+    is kept as under `disconnect`. Every drop is counted.
+
+    A connection may be in channels with different policies. What happens is up to the message that doesn't fit, and
+    `drop_oldest` drops none but those of channels that have this policy too.
     """
 
     policy: Policy = "disconnect"
+    by_channel: Mapping[str, Policy] = field(default_factory=dict)
+    """Other policies for channels, by a name or a pattern: `*` is any text, as in `{"ticker:*": "conflate"}`. The
+    longest one that fits holds."""
     max_backlog_bytes: int = 1024 * 1024
     """Bytes that may wait for one connection. A single larger message still goes to one that has nothing waiting."""
     max_backlog_messages: int = 1024
@@ -35,10 +44,33 @@ class SlowConsumer:
     """Seconds a close waits for a peer that takes nothing, or doesn't answer it, before the connection is aborted."""
 
     def __post_init__(self) -> None:
-        if self.policy not in get_args(Policy):
-            raise ConfigurationError(f"policy must be one of {', '.join(get_args(Policy))}, not {self.policy!r}")
+        if not isinstance(self.by_channel, Mapping) or not all(isinstance(name, str) for name in self.by_channel):
+            raise ConfigurationError('by_channel is a dict of policies, such as {"ticker:*": "conflate"}')
+        for policy in (self.policy, *self.by_channel.values()):
+            if policy not in get_args(Policy):
+                raise ConfigurationError(f"policy must be one of {', '.join(get_args(Policy))}, not {policy!r}")
         _check_fields(self, "max_backlog_bytes", "max_backlog_messages", check=check_count)
         _check_fields(self, "send_timeout", "close_timeout", check=check_positive)
+
+    def policy_of(self, channel: str | None) -> Policy:
+        """Return the policy for messages to a channel; `None` for those to no channel."""
+        if channel is None or not self.by_channel:
+            return self.policy
+        return longest_match(self.by_channel, channel) or self.policy
+
+
+V = TypeVar("V")
+
+
+def longest_match(patterns: Mapping[str, V], name: str) -> V | None:
+    """Return what the longest pattern stands for that fits a name; `*` is any text. `None` if none fits."""
+    fitting = [pattern for pattern in patterns if _compiled(pattern).fullmatch(name)]
+    return patterns[max(fitting, key=len)] if fitting else None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +85,16 @@ class Limits:
     socket, isn't limited by it.
     """
 
-    max_message_bytes: int = 16 * 1024 * 1024
-    """The largest message that can be broadcast or sent, in bytes."""
+    max_outbound_bytes: int = 16 * 1024 * 1024
+    """The largest message that can be broadcast or sent to clients, in bytes."""
     max_connections: int | None = None
     """Connections in all; the next handshake is refused with 503."""
     max_connections_per_user: int | None = None
-    """Connections of one user; the next handshake is refused with 429."""
+    """Connections of one user; see `when_full`."""
+    when_full: Literal["refuse", "oldest"] = "refuse"
+    """What happens beyond `max_connections_per_user`: the next handshake is refused with 429, or the user's oldest
+    connection here is closed with 4409, and its place is the new one's. A phone that comes back before its dead
+    connection was noticed gets in that way."""
     max_connections_per_address: int | None = None
     """Connections from one address; the next handshake is refused with 429."""
     max_handshake_rate: float | None = None
@@ -78,8 +114,13 @@ class Limits:
     """Messages of one client that may come at once."""
 
     def __post_init__(self) -> None:
-        always = ("max_message_bytes", "handshake_burst", "inbound_burst")
+        if self.when_full not in ("refuse", "oldest"):
+            raise ConfigurationError(f"Limits.when_full must be refuse or oldest, not {self.when_full!r:.80}")
+        if self.when_full == "oldest" and self.max_connections_per_user is None:
+            raise ConfigurationError('Limits.when_full="oldest" needs max_connections_per_user, of which it is a part')
+        always = ("max_outbound_bytes", "handshake_burst", "inbound_burst")
         names = [f.name for f in fields(self) if f.name in always or getattr(self, f.name) is not None]
+        names.remove("when_full")
         _check_fields(self, *(name for name in names if not name.endswith("_rate")), check=check_count)
         _check_fields(self, *(name for name in names if name.endswith("_rate")), check=check_positive)
 

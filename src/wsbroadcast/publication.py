@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from secrets import token_urlsafe
+from types import MappingProxyType
 from typing import NamedTuple, Self
 
-from wsbroadcast.audience import Audience
+from wsbroadcast.audience import Audience, UserId, as_channels
+from wsbroadcast.close_codes import check_sendable, cut_reason
 from wsbroadcast.message import Message
-from wsbroadcast.options import Limits
 
 NOBODY: frozenset[str] = frozenset()
 """The ids of no connection."""
@@ -26,7 +28,7 @@ class Position(NamedTuple):
 class Publication:
     """A message on its way to an audience."""
 
-    __slots__ = ("_seen", "audience", "exclude", "id", "message", "position")
+    __slots__ = ("_seen", "audience", "audiences", "exclude", "exclude_users", "id", "message", "position")
 
     def __init__(
         self,
@@ -34,7 +36,9 @@ class Publication:
         audience: Audience,
         exclude: frozenset[str] = NOBODY,
         *,
+        exclude_users: frozenset[str] = NOBODY,
         id: str | None = None,  # noqa: A002  # the name that it has in the envelope
+        audiences: tuple[Audience, ...] = (),
         position: Position | None = None,
     ) -> None:
         self.message = message
@@ -43,31 +47,16 @@ class Publication:
         """Whom it is for."""
         self.exclude = exclude
         """Ids of connections that don't get it, wherever they are."""
+        self.exclude_users = exclude_users
+        """Users whose connections don't get it, as `Connection.user` is written as text."""
         self.id = id
         """What the publications of one broadcast to several audiences have in common; `None` for one audience."""
+        self.audiences = audiences
+        """All audiences of a broadcast to several; empty for one audience."""
         self.position = position
         """Its place in the history of its audience; `None` where nothing is kept."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        message: object,
-        channel: object,
-        user: object,
-        key: str | None,
-        limits: Limits,
-        exclude: frozenset[str] = NOBODY,
-    ) -> Self:
-        """Build what the arguments of a broadcast say.
-
-        Raises:
-            EncodeError: If the message can't be sent as text, bytes or JSON, or is too large.
-            ValueError: If `channel` (`InvalidChannel`) or `user` isn't valid, or both are given.
-        """
-        audience = Audience.of(channel, user)
-        return cls(Message.of(message, key).within(limits.max_message_bytes), audience, exclude)
 
     @property
     def size(self) -> int:
@@ -76,7 +65,15 @@ class Publication:
 
     def with_message(self, message: Message) -> Publication:
         """Return the same publication of another message."""
-        return Publication(message, self.audience, self.exclude, id=self.id, position=self.position)
+        return Publication(
+            message,
+            self.audience,
+            self.exclude,
+            exclude_users=self.exclude_users,
+            id=self.id,
+            audiences=self.audiences,
+            position=self.position,
+        )
 
     def seen_by(self, protocol: Protocol) -> Message:
         """Return what a client of a protocol gets of it, made once for all clients of that protocol."""
@@ -99,10 +96,50 @@ class Publication:
     @property
     def _content(self) -> tuple[object, ...]:
         message = self.message
-        return message.payload, message.form, message.key, self.audience, self.exclude, self.id, self.position
+        place = self.audience, self.audiences, self.id, self.position
+        return message.payload, message.form, message.key, self.exclude, self.exclude_users, place
 
     def __repr__(self) -> str:
         return f"<Publication {self.message!r} to {self.audience!r}>"
+
+
+Publications = tuple[Publication, ...]
+"""Those of one broadcast: one for each audience."""
+
+
+def publications_of(
+    message: Message,
+    audiences: tuple[Audience, ...],
+    exclude: frozenset[str] = NOBODY,
+    exclude_users: frozenset[str] = NOBODY,
+) -> Publications:
+    """Build the publications of a broadcast; those of several have an id in common."""
+    if len(audiences) == 1:
+        return (Publication(message, audiences[0], exclude, exclude_users=exclude_users),)
+    id_ = token_urlsafe(12)
+    return tuple(
+        Publication(message, audience, exclude, exclude_users=exclude_users, id=id_, audiences=audiences)
+        for audience in audiences
+    )
+
+
+class Receipt(NamedTuple):
+    """What is known of a broadcast when the engine has taken it."""
+
+    members_here: int
+    """Connections of this node that it was for at the time of the call: the members of its audiences, but for those
+    that it excludes. Those of other nodes aren't counted."""
+    positions: Mapping[Audience, Position] = MappingProxyType({})
+    """Its places in the histories of its audiences; empty where nothing is kept."""
+    is_held_back: bool = False
+    """Whether a hook held it back, so that nobody gets it."""
+    is_repeat: bool = False
+    """Whether it was published before, by the same idempotency key, so that nobody gets it again."""
+
+    @property
+    def position(self) -> Position | None:
+        """Its place in the history of its audience; `None` for several audiences, or where nothing is kept."""
+        return next(iter(self.positions.values())) if len(self.positions) == 1 else None
 
 
 Protocol = Callable[[Publication], Message]
@@ -127,10 +164,52 @@ class Dismissal:
     exclude: frozenset[str] = NOBODY
     """Ids of connections that stay."""
 
+    @classmethod
+    def of_user(cls, user: UserId, code: int, reason: str, exclude: frozenset[str] = NOBODY) -> Self:
+        """Close the connections of a user.
+
+        Raises:
+            ValueError: If the user is not an id, or the code can't be sent.
+        """
+        check_sendable(code)
+        return cls(Audience.user(user), int(code), cut_reason(reason), exclude)
+
     @property
     def size(self) -> int:
         """The size of the reason in bytes."""
         return len(self.reason.encode(errors="replace"))
+
+
+@dataclass(frozen=True, slots=True)
+class Unsubscription:
+    """Takes the connections of an audience out of channels, wherever they are."""
+
+    audience: Audience
+    """Whose connections."""
+    channels: tuple[str, ...]
+    """The channels that they leave."""
+
+    @classmethod
+    def of_user(cls, user: UserId, channels: tuple[str, ...]) -> Self:
+        """Take the connections of a user out of channels.
+
+        Raises:
+            InvalidChannel: If a name breaks a rule.
+            ValueError: If the user is not an id, or no channel is named.
+        """
+        names = as_channels(channels)
+        if not names:
+            raise ValueError("name the channels: unsubscribe_user(user, channel)")
+        return cls(Audience.user(user), names)
+
+    @property
+    def size(self) -> int:
+        """It has no payload."""
+        return 0
+
+
+Control = Dismissal | Unsubscription
+"""What nodes tell each other beside messages. No connection is sent it."""
 
 
 @dataclass(frozen=True, slots=True)

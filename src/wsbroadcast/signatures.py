@@ -1,14 +1,85 @@
-"""What FastAPI reads of our signatures, where it would take from a request what must never come from there."""
+"""Signatures: what functions of the app have to take, and what FastAPI must not read of ours."""
 
 from __future__ import annotations
 
+import builtins
 import inspect
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial, wraps
+from types import FunctionType, MethodType, NoneType, UnionType
+from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 T = TypeVar("T", bound=Callable[..., Any])
+
+
+def check_callable(function: object, arguments: Sequence[str], what: str) -> None:
+    """Check that a function of the app's can be called with these arguments, where that can be known.
+
+    Args:
+        function: The function.
+        arguments: Their names, for the error.
+        what: How the error calls the function.
+
+    Raises:
+        ConfigurationError: If it isn't a function, or takes other arguments.
+    """
+    if not callable(function):
+        raise ConfigurationError(f"{what} is a function, not {kind_of(function)}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = getattr(function, "__qualname__", None) or repr(function)
+        raise ConfigurationError(
+            f"{what} is called with ({', '.join(arguments)}), which {name}{signature} doesn't take: {error}"
+        ) from None
+
+
+def may_return_none(function: Callable[..., Any]) -> bool:
+    """Tell whether a function is annotated to return something or `None`, and not only `None`."""
+    if isinstance(function, partial):
+        function = function.func
+    if not isinstance(function, (FunctionType, MethodType)):
+        function = type(function).__call__
+    try:
+        return _is_optional(get_type_hints(function, localns=_Names(function)).get("return"))
+    except Exception:  # an annotation that means nothing to Python
+        return False
+
+
+def _is_optional(annotation: object) -> bool:
+    annotation = getattr(annotation, "__value__", annotation)  # of a `type` statement
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return NoneType in arguments or any(map(_is_optional, arguments))
+    return get_origin(annotation) in (Awaitable, Coroutine) and _is_optional(arguments[-1])
+
+
+class _Names(dict[str, Any]):
+    """The names in a function's annotations; one that is imported for a type checker only stands for something."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(vars(builtins) | getattr(function, "__globals__", {}))
+
+    def __missing__(self, name: str) -> object:
+        return object
+
+
+def without_parentheses(method: T) -> T:
+    """Tell those who call a method that something else is to call, such as a decorator, to leave out `()`."""
+
+    @wraps(method)
+    def checked(self: Any, *arguments: Any, **others: Any) -> Any:
+        if not arguments and not others:
+            raise ConfigurationError(f"write manager.{method.__name__} without parentheses behind it")
+        return method(self, *arguments, **others)
+
+    return cast("T", checked)
 
 
 def no_dependency(instead: str, **instead_of_methods: str) -> Callable[[T], T]:

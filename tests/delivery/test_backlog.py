@@ -205,3 +205,44 @@ def test_small_message_that_was_written_counts_like_its_share_of_a_full_backlog(
     assert backlog.handed_over == 105
     backlog.hand_over(0)
     assert backlog.handed_over == 205
+
+
+MIXED = SlowConsumer(by_channel={"old": "drop_oldest", "new": "drop_newest", "key": "conflate"}, max_backlog_messages=3)
+
+
+def to_channel(channel: str | None, key: str | None = None) -> Entry:
+    return Entry(b"frame", 1, is_text=False, key=None if key is None else (EVERYONE, key), channel=channel)
+
+
+def test_policy_of_the_message_that_does_not_fit_decides() -> None:
+    backlog = Backlog(MIXED)
+    kept = [to_channel("safe"), to_channel("old"), to_channel("old")]
+    for entry in kept:
+        assert backlog.push(entry) == 0
+    assert backlog.push(to_channel("new")) == 1
+    assert list(backlog) == kept
+    newer = to_channel("old")
+    assert backlog.push(newer) == 1
+    assert list(backlog) == [kept[0], kept[2], newer]
+    with pytest.raises(BacklogFull):
+        backlog.push(to_channel("safe"))
+    with pytest.raises(BacklogFull):
+        backlog.push(to_channel(None))
+    with pytest.raises(BacklogFull):
+        backlog.push(to_channel("key", "a"))
+
+
+def test_drop_oldest_takes_nothing_from_channels_that_lose_nothing() -> None:
+    backlog = Backlog(MIXED)
+    safe = [to_channel("safe"), to_channel("new"), to_channel(None)]
+    for entry in safe:
+        backlog.push(entry)
+    assert backlog.push(to_channel("old")) == 1
+    assert list(backlog) == safe
+
+
+def test_key_counts_only_in_channels_that_conflate() -> None:
+    backlog = Backlog(MIXED)
+    one, two, three = to_channel("safe", "a"), to_channel("key", "a"), to_channel("key", "a")
+    assert [backlog.push(entry) for entry in (one, two, three)] == [0, 0, 1]
+    assert list(backlog) == [one, three]

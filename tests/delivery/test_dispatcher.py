@@ -67,12 +67,12 @@ class Recorder:
 class Member:
     def __init__(self, id: str, user_key: str | None = None, channels: Collection[str] = ()) -> None:  # noqa: A002
         self.id = id
-        self.user_key = user_key
+        self._user_key = user_key
         self.channels = frozenset(channels)
         self.recorder = Recorder()
 
     @property
-    def sink(self) -> Sink:
+    def _sink(self) -> Sink:
         return cast(Sink, self.recorder)
 
 
@@ -98,23 +98,23 @@ class Node:
 
     def fall_behind(self, *members: Member) -> None:
         for member in members:
-            self.slow_consumers.fell_behind(member.sink)
+            self.slow_consumers.fell_behind(member._sink)
 
     def stall(self, *members: Member) -> None:
         """Let members fall behind with a writer that gets nowhere."""
         for member in members:
-            member.recorder.writer = self.slow_consumers.start_writer(member.sink, self._stalled(member))
+            member.recorder.writer = self.slow_consumers.start_writer(member._sink, self._stalled(member))
         self.fall_behind(*members)
 
     async def _stalled(self, member: Member) -> None:
         try:
             await asyncio.Event().wait()
         finally:
-            self.slow_consumers.writer_ended(member.sink)
+            self.slow_consumers.writer_ended(member._sink)
             self.catch_up(member)
 
     def catch_up(self, member: Member) -> None:
-        self.slow_consumers.caught_up(member.sink)
+        self.slow_consumers.caught_up(member._sink)
 
 
 def members(count: int) -> list[Member]:
@@ -513,7 +513,7 @@ def is_in(member: Member, audience: Audience) -> bool:
         case "channel":
             return audience.name in member.channels
         case "user":
-            return audience.name == member.user_key
+            return audience.name == member._user_key
         case _:
             return audience.name == member.id
 

@@ -26,24 +26,24 @@ def serialized(message: Message) -> bytes:
 @pytest.mark.parametrize("letter", ["x", b"\xff"])
 def test_plain_frame_is_what_websockets_writes(length: int, letter: str | bytes) -> None:
     message = Message.of(letter * length)
-    assert message.encoded(FRAMED) == serialized(message)
+    assert message._wire(FRAMED) == serialized(message)
 
 
 @given(st.text() | st.binary() | st.lists(st.integers()))
 @example("\U0001f600" * 40)
 def test_plain_frame_of_anything_is_what_websockets_writes(value: object) -> None:
     message = Message.of(value)
-    assert message.encoded(FRAMED) == serialized(message)
+    assert message._wire(FRAMED) == serialized(message)
 
 
 def test_frame_is_made_once_for_everybody() -> None:
     message = Message.of("text")
-    assert message.encoded(FRAMED) is message.encoded(FRAMED)
+    assert message._wire(FRAMED) is message._wire(FRAMED)
 
 
 def test_unframed_is_the_payload() -> None:
     message = Message.of("text")
-    assert message.encoded(Unframed()) is message.payload
+    assert message._wire(Unframed()) is message.payload
 
 
 # Fragments.
@@ -83,7 +83,7 @@ LARGE = [FRAGMENT_BYTES + 1, 2 * FRAGMENT_BYTES - 1, 2 * FRAGMENT_BYTES, 2 * FRA
 @pytest.mark.parametrize("letter", ["x", b"\xff"])
 def test_large_message_is_cut_into_fragments(length: int, letter: str | bytes) -> None:
     message = Message.of(letter * length)
-    parts = pieces(message.encoded(FRAMED))
+    parts = pieces(message._wire(FRAMED))
     assert b"".join(part.data for part in parts) == message.payload
     first = Opcode.TEXT if message.is_text else Opcode.BINARY
     assert [part.frame.opcode for part in parts] == [first] + [Opcode.CONT] * (len(parts) - 1)
@@ -115,7 +115,7 @@ DEFLATED = {bits: Deflated(bits) for bits in range(9, 16)}
 
 
 def deflated(message: Message, bits: int) -> bytes:
-    return message.encoded(DEFLATED[bits])
+    return message._wire(DEFLATED[bits])
 
 
 windows = pytest.mark.parametrize("bits", range(9, 16))
@@ -169,4 +169,4 @@ def test_deflated_frame_is_smaller_where_that_is_possible(bits: int) -> None:
 @pytest.mark.parametrize("value", ["", "short", bytes(range(256))])
 def test_what_does_not_shrink_goes_plain(bits: int, value: str | bytes) -> None:
     message = Message.of(value)
-    assert deflated(message, bits) is message.encoded(FRAMED)
+    assert deflated(message, bits) is message._wire(FRAMED)

@@ -21,7 +21,7 @@ def batch_of(messages: list[Message]) -> Batch[object]:
 @given(st.lists(st.text() | st.binary(), min_size=1))
 def test_wire_is_every_frame_in_order(values: list[str | bytes]) -> None:
     messages = [Message.of(value) for value in values]
-    assert batch_of(messages).wire(PLAIN) == b"".join(message.encoded(FRAMED) for message in messages)
+    assert batch_of(messages).wire(PLAIN) == b"".join(message._wire(FRAMED) for message in messages)
 
 
 def test_wire_is_the_same_object_for_every_connection() -> None:
@@ -31,7 +31,7 @@ def test_wire_is_the_same_object_for_every_connection() -> None:
 
 def test_single_message_is_not_copied() -> None:
     message = Message.of("one")
-    assert batch_of([message]).wire(PLAIN) is message.encoded(FRAMED)
+    assert batch_of([message]).wire(PLAIN) is message._wire(FRAMED)
 
 
 def test_message_in_two_batches_is_framed_once() -> None:

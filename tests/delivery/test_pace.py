@@ -25,7 +25,7 @@ PACE = 100
 class Peer:
     """A connection and its sink, of which only figures are there."""
 
-    user_key: str | None = None
+    _user_key: str | None = None
     channels: frozenset[str] = frozenset()
     context = Context()
 
@@ -40,7 +40,7 @@ class Peer:
         """Bytes it takes in a second."""
 
     @property
-    def sink(self) -> Sink:
+    def _sink(self) -> Sink:
         return cast(Sink, self)
 
     @property
@@ -67,8 +67,8 @@ class Room:
 
     def fall_behind(self, *peers: Peer, half_full: bool = False) -> None:
         for peer in peers:
-            self._writers.append(self.slow_consumers.start_writer(peer.sink, self._wait()))
-            self.slow_consumers.fell_behind(peer.sink)
+            self._writers.append(self.slow_consumers.start_writer(peer._sink, self._wait()))
+            self.slow_consumers.fell_behind(peer._sink)
             peer.is_half_full = half_full
 
     async def _wait(self) -> None:
@@ -80,7 +80,7 @@ class Room:
             self.now += step
             for peer in self.peers:
                 peer.taken += round(peer.pace * step)
-                self.slow_consumers.progress(peer.sink, self.now)
+                self.slow_consumers.progress(peer._sink, self.now)
 
     def must_wait(self, wait: Wait | None = None) -> bool:
         return self.pace.must_wait(EVERYONE, frozenset(), wait or Wait(), self.now)
@@ -214,8 +214,8 @@ async def test_laggards_that_pulse_cost_a_tight_loop_next_to_nothing(room: Room,
         laggard = room.peers[turn % count]
         room.fall_behind(laggard, half_full=True)
         waited += room.waited(in_a_loop=True, most=2.3)
-        room.slow_consumers.caught_up(laggard.sink)
-        room.slow_consumers.writer_ended(laggard.sink)
+        room.slow_consumers.caught_up(laggard._sink)
+        room.slow_consumers.writer_ended(laggard._sink)
         room.go_on(0.5)
     assert waited <= 0.1 * 30 * 0.5 + 1
 

@@ -18,7 +18,7 @@ USERS = ["1", "2"]
 class Member:
     def __init__(self, id: str, user_key: str | None = None, channels: Collection[str] = ()) -> None:  # noqa: A002
         self.id = id
-        self.user_key = user_key
+        self._user_key = user_key
         self.channels = frozenset(channels)
 
     def __repr__(self) -> str:
@@ -39,7 +39,7 @@ class RegistryAgainstModel(RuleBasedStateMachine):
 
     def audiences(self, member: Member) -> set[Audience]:
         named = {Audience("channel", name) for name in member.channels}
-        user = {Audience("user", member.user_key)} if member.user_key is not None else set()
+        user = {Audience("user", member._user_key)} if member._user_key is not None else set()
         return {EVERYONE, *named, *user}
 
     def in_audience(self, audience: Audience) -> set[Member]:
@@ -74,7 +74,7 @@ class RegistryAgainstModel(RuleBasedStateMachine):
 
     @rule(member=gone)
     def remove_a_stranger_with_the_same_name(self, member: Member) -> None:
-        assert self.registry.remove(Member(member.id, member.user_key, member.channels)) is None
+        assert self.registry.remove(Member(member.id, member._user_key, member.channels)) is None
 
     @rule(member=members, channel=st.sampled_from(CHANNELS))
     def subscribe(self, member: Member, channel: str) -> None:
@@ -111,7 +111,7 @@ class RegistryAgainstModel(RuleBasedStateMachine):
         for audience in self.every_audience():
             assert set(registry.members(audience)) == self.in_audience(audience)
         assert set(registry.channels) == {name for member in self.model for name in member.channels}
-        assert set(registry.users) == {member.user_key for member in self.model} - {None}
+        assert set(registry.users) == {member._user_key for member in self.model} - {None}
         assert all(member in registry for member in self.model)
 
 

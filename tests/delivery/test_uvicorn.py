@@ -68,7 +68,7 @@ class Bench:
 
 
 def frames(*texts: str) -> bytes:
-    return b"".join(Message.of(text).encoded(FRAMED) for text in texts)
+    return b"".join(Message.of(text)._wire(FRAMED) for text in texts)
 
 
 async def test_batch_is_one_write_while_the_transport_takes_more() -> None:
@@ -195,7 +195,7 @@ async def partly_written(options: SlowConsumer | None = None) -> tuple[Bench, st
     batch: Batch[Any] = Batch(Publication(Message.of(text), EVERYONE))
     bench.sink.deliver_large(batch)
     await turns()
-    assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES]
+    assert bench.written == Message.of(text)._wire(FRAMED)[:PIECE_BYTES]
     return bench, text
 
 
@@ -209,7 +209,7 @@ async def take_everything(bench: Bench) -> None:
 async def test_large_message_is_written_piece_by_piece_and_nothing_else_comes_in_between() -> None:
     bench, text = await partly_written()
     assert bench.sink.held_messages == 1
-    assert bench.sink.held_bytes == len(Message.of(text).encoded(FRAMED)) - PIECE_BYTES
+    assert bench.sink.held_bytes == len(Message.of(text)._wire(FRAMED)) - PIECE_BYTES
     bench.deliver("behind it")
     own = asyncio.create_task(bench.sink.send_event({"type": "websocket.send", "text": "own"}))
     await turns()
@@ -249,7 +249,7 @@ async def test_what_is_thrown_away_breaks_a_large_message_off_between_two_frames
     await turns()
     await take_everything(bench)
     await closing
-    assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES] + b"websocket.close"
+    assert bench.written == Message.of(text)._wire(FRAMED)[:PIECE_BYTES] + b"websocket.close"
     assert bench.slow_consumers.counters.dropped == {"closed": 2}
 
 
@@ -263,7 +263,7 @@ async def test_connection_that_ends_in_the_middle_of_a_large_message_gets_nothin
         bench.sink.end()
     await turns()
     assert bench.sink.backlog is None
-    assert bench.written == Message.of(text).encoded(FRAMED)[:PIECE_BYTES]
+    assert bench.written == Message.of(text)._wire(FRAMED)[:PIECE_BYTES]
     assert bench.slow_consumers.counters.dropped == {"closed": 1}
     assert bench.owner.lost_with == ([1006] if end == "closing" else [])
 

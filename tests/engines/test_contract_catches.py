@@ -14,6 +14,7 @@ import pytest
 
 from wsbroadcast import (
     Audience,
+    Control,
     Dismissal,
     Engine,
     EngineUnavailable,
@@ -84,20 +85,20 @@ class BusEngine(Engine):
     async def confirmed(self, audiences: Iterable[Audience]) -> None:
         pass
 
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         self.send(publication)
 
-    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+    def publish_nowait(self, publication: Publication | Control) -> None:
         self.send(publication)
 
-    def send(self, publication: Publication | Dismissal) -> None:
+    def send(self, publication: Publication | Control) -> None:
         if not self.is_ok:
             self.publish_failures += 1
             raise EngineUnavailable("no bus")
         for engine in self.bus.engines:
             engine.take(publication, self)
 
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if self.receiver is not None and publication.audience in self.wanted:
             self.receiver.take(publication)
 
@@ -164,7 +165,7 @@ async def for_ever() -> None:
 
 @fails("publication_arrives_as_it_was")
 class TextOnly(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if isinstance(publication, Publication):
             text = publication.message.payload.decode(errors="replace")
             super().take(publication.with_message(Message.of(text)), publisher)
@@ -172,21 +173,21 @@ class TextOnly(BusEngine):
 
 @fails("publication_keeps_audience_and_exclusions")
 class ForgetsWhoIsExcluded(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if isinstance(publication, Publication):
             super().take(Publication(publication.message, publication.audience, id=publication.id), publisher)
 
 
 @fails("publication_keeps_audience_and_exclusions")
 class ForgetsWhatBelongsTogether(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if isinstance(publication, Publication):
             super().take(Publication(publication.message, publication.audience, publication.exclude), publisher)
 
 
 @fails("dismissal_arrives_as_it_was")
 class ClosesWithoutAReason(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if isinstance(publication, Dismissal):
             publication = Dismissal(publication.audience, publication.code, exclude=publication.exclude)
         super().take(publication, publisher)
@@ -194,19 +195,19 @@ class ClosesWithoutAReason(BusEngine):
 
 @fails("large_message_arrives_or_is_refused")
 class DropsWhatIsLarge(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if publication.size < 65536:
             super().take(publication, publisher)
 
 
-def renamed(publication: Publication | Dismissal, audience: Audience) -> Publication:
+def renamed(publication: Publication | Control, audience: Audience) -> Publication:
     assert isinstance(publication, Publication)
     return Publication(publication.message, audience, publication.exclude)
 
 
 @fails("message_reaches_its_audience_and_no_other")
 class IgnoresCase(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         kind, name = publication.audience
         assert self.receiver is not None
         for audience in self.wanted:
@@ -216,7 +217,7 @@ class IgnoresCase(BusEngine):
 
 @fails("message_reaches_its_audience_and_no_other")
 class CutsNames(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         kind, name = publication.audience
         assert self.receiver is not None
         for audience in self.wanted:
@@ -226,34 +227,34 @@ class CutsNames(BusEngine):
 
 @fails("every_message_arrives_once")
 class DeliversTwice(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         super().take(publication, publisher)
         super().take(publication, publisher)
 
 
 @fails("every_message_arrives_once")
 class DoesNotHearItself(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if publisher is not self:
             super().take(publication, publisher)
 
 
 @fails("messages_arrive_in_the_order_of_publish")
 class LosesOrder(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         late = 0.01 if isinstance(publication, Publication) and publication.message.data == "7" else 0
         asyncio.get_running_loop().call_later(late, super().take, publication, publisher)
 
 
 @fails("publish_and_publish_nowait_keep_their_order")
 class OvertakesWhatIsNotAwaited(BusEngine):
-    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+    def publish_nowait(self, publication: Publication | Control) -> None:
         asyncio.get_running_loop().call_soon(self.send, publication)
 
 
 @fails("publishers_at_the_same_time_have_one_order")
 class HearsItselfFirst(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if publisher is self:
             super().take(publication, publisher)
         else:
@@ -266,7 +267,7 @@ class StaysLocked(BusEngine):
     def lock(self) -> asyncio.Lock:
         return asyncio.Lock()
 
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         await self.lock.acquire()
         await asyncio.sleep(0)
         self.send(publication)
@@ -300,11 +301,11 @@ class WaitsForWhatWasGivenUp(BusEngine):
 
 @fails("receiver_that_fails_holds_up_nobody")
 class DiesOfAnError(BusEngine):
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if publication.audience in self.wanted:
             self.delivering = asyncio.create_task(self.deliver(publication))
 
-    async def deliver(self, publication: Publication | Dismissal) -> None:
+    async def deliver(self, publication: Publication | Control) -> None:
         assert self.receiver is not None
         try:
             await self.receiver.deliver(publication)
@@ -322,11 +323,11 @@ class HasOneLane(BusEngine):
     def delivering(self) -> list[asyncio.Task[None]]:
         return []
 
-    def take(self, publication: Publication | Dismissal, publisher: BusEngine) -> None:
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if publication.audience in self.wanted:
             self.delivering.append(asyncio.create_task(self.deliver(publication)))
 
-    async def deliver(self, publication: Publication | Dismissal) -> None:
+    async def deliver(self, publication: Publication | Control) -> None:
         assert self.receiver is not None
         async with self.lane:
             await self.receiver.deliver(publication)
@@ -334,7 +335,7 @@ class HasOneLane(BusEngine):
 
 @fails("node_that_takes_nothing_is_no_matter_for_the_others")
 class WaitsForReceivers(BusEngine):
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         for engine in self.bus.engines:
             assert engine.receiver is not None
             if publication.audience in engine.wanted:
@@ -350,7 +351,7 @@ class WantsALoop(BusEngine):
 
 @fails("publishing_needs_a_running_engine")
 class SaysNothing(BusEngine):
-    def send(self, publication: Publication | Dismissal) -> None:
+    def send(self, publication: Publication | Control) -> None:
         with suppress(EngineUnavailable):
             super().send(publication)
 
@@ -414,9 +415,9 @@ class TakesOthersWithIt(BusEngine):
 
 @fails("publishing_fails_during_an_outage_and_never_arrives_late", "order_survives_an_outage")
 class ReplaysLate(BusEngine):
-    held: ClassVar[list[Publication | Dismissal]] = []
+    held: ClassVar[list[Publication | Control]] = []
 
-    def send(self, publication: Publication | Dismissal) -> None:
+    def send(self, publication: Publication | Control) -> None:
         if not self.bus.is_up:
             self.held.append(publication)
         super().send(publication)
@@ -429,7 +430,7 @@ class ReplaysLate(BusEngine):
 
 @fails("publishing_fails_during_an_outage_and_never_arrives_late")
 class Waits(BusEngine):
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         if not self.is_ok:
             await for_ever()
         self.send(publication)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from pydantic import AnyUrl, NatsDsn, PostgresDsn, RedisDsn, Secret, SecretStr, TypeAdapter
+from sqlalchemy.engine import make_url
 
 from wsbroadcast import ConfigurationError
 from wsbroadcast.engines import create_engine, split_hosts
@@ -65,3 +68,43 @@ def test_engine_refuses_a_bracket_in_the_wrong_place(scheme: str, hosts: str) ->
         create_engine(f"{scheme}://user:secret@{hosts}/main")
     assert "secret" not in str(caught.value)
     assert "::1" not in str(caught.value)
+
+
+# As settings give them.
+
+
+def as_type(kind: Any, url: str) -> Any:
+    return TypeAdapter(kind).validate_python(url)
+
+
+REDIS, NATS = "redis://:p%40ss@localhost:7/2", "nats://u:p@a:1,b:2"
+POSTGRES = "postgresql+asyncpg://u:p@a:1/db?prepared_statement_cache_size=0&channel_binding=require&pgbouncer=true"
+
+
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        (as_type(RedisDsn, REDIS), "p@ss"),
+        (as_type(AnyUrl, REDIS), "p@ss"),
+        (SecretStr(REDIS), "p@ss"),
+        (as_type(Secret[RedisDsn], REDIS), "p@ss"),
+        (as_type(NatsDsn, NATS), "p"),
+        (SecretStr(NATS), "p"),
+        (as_type(PostgresDsn, POSTGRES), "p"),
+        (make_url(POSTGRES), "p"),
+        (SecretStr(POSTGRES), "p"),
+    ],
+)
+def test_url_may_be_of_the_types_of_settings(url: Any, password: str) -> None:
+    engine: Any = create_engine(url)
+    target = engine._target
+    options = target.options if hasattr(target, "options") else target.access._options
+    assert options["password"] == password
+    assert type(engine)(url)._target.address == target.address
+    assert "localhost" in target.address or "a:1" in target.address
+
+
+@pytest.mark.parametrize("url", [None, 5, b"redis://localhost", ["redis://localhost"], object()])
+def test_what_is_no_url_is_refused(url: Any) -> None:
+    with pytest.raises(ConfigurationError, match="a URL or an Engine, not"):
+        create_engine(url)

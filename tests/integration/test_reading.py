@@ -135,7 +135,7 @@ async def test_client_that_floods_stays_stopped(monkeypatch: pytest.MonkeyPatch)
     @app.websocket("/ws")
     async def endpoint(websocket: WebSocket) -> None:
         connection = await manager.connect(websocket)
-        transports.append(connection.sink.transport)
+        transports.append(connection._sink.transport)
         async for _ in connection:
             pass
 

@@ -133,13 +133,13 @@ async def test_own_messages_of_those_who_read_nothing_are_held_once(kind: str, s
         while not full:
             full = True
             for connection in manager.connections:
-                if connection.sink.held_bytes + size > KIB * KIB or connection.sink.held_messages >= KIB:
+                if connection._sink.held_bytes + size > KIB * KIB or connection._sink.held_messages >= KIB:
                     continue
                 full = False
                 text = "x" * (size - 4) + ("\U0001f600" if kind == "emoji" else "yyyy")
                 value: Any = text.encode() if kind == "bytes" else text
                 to_it = Audience("connection", connection.id)
-                manager._life.node.dispatcher.dispatch(Publication(Message.of(value), to_it))
+                manager._core.life.node.dispatcher.dispatch(Publication(Message.of(value), to_it))
             await asyncio.sleep(0)
         assert manager.stats().backlog_bytes >= 10 * (1024 * KIB - size)
         assert each() <= BOUND
@@ -161,7 +161,7 @@ async def test_large_message_is_held_once_for_all() -> None:
     size = 15_000_000
     async with traced(manager, 20) as each:
         await manager.broadcast(b"x" * size)
-        await holds(lambda: all(connection.sink.outstanding for connection in manager.connections))
+        await holds(lambda: all(connection._sink.outstanding for connection in manager.connections))
         await asyncio.sleep(0)
         assert manager.stats().backlog_messages == 20
         assert each() <= size / 20 + 300 * KIB
@@ -206,8 +206,8 @@ async def test_peer_that_is_dismissed_in_the_middle_of_a_large_message_gets_the_
     async with serve_here(make_app(manager)) as port, stalled(port, 1) as [client]:
         [connection] = manager.connections
         await manager.broadcast("x" * 15_000_000)
-        await holds(lambda: connection.sink.held_messages == 1 and connection.sink.held_bytes < 15_000_000)
-        manager._life.node.membership.dismiss(connection, 4401, "bye")
+        await holds(lambda: connection._sink.held_messages == 1 and connection._sink.held_bytes < 15_000_000)
+        manager._core.life.node.membership.dismiss(connection, 4401, "bye")
         while (frame := await asyncio.wait_for(client.receive(), 20)) is not None and frame.opcode != CLOSE:
             pass
         assert frame is not None
@@ -225,8 +225,8 @@ async def test_client_of_a_library_sees_the_code_in_the_middle_of_a_large_messag
         [connection] = manager.connections
         await manager.broadcast(b"x" * 16_000_000)
         await manager.broadcast("never")
-        await holds(lambda: connection.sink.held_messages > 0)
-        manager._life.node.membership.dismiss(connection, 4401, "bye")
+        await holds(lambda: connection._sink.held_messages > 0)
+        manager._core.life.node.membership.dismiss(connection, 4401, "bye")
         received = [message async for message in ended(client)]
         assert "never" not in received
         assert client.close_code == 4401

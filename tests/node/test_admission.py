@@ -236,7 +236,7 @@ def test_pace_is_a_token_bucket(rate: float, burst: int, gaps: list[float]) -> N
 
 
 class Sender:
-    inbound_full_at: float | None = None
+    _inbound_full_at: float | None = None
 
 
 def sender_of(gate: InboundLimit, *, is_routers: bool = False) -> Sender:
@@ -320,7 +320,7 @@ def test_sixty_messages_a_second_are_welcome_for_ever_by_default() -> None:
 
 def test_limits_that_are_off_check_nothing() -> None:
     gate, _, _ = inbound(max_router_inbound_rate=None, max_inbound_bytes=None)
-    assert sender_of(gate, is_routers=True).inbound_full_at is None
+    assert sender_of(gate, is_routers=True)._inbound_full_at is None
     sender = sender_of(gate)
     for _ in range(10_000):
         gate.check(sender, "x")
@@ -331,7 +331,7 @@ def test_limits_that_are_off_check_nothing() -> None:
 
 
 def test_every_limit_has_its_refusal() -> None:
-    assert set(REFUSALS) == {name for name in Limits.__slots__ if name.startswith("max_")} - {"max_message_bytes"}
+    assert set(REFUSALS) == {name for name in Limits.__slots__ if name.startswith("max_")} - {"max_outbound_bytes"}
 
 
 def test_flood_is_counted_in_full_and_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

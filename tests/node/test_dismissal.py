@@ -113,7 +113,7 @@ async def test_what_waits_is_not_sent_after_the_moment(manager: ConnectionManage
     if is_expiry:
         connection.renew(0)
     else:
-        await manager.disconnect_user("ann")
+        await manager.close_user("ann")
     await turns()
     await manager.broadcast("afterwards", user="ann")
     peer.resume()
@@ -137,8 +137,8 @@ async def test_what_waits_for_a_close_is_not_sent_after_the_moment_either(
     closing = asyncio.create_task(connection.close(4000))
     await eventually(lambda: not connection.is_open)
     if not is_expiry:
-        await manager.disconnect_user("ada")
-    await eventually(lambda: connection.sink.held_messages == 0)
+        await manager.close_user("ada")
+    await eventually(lambda: connection._sink.held_messages == 0)
     peer.resume()
     await closing
     assert peer.messages == ["<close>"]
@@ -157,7 +157,7 @@ async def test_what_waits_for_the_apps_own_close_is_not_sent_to_a_user_who_was_d
     await manager.broadcast("waits")
     closing = asyncio.gather(*(each.websocket.close(4000) for each in users))
     await eventually(lambda: not manager.connections)
-    await manager.disconnect_user("ada", exclude=spare)
+    await manager.close_user("ada", exclude=spare)
     for each in users:
         each.resume()
     await closing
@@ -227,7 +227,7 @@ async def test_timer_is_no_task_and_holds_nothing_that_has_ended(manager: Connec
 async def test_user_is_disconnected_and_nobody_else(manager: ConnectionManager) -> None:
     anns = await connected(manager, 3, user="ann")
     others = [*await connected(manager, 1, user="bob"), *await connected(manager, 1)]
-    await manager.disconnect_user("ann", reason="signed out")
+    await manager.close_user("ann", reason="signed out")
     for peer, connection in anns:
         await peer.wait_close()
         assert peer.end == (4401, "signed out")
@@ -239,7 +239,7 @@ async def test_user_is_disconnected_and_nobody_else(manager: ConnectionManager) 
 
 async def test_some_connections_of_a_user_may_stay(manager: ConnectionManager) -> None:
     pairs = await connected(manager, 3, user="ann")
-    await manager.disconnect_user("ann", exclude=pairs[1][0].websocket)
+    await manager.close_user("ann", exclude=pairs[1][0].websocket)
     await eventually(lambda: sum(peer.close is not None for peer, _ in pairs) == 2)
     assert manager.connections == [pairs[1][1]]
 
@@ -256,7 +256,7 @@ async def test_message_that_hooks_look_at_is_not_delivered_to_who_was_disconnect
     (ann, _), (bob, _) = [*await connected(manager, 1, user="ann"), *await connected(manager, 1, user="bob")]
     broadcasting = asyncio.create_task(manager.broadcast("secret"))
     await turns()
-    await manager.disconnect_user("ann")  # isn't held up by the hook, and doesn't run it
+    await manager.close_user("ann")  # isn't held up by the hook, and doesn't run it
     assert await ann.wait_close() == 4401
     go.set()
     await broadcasting
@@ -268,7 +268,7 @@ async def test_message_that_hooks_look_at_is_not_delivered_to_who_was_disconnect
 async def test_nobody_is_no_user(manager: ConnectionManager, user: Any) -> None:
     await connected(manager, 2)
     with pytest.raises(ValueError, match="user"):
-        await manager.disconnect_user(user)
+        await manager.close_user(user)
     assert len(manager.connections) == 2
 
 
@@ -276,13 +276,13 @@ async def test_nobody_is_no_user(manager: ConnectionManager, user: Any) -> None:
 async def test_code_that_cannot_be_sent_disconnects_nobody(manager: ConnectionManager, code: int) -> None:
     await connected(manager, 1, user="ann")
     with pytest.raises(ValueError, match="close code"):
-        await manager.disconnect_user("ann", code=code)
+        await manager.close_user("ann", code=code)
     assert len(manager.connections) == 1
 
 
 async def test_reason_is_cut_and_may_be_anything(manager: ConnectionManager) -> None:
     ((peer, _),) = await connected(manager, 1, user="ann")
-    await manager.disconnect_user("ann", reason="ü\ud800" + "x" * 1000)
+    await manager.close_user("ann", reason="ü\ud800" + "x" * 1000)
     await peer.wait_close()
     assert peer.end == (4401, "ü?" + "x" * 120)
 
@@ -292,7 +292,7 @@ async def test_user_is_disconnected_on_every_node() -> None:
     async with ConnectionManager(FakeEngine(broker)) as here, ConnectionManager(FakeEngine(broker)) as there:
         pairs = [*await connected(here, 2, user="ann"), *await connected(there, 2, user="ann")]
         ((bob, _),) = await connected(there, 1, user="bob")
-        await here.disconnect_user("ann", reason="signed out")
+        await here.close_user("ann", reason="signed out")
         for peer, _ in pairs:
             assert await peer.wait_close() == 4401
         assert (len(here.connections), len(there.connections)) == (0, 1)
@@ -304,7 +304,7 @@ async def test_broker_that_does_not_take_it_leaves_none_of_this_node(error: Engi
     async with ConnectionManager(FailingEngine(error)) as manager:
         ((peer, _),) = await connected(manager, 1, user="ann")
         with pytest.raises(type(error)):
-            await manager.disconnect_user("ann")
+            await manager.close_user("ann")
         assert await peer.wait_close() == 4401
 
 
@@ -313,7 +313,7 @@ async def test_closed_manager_disconnects_nobody() -> None:
     async with manager:
         pass
     with pytest.raises(LifecycleError):
-        await manager.disconnect_user("ann")
+        await manager.close_user("ann")
 
 
 # Publications that close.
@@ -340,7 +340,7 @@ async def test_dismissal_reaches_any_audience(
         *await connected(manager, 1, user="bob"),
         *await connected(manager, 1),
     ]
-    node = manager._life.node
+    node = manager._core.life.node
     publication = Dismissal(audience, 1012, "maintenance")
     if waits:
         await node.deliver(publication)
@@ -357,7 +357,7 @@ async def test_dismissal_reaches_any_audience(
 # What the peer says meanwhile.
 
 
-@pytest.mark.parametrize("end", ["close", "evict", "expire", "disconnect_user", "app_close"])
+@pytest.mark.parametrize("end", ["close", "evict", "expire", "close_user", "app_close"])
 async def test_who_was_sent_away_is_not_heard_though_the_close_frame_has_to_wait(
     manager: ConnectionManager, end: str
 ) -> None:
@@ -368,11 +368,11 @@ async def test_who_was_sent_away_is_not_heard_though_the_close_frame_has_to_wait
         case "close":
             closing = asyncio.create_task(connection.close())
         case "evict":
-            connection.sink.owner.evict("send_timeout")
+            connection._sink.owner.evict("send_timeout")
         case "expire":
             connection.renew(0)
-        case "disconnect_user":
-            await manager.disconnect_user("ann")
+        case "close_user":
+            await manager.close_user("ann")
         case "app_close":
             closing = asyncio.create_task(peer.websocket.close())
     await eventually(lambda: connection.state is ConnectionState.CLOSING)
@@ -399,7 +399,7 @@ async def test_message_is_not_heard_whose_hooks_run_when_its_sender_is_sent_away
     reading = asyncio.create_task(peer.websocket.receive_text())
     peer.say("before it")
     await turns()
-    await manager.disconnect_user("ann")
+    await manager.close_user("ann")
     gate.set()
     with pytest.raises(WebSocketDisconnect):
         await reading

@@ -196,7 +196,13 @@ async def test_broadcasts_that_are_awaited_and_not_awaited_keep_their_order_thro
     async def nowait(text: str) -> None:
         manager.broadcast_nowait(text)
 
-    calls: list[Callable[[str], Awaitable[None]]] = [manager.broadcast, nowait, manager.broadcast_local, nowait, nowait]
+    calls: list[Callable[[str], Awaitable[object]]] = [
+        manager.broadcast,
+        nowait,
+        manager.broadcast_local,
+        nowait,
+        nowait,
+    ]
     await asyncio.gather(*(calls[number % 5](str(number)) for number in range(20)))
     assert await peer.wait_messages(20) == [str(number) for number in range(20)]
 
@@ -297,7 +303,7 @@ async def test_what_a_node_drops_is_one_gap_unless_there_are_no_other_nodes(
             await go.wait()
 
         manager.on_gap(gaps.append)
-        manager._life.node._lanes = Lanes(manager._life.node, max_publications=3)
+        manager._core.life.node._lanes = Lanes(manager._core.life.node, max_publications=3)
         for number in range(10):
             manager.broadcast_nowait(f"{number}")
         await eventually(lambda: "are missing here" in caplog.text)
@@ -310,7 +316,7 @@ async def test_what_a_node_drops_is_one_gap_unless_there_are_no_other_nodes(
 async def test_engine_that_reports_after_the_end_is_not_heard(manager: ConnectionManager) -> None:
     gaps: list[Gap] = []
     manager.on_gap(gaps.append)
-    node = manager._life.node
+    node = manager._core.life.node
     await manager.aclose()
     node.gap(Gap("fake", 1.0))
     node.take(news("late"))

@@ -20,6 +20,7 @@ from wsbroadcast import (
     Limits,
     PermissionDenied,
     create_router,
+    should_reconnect,
 )
 from wsbroadcast.engines.broker import DEFAULT_TIMING
 from wsbroadcast.node.admission import IN_ALL, PER_ADDRESS, PER_USER
@@ -27,9 +28,8 @@ from wsbroadcast.transports import closed_error
 
 
 def places(manager: ConnectionManager) -> dict[str, dict[str, int]]:
-    return {
-        name: each.taken for name, each in manager._life.node.membership.admission.quotas.counted.items() if each.taken
-    }
+    counted = manager._core.life.node.membership.admission.quotas.counted
+    return {name: each.taken for name, each in counted.items() if each.taken}
 
 
 REFUSALS = [
@@ -43,7 +43,7 @@ REFUSALS = [
 async def test_connection_beyond_a_limit_is_refused_before_it_is_accepted(
     limit: str, status: int, code: int, text: str
 ) -> None:
-    manager = ConnectionManager(limits=Limits(**{limit: 2}))
+    manager = ConnectionManager(limits=Limits(**dict[str, Any]({limit: 2})))
     pairs = await connected(manager, 2, user="ann")
     peer = Peer(can_deny=True)
     with pytest.raises(LimitExceeded) as caught:
@@ -66,7 +66,7 @@ async def test_connection_beyond_a_limit_is_refused_before_it_is_accepted(
 async def test_socket_that_is_accepted_already_is_closed_with_a_reason(
     limit: str, status: int, code: int, text: str, refuses: tuple[int, ...]
 ) -> None:
-    manager = ConnectionManager(limits=Limits(**{limit: 1}))
+    manager = ConnectionManager(limits=Limits(**dict[str, Any]({limit: 1})))
     await connected(manager, 1, user="ann")
     peer = Peer(refuses=refuses, can_deny=True)
     await peer.websocket.accept()
@@ -81,7 +81,7 @@ async def test_socket_that_is_accepted_already_is_closed_with_a_reason(
 async def test_handshakes_at_the_same_time_do_not_get_past_a_limit(
     limit: str, status: int, code: int, text: str
 ) -> None:
-    manager = ConnectionManager(limits=Limits(**{limit: 10}))
+    manager = ConnectionManager(limits=Limits(**dict[str, Any]({limit: 10})))
     peers = [Peer(suspends=True, can_deny=True) for _ in range(40)]
     most = 0
 
@@ -172,7 +172,7 @@ async def test_cancelled_refusal_holds_nothing() -> None:
     assert step > 2
 
 
-@pytest.mark.parametrize("end", ["leave", "disconnect", "close", "app_close", "evict", "expire", "disconnect_user"])
+@pytest.mark.parametrize("end", ["leave", "disconnect", "close", "app_close", "evict", "expire", "close_user"])
 async def test_every_end_gives_the_place_back(end: str) -> None:
     manager = ConnectionManager(limits=ALL)
     for _ in range(2):
@@ -190,11 +190,11 @@ async def test_every_end_gives_the_place_back(end: str) -> None:
             case "app_close":
                 await peer.websocket.close()
             case "evict":
-                connection.sink.owner.evict("send_timeout")
+                connection._sink.owner.evict("send_timeout")
             case "expire":
                 connection.renew(0)
-            case "disconnect_user":
-                await manager.disconnect_user("ann")
+            case "close_user":
+                await manager.close_user("ann")
         await eventually(lambda: places(manager) == {})
     assert manager.connections == []
 
@@ -230,6 +230,60 @@ async def test_restarted_manager_starts_counting_anew() -> None:
         await connected(manager, 1)
     async with manager:
         await connected(manager, 1)
+
+
+# The oldest connection of a user goes instead.
+
+
+ONE_EACH = Limits(max_connections_per_user=1, max_connections=3, when_full="oldest")
+
+
+async def test_oldest_connection_of_a_user_gives_its_place_to_a_new_one() -> None:
+    async with ConnectionManager(limits=ONE_EACH) as manager:
+        [(old, connection)] = await connected(manager, 1, user="ann")
+        [(other, _)] = await connected(manager, 1, user="ben")
+        [(new, _)] = await connected(manager, 1, user="ann")
+        assert not connection.is_open
+        await eventually(lambda: old.close_code == 4409)
+        assert not should_reconnect(4409)
+        await manager.broadcast("hello")
+        assert await new.wait_messages(1) == await other.wait_messages(1) == ["hello"]
+        assert old.messages == []
+        assert places(manager) == {IN_ALL: {"": 2}, PER_USER: {"ann": 1, "ben": 1}}
+        assert manager.stats().limited == {}
+    assert places(manager) == {}
+
+
+@pytest.mark.parametrize("fault", ["stall", "vanish"])
+async def test_dead_connection_holds_up_nobody(fault: str) -> None:
+    async with ConnectionManager(limits=ONE_EACH) as manager:
+        [(old, _)] = await connected(manager, 1, user="ann")
+        getattr(old, fault)()
+        [(new, _)] = await connected(manager, 1, user="ann")
+        await manager.broadcast("hello", user="ann")
+        assert await new.wait_messages(1) == ["hello"]
+        old.resume()
+
+
+async def test_handshakes_of_one_user_at_once_leave_one_connection() -> None:
+    async with ConnectionManager(limits=ONE_EACH) as manager:
+        peers = [Peer(suspends=True, can_deny=True) for _ in range(20)]
+        results = await asyncio.gather(
+            *(manager.connect(peer.websocket, user="ann") for peer in peers), return_exceptions=True
+        )
+        # One that is still being accepted can't be closed: who comes then is refused.
+        assert {type(result) for result in results} <= {Connection, LimitExceeded, ConnectionClosed}
+        assert len(manager.connections) == 1
+        assert places(manager)[PER_USER] == {"ann": 1}
+    assert places(manager) == {}
+
+
+async def test_limit_in_all_still_holds_for_who_would_take_a_place() -> None:
+    async with ConnectionManager(limits=ONE_EACH) as manager:
+        pairs = [(await connected(manager, 1, user=name))[0] for name in ("ann", "ben", "cal")]
+        with pytest.raises(LimitExceeded):
+            await manager.connect(Peer(can_deny=True).websocket, user="ann")
+        assert all(connection.is_open for _, connection in pairs)
 
 
 # A place for a handshake that is looked into.

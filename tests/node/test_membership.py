@@ -77,7 +77,7 @@ async def test_connect_takes_a_lone_str_as_one_channel(manager: ConnectionManage
 async def test_connect_keeps_the_user_as_it_was_given(manager: ConnectionManager, user: Any) -> None:
     connection = await manager.connect(Peer().websocket, user=user)
     assert connection.user is user
-    assert connection.user_key == str(user)
+    assert connection._user_key == str(user)
 
 
 async def test_connect_twice_returns_the_same_connection_and_subscribes_it(manager: ConnectionManager) -> None:
@@ -626,7 +626,7 @@ async def test_socket_that_is_gone_is_noticed_at_the_second_look_unless_it_is_re
     connection = await manager.connect(protocol.websocket)
     reading = asyncio.ensure_future(connection.receive() if is_read else asyncio.sleep(0))
     await turns()
-    membership = manager._life.node.membership
+    membership = manager._core.life.node.membership
     protocol.transport.closing = True
     membership._look_around()
     assert connection.is_open  # its endpoint may be about to read
@@ -647,7 +647,7 @@ async def test_close_loses_nothing_to_a_peer_that_takes_its_time(manager: Connec
     await turns()
     assert connection.state is ConnectionState.CLOSING
     assert manager.connections == []
-    connection.sink.owner.evict("send_timeout")  # too late: the close has a timeout of its own
+    connection._sink.owner.evict("send_timeout")  # too late: the close has a timeout of its own
     peer.resume()
     await closing
     assert len(peer.messages) == 10

@@ -390,7 +390,7 @@ async def test_key_of_one_audience_replaces_nothing_of_another() -> None:
             await manager.broadcast(f"{age} to b", channel="b", key="gold")
             await manager.broadcast(f"{age} to everyone", key="gold")
             await manager.broadcast(f"{age} to ann", user="ann", key="gold")
-            manager._life.node.dispatcher.flush()
+            manager._core.life.node.dispatcher.flush()
             await connection.send(Message.of(f"{age} and private", "gold"))
         await eventually(lambda: manager.stats().backlog_messages == 5)
         peer.resume()

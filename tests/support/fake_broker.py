@@ -9,7 +9,7 @@ from wsbroadcast.engines.broker import BrokerEngine, Inlet, Link, Parcel
 from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.options import Timing
-from wsbroadcast.publication import Dismissal, Publication
+from wsbroadcast.publication import Control, Publication
 
 QUICK = Timing(connect_timeout=0.1, request_timeout=0.1, probe_interval=0.05, max_backoff=0.02, linger=0.01)
 
@@ -173,5 +173,5 @@ class FailingEngine(MemoryEngine):
         super().__init__()
         self.error = error
 
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         raise self.error

@@ -66,7 +66,7 @@ async def state() -> dict[str, Any]:
     }
 
 
-def _authorize(connection: Any, action: str, channel: str) -> bool:
+def _authorize(connection: Any, action: str, channel: str | None) -> bool:
     return channel != "private"
 
 

@@ -75,7 +75,7 @@ async def health() -> dict[str, str]:
 @app.get("/{kind}/{room}/stats")
 async def stats(kind: str, room: str) -> dict[str, Any]:
     manager = manager_of(kind, room)
-    counted = manager._life.node.membership.admission.quotas.counted
+    counted = manager._core.life.node.membership.admission.quotas.counted
     return {
         **dataclasses.asdict(manager.stats()),
         "places": {name: each.taken for name, each in counted.items() if each.taken},
@@ -93,7 +93,7 @@ async def broadcast(kind: str, room: str, times: int, size: int) -> None:
 
 @app.post("/{kind}/{room}/disconnect/{user}")
 async def disconnect(kind: str, room: str, user: str) -> None:
-    await manager_of(kind, room).disconnect_user(user, reason="signed out")
+    await manager_of(kind, room).close_user(user, reason="signed out")
 
 
 @app.websocket("/{kind}/{room}/ws")

@@ -31,6 +31,7 @@ from starlette.testclient import TestClient
 from tests.support.asgi import Peer, eventually, lifespan, refusal, visit
 from tests.support.web import EVERY_APP, MakeApp, admitted, denied, dependency_app, router_app, starlette_app
 from wsbroadcast import (
+    Access,
     ConfigurationError,
     Connection,
     ConnectionManager,
@@ -173,7 +174,7 @@ def test_user_key_that_is_async_is_refused_at_once() -> None:
         return user
 
     with pytest.raises(ConfigurationError, match="user_key is a plain function"):
-        create_router(ConnectionManager(), authenticate=_somebody, user_key=user_key)  # type: ignore[arg-type]
+        Access(authenticate=_somebody, user_key=user_key)  # type: ignore[arg-type]
 
 
 # How it refuses.
@@ -726,7 +727,7 @@ async def test_who_was_sent_away_is_asked_anew_and_keeps_nothing() -> None:
     headers = [(b"x-user", b"token-of-ada")]
     async with visit(app, "/ws/private", headers=headers) as ada:
         rights.remove(("ada", "private"))
-        await manager.disconnect_user("ada")
+        await manager.close_user("ada")
         assert await ada.wait_close() == 4401
     asked.clear()
     await refusal(app, "/ws/private", headers=headers)
@@ -738,7 +739,7 @@ async def test_who_was_sent_away_is_asked_anew_and_keeps_nothing() -> None:
         await manager.broadcast("secret", channel="private")
         assert manager.connections[0].channels == {"news"}
         del tokens["token-of-ada"]
-        await manager.disconnect_user("ada")
+        await manager.close_user("ada")
         assert await ada.wait_close() == 4401
     asked.clear()
     await refusal(app, "/ws/news", headers=headers)
@@ -765,7 +766,7 @@ async def test_who_is_sent_away_during_its_handshake_is_caught_by_a_hook() -> No
     call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
     await eventually(lambda: peer._sending == 1)
     sessions.clear()
-    await manager.disconnect_user("ada")
+    await manager.close_user("ada")
     peer.resume()
     assert await peer.wait_close() == 1008
     await asyncio.wait_for(call, 5)

@@ -17,6 +17,7 @@ from tests.support.asgi import Peer, eventually, lifespan, turns, visit
 from tests.support.fake_broker import FailingEngine, FakeBroker, FakeEngine
 from tests.support.web import router_app
 from wsbroadcast import (
+    Access,
     ConfigurationError,
     Connection,
     ConnectionManager,
@@ -262,7 +263,7 @@ async def test_channel_that_the_broker_forbids_is_unavailable() -> None:
 
 
 async def test_data_that_is_too_large_is_an_error() -> None:
-    manager = ConnectionManager(limits=Limits(max_message_bytes=100))
+    manager = ConnectionManager(limits=Limits(max_outbound_bytes=100))
     async with visit(_app(manager, "/ws/{channel}"), "/ws/news") as peer:
         answer = await _ask(peer, _command("publish", "news", data="x" * 100))
         assert (answer["type"], answer["code"]) == ("error", "invalid_data")
@@ -386,13 +387,13 @@ async def test_authorize_is_asked_again_at_each_publish(inbound: str) -> None:
 
 @pytest.mark.parametrize("inbound", ["commands", "broadcast"])
 async def test_a_denial_may_close_instead(inbound: str) -> None:
-    def authorize(connection: Any, action: str, channel: str) -> bool:
+    def authorize(connection: Any, action: str, channel: str | None) -> bool:
         if action == "publish":
             raise PermissionDenied("read only")
         return True
 
     manager = ConnectionManager()
-    app = _app(manager, "/ws/{channel}", inbound=inbound, authorize=authorize, on_denied="close")
+    app = _app(manager, "/ws/{channel}", inbound=inbound, access=Access(authorize=authorize, on_denied="close"))
     async with visit(app, "/ws/news") as peer, visit(app, "/ws/news") as other:
         peer.say(json.dumps(_command("publish", "news", data=1)))
         await peer.wait_close()
@@ -463,7 +464,7 @@ async def test_who_was_closed_while_authorize_thought_about_it_publishes_nothing
     async with visit(app, "/ws/news") as peer:
         peer.say(text)
         await authorize.asked.wait()
-        await manager.disconnect_user("ada")
+        await manager.close_user("ada")
         assert await peer.wait_close() == 4401
         authorize.may_decide.set()
     assert listener.messages == []
@@ -500,7 +501,8 @@ async def test_a_right_that_is_taken_back_while_it_is_subscribed_is_gone() -> No
         {"inbound": "command"},
         {"inbound": "commands", "accepts": "text"},
         {"inbound": "commands", "accepts": "bytes"},
-        {"on_denied": "ignore"},
+        {"on_denied": "close"},
+        {"access": "close"},
     ],
 )
 @pytest.mark.parametrize("factory", [create_router, create_routes])

@@ -401,7 +401,7 @@ async def test_json_at_the_edge_is_either_broadcast_or_closes_with_1007(manager:
 
 
 async def test_a_message_past_the_limit_closes_that_connection_alone_with_1009() -> None:
-    manager = ConnectionManager(limits=Limits(max_message_bytes=100))
+    manager = ConnectionManager(limits=Limits(max_outbound_bytes=100))
     app = router_app(manager)
     async with lifespan(app), visit(app, "/ws") as healthy:
         async with visit(app, "/ws") as peer:

@@ -16,6 +16,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import Peer, Refused, eventually, lifespan, refusal, turns, visit
 from wsbroadcast import (
+    Access,
     ConfigurationError,
     Connection,
     ConnectionManager,
@@ -38,7 +39,9 @@ def _app(manager: ConnectionManager, source: TokenFrom, **options: Any) -> FastA
         return token[:100]
 
     app = FastAPI()
-    app.include_router(create_router(manager, authenticate=current_user, **options))
+    dependencies = options.pop("dependencies", None)
+    access = Access(authenticate=current_user, **options)
+    app.include_router(create_router(manager, access=access, dependencies=dependencies))
 
     @app.get("/me")
     async def me(user: Annotated[str, Depends(current_user)]) -> str:
@@ -228,7 +231,7 @@ async def test_the_answer_is_the_apps_protocol_or_the_name_before_the_token(
 )
 async def test_without_a_token_only_the_apps_protocol_is_answered(offered: list[str], accepted: str | None) -> None:
     app = FastAPI()
-    app.include_router(create_router(ConnectionManager(), subprotocols=["chat.v1"]))
+    app.include_router(create_router(ConnectionManager(), access=Access(subprotocols=["chat.v1"])))
     async with visit(app, "/ws", subprotocols=offered) as peer:
         assert peer.subprotocol == accepted
 

@@ -27,9 +27,11 @@ class Entry:
     will be written, and neither the text, the payload nor the frames for others beside it.
     """
 
-    __slots__ = ("data", "is_text", "key", "size")
+    __slots__ = ("channel", "data", "is_text", "key", "size")
 
-    def __init__(self, data: bytes, size: int, *, is_text: bool, key: Key | None = None) -> None:
+    def __init__(
+        self, data: bytes, size: int, *, is_text: bool, key: Key | None = None, channel: str | None = None
+    ) -> None:
         self.data = data
         """What will be written."""
         self.size = size
@@ -38,6 +40,8 @@ class Entry:
         """Whether it goes out as a text frame."""
         self.key = key
         """What it is the newest of, under the policy `conflate`."""
+        self.channel = channel
+        """The channel that it was broadcast to, which may have a policy of its own; `None` for other audiences."""
 
 
 class Turn:
@@ -100,7 +104,7 @@ class Backlog:
         Raises:
             BacklogFull: If it doesn't fit and the policy doesn't drop.
         """
-        policy = self._options.policy
+        policy = self._options.policy_of(entry.channel)
         older = self._items.get(entry.key) if policy == "conflate" and entry.key is not None else None
         if self._is_full_for(entry, older):
             if policy == "drop_newest":
@@ -152,15 +156,20 @@ class Backlog:
     def _make_room_for(self, entry: Entry) -> int:
         dropped = 0
         while self._is_full_for(entry):
-            oldest = next(key for key, item in self._items.items() if isinstance(item, Entry))
+            oldest = next((key for key, item in self._items.items() if self._may_be_dropped(item)), None)
+            if oldest is None:  # the rest belongs to channels that lose nothing silently
+                return dropped + 1
             self._forget(oldest)
             dropped += 1
         self._append(entry)
         return dropped
 
+    def _may_be_dropped(self, item: Entry | Turn) -> bool:
+        return isinstance(item, Entry) and self._options.policy_of(item.channel) == "drop_oldest"
+
     def _append(self, entry: Entry) -> None:
         self._serial += 1
-        key = entry.key if self._options.policy == "conflate" else None
+        key = entry.key if entry.key is not None and self._options.policy_of(entry.channel) == "conflate" else None
         self._items[self._serial if key is None else key] = entry
         self.messages += 1
         self.bytes += entry.size

@@ -91,13 +91,13 @@ class Dispatcher(Generic[R]):
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
             try:
-                recipient.sink.deliver_large(batch)
+                recipient._sink.deliver_large(batch)
             except Exception:
                 self._failed(recipient)
 
     def _failed(self, recipient: R) -> None:
         logger.exception("the server failed on a write")  # it must not cost the others their message
-        recipient.sink.owner.lost(ABNORMAL, "")
+        recipient._sink.owner.lost(ABNORMAL, "")
 
     @property
     def is_clear(self) -> bool:

@@ -88,12 +88,12 @@ class Deflated:
     def encode(self, message: Message) -> bytes:
         """Return the message's frame, or the frames of a large one."""
         if message.size < _MIN_COMPRESSED_BYTES:
-            return message.encoded(FRAMED)
+            return message._wire(FRAMED)
         compressor = zlib.compressobj(wbits=-self._window_bits, memLevel=5)
         payload = compressor.compress(message.payload) + compressor.flush(zlib.Z_SYNC_FLUSH)
         payload = payload.removesuffix(_EMPTY_BLOCK)
         if len(payload) >= message.size:
-            return message.encoded(FRAMED)
+            return message._wire(FRAMED)
         return _frames(_COMPRESSED | (_TEXT if message.is_text else _BINARY), payload)
 
 
@@ -120,17 +120,18 @@ class WireForm:
     def encode(self, publication: Publication) -> bytes:
         """Return what is written of a publication."""
         message = publication.message if self._protocol is plain else publication.seen_by(self._protocol)
-        return message.encoded(self._encoding)
+        return message._wire(self._encoding)
 
     def entry(self, publication: Publication) -> Entry:
         """Return a publication as it waits in backlogs."""
         message = publication.seen_by(self._protocol)
         key = publication.message.key
         return Entry(
-            message.encoded(self._encoding),
+            message._wire(self._encoding),
             message.size,
             is_text=message.is_text,
             key=None if key is None else (publication.audience, key),
+            channel=publication.audience.name if publication.audience.kind == "channel" else None,
         )
 
 

@@ -30,7 +30,7 @@ class Recipient(Member, Protocol):
     """A member of the registry that can be delivered to."""
 
     @property
-    def sink(self) -> Sink: ...  # noqa: D102
+    def _sink(self) -> Sink: ...
 
 
 R = TypeVar("R", bound=Recipient)
@@ -100,7 +100,7 @@ class Pace(Generic[R]):
         may_be_most = 2 * len(behind) > len(members) - len(exclude)
         if not behind or not (may_be_most or wait.fills_turns):
             return False  # nearly always, and without looking at each member
-        sinks = [member.sink for member in members if member.id not in exclude]
+        sinks = [member._sink for member in members if member.id not in exclude]
         late = [sink for sink in sinks if sink in behind]
         others = [sink for sink in sinks if sink not in behind]
         if len(late) > len(others) and self._is_most_waited_for(late, others, wait, now):

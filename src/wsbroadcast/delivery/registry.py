@@ -15,7 +15,7 @@ class Member(Protocol):
     @property
     def id(self) -> str: ...  # noqa: D102
     @property
-    def user_key(self) -> str | None: ...  # noqa: D102
+    def _user_key(self) -> str | None: ...
 
     channels: frozenset[str]
 
@@ -43,8 +43,8 @@ class Registry(Generic[M]):
     def add(self, member: M) -> None:
         """Add a member, with the channels that it names."""
         self.by_id[member.id] = member
-        if member.user_key is not None:
-            _join(self.users, member.user_key, member)
+        if member._user_key is not None:
+            _join(self.users, member._user_key, member)
         for name in member.channels:
             _join(self.channels, name, member)
 
@@ -57,8 +57,8 @@ class Registry(Generic[M]):
             return None
         del self.by_id[member.id]
         last = [] if self.by_id else [EVERYONE]
-        if member.user_key is not None and _leave(self.users, member.user_key, member):
-            last.append(Audience("user", member.user_key))
+        if member._user_key is not None and _leave(self.users, member._user_key, member):
+            last.append(Audience("user", member._user_key))
         last += [Audience("channel", name) for name in member.channels if _leave(self.channels, name, member)]
         return last
 
@@ -89,9 +89,24 @@ class Registry(Generic[M]):
             return member in self
         return member in self.members(audience)
 
-    def recipients(self, audience: Audience, exclude: frozenset[str] = NOBODY) -> list[M]:
-        """Return an audience's members without the excluded ids, as a list of the caller's own."""
+    def count(
+        self, audience: Audience, exclude: frozenset[str] = NOBODY, exclude_users: frozenset[str] = NOBODY
+    ) -> int:
+        """Tell how many members of an audience there are, without the excluded ids and users."""
         members = self.members(audience)
+        if not exclude and not exclude_users:
+            return len(members)
+        excluded = [self.by_id[each] for each in exclude if each in self.by_id]
+        excluded += [member for key in exclude_users for member in self.users.get(key, ())]
+        return len(members) - sum(self.is_member(member, audience) for member in set(excluded))
+
+    def recipients(
+        self, audience: Audience, exclude: frozenset[str] = NOBODY, exclude_users: frozenset[str] = NOBODY
+    ) -> list[M]:
+        """Return an audience's members without the excluded ids and users, as a list of the caller's own."""
+        members = self.members(audience)
+        if exclude_users:
+            members = [member for member in members if member._user_key not in exclude_users]
         if not exclude:
             return list(members)
         return [member for member in members if member.id not in exclude]

@@ -145,7 +145,6 @@ class Sink:
         if self.is_ended:
             return
         backlog = self.backlog or self._open_backlog()
-        policy = self._slow_consumers.options.policy
         rest = iter(entries)
         for entry in rest:
             try:
@@ -155,6 +154,7 @@ class Sink:
                 self.owner.evict("backlog_full")
                 return
             if dropped:
+                policy = self._slow_consumers.options.policy_of(entry.channel)
                 self._slow_consumers.counters.dropped[policy] += dropped
         if not self._is_behind and backlog.is_past_high_water:
             self._is_behind = True

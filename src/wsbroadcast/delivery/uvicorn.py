@@ -28,7 +28,7 @@ class Recipient(Protocol):
     """Who has a sink."""
 
     @property
-    def sink(self) -> Sink: ...  # noqa: D102
+    def _sink(self) -> Sink: ...
 
 
 class UvicornSink(Sink):
@@ -77,7 +77,7 @@ class UvicornSink(Sink):
         form: WireForm | None = None
         wire = b""
         for recipient in recipients:
-            sink = recipient.sink
+            sink = recipient._sink
             try:
                 if sink.__class__ is not UvicornSink:
                     sink.deliver(batch)

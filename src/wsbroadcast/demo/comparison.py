@@ -140,7 +140,7 @@ _REPORT_SECONDS = 0.5
 class Feed:
     """A loop as apps have it: it broadcasts a tick when the broadcast of the one before has returned."""
 
-    def __init__(self, broadcast: Callable[[Tick], Awaitable[None]]) -> None:
+    def __init__(self, broadcast: Callable[[Tick], Awaitable[object]]) -> None:
         self._broadcast = broadcast
         self._ticks: asyncio.Queue[Tick] = asyncio.Queue(_MAX_WAITING)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
 from wsbroadcast.engines.contract import Engine
@@ -30,7 +31,34 @@ _SCHEMES = {
 }
 
 
-def create_engine(engine: str | Engine) -> Engine:
+class _Pydantic(Protocol):
+    def unicode_string(self) -> str: ...
+
+
+class _Secret(Protocol):
+    def get_secret_value(self) -> str: ...
+
+
+class _SQLAlchemy(Protocol):
+    def render_as_string(self, hide_password: bool = ...) -> str: ...
+
+
+URL = str | _Pydantic | _Secret | _SQLAlchemy
+"""A URL as settings give it: a str, a URL or a secret of pydantic (`RedisDsn`, `SecretStr`), a URL of SQLAlchemy."""
+
+
+def url_text(url: object) -> str | None:
+    """Return the text of a URL, password included; `None` if it is something else."""
+    if isinstance(url, str):
+        return plain(url)
+    if hasattr(url, "get_secret_value"):
+        return url_text(url.get_secret_value())
+    if hasattr(url, "render_as_string"):  # whose `str` hides the password
+        return url_text(url.render_as_string(hide_password=False))
+    return url_text(url.unicode_string()) if hasattr(url, "unicode_string") else None
+
+
+def create_engine(engine: URL | Engine) -> Engine:
     """Return the engine that a URL names; an engine object is returned as it is.
 
     Raises:
@@ -39,19 +67,21 @@ def create_engine(engine: str | Engine) -> Engine:
     """
     if isinstance(engine, Engine):
         return engine
-    if not isinstance(engine, str):
+    url = url_text(engine)
+    if url is None:
         raise ConfigurationError(
             f"engine must be a URL or an Engine, not {kind_of(engine)}; "
             "a client that you have may be given to RedisEngine(client=…)"
         )
-    url = plain(engine)
     try:
         scheme = split_hosts(url).scheme
     except ValueError:
         raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
-        raise ConfigurationError(f"no engine for a URL with the scheme {scheme!r}; known are {known}")
+        raise ConfigurationError(
+            f"no engine for a URL with the scheme {scheme!r}, such as redis:// in redis://localhost; known are {known}"
+        )
     module, name = _SCHEMES[scheme]
     kind: type[Engine] = getattr(import_module(f"wsbroadcast.engines.{module}"), name)
     return kind.from_url(url)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.exceptions import ConfigurationError
-from wsbroadcast.publication import Dismissal, Gap, Publication
+from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.publication import Control, Gap, Publication
 from wsbroadcast.stats import EngineStats
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Health:
 class Receiver(Protocol):
     """What an engine hands publications to: a node."""
 
-    def take(self, publication: Publication | Dismissal) -> None:
+    def take(self, publication: Publication | Control) -> None:
         """Take a publication for this node's connections.
 
         It never blocks and never raises. Publications to one audience are delivered in the order of the calls. They
@@ -36,7 +39,7 @@ class Receiver(Protocol):
         audience.
         """
 
-    def deliver(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
+    def deliver(self, publication: Publication | Control) -> Coroutine[Any, Any, None]:
         """Deliver a publication behind those to its audience that were taken; return when the connections have it.
 
         For an engine whose publishers are on this node: they go at the pace of the hooks.
@@ -123,18 +126,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         """Return once the engine has taken the publication.
 
         Raises:
             EngineUnavailable: If the broker can't be reached, takes no messages now, or forbids us to publish: nothing
-                was sent, or the text says that it isn't known.
+                was sent, unless it says `may_have_been_sent`.
             MessageTooLarge: If it is larger than the broker takes.
             EngineError: If the broker refuses this very publication, so that to try again doesn't help.
         """
 
     @abstractmethod
-    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+    def publish_nowait(self, publication: Publication | Control) -> None:
         """Take the publication without waiting for a confirmation.
 
         Raises:
@@ -149,6 +152,45 @@ class Engine(ABC):
     @abstractmethod
     async def health(self) -> Health:
         """Tell whether publications arrive, by sending one to ourselves."""
+
+
+async def each(call: Callable[[P], Awaitable[None]], publications: Iterable[P]) -> None:
+    """Call something for each publication, one after another, whatever becomes of the others.
+
+    Raises:
+        Exception: The first error.
+    """
+    errors: list[Exception] = []
+    for publication in publications:
+        try:
+            await call(publication)
+        except Exception as error:  # of a hook for one audience; the others get theirs
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+async def publish_all(engine: Engine, publications: Sequence[Publication | Control]) -> None:
+    """Publish several, in this order; return once the engine has taken all of them.
+
+    Raises:
+        EngineUnavailable: As for `publish`; `positions` has those that were taken.
+        EngineError: As for `publish`.
+    """
+    if len(publications) == 1:
+        await engine.publish(publications[0])
+        return
+    if not engine.links_nodes:
+        await each(engine.publish, publications)
+        return
+    # In one turn, so that they go to the broker in one call.
+    results = await asyncio.gather(*map(engine.publish, publications), return_exceptions=True)
+    errors = [result for result in results if result is not None]
+    for error in errors[:1]:
+        if isinstance(error, EngineUnavailable):
+            taken = [each for each, result in zip(publications, results, strict=True) if result is None]
+            error.positions = {each.audience: each.position for each in taken if isinstance(each, Publication)}
+        raise error
 
 
 def transactional(engine: Engine) -> Transactional:

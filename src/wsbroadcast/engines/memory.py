@@ -13,7 +13,7 @@ from typing import Any, Self
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
 from wsbroadcast.logs import logger
-from wsbroadcast.publication import Dismissal, Publication
+from wsbroadcast.publication import Control, Publication
 
 # Programs that serve an app with several processes, and the option that they have in common.
 _SERVER = re.compile(r"(uvicorn|gunicorn|hypercorn|granian|fastapi)(\.exe|[/\\]__main__\.py)?$")
@@ -55,11 +55,11 @@ class MemoryEngine(Engine):
         """Stop."""
         self._receiver = self._loop = None
 
-    def publish(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
+    def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, None]:
         """Deliver to this node's connections; returns when they have it."""
         return self._started().deliver(publication)  # its coroutine, without one of our own around it
 
-    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+    def publish_nowait(self, publication: Publication | Control) -> None:
         """Deliver to this node's connections, behind what waits for `on_deliver` hooks."""
         self._started().take(publication)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from ipaddress import IPv6Address, ip_address
 from time import monotonic
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import as_channels, user_key
+from wsbroadcast.audience import UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.connection import Headers
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
 from wsbroadcast.logs import Clock, Throttle, logger
 from wsbroadcast.options import ExpiresAt, Limits, unix_seconds
 from wsbroadcast.stats import Counters
 from wsbroadcast.transports.refusal import refuse
+from wsbroadcast.types import Headers
 
 # No address is longer; what a server on a Unix socket calls a peer may be.
 _MAX_ADDRESS_CHARACTERS = 64
@@ -93,12 +93,15 @@ class Counted:
         """Whether there is a limit."""
         return self._most is not None
 
+    def is_full(self, key: str) -> bool:
+        """Tell whether a key has as many as it may have."""
+        return self._most is not None and self.taken.get(key, 0) >= self._most
+
     def take(self, key: str) -> bool:
         """Count one more, if it may be; return whether it was."""
-        taken = self.taken.get(key, 0)
-        if self._most is not None and taken >= self._most:
+        if self.is_full(key):
             return False
-        self.taken[key] = taken + 1
+        self.taken[key] = self.taken.get(key, 0) + 1
         return True
 
     def give_back(self, key: str) -> None:
@@ -217,6 +220,10 @@ class Quotas:
             raise
         return lease
 
+    def is_full(self, limit: str, key: str) -> bool:
+        """Tell whether a key has all the places that it may have."""
+        return self.counted[limit].is_full(key)
+
     def take(self, limit: str, key: str, address: str | None) -> bool:
         """Take a place; return whether there is anything to give back. Called by a lease.
 
@@ -248,7 +255,7 @@ class Quotas:
 class Sender(Protocol):
     """What the inbound limits have to know of a connection."""
 
-    inbound_full_at: float | None
+    _inbound_full_at: float | None
 
 
 class InboundLimit:
@@ -270,7 +277,7 @@ class InboundLimit:
     def begin(self, sender: Sender, *, is_routers: bool) -> None:
         """Give a client its bucket, full, if a rate holds for it."""
         if self._rate is not None and (self._is_for_all or is_routers):
-            sender.inbound_full_at = 0.0
+            sender._inbound_full_at = 0.0
 
     def check(self, sender: Sender, message: str | bytes) -> None:
         """Count a message that came in.
@@ -278,12 +285,12 @@ class InboundLimit:
         Raises:
             LimitExceeded: If it is too large, or one too many for now.
         """
-        if (full_at := sender.inbound_full_at) is not None:
+        if (full_at := sender._inbound_full_at) is not None:
             now = self._clock()
             full_at = (full_at if full_at > now else now) + self._interval
             if full_at - now > self._window:
                 raise self._violations.count(self._limit, sender)
-            sender.inbound_full_at = full_at
+            sender._inbound_full_at = full_at
         # A character is at most 4 bytes of UTF-8, so most texts need not be looked at.
         if len(message) * 4 > self._max_bytes and _size(message) > self._max_bytes:
             raise self._violations.count("max_inbound_bytes", sender)
@@ -326,7 +333,7 @@ _LEASES_KEY = "wsbroadcast.leases"
 class Joining(NamedTuple):
     """What `connect` was told about a connection, checked."""
 
-    user: object
+    user: UserId | None
     user_key: str | None
     channels: tuple[str, ...]
     info: object
@@ -337,12 +344,12 @@ class Joining(NamedTuple):
     @classmethod
     def of(
         cls,
-        user: object,
+        user: UserId | None,
         channels: Iterable[str],
         info: object,
-        subprotocol: str | None,
-        headers: Headers | None,
-        expires_at: ExpiresAt,
+        subprotocol: str | None = None,
+        headers: Headers | None = None,
+        expires_at: ExpiresAt = None,
     ) -> Self:
         """Check what `connect` was told.
 
@@ -359,9 +366,15 @@ class Admission:
     """Applies `Limits` to WebSockets. A place is taken in one step, before anything is awaited.
 
     Its two halves are in reach: `quotas` for what is counted, `inbound` for what clients send.
+
+    Args:
+        limits: What is too much.
+        counters: Where refusals are counted.
+        make_room: Takes a place from the oldest connection of a user, if that is wanted.
     """
 
-    def __init__(self, limits: Limits, counters: Counters) -> None:
+    def __init__(self, limits: Limits, counters: Counters, make_room: Callable[[str], None]) -> None:
+        self._make_room = make_room if limits.when_full == "oldest" else None
         violations = Violations(counters)
         self.quotas = Quotas(limits, violations)
         """Counts connections, and paces handshakes."""
@@ -381,7 +394,10 @@ class Admission:
         """
         lease = self._take_over(websocket) or await self._take_lease(websocket)
         try:
-            lease.take(PER_USER, joining.user_key)
+            key = joining.user_key
+            if self._make_room is not None and key is not None and self.quotas.is_full(PER_USER, key):
+                self._make_room(key)
+            lease.take(PER_USER, key)
             self.check_channels(len(joining.channels), websocket.scope.get("client"))
             if joining.expires_at is not None and joining.expires_at <= time.time():
                 raise PermissionDenied(EXPIRED)

@@ -33,15 +33,19 @@ class Departures:
         if (lease := self._leases.pop(connection, None)) is not None:
             lease.release()
 
+    def oldest_of(self, user_key: str) -> Connection | None:
+        """Return the user's oldest connection that has a place, be it open or being closed."""
+        return next((connection for connection in self._leases if connection._user_key == user_key), None)
+
     def close(self, connection: Connection, code: int, reason: str) -> None:
         """Send what waits, then a close frame. `closing` tells when it is out or the peer was given up."""
         # Both now, not when the task begins: another close that comes before that finds the connection closed.
-        connection.sink.is_ended = True
+        connection._sink.is_ended = True
         closing = self._closing[connection] = asyncio.get_running_loop().create_future()
 
         async def close() -> None:
             try:
-                await connection.sink.close(code, reason)
+                await connection._sink.close(code, reason)
             finally:
                 if connection.state is ConnectionState.CLOSING:
                     connection._enter(ConnectionState.CLOSED, code, reason)
@@ -59,11 +63,11 @@ class Departures:
 
         async def wait() -> None:
             try:
-                await connection.sink.see_off()
+                await connection._sink.see_off()
             finally:
                 self._let_go(connection)
 
-        if connection.sink.is_freed:
+        if connection._sink.is_freed:
             self._let_go(connection)
         else:  # the caller of `close` doesn't wait for it, `aclose` does
             self._tasks.spawn(wait(), "see-off", connection._transport.context)

@@ -1,18 +1,20 @@
-"""What waits on this node for hooks or for a crowd that is behind: one lane for each audience."""
+"""What waits on this node: for hooks or a crowd that is behind, in a lane for each audience; to be published."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context
 from typing import Protocol, TypeAlias
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Tasks
-from wsbroadcast.logs import logger
-from wsbroadcast.publication import Publication
+from wsbroadcast.exceptions import EngineUnavailable, LifecycleError
+from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.publication import Publication, Publications
 
 # A lane delivers no more than this before the event loop gets its chance, although no hook waits for anything.
 _TURN_PUBLICATIONS = 64
@@ -45,6 +47,77 @@ class _Turn:
     def __init__(self) -> None:
         self.begun = asyncio.Event()
         self.ended = asyncio.Event()
+
+
+class Outbox:
+    """Broadcasts that nobody waits for, in the order in which they came, from any thread.
+
+    Args:
+        publish: Sends one.
+        max_bytes: How many bytes of payload may wait.
+    """
+
+    def __init__(self, publish: Callable[[Publications], Awaitable[object]], max_bytes: int = 16 * 1024 * 1024) -> None:
+        self._publish = publish
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._waiting: deque[Publications] = deque()
+        self._bytes = 0
+        # Whether somebody sends, or is about to.
+        self._is_busy = False
+        self._is_closed = False
+        self._idle = asyncio.Event()
+        self._throttle = Throttle()
+
+    def put(self, publications: Publications, begin: Callable[[], object]) -> None:
+        """Take a broadcast.
+
+        Args:
+            publications: What to send.
+            begin: Lets `send_all` run; called unless it runs.
+
+        Raises:
+            EngineUnavailable: If too much waits.
+            LifecycleError: If it is closed.
+        """
+        size = sum(publication.size for publication in publications)
+        with self._lock:
+            if self._is_closed:
+                raise LifecycleError("the manager is being closed")
+            if self._waiting and self._bytes + size > self._max_bytes:
+                raise EngineUnavailable(f"{self._bytes} bytes wait to be broadcast already; nothing was sent")
+            self._waiting.append(publications)
+            self._bytes += size
+            is_first, self._is_busy = not self._is_busy, True
+        if is_first:
+            begin()
+
+    async def send_all(self) -> None:
+        """Send what waits. What can't be sent is logged, and what waits behind it is sent all the same."""
+        while (publications := self._next()) is not None:
+            try:
+                await self._publish(publications)
+            except Exception as error:
+                if self._throttle.is_due(type(error).__name__):
+                    logger.error("broadcast_soon: a message was not sent", exc_info=error)
+        self._idle.set()
+
+    def _next(self) -> Publications | None:
+        with self._lock:
+            if not self._waiting:
+                self._is_busy = False
+                return None
+            publications = self._waiting.popleft()
+            self._bytes -= sum(publication.size for publication in publications)
+            return publications
+
+    async def aclose(self) -> None:
+        """Take nothing more; return when what waits is sent."""
+        with self._lock:
+            self._is_closed = True
+        if self._is_busy:
+            self._idle.clear()
+            await self._idle.wait()
 
 
 _Lane: TypeAlias = deque[Publication | _Turn]

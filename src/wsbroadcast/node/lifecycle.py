@@ -16,7 +16,7 @@ from wsbroadcast.node.node import Node
 
 _FROM_A_THREAD = (
     "from a thread use `manager.broadcast_threadsafe(…)`, for anything else in a sync endpoint "
-    "`anyio.from_thread.run(manager.disconnect_user, user)` or "
+    "`anyio.from_thread.run(manager.close_user, user)` or "
     "`anyio.from_thread.run_sync(manager.disconnect, websocket)`"
 )
 

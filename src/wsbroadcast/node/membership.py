@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, check_sendable, is_sendable
 from wsbroadcast.concurrency import Tasks
-from wsbroadcast.connection import Connection, ConnectionState, Headers, Manager, find_known, is_known
+from wsbroadcast.connection import Connection, ConnectionState, Operations, find_known, is_known
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
@@ -29,6 +29,7 @@ from wsbroadcast.text import plain
 from wsbroadcast.transports import Ended, closed_error
 from wsbroadcast.transports.exit_stack import exit_stack_of
 from wsbroadcast.transports.websocket import WebSocketTransport
+from wsbroadcast.types import Headers
 
 CLOSED = "the manager is closed: `start` or `async with manager` runs it again"
 """What an error says after `aclose`."""
@@ -68,7 +69,7 @@ class Membership:
 
     def __init__(
         self,
-        manager: Manager,
+        core: Operations,
         registry: Registry[Connection],
         dispatcher: Dispatcher[Connection],
         slow_consumers: SlowConsumers,
@@ -77,7 +78,9 @@ class Membership:
         engine: Engine,
         limits: Limits,
     ) -> None:
-        self.manager = manager
+        self.core = core
+        """Does what its connections are told to do."""
+        self.manager = core.manager
         """Whose connections these are."""
         self._registry = registry
         self._dispatcher = dispatcher
@@ -94,7 +97,7 @@ class Membership:
         self._look: asyncio.TimerHandle | None = None
         # Those whose socket was gone at the last look.
         self._gone: set[Connection] = set()
-        self.admission = Admission(limits, slow_consumers.counters)
+        self.admission = Admission(limits, slow_consumers.counters, self._make_room)
         """Who may come in, and what they may do there."""
 
     # In.
@@ -169,7 +172,7 @@ class Membership:
         if isinstance(known, Ended):
             raise closed_error(known)
         if known.is_open:
-            if joining.user_key is not None and joining.user_key != known.user_key:
+            if joining.user_key is not None and joining.user_key != known._user_key:
                 raise ValueError(
                     "the WebSocket is connected already, as another user or as nobody: disconnect it first"
                 )
@@ -177,7 +180,7 @@ class Membership:
                 known.renew(joining.expires_at)
             await self.subscribe(known, joining.channels)
             return known
-        if known.sink.is_ended:
+        if known._sink.is_ended:
             raise closed_error(known)
         known._transport.give_back()
         return None
@@ -212,6 +215,18 @@ class Membership:
             if self._leave_channel(connection, channel):
                 await self._announcements.unsubscribed(connection, channel)
 
+    def unsubscribe_all(self, audience: Audience, channels: tuple[str, ...]) -> None:
+        """Unsubscribe the members of an audience at once; hooks are told in tasks."""
+        for connection in self._registry.recipients(audience):
+            left = [channel for channel in channels if self._leave_channel(connection, channel)]
+            if left:
+                told = self._tell_unsubscribed(connection, left)
+                self._tasks.spawn(told, "on_unsubscribe hooks", connection._transport.context)
+
+    async def _tell_unsubscribed(self, connection: Connection, channels: list[str]) -> None:
+        for channel in channels:
+            await self._announcements.unsubscribed(connection, channel)
+
     def _leave_channel(self, connection: Connection, channel: str) -> bool:
         self._dispatcher.flush()  # which may end this very connection, so before looking at it
         if channel not in connection.channels or not connection.is_open:
@@ -235,47 +250,54 @@ class Membership:
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection._enter(state, code, reason)
-        if state is ConnectionState.CLOSED and not connection.sink.is_ended:
+        if state is ConnectionState.CLOSED and not connection._sink.is_ended:
             self._departures.release(connection)  # `disconnect`: what becomes of the socket is up to the app
         self._announcements.disconnected(connection)
         return True
 
     def lost(self, connection: Connection, code: int, reason: str) -> None:
         """The peer is gone."""
-        connection.sink.end()
+        connection._sink.end()
         self.leave(connection, code, reason)
         self._departures.release_when_freed(connection)
 
     def evict(self, connection: Connection, cause: str) -> None:
         """The peer doesn't take what it is sent: out at once, closed if that goes quickly, else aborted."""
-        held = connection.sink.held_bytes
+        held = connection._sink.held_bytes
         code, reason = CloseCode.TRY_AGAIN_LATER, "slow consumer"
         if self._departures.closing(connection) is not None:
             return  # which has a timeout of its own
         if not self.leave(connection, code, reason, ConnectionState.CLOSING):
-            connection.sink.abort()  # it had left already, and now what it was still owed doesn't go out either
+            connection._sink.abort()  # it had left already, and now what it was still owed doesn't go out either
             return
         self._counters.evicted[cause] += 1
         logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
-        connection.sink.discard()
+        connection._sink.discard()
         self._departures.close(connection, code, reason)
 
     def dismiss(self, connection: Connection, code: int, reason: str) -> None:
         """Close and remove without sending what waits, also if it is being closed already; returns at once."""
         if self.leave(connection, code, reason, ConnectionState.CLOSING):
-            connection.sink.discard()
+            connection._sink.discard()
             self._departures.close(connection, code, reason)
         else:
-            connection.sink.discard(keeps_close=True)
+            connection._sink.discard(keeps_close=True)
 
     def dismiss_all(self, audience: Audience, exclude: frozenset[str], code: int, reason: str) -> None:
         """Dismiss the members of an audience; those of a user also if they are being closed already."""
         transports = [sink.owner for sink in self._slow_consumers.waiting] if audience.kind == "user" else []
         for owner in (transport.owner for transport in transports if isinstance(transport, WebSocketTransport)):
-            if isinstance(owner, Connection) and owner.user_key == audience.name and owner.id not in exclude:
+            if isinstance(owner, Connection) and owner._user_key == audience.name and owner.id not in exclude:
                 self.dismiss(owner, code, reason)
         for connection in self._registry.recipients(audience, exclude):
             self.dismiss(connection, code, reason)
+
+    def _make_room(self, user_key: str) -> None:
+        # Its oldest connection goes, and gives its place back now, not when its socket is freed: it may be dead.
+        oldest = self._departures.oldest_of(user_key)
+        if oldest is not None:
+            self.dismiss(oldest, CloseCode.REPLACED, "a newer connection took its place")
+            self._departures.release(oldest)
 
     def expire(self, connection: Connection) -> None:
         """The moment has come at which a connection has to be renewed, and wasn't."""
@@ -289,7 +311,7 @@ class Membership:
         """
         check_sendable(code)
         self.leave(connection, code, reason, ConnectionState.CLOSING)
-        if not connection.sink.is_ended:
+        if not connection._sink.is_ended:
             self._departures.close(connection, code, reason)
         if (closing := self._departures.closing(connection)) is not None:
             await asyncio.shield(closing)
@@ -297,12 +319,12 @@ class Membership:
     async def part(self, connection: Connection) -> None:
         """Remove without closing; return when what was handed over is out, or the peer has taken too long."""
         self.leave(connection, ABNORMAL, "")
-        await connection.sink.drained()
+        await connection._sink.drained()
 
     async def endpoint_ended(self, connection: Connection, error: BaseException | None) -> None:
         """Its endpoint is done: send what was handed over, then close, whatever the server would do."""
         await self.close(connection, CloseCode.NORMAL if error is None else _code_of(error), "")
-        await connection.sink.drained()  # a close of the app's own, in another task
+        await connection._sink.drained()  # a close of the app's own, in another task
 
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
@@ -315,7 +337,7 @@ class Membership:
         # An endpoint that neither reads nor writes doesn't notice that its peer is gone; the server's transport does.
         # One that reads learns it from the server, after the last message, so it is given a while to come to that.
         self._look = None
-        gone = {each for each in self._registry.by_id.values() if each.sink.is_lost and not each._transport.is_read}
+        gone = {each for each in self._registry.by_id.values() if each._sink.is_lost and not each._transport.is_read}
         for connection in gone & self._gone:
             self.lost(connection, ABNORMAL, "")
         self._gone = gone - self._gone

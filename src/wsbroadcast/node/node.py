@@ -4,22 +4,70 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
+from time import monotonic
 
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
-from wsbroadcast.connection import Connection, Manager
+from wsbroadcast.connection import Connection, Operations
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
-from wsbroadcast.logs import logger
-from wsbroadcast.node.lanes import Lanes
+from wsbroadcast.logs import Clock, logger
+from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
 from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publication import Dismissal, Gap, Publication
+from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications
 from wsbroadcast.stats import Counters, Stats
+
+# For how long it is remembered who got a broadcast to several audiences.
+_REMEMBERED_SECONDS = 10.0
+
+
+class OnceEach:
+    """Who got a broadcast to several audiences, so that each connection gets it once.
+
+    It is remembered who *got* it, not who was in an audience: between its publications connections come, go and move.
+    Remembered are the broadcasts of the last 10 s.
+
+    Args:
+        clock: Tells the time, in seconds.
+        max_remembered: How many connections are remembered, of all broadcasts together, before the oldest is forgotten.
+    """
+
+    def __init__(self, clock: Clock = monotonic, max_remembered: int = 500_000) -> None:
+        self._clock = clock
+        self._max_remembered = max_remembered
+        # By the broadcast's id, when it was last delivered, and the ids of connections; the oldest is the first.
+        self._got: dict[str, tuple[float, set[str]]] = {}
+        self._size = 0
+
+    def left(self, broadcast: str, connections: list[Connection]) -> list[Connection]:
+        """Return those of the connections that have not got a broadcast yet."""
+        if broadcast not in self._got:
+            return connections
+        got = self._got[broadcast][1]
+        return [connection for connection in connections if connection.id not in got]
+
+    def note(self, broadcast: str, connections: list[Connection]) -> None:
+        """Remember that these connections got a broadcast."""
+        now = self._clock()
+        _, got = self._got.pop(broadcast, (now, set[str]()))
+        before = len(got)
+        got.update([connection.id for connection in connections])
+        self._got[broadcast] = now, got
+        self._size += len(got) - before
+        while self._is_too_much(now):
+            _, forgotten = self._got.pop(next(iter(self._got)))
+            self._size -= len(forgotten)
+
+    def _is_too_much(self, now: float) -> bool:
+        oldest, _ = next(iter(self._got.values()))
+        too_many = self._size > self._max_remembered or len(self._got) > self._max_remembered
+        return now - oldest > _REMEMBERED_SECONDS or (too_many and len(self._got) > 1)
 
 
 class Node:
@@ -27,7 +75,7 @@ class Node:
 
     def __init__(
         self,
-        manager: Manager,
+        core: Operations,
         engine: Engine,
         hooks: HookChain,
         slow_consumer: SlowConsumer,
@@ -41,10 +89,10 @@ class Node:
         self.dispatcher = Dispatcher(self.registry, self._slow_consumers)
         self._tasks = Tasks()
         self.membership = Membership(
-            manager, self.registry, self.dispatcher, self._slow_consumers, hooks, self._tasks, engine, limits
+            core, self.registry, self.dispatcher, self._slow_consumers, hooks, self._tasks, engine, limits
         )
         self._hooks = hooks
-        self._limits = limits
+        self._encode = core.encode
         self._counters = counters
         self.starting = asyncio.Lock()
         """Held while the engine starts."""
@@ -53,24 +101,27 @@ class Node:
         # Keeps publications in order while on_deliver hooks take their time.
         self._order = asyncio.Lock()
         self._lanes = Lanes(self)
+        self._once_each = OnceEach()
+        self.outbox: Outbox
+        """Broadcasts that nobody waits for."""
         self._is_closed = False
 
     # What an engine calls.
 
-    def take(self, publication: Publication | Dismissal) -> None:
+    def take(self, publication: Publication | Control) -> None:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
-        if isinstance(publication, Dismissal):
-            self._dismiss(publication)
+        if not isinstance(publication, Publication):
+            self._obey(publication)
         elif (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
             self._lanes.put(publication)
         else:
             self.deliver_now(publication)
 
-    async def deliver(self, publication: Publication | Dismissal) -> None:
+    async def deliver(self, publication: Publication | Control) -> None:
         """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
         waiting = self._lanes.waiting
-        if isinstance(publication, Dismissal):
-            self._dismiss(publication)
+        if not isinstance(publication, Publication):
+            self._obey(publication)
         elif not waiting and not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif publication.audience not in waiting or is_delivering():
@@ -85,6 +136,18 @@ class Node:
             self._tasks.spawn(self._tell_gap(gap), "on_gap hooks")
 
     # What the manager calls.
+
+    def count(self, publications: Publications) -> int:
+        """Tell how many connections a broadcast is for, each counted once."""
+        if len(publications) == 1:
+            one = publications[0]
+            return self.registry.count(one.audience, one.exclude, one.exclude_users)
+        several = [self.registry.recipients(one.audience, one.exclude, one.exclude_users) for one in publications]
+        return len(set[Connection]().union(*several))
+
+    def begin_sending(self) -> None:
+        """Send what waits in the outbox."""
+        self._tasks.spawn(self.outbox.send_all(), "broadcast_soon")
 
     async def deliver_local(self, publication: Publication) -> None:
         """Deliver a publication that is for this node only.
@@ -101,7 +164,7 @@ class Node:
             connections=len(connections),
             users=len(self.registry.users),
             channels=len(self.registry.channels),
-            sinks=dict(Counter(connection.sink.kind for connection in connections)),
+            sinks=dict(Counter(connection._sink.kind for connection in connections)),
             fast_path_refused=dict(Counter(why for c in connections if (why := c._transport.fast_path_refused))),
             connects=counters.connects,
             disconnects=counters.disconnects,
@@ -126,6 +189,10 @@ class Node:
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
+        if not self.is_own_task():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._hooks.timeout):
+                    await self.outbox.aclose()
         await self._lanes.aclose(patience=0.0 if self._links_nodes else self._hooks.timeout)
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
         self._is_closed = True
@@ -144,8 +211,7 @@ class Node:
     def deliver_now(self, publication: Publication) -> None:
         """Hand a publication to the connections; what goes wrong is logged."""
         try:
-            self._counters.broadcasts += 1
-            self.dispatcher.dispatch(publication)
+            self._deliver(publication)
         except Exception:  # whatever it is, the engine goes on
             logger.exception("a message was not delivered")
 
@@ -173,7 +239,20 @@ class Node:
 
     def _deliver(self, publication: Publication) -> None:
         self._counters.broadcasts += 1
-        self.dispatcher.dispatch(publication)
+        if publication.id is None and not publication.exclude_users:
+            self.dispatcher.dispatch(publication)
+        else:
+            self._deliver_to(publication, self._recipients(publication))
+
+    def _recipients(self, publication: Publication) -> list[Connection]:
+        recipients = self.registry.recipients(publication.audience, publication.exclude, publication.exclude_users)
+        return recipients if publication.id is None else self._once_each.left(publication.id, recipients)
+
+    def _deliver_to(self, publication: Publication, recipients: list[Connection]) -> None:
+        if publication.id is not None:
+            self._once_each.note(publication.id, recipients)
+        if recipients:
+            self.dispatcher.dispatch(publication, recipients)
 
     async def _deliver_in_order(self, publication: Publication) -> None:
         if not self._hooks.has("on_deliver"):
@@ -185,17 +264,20 @@ class Node:
             async with self._order:
                 await self._deliver_through_hooks(publication)
 
-    def _dismiss(self, dismissal: Dismissal) -> None:
+    def _obey(self, control: Control) -> None:
         # No hook is asked and nothing is waited for: who is no longer welcome doesn't get what waits either.
-        self.membership.dismiss_all(dismissal.audience, dismissal.exclude, dismissal.code, dismissal.reason)
+        if isinstance(control, Dismissal):
+            self.membership.dismiss_all(control.audience, control.exclude, control.code, control.reason)
+        else:
+            self.membership.unsubscribe_all(control.audience, control.channels)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
-        recipients = self.registry.recipients(publication.audience, publication.exclude)
-        delivery = Delivery(publication.message, publication.audience, recipients, self._limits)
+        delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
         self._counters.broadcasts += 1
-        for message, some in delivery.parts():
+        for message, some in delivery._parts():
             # Who has left the audience while the hooks ran gets nothing any more.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
-            if still_here:
-                self.dispatcher.dispatch(publication.with_message(message), still_here)
+            if publication.id is not None:  # a hook that broadcasts was overtaken by itself
+                still_here = self._once_each.left(publication.id, still_here)
+            self._deliver_to(publication.with_message(message), still_here)

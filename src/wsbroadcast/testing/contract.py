@@ -11,7 +11,7 @@ import pytest
 from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError, MessageTooLarge, WSBroadcastError
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Dismissal, Publication
+from wsbroadcast.publication import Control, Dismissal, Publication, Unsubscription
 from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, use
 
@@ -31,20 +31,22 @@ class EngineContract(Nodes):
         await self._check_same(published)
 
     async def test_publication_keeps_audience_and_exclusions(self) -> None:
-        """Audiences of every kind and excluded connections arrive as they were, and the id of a broadcast."""
+        """Audiences arrive as they were, and who is excluded; of a broadcast to several all of them, and its id."""
         message = Message.of("hello")
         some, many = frozenset({"a", "b\n"}), frozenset(f"connection {number}" for number in range(1000))
         kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Publication(message, kind, exclude) for kind in kinds for exclude in (frozenset(), some, many)]
-        await self._check_same([*published, Publication(message, NEWS, some, id="xyz")])
+        both = Publication(message, NEWS, some, exclude_users=some, id="xyz", audiences=(EVERYONE, NEWS))
+        await self._check_same([*published, Publication(message, NEWS, exclude_users=many), both])
 
     async def test_dismissal_arrives_as_it_was(self) -> None:
-        """What closes the connections of an audience keeps its code, its reason and who stays."""
+        """What closes connections keeps its code, its reason and who stays; what unsubscribes them, the channels."""
         kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Dismissal(kind, 1008, "reäson", frozenset({"a", "b\n"})) for kind in kinds]
-        await self._check_same([*published, Dismissal(NEWS, 4999)])
+        left = [Unsubscription(kind, ("news", "späße")) for kind in kinds]
+        await self._check_same([*published, Dismissal(NEWS, 4999), *left])
 
-    async def _check_same(self, published: Sequence[Publication | Dismissal]) -> None:
+    async def _check_same(self, published: Sequence[Publication | Control]) -> None:
         audiences = list(dict.fromkeys(each.audience for each in published))
         async with self.nodes(*audiences) as nodes:
             for publication in published:

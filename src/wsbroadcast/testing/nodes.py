@@ -12,7 +12,7 @@ from unicodedata import normalize
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Dismissal, Gap, Publication
+from wsbroadcast.publication import Control, Gap, Publication
 
 # Messages and names that engines and brokers have been known to get wrong.
 
@@ -52,7 +52,7 @@ class Recorder:
     def __init__(self) -> None:
         self.publications: list[Publication] = []
         """What was received, in order; but for what closes connections."""
-        self.dismissals: list[Dismissal] = []
+        self.controls: list[Control] = []
         """What closes connections, in order."""
         self.gaps: list[Gap] = []
         """What was reported missing, in order."""
@@ -68,19 +68,19 @@ class Recorder:
 
     # What an engine calls.
 
-    def take(self, publication: Publication | Dismissal) -> None:
+    def take(self, publication: Publication | Control) -> None:
         """Keep a publication."""
         if publication.audience in self.stalled:
             self.waiting += 1
         elif publication.audience in self.failing:
             self.failures += 1
-        elif isinstance(publication, Dismissal):
-            self.dismissals.append(publication)
-        else:
+        elif isinstance(publication, Publication):
             self.publications.append(publication)
+        else:
+            self.controls.append(publication)
         self._changed.set()
 
-    async def deliver(self, publication: Publication | Dismissal) -> None:
+    async def deliver(self, publication: Publication | Control) -> None:
         """Keep a publication, unless it was told to fail or to take its time."""
         self.take(publication)
         if publication.audience in self.stalled:
@@ -96,9 +96,9 @@ class Recorder:
     # What a test asks.
 
     @property
-    def received(self) -> list[Publication | Dismissal]:
+    def received(self) -> list[Publication | Control]:
         """What was received of both kinds."""
-        return [*self.publications, *self.dismissals]
+        return [*self.publications, *self.controls]
 
     def data(self, audience: Audience) -> list[str | bytes]:
         """Return what clients of an audience would have received, in order."""

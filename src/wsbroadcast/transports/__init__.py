@@ -18,6 +18,9 @@ Event = MutableMapping[str, Any]
 SCOPE_KEY = "wsbroadcast.connection"
 """Where in its scope a WebSocket's connection stands, so that a later wrapper of `websocket.send` doesn't hide it."""
 
+SEEN_KEY = "wsbroadcast.seen_by"
+"""Where in its scope the manager stands that was told to connect a WebSocket last, whatever came of it."""
+
 STEPPED_ASIDE: Event = {"type": "wsbroadcast.stepped_aside"}
 """What a reader that throws messages away gets when another task begins to read."""
 
@@ -50,6 +53,10 @@ class Keeper(Protocol):
     @property
     def manager(self) -> Any:
         """The manager whose connections it keeps."""
+
+    @property
+    def core(self) -> Any:
+        """Does what a connection is told to do."""
 
     def lost(self, connection: Any, code: int, reason: str) -> None:
         """The peer is gone."""

@@ -385,7 +385,7 @@ class WebSocketTransport:
         return event if owner.is_open else disconnect_event(owner)
 
     async def _receive_after_the_end(self, owner: Owner) -> Event:
-        # A connection that has left the registry is out of reach for limits, hooks and `disconnect_user`. So nothing
+        # A connection that has left the registry is out of reach for limits, hooks and `close_user`. So nothing
         # that its peer says is handed on, although its close frame may still wait for its turn.
         if self._is_anothers(owner):
             return await self._receive_below()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from inspect import iscoroutinefunction
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, Protocol, get_args
 
 from fastapi import WebSocket, params
 from fastapi.exceptions import WebSocketRequestValidationError
@@ -21,10 +22,13 @@ from wsbroadcast.exceptions import (
     EngineError,
     LimitExceeded,
     PermissionDenied,
+    kind_of,
     ungrouped,
 )
 from wsbroadcast.logs import Throttle, logger
-from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.manager import ConnectionManager, core_of
+from wsbroadcast.node.admission import Joining
+from wsbroadcast.signatures import check_callable, no_dependency
 from wsbroadcast.text import plain
 from wsbroadcast.transports import closed_error
 from wsbroadcast.transports.refusal import can_refuse_handshake, mute, refuse, refuse_handshake
@@ -37,8 +41,21 @@ Action = Literal["subscribe", "publish"]
 Authenticate = Callable[..., Any] | params.Depends
 """A FastAPI dependency that returns who it is."""
 
-Authorize = Callable[[Any, Any, Any], bool | Awaitable[bool]]
-"""`authorize(connection, action, channel)`, `def` or `async def`: whether a connection may do that."""
+
+class Authorize(Protocol):
+    """`def` or `async def`: whether a connection may do something with a channel."""
+
+    def __call__(
+        self, connection: Connection | Handshake, action: Action, channel: str | None, /
+    ) -> bool | Awaitable[bool]:
+        """Return whether it may; only `True` lets it.
+
+        Args:
+            connection: Who asks; a `Handshake` before it is accepted.
+            action: What it asks to do.
+            channel: The channel, `None` for everyone.
+        """
+
 
 OnDenied = Literal["error", "close"]
 """What a client gets for doing what it may not."""
@@ -57,16 +74,21 @@ _ANSWERED = (HTTPException, WebSocketException, WebSocketRequestValidationError,
 _CODES = {401: CloseCode.UNAUTHENTICATED, 403: CloseCode.FORBIDDEN}
 
 
+@no_dependency("pass it on: create_router(manager, access=…), connection_dependency(access=…)")
 class Access:
-    """Who may come in, and what they may do there.
+    """Who may come in, and what they may do there. Routers, routes and dependencies may share one.
 
     Args:
-        allowed_origins: See `AllowedOrigins`.
-        allow_missing_origin: The same.
-        authenticate: A dependency; see `Authenticator`, and `identity_of` for what it may return.
+        authenticate: A FastAPI dependency that returns the user, claims or an object with an `id`, or an `Identity`;
+            `None` refuses with 401. What it depends on is finished before the connection is accepted.
+        authorize: `authorize(connection, action, channel)` returns whether a connection may `subscribe` to a channel
+            or `publish` to it, and only `True` lets it; the channel is `None` for everyone. Before it is accepted it
+            gets a `Handshake`.
+        allowed_origins: The pages that may connect, such as `["https://app.example"]`, exact in scheme, host and port;
+            `"*"` for every page. By default the server's own, which is the scheme and the `Host` of the handshake.
+        allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
         user_key: Makes the user's id of what `authenticate` returned.
-        authorize: Asked for what a client does with a channel; only `True` lets it.
-        on_denied: What a client gets that may not: an error message, or a close with 4403.
+        on_denied: Whether a client that may not do something gets an `error` message, or a `close` with 4403.
         subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
 
     Raises:
@@ -76,11 +98,11 @@ class Access:
     def __init__(
         self,
         *,
+        authenticate: Authenticate | None = None,
+        authorize: Authorize | None = None,
         allowed_origins: Iterable[str] | None = None,
         allow_missing_origin: bool = True,
-        authenticate: Authenticate | None = None,
         user_key: UserKey | None = None,
-        authorize: Authorize | None = None,
         on_denied: OnDenied = "error",
         subprotocols: Iterable[str] = (),
     ) -> None:
@@ -93,8 +115,9 @@ class Access:
         self._origins = AllowedOrigins(allowed_origins, allow_missing=allow_missing_origin)
         self._authenticate = None if authenticate is None else Authenticator(authenticate)
         self._user_key = user_key
-        self.authorize = authorize
-        """What to ask, if anything."""
+        if authorize is not None:
+            check_callable(authorize, ("connection", "action", "channel"), "authorize")
+        self._authorize = authorize
         self._on_denied = on_denied
         self._subprotocols = (
             (plain(subprotocols),) if isinstance(subprotocols, str) else tuple(plain(each) for each in subprotocols)
@@ -102,7 +125,9 @@ class Access:
         self._logged: set[str] = set()
         self._throttle = Throttle()
 
-    async def connect(self, manager: ConnectionManager, websocket: WebSocket, channel: str | None = None) -> Connection:
+    async def _connect(
+        self, manager: ConnectionManager, websocket: WebSocket, channel: str | None = None
+    ) -> Connection:
         """Let a handshake in and register it, subscribed to a channel if one is named.
 
         Raises:
@@ -112,15 +137,11 @@ class Access:
         """
         await self._check_origin(websocket)
         try:
-            async with manager.handshake(websocket):
+            async with core_of(manager).handshake(websocket):
                 identity = await self._admit(websocket, channel)
-                return await manager.connect(
-                    websocket,
-                    user=identity.user,
-                    info=identity.info,
-                    expires_at=identity.expires_at,
-                    channels=() if channel is None else (channel,),
-                )
+                channels = () if channel is None else (channel,)
+                joining = partial(Joining.of, identity.user, channels, identity.info, expires_at=identity.expires_at)
+                return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):
             raise
         except EngineError as error:  # one that is to fail fast, and was started by this handshake
@@ -135,14 +156,14 @@ class Access:
     async def _admit(self, websocket: WebSocket, channel: str | None) -> Identity:
         choose_subprotocol(websocket, self._subprotocols)
         identity = await self._identify(websocket)
-        if channel is not None and self.authorize is not None:
+        if channel is not None and self._authorize is not None:
             try:
-                await self.check(Handshake(websocket, identity.user, identity.info), "subscribe", channel)
+                await self._check(Handshake(websocket, identity.user, identity.info), "subscribe", channel)
             except PermissionDenied as denied:
                 await _refuse(websocket, 403, str(denied))
         return identity
 
-    async def check(self, connection: Connection | Handshake, action: Action, channel: str | None) -> None:
+    async def _check(self, connection: Connection | Handshake, action: Action, channel: str | None) -> None:
         """Ask `authorize`, which there has to be.
 
         Raises:
@@ -151,9 +172,9 @@ class Access:
             ConnectionClosed: If the connection has ended in the meantime.
             ConfigurationError: If it returns something true that isn't `True`, such as a coroutine.
         """
-        assert self.authorize is not None
+        assert self._authorize is not None
         try:
-            allowed = self.authorize(connection, action, channel)
+            allowed = self._authorize(connection, action, channel)
             if isinstance(allowed, Awaitable):
                 allowed = await allowed
         except Exception as error:
@@ -167,7 +188,7 @@ class Access:
         if not is_allowed:
             raise PermissionDenied("not allowed")
 
-    async def denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
+    async def _denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
         """Return the message for a connection that may not do something, or close it with 4403.
 
         Raises:
@@ -199,6 +220,36 @@ class Access:
         if found is None:
             await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
         return identity_of(found, self._user_key)
+
+
+# Names that routers and dependencies had before there was an `Access`.
+_MOVED = ("allow_missing_origin", "on_denied", "subprotocols", "user_key")
+
+
+def choose_access(
+    access: Access | None,
+    authenticate: Authenticate | None,
+    authorize: Authorize | None,
+    allowed_origins: Iterable[str] | None,
+    others: Mapping[str, object],
+) -> Access:
+    """Return the access that a router or dependency was given, or make it of the three options that they take.
+
+    Raises:
+        ConfigurationError: If an option makes no sense, both are given, or there are others.
+    """
+    for name in others:
+        moved = f"{name} is an option of Access: pass access=Access({name}=…, …)" if name in _MOVED else None
+        raise ConfigurationError(moved or f"there is no option {name!r:.80}")
+    given = {"authenticate": authenticate, "authorize": authorize, "allowed_origins": allowed_origins}
+    if access is None:
+        return Access(authenticate=authenticate, authorize=authorize, allowed_origins=allowed_origins)
+    if not isinstance(access, Access):
+        raise ConfigurationError(f"access is an Access(…), not {kind_of(access)}")
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigurationError(f"{name} belongs into the Access: pass access=Access({name}=…, …) alone")
+    return access
 
 
 def _is_yes(allowed: object) -> bool:

@@ -27,6 +27,7 @@ from wsbroadcast.exceptions import (
     ungrouped,
 )
 from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.node.core import Core
 from wsbroadcast.web.access import Access
 
 MAX_ID_CHARACTERS = 64
@@ -59,7 +60,8 @@ class Commands:
     everybody's right.
     """
 
-    def __init__(self, access: Access, outage: Outage, *, include_sender: bool) -> None:
+    def __init__(self, core: Core, access: Access, outage: Outage, *, include_sender: bool) -> None:
+        self._core = core
         self._access = access
         self._outage = outage
         self._include_sender = include_sender
@@ -79,7 +81,7 @@ class Commands:
     async def _answer_to(self, error: Exception, connection: Connection) -> Answer:
         match error:
             case PermissionDenied():
-                return await self._access.denied(connection, error)
+                return await self._access._denied(connection, error)
             case InvalidChannel():
                 return error_answer("invalid_channel", error.rule)
             case LimitExceeded():
@@ -106,29 +108,29 @@ class Commands:
         return error_answer("invalid_command", "expected a type, subscribe, unsubscribe or publish, and a channel")
 
     async def _subscribe(self, connection: Connection, channel: str) -> None:
-        if self._access.authorize is None:
+        if self._access._authorize is None:
             if channel not in connection.channels:
                 raise PermissionDenied("not allowed")
             return  # it is in there
-        await self._access.check(connection, "subscribe", channel)
+        await self._access._check(connection, "subscribe", channel)
         try:
             await connection.subscribe(channel)
         except ConfigurationError as error:  # the broker forbids us the name
             raise EngineError(str(error)) from error
         try:  # again: while it was subscribed, who took the right back found nothing to unsubscribe
-            await self._access.check(connection, "subscribe", channel)
+            await self._access._check(connection, "subscribe", channel)
         except PermissionDenied:
             await connection.unsubscribe(channel)
             raise
 
     async def _publish(self, connection: Connection, channel: str, data: object) -> None:
-        if self._access.authorize is not None:
-            await self._access.check(connection, "publish", channel)
+        if self._access._authorize is not None:
+            await self._access._check(connection, "publish", channel)
         elif channel not in connection.channels:
             raise PermissionDenied("not allowed")
         exclude = () if self._include_sender else (connection,)
         message = {"type": "message", "channel": channel, "data": data}
-        await connection.manager.broadcast(message, channel=channel, exclude=exclude)
+        await self._core.broadcast(self._core.publications(message, channel, exclude=exclude))
 
 
 def error_answer(code: str, text: str) -> Answer:

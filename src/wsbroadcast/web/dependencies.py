@@ -1,10 +1,10 @@
 """The manager and the connection as FastAPI dependencies."""
 
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Never
 
 from fastapi import Depends, WebSocket
-from starlette.exceptions import WebSocketException
+from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.routing import BaseRoute, Mount, Router
 from starlette.types import Scope
@@ -13,10 +13,10 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
-from wsbroadcast.manager import ConnectionManager
+from wsbroadcast.logs import logger
+from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.signatures import no_dependency
-from wsbroadcast.web.access import Access, Authenticate, end_quietly
-from wsbroadcast.web.authentication import UserKey
+from wsbroadcast.web.access import Access, Authenticate, choose_access, end_quietly
 from wsbroadcast.web.routing import Endpoint
 
 
@@ -59,11 +59,10 @@ ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 def connection_dependency(
     manager: ConnectionManager | None = None,
     *,
-    allowed_origins: Iterable[str] | None = None,
-    allow_missing_origin: bool = True,
+    access: Access | None = None,
     authenticate: Authenticate | None = None,
-    user_key: UserKey | None = None,
-    subprotocols: Iterable[str] = (),
+    allowed_origins: Iterable[str] | None = None,
+    **moved: Never,
 ) -> Callable[..., AsyncIterator[Connection]]:
     """Make a dependency like `get_connection`, which `ConnectionDep` has, with checks of its own.
 
@@ -71,23 +70,15 @@ def connection_dependency(
 
     Args:
         manager: Where connections are registered; by default the manager that is bound to the app.
-        allowed_origins: The pages that may connect, exact in scheme, host and port; `"*"` for every page. By default
-            the server's own.
-        allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
-        authenticate: A FastAPI dependency that returns who it is; see `create_router`.
-        user_key: Makes the user's id of what `authenticate` returned.
-        subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
+        access: An `Access`, which has more options and may be shared.
+        authenticate: A FastAPI dependency that says who it is; see `Access`.
+        allowed_origins: The pages that may connect; see `Access`.
+        moved: None: what was here before is an option of `Access`.
 
     Raises:
         ConfigurationError: If an option makes no sense.
     """
-    access = Access(
-        allowed_origins=allowed_origins,
-        allow_missing_origin=allow_missing_origin,
-        authenticate=authenticate,
-        user_key=user_key,
-        subprotocols=subprotocols,
-    )
+    chosen_access = choose_access(access, authenticate, None, allowed_origins, moved)
 
     async def get_given() -> ConnectionManager | None:  # `async`, or each handshake would need a thread
         return manager
@@ -95,7 +86,7 @@ def connection_dependency(
     chosen = Depends(get_manager if manager is None else get_given)
 
     async def get_connection(
-        websocket: WebSocket, manager: Annotated[ConnectionManager, chosen]
+        websocket: HTTPConnection, manager: Annotated[ConnectionManager, chosen]
     ) -> AsyncIterator[Connection]:
         """Accept and register the WebSocket of an endpoint, and remove it on the way out, whatever way that is.
 
@@ -103,8 +94,10 @@ def connection_dependency(
         one that raises `PermissionDenied` with 1008, one that fails with 1011. That the peer is gone is not an error
         here: `WebSocketDisconnect` ends the endpoint quietly.
         """
+        if not isinstance(websocket, WebSocket):
+            raise ConfigurationError("ConnectionDep is for a WebSocket's endpoint; one of HTTP takes a ManagerDep")
         try:
-            connection = await access.connect(manager, websocket)
+            connection = await chosen_access._connect(manager, websocket)
         except ConnectionClosed:
             raise end_quietly(websocket) from None
         code: int = CloseCode.INTERNAL_ERROR
@@ -113,7 +106,7 @@ def connection_dependency(
             yield connection
             code = CloseCode.NORMAL
         except Exception as error:
-            match ungrouped(error, WebSocketException, WebSocketDisconnect):
+            match ungrouped(error, WebSocketException, WebSocketDisconnect, HTTPException):
                 case WebSocketDisconnect():
                     code = CloseCode.NORMAL
                 case PermissionDenied() as denied:
@@ -121,11 +114,16 @@ def connection_dependency(
                 case WebSocketException() as refusal:
                     code, reason = refusal.code, refusal.reason or ""
                     raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
+                case HTTPException():  # which FastAPI makes a response of that goes nowhere
+                    logger.error("an endpoint raised %r, which no WebSocket's client sees: %s", error, _RAISE_INSTEAD)
+                    raise
                 case _:
                     raise
         finally:
             if connection.is_open:
-                await manager.close(connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
+                await core_of(manager).close(
+                    connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason
+                )
 
     return get_connection
 
@@ -136,6 +134,8 @@ get_connection = connection_dependency()
 ConnectionDep = Annotated[Connection, Depends(get_connection)]
 """The endpoint's connection, accepted and registered, as a parameter's type."""
 
+
+_RAISE_INSTEAD = "raise PermissionDenied(text), or WebSocketException(code, reason)"
 
 # Which manager belongs to the app that a request came to.
 

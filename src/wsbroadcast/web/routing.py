@@ -1,7 +1,7 @@
 """The router factory: an endpoint that nobody has to write."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Never, get_args
 
 from fastapi import APIRouter, WebSocket, params
 from starlette.exceptions import WebSocketException
@@ -18,14 +18,14 @@ from wsbroadcast.exceptions import (
     LifecycleError,
     MessageTooLarge,
     PermissionDenied,
+    kind_of,
     ungrouped,
 )
-from wsbroadcast.manager import ConnectionManager, count_unpublished
+from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.message import Message
 from wsbroadcast.node.membership import ROUTER
 from wsbroadcast.transports.refusal import refuse
-from wsbroadcast.web.access import Access, Authenticate, Authorize, OnDenied
-from wsbroadcast.web.authentication import UserKey
+from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
 from wsbroadcast.web.commands import Commands, Outage
 from wsbroadcast.web.path_channel import PathChannel, Place
 
@@ -33,7 +33,10 @@ from wsbroadcast.web.path_channel import PathChannel, Place
 
 
 Inbound = Literal["broadcast", "commands", "handle", "ignore"]
+"""What becomes of what clients send."""
+
 Accepts = Literal["any", "text", "bytes", "json"]
+"""What clients may send."""
 
 
 class Endpoint:
@@ -54,6 +57,12 @@ class Endpoint:
         accepts: Accepts,
         include_sender: bool,
     ) -> None:
+        if not isinstance(manager, ConnectionManager):
+            raise ConfigurationError(
+                f'a router needs its manager first, not {kind_of(manager)}: create_router(manager, "/ws")'
+            )
+        if not isinstance(path, str) or (not path.startswith(("/", "{")) and path):
+            raise ConfigurationError(f'path begins with a slash, as in "/ws/{{channel}}"; this is {path!r:.80}')
         if inbound not in get_args(Inbound):
             raise ConfigurationError(f"inbound must be broadcast, commands, handle or ignore, not {inbound!r}")
         if accepts not in get_args(Accepts):
@@ -62,13 +71,14 @@ class Endpoint:
             raise ConfigurationError(f"commands are JSON: accepts must be json, not {accepts!r}")
         self.manager = manager
         """The manager that keeps its connections."""
+        self._core = core_of(manager)
         self._access = access
         self._channel = PathChannel(path, channel)
         self._place = Place(manager, path) if channel is None else None
         self._inbound = inbound
         self._accepts = accepts
         self._outage = Outage()
-        self._commands = Commands(access, self._outage, include_sender=include_sender)
+        self._commands = Commands(self._core, access, self._outage, include_sender=include_sender)
         self._include_sender = include_sender
 
     async def open(self, websocket: WebSocket) -> None:
@@ -78,7 +88,7 @@ class Endpoint:
             if self._place is not None and name is not None:
                 self._place.see(websocket.scope, websocket.path_params)
             websocket.scope[ROUTER] = True
-            connection = await self._access.connect(self.manager, websocket, name)
+            connection = await self._access._connect(self.manager, websocket, name)
         except (ConnectionClosed, WebSocketException):
             return  # gone, or refused and told so
         except InvalidChannel as error:
@@ -112,24 +122,26 @@ class Endpoint:
                         self._ignore(ungrouped(error, EngineError))
 
     async def _broadcast(self, connection: Connection, message: object, name: str | None) -> None:
-        if self._access.authorize is not None:
+        if self._access._authorize is not None:
             try:
-                await self._access.check(connection, "publish", name)
+                await self._access._check(connection, "publish", name)
             except PermissionDenied as denied:
-                await connection.send(await self._access.denied(connection, denied))
+                await connection.send(await self._access._denied(connection, denied))
                 return
         if self._accepts == "json":
             message = Message.json(message)  # a JSON string goes out as one, not as bare text
         if name is not None and name not in connection.channels:
             return  # who was unsubscribed from it has nobody to talk to
         exclude = () if self._include_sender else (connection,)
-        await self.manager.broadcast(message, channel=UNSET if name is None else name, exclude=exclude)
+        await self._core.broadcast(self._core.publications(message, UNSET if name is None else name, exclude=exclude))
 
     def _ignore(self, error: Exception) -> None:
         # The broker is everybody's trouble: were they closed for it, all would come back at once, and find it again.
         if not isinstance(error, EngineError):
             raise error
-        self._outage.log("messages of clients are ignored, %d so far: %s", count_unpublished(self.manager), error)
+        counters = self._core.counters
+        counters.unpublished += 1
+        self._outage.log("messages of clients are ignored, %d so far: %s", counters.unpublished, error)
 
 
 # What may end a connection without being an error; of a group of them the first counts that is named first here.
@@ -168,14 +180,12 @@ def create_router(
     inbound: Inbound = "broadcast",
     accepts: Accepts = "any",
     include_sender: bool = True,
-    subprotocols: Iterable[str] = (),
-    allowed_origins: Iterable[str] | None = None,
-    allow_missing_origin: bool = True,
     authenticate: Authenticate | None = None,
-    user_key: UserKey | None = None,
     authorize: Authorize | None = None,
-    on_denied: OnDenied = "error",
+    allowed_origins: Iterable[str] | None = None,
+    access: Access | None = None,
     dependencies: Sequence[params.Depends] | None = None,
+    **moved: Never,
 ) -> APIRouter:
     """Make a router with one WebSocket endpoint, for `app.include_router`.
 
@@ -197,31 +207,17 @@ def create_router(
             (`handle`), or `ignore` it.
         accepts: What clients may send; anything else closes that connection with 1003, or 1007 for broken JSON.
         include_sender: Whether a client gets its own messages back.
-        subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
-        allowed_origins: The pages that may connect, such as `["https://app.example"]`, exact in scheme, host and port;
-            `"*"` for every page. By default the server's own, which is the scheme and the `Host` of the handshake.
-        allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
-        authenticate: A FastAPI dependency that returns the user, claims or an object with an `id`, or an `Identity`;
-            `None` refuses with 401. What it depends on is finished before the connection is accepted.
-        user_key: Makes the user's id of what `authenticate` returned.
-        authorize: `authorize(connection, action, channel)` returns whether a connection may `subscribe` to a channel
-            or `publish` to it, and only `True` lets it; the channel is `None` for everyone. Before it is accepted it
-            gets a `Handshake`.
-        on_denied: Whether a client that may not do something gets an `error` message, or a `close` with 4403.
+        authenticate: A FastAPI dependency that says who it is; see `Access`.
+        authorize: Says what a connection may do with a channel; see `Access`.
+        allowed_origins: The pages that may connect; see `Access`.
+        access: An `Access` instead of these three, which has more options and may be shared.
         dependencies: FastAPI dependencies that run first. Those that `yield` end with the connection.
+        moved: None: what was here before is an option of `Access`.
 
     Raises:
         ConfigurationError: If an option makes no sense.
     """
-    access = Access(
-        allowed_origins=allowed_origins,
-        allow_missing_origin=allow_missing_origin,
-        authenticate=authenticate,
-        user_key=user_key,
-        authorize=authorize,
-        on_denied=on_denied,
-        subprotocols=subprotocols,
-    )
+    access = choose_access(access, authenticate, authorize, allowed_origins, moved)
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
@@ -238,13 +234,11 @@ def create_routes(
     inbound: Inbound = "broadcast",
     accepts: Accepts = "any",
     include_sender: bool = True,
-    subprotocols: Iterable[str] = (),
-    allowed_origins: Iterable[str] | None = None,
-    allow_missing_origin: bool = True,
     authenticate: Authenticate | None = None,
-    user_key: UserKey | None = None,
     authorize: Authorize | None = None,
-    on_denied: OnDenied = "error",
+    allowed_origins: Iterable[str] | None = None,
+    access: Access | None = None,
+    **moved: Never,
 ) -> list[WebSocketRoute]:
     """Make the same endpoint as routes for plain Starlette; pass `manager.lifespan` to `Starlette` yourself.
 
@@ -253,15 +247,7 @@ def create_routes(
     Raises:
         ConfigurationError: If an option makes no sense.
     """
-    access = Access(
-        allowed_origins=allowed_origins,
-        allow_missing_origin=allow_missing_origin,
-        authenticate=authenticate,
-        user_key=user_key,
-        authorize=authorize,
-        on_denied=on_denied,
-        subprotocols=subprotocols,
-    )
+    access = choose_access(access, authenticate, authorize, allowed_origins, moved)
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )

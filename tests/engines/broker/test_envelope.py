@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsbroadcast import Audience, EncodeError, Message, Publication
+from wsbroadcast import EVERYONE, Audience, Control, Dismissal, EncodeError, Message, Publication, Unsubscription
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, BadEnvelope, Origin, decode, encode
-from wsbroadcast.publication import Dismissal
 
 NEWS = Audience("channel", "news")
 LIMIT = 10_000
@@ -27,7 +26,7 @@ def with_header(payload: bytes = b"text", **header: Any) -> bytes:
     return json.dumps({"v": 1} | header).encode() + b"\n" + payload
 
 
-def data_of(publication: Publication | Dismissal) -> str | bytes:
+def data_of(publication: Publication | Control) -> str | bytes:
     assert isinstance(publication, Publication)
     return publication.message.data
 
@@ -55,12 +54,25 @@ def test_text_of_another_program_needs_a_version_only() -> None:
     st.frozensets(st.text("abc", min_size=1, max_size=3), max_size=3),
     st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=5)),
     st.one_of(st.none(), st.builds(Origin, st.sampled_from(["node", "nöde"]), st.integers(1, 2**60))),
-    st.one_of(st.none(), st.text(st.characters(codec="utf-8"), max_size=64)),
+    st.one_of(st.none(), st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)),
+    st.lists(st.sampled_from([NEWS, EVERYONE, Audience.user(5)]), max_size=3),
 )
 def test_publication_survives_the_way(
-    value: object, exclude: frozenset[str], key: str | None, origin: Origin | None, several: str | None
+    value: object,
+    exclude: frozenset[str],
+    key: str | None,
+    origin: Origin | None,
+    several: str | None,
+    audiences: list[Audience],
 ) -> None:
-    publication = Publication(Message.of(value, key), NEWS, exclude, id=several)
+    publication = Publication(
+        Message.of(value, key),
+        NEWS,
+        exclude,
+        exclude_users=exclude,
+        id=several,
+        audiences=() if several is None else tuple(audiences),
+    )
     decoded, again = decode(encode(publication, origin), NEWS, LIMIT)
     assert decoded == publication
     assert again == origin
@@ -73,17 +85,24 @@ def test_dismissal_survives_the_way(exclude: frozenset[str], origin: Origin | No
     assert decode(encode(dismissal, origin), NEWS, LIMIT) == (dismissal, origin)
 
 
-@pytest.mark.parametrize("field", ["audiences", "exclude_users", "something"])
-def test_what_must_be_understood_and_is_not_is_refused(field: str) -> None:
-    assert refused(with_header(must=[field], audiences=["a"])) == "must"
+def test_unsubscription_survives_the_way() -> None:
+    unsubscription = Unsubscription(Audience.user(5), ("news", "späße"))
+    assert decode(encode(unsubscription, ORIGIN), Audience.user(5), LIMIT) == (unsubscription, ORIGIN)
+
+
+@pytest.mark.parametrize("field", ["something", 1, None, ["audiences"]])
+def test_what_must_be_understood_and_is_not_is_refused(field: object) -> None:
+    assert refused(with_header(must=["audiences", field])) == "must"
     publication, _ = decode(with_header(must=[], something=1), NEWS, LIMIT)
     assert data_of(publication) == "text"
 
 
 def test_too_many_excluded_connections_are_refused_at_the_publisher() -> None:
     exclude = frozenset(f"connection-{number:06}" for number in range(20_000))
-    with pytest.raises(EncodeError, match="excludes 20000 connections"):
+    with pytest.raises(EncodeError, match="names more connections, users or audiences"):
         encode(Publication(Message.of("x"), NEWS, exclude), ORIGIN)
+    with pytest.raises(EncodeError, match="names more connections, users or audiences"):
+        encode(Publication(Message.of("x"), NEWS, exclude_users=exclude), ORIGIN)
 
 
 def test_field_of_a_later_release_is_passed_over() -> None:
@@ -136,6 +155,23 @@ def test_other_version_is_refused(version: int) -> None:
         {"key": 1},
         {"id": 1},
         {"id": "x" * 65},
+        {"id": ""},
+        {"exclude_users": "x"},
+        {"exclude_users": [1]},
+        {"audiences": "news"},
+        {"audiences": ["news"]},
+        {"audiences": [["news"]]},
+        {"audiences": [["connection", "x"]]},
+        {"audiences": [["channel", 1]]},
+        {"audiences": [["channel", ""]]},
+        {"audiences": [["user", "\n"]]},
+        {"audiences": [["everyone", "x"]]},
+        {"audiences": [["channel", "a"]] * 1001},
+        {"type": "unsubscribe", "channels": []},
+        {"type": "unsubscribe"},
+        {"type": "unsubscribe", "channels": "news"},
+        {"type": "unsubscribe", "channels": [1]},
+        {"type": "unsubscribe", "channels": [""]},
         {"must": "audiences"},
         {"must": None},
         {"exclude": "abc"},

@@ -20,14 +20,14 @@ from wsbroadcast.engines.broker.supervisor import Supervisor
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, LifecycleError
 from wsbroadcast.options import Limits, Timing, check_count
-from wsbroadcast.publication import Dismissal, Publication
+from wsbroadcast.publication import Control, Publication
 from wsbroadcast.stats import EngineCounters, EngineStats
 
 __all__ = ["BrokerEngine", "Inlet", "Link", "Parcel", "reset"]
 
 DEFAULT_TIMING = Timing()
 
-MAX_MESSAGE_BYTES = Limits().max_message_bytes
+MAX_MESSAGE_BYTES = Limits().max_outbound_bytes
 """The largest payload that is taken from a broker, by default; as large as what a manager sends."""
 
 
@@ -143,7 +143,7 @@ class BrokerEngine(Engine):
         """
         return self._started().confirmed(audiences)
 
-    def publish(self, publication: Publication | Dismissal) -> Coroutine[Any, Any, None]:
+    def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, None]:
         """Return once the broker has taken the publication; publications of one turn of the loop go out together.
 
         Raises:
@@ -154,7 +154,7 @@ class BrokerEngine(Engine):
         """
         return self._started().outgoing.publish(publication)
 
-    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+    def publish_nowait(self, publication: Publication | Control) -> None:
         """Hand over the publication; if the broker doesn't take it, that is counted and logged.
 
         Raises:

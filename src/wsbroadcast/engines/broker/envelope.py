@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 
-from wsbroadcast.audience import Audience
+from wsbroadcast.audience import EVERYONE, MAX_AUDIENCES, Audience, check_channel, user_key
 from wsbroadcast.close_codes import is_sendable
 from wsbroadcast.exceptions import EncodeError
 from wsbroadcast.message import Form, Message
-from wsbroadcast.publication import NOBODY, Dismissal, Publication
+from wsbroadcast.publication import NOBODY, Control, Dismissal, Publication, Unsubscription
 
 VERSION = 1
 """The version this library writes and reads."""
 
 MAX_HEADER_BYTES = 256 * 1024
 """The longest header. What makes one long is `exclude`: this is room for about 13,000 connections."""
+
+# The fields that a node must understand to keep to an envelope.
+_MUST = ("audiences", "exclude_users")
 
 _MAX_NODE_LENGTH = 64
 _MAX_ID_LENGTH = 64
@@ -45,7 +49,7 @@ class Origin(NamedTuple):
     seq: int
 
 
-def encode(publication: Publication | Dismissal, origin: Origin | None) -> bytes:
+def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
     """Write an envelope; without an origin where its place in an order isn't known, as inside a transaction.
 
     Raises:
@@ -54,18 +58,33 @@ def encode(publication: Publication | Dismissal, origin: Origin | None) -> bytes
     if isinstance(publication, Dismissal):
         header = {"type": "close", "code": publication.code}
         return _encoded(header, publication.exclude, origin, publication.reason.encode(errors="replace"))
+    if isinstance(publication, Unsubscription):
+        return _encoded({"type": "unsubscribe", "channels": publication.channels}, NOBODY, origin, b"")
     message, exclude = publication.message, publication.exclude
     form = message.form
-    if origin is not None and form != "binary" and not exclude and message.key is None and publication.id is None:
+    is_special = publication.id is not None or publication.exclude_users
+    if origin is not None and form != "binary" and not exclude and message.key is None and not is_special:
         # Nearly all: what `json.dumps` would write, at a tenth of its price.
         template = _TEXT if form == "text" else _JSON
         return template % (origin.node.encode(), origin.seq, message.payload)
     header = {} if form == "text" else {"type": form}
-    if publication.id is not None:
-        header["id"] = publication.id
     if message.key is not None:
         header["key"] = message.key
+    if is_special:
+        header |= _special(publication)
     return _encoded(header, exclude, origin, message.payload)
+
+
+def _special(publication: Publication) -> dict[str, Any]:
+    # Without these a node would send the message to somebody twice, or to somebody who isn't meant.
+    header: dict[str, Any] = {}
+    if publication.id is not None:
+        header["id"] = publication.id
+    if publication.audiences:
+        header["audiences"] = [list(audience) for audience in publication.audiences]
+    if publication.exclude_users:
+        header["exclude_users"] = sorted(publication.exclude_users)
+    return header | {"must": [name for name in _MUST if name in header]}
 
 
 def _encoded(fields: dict[str, Any], exclude: frozenset[str], origin: Origin | None, payload: bytes) -> bytes:
@@ -77,11 +96,11 @@ def _encoded(fields: dict[str, Any], exclude: frozenset[str], origin: Origin | N
         header["exclude"] = sorted(exclude)
     line = json.dumps(header, separators=(",", ":")).encode()
     if len(line) > MAX_HEADER_BYTES:
-        raise EncodeError(f"a broadcast excludes {len(exclude)} connections, more than an envelope holds")
+        raise EncodeError("a broadcast names more connections, users or audiences than an envelope holds")
     return line + b"\n" + payload
 
 
-def decode(envelope: bytes, audience: Audience, max_bytes: int) -> tuple[Publication | Dismissal, Origin | None]:
+def decode(envelope: bytes, audience: Audience, max_bytes: int) -> tuple[Publication | Control, Origin | None]:
     """Read an envelope that came under an audience's name. The bytes are untrusted.
 
     Raises:
@@ -118,25 +137,71 @@ def _split(envelope: bytes) -> tuple[dict[str, Any], bytes]:
     must = header.get("must", [])
     if type(must) is not list:
         raise BadEnvelope("schema")
-    if must:  # this version knows no field without which an envelope would be misunderstood
+    if not all(name in _MUST for name in must):  # an envelope that would be misunderstood
         raise BadEnvelope("must")
     return header, envelope[end + 1 :]
 
 
-def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> Publication | Dismissal:
+def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> Publication | Control:
     kind = header.get("type", "text")
-    key, id_, exclude = header.get("key"), header.get("id"), header.get("exclude")
-    if not (key is None or type(key) is str) or not (id_ is None or (type(id_) is str and len(id_) <= _MAX_ID_LENGTH)):
-        raise BadEnvelope("schema")
-    if exclude is not None and (type(exclude) is not list or not all(type(one) is str for one in exclude)):
-        raise BadEnvelope("schema")
-    excluded = frozenset(exclude) if exclude else NOBODY
     if kind in ("text", "json", "binary"):
-        return Publication(_message(payload, kind, key), audience, excluded, id=id_)
+        key, id_ = header.get("key"), header.get("id")
+        is_id = id_ is None or (type(id_) is str and 0 < len(id_) <= _MAX_ID_LENGTH)
+        if not (key is None or type(key) is str) or not is_id:
+            raise BadEnvelope("schema")
+        return Publication(
+            _message(payload, kind, key),
+            audience,
+            _texts(header, "exclude"),
+            exclude_users=_texts(header, "exclude_users"),
+            id=id_,
+            audiences=_audiences(header.get("audiences", [])),
+        )
+    if kind == "unsubscribe":
+        return Unsubscription(audience, _channels(header.get("channels")))
     code = header.get("code")
     if kind != "close" or type(code) is not int or not is_sendable(code):
         raise BadEnvelope("schema")
-    return Dismissal(audience, code, _decoded(payload), excluded)
+    return Dismissal(audience, code, _decoded(payload), _texts(header, "exclude"))
+
+
+def _texts(header: dict[str, Any], name: str) -> frozenset[str]:
+    texts = header.get(name)
+    if texts is None:
+        return NOBODY
+    if type(texts) is not list or not all(type(text) is str for text in texts):
+        raise BadEnvelope("schema")
+    return frozenset(texts) or NOBODY
+
+
+def _audiences(found: object) -> tuple[Audience, ...]:
+    audiences: list[Audience] = []
+    for each in found if type(found) is list else [None]:
+        match each:
+            case ["everyone", ""]:
+                audiences.append(EVERYONE)
+            case ["channel", str() as name]:
+                audiences.append(Audience("channel", _checked(check_channel, name)))
+            case ["user", str() as name]:
+                audiences.append(Audience("user", _checked(user_key, name)))
+            case _:
+                raise BadEnvelope("schema")
+    if len(audiences) > MAX_AUDIENCES:
+        raise BadEnvelope("schema")
+    return tuple(audiences)
+
+
+def _channels(found: object) -> tuple[str, ...]:
+    if type(found) is not list or not found:
+        raise BadEnvelope("schema")
+    return tuple(_checked(check_channel, name) for name in found)
+
+
+def _checked(check: Callable[[object], str], name: object) -> str:
+    try:
+        return check(name)
+    except ValueError:
+        raise BadEnvelope("schema") from None
 
 
 def _message(payload: bytes, form: Form, key: str | None) -> Message:

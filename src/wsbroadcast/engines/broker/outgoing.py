@@ -14,7 +14,7 @@ from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.options import Timing
-from wsbroadcast.publication import Dismissal, Publication
+from wsbroadcast.publication import Control, Publication
 from wsbroadcast.stats import EngineCounters
 
 # What one call of `Link.publish` gets at most, so that its timeout is for something that can be done in time.
@@ -80,7 +80,7 @@ class Outgoing:
 
     # What a node publishes.
 
-    async def publish(self, publication: Publication | Dismissal) -> None:
+    async def publish(self, publication: Publication | Control) -> None:
         """Return once the broker has taken it."""
         try:
             parcel = self._parcel(publication)
@@ -91,7 +91,7 @@ class Outgoing:
             parcel = self._parcel(publication)
         await self._put(parcel)
 
-    def publish_nowait(self, publication: Publication | Dismissal) -> None:
+    def publish_nowait(self, publication: Publication | Control) -> None:
         """Hand it over; that it failed is counted and logged.
 
         Raises:
@@ -118,7 +118,7 @@ class Outgoing:
         """Tell whether an envelope says that it comes from here, and has never been published."""
         return origin.node == self.node and origin.seq > self._published
 
-    def _parcel(self, publication: Publication | Dismissal) -> Parcel:
+    def _parcel(self, publication: Publication | Control) -> Parcel:
         link = self.link
         if link is None:
             self._counters.publish_failures += 1
@@ -211,7 +211,7 @@ class Outgoing:
         for some, consequence in ((in_flight, unknown), (waiting, "nothing was sent")):
             for _, future in some:
                 self._counters.publish_failures += 1
-                _tell(future, EngineUnavailable(f"{why}; {consequence}"))
+                _tell(future, EngineUnavailable(f"{why}; {consequence}", may_have_been_sent=some is in_flight))
         if lost:
             logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 from urllib.parse import parse_qsl
 
+from wsbroadcast.engines import URL
 from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
 from wsbroadcast.engines.broker.link import Link
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
@@ -49,7 +50,7 @@ class NATSEngine(BrokerEngine):
 
     def __init__(
         self,
-        servers: str | Sequence[str] = f"nats://localhost:{NATS_PORT}",
+        servers: URL | Sequence[URL] = f"nats://localhost:{NATS_PORT}",
         *,
         prefix: str = DEFAULT_PREFIX,
         fail_fast: bool = False,

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+from wsbroadcast.engines import URL, url_text
 from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.exceptions import ConfigurationError, MissingDependency, kind_of
 
@@ -125,15 +126,16 @@ class Target:
         self._discovered[:] = [host for host in dict.fromkeys(hosts) if (host.name, host.port) not in known]
 
     @classmethod
-    def parse(cls, servers: str | Sequence[str], options: Mapping[str, Any]) -> Self:
+    def parse(cls, servers: URL | Sequence[URL], options: Mapping[str, Any]) -> Self:
         """Read servers and options.
 
         Raises:
             ConfigurationError: If they make no sense. Of what may hold a password nothing is repeated.
             MissingDependency: If nkeys are to be used, and the package that signs with them isn't installed.
         """
-        texts = [servers] if isinstance(servers, str) else servers
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        given = servers if isinstance(servers, (list, tuple)) else [servers]
+        texts = [text for each in given if (text := url_text(each)) is not None]
+        if len(texts) < len(given):
             raise ConfigurationError(f"servers are URLs, not {kind_of(servers)}: {_FORM}")
         schemes, logins, hosts = set(), [], []
         for text in ",".join(texts).split(","):

@@ -10,6 +10,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from wsbroadcast.concurrency import Patience
+from wsbroadcast.engines import URL
 from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.broker.health import is_bug
@@ -52,7 +53,7 @@ class PostgresEngine(BrokerEngine):
 
     def __init__(
         self,
-        url: str = "postgresql://localhost",
+        url: URL = "postgresql://localhost",
         *,
         prefix: str = DEFAULT_PREFIX,
         schema: str = "public",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode
 
-from wsbroadcast.engines import split_hosts
+from wsbroadcast.engines import URL, split_hosts, url_text
 from wsbroadcast.engines.postgres.protocol import ARGUMENTS, Connection, connect
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 
@@ -34,15 +34,26 @@ _USED = _FILES | {
     "target_session_attrs",
 }
 
-# What the app's own connections may need and ours don't: how long to wait and what to prepare is ours to say.
+# What the app's own connections may need and ours don't, of libpq, asyncpg, psycopg, SQLAlchemy and Prisma: how long to
+# wait and what to prepare is ours to say.
 _UNUSED = {
+    "async_fallback",
+    "channel_binding",
+    "client_encoding",
     "command_timeout",
     "connect_timeout",
+    "connection_limit",
+    "gssencmode",
     "keepalives",
     "keepalives_count",
     "keepalives_idle",
     "keepalives_interval",
+    "pgbouncer",
+    "pool_timeout",
+    "prepare_threshold",
     "prepared_statement_cache_size",
+    "prepared_statement_name_func",
+    "statement_cache_size",
     "tcp_user_timeout",
 }
 
@@ -89,7 +100,7 @@ class Target:
                 raise ConfigurationError(f"the option {option} of Postgres names no file: {path!r:.200}")
 
 
-def split_url(url: str, ours: set[str]) -> tuple[str, dict[str, str]]:
+def split_url(url: URL, ours: set[str]) -> tuple[str, dict[str, str]]:
     """Take the engine's own options out of the URL's query.
 
     Raises:
@@ -101,7 +112,7 @@ def split_url(url: str, ours: set[str]) -> tuple[str, dict[str, str]]:
     return parts._replace(query=rest).geturl(), {name: value for name, value in query if name in ours}
 
 
-def read_url(url: str, more: Mapping[str, Any]) -> Target:
+def read_url(url: URL, more: Mapping[str, Any]) -> Target:
     """Read a URL of libpq or SQLAlchemy.
 
     What it doesn't say comes from where libpq has it from: `PGHOST`, `PGUSER`, `~/.pgpass` and so on.
@@ -129,13 +140,14 @@ def read_url(url: str, more: Mapping[str, Any]) -> Target:
     return _target(hosts, {name: value for name, value in options.items() if value}, query, more)
 
 
-def _parsed(url: str) -> SplitResult:
-    if not isinstance(url, str):
+def _parsed(url: URL) -> SplitResult:
+    text = url_text(url)
+    if text is None:
         raise ConfigurationError(
             f"the URL of Postgres is a str, not {kind_of(url)}: the engine makes connections of its own"
         )
     try:
-        parts = split_hosts(url)
+        parts = split_hosts(text)
     except ValueError:
         raise ConfigurationError("the URL of Postgres can't be parsed") from None
     if parts.scheme not in SCHEMES:

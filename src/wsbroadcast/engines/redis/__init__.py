@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Self
 from urllib.parse import unquote
 
+from wsbroadcast.engines import URL
 from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES
 from wsbroadcast.engines.broker.link import Link
@@ -52,7 +53,7 @@ class RedisEngine(BrokerEngine):
 
     def __init__(
         self,
-        url: str | None = None,
+        url: URL | None = None,
         *,
         client: object = None,
         prefix: str = DEFAULT_PREFIX,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-from wsbroadcast.engines import split_hosts
+from wsbroadcast.engines import URL, split_hosts, url_text
 from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.engines.redis.target import (
     AbstractConnection,
@@ -68,17 +68,18 @@ _UNUSED = {
 _OF_SENTINELS = {"sentinel_password", "sentinel_username"}
 
 
-def split_url(url: str) -> SplitResult:
+def split_url(url: URL) -> SplitResult:
     """Split a URL into its parts, none of which can be a part of a password.
 
     Raises:
         ConfigurationError: If it isn't one of Redis, or a character stands where it may have ended user and password
             too early. Neither the URL nor a part of it is repeated: a password that isn't quoted may be in any of them.
     """
-    if not isinstance(url, str):
+    text = url_text(url)
+    if text is None:
         raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; a client is given by client=…")
     try:
-        parts = split_hosts(url)
+        parts = split_hosts(text)
         SCHEMES[parts.scheme]
     except (KeyError, ValueError):
         raise ConfigurationError(
@@ -95,7 +96,7 @@ def split_url(url: str) -> SplitResult:
     return parts
 
 
-def target_from_url(url: str, options: Mapping[str, Any]) -> Target:
+def target_from_url(url: URL, options: Mapping[str, Any]) -> Target:
     """Read a URL.
 
     Args:

@@ -1,0 +1,345 @@
+"""What a manager does. The library calls this, and no method of the manager, which an app may have overridden."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocket
+
+from wsbroadcast.audience import UNSET, Audience, audiences_of, user_keys
+from wsbroadcast.close_codes import ABNORMAL
+from wsbroadcast.concurrency import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
+from wsbroadcast.connection import Connection, Exclude, find_connection, find_open
+from wsbroadcast.engines.contract import Engine, each, publish_all, transactional
+from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, kind_of
+from wsbroadcast.hooks import HookChain
+from wsbroadcast.message import JSONDefault, Message
+from wsbroadcast.node.admission import Joining
+from wsbroadcast.node.lanes import Outbox
+from wsbroadcast.node.lifecycle import Lifecycle
+from wsbroadcast.node.node import Node
+from wsbroadcast.options import Limits, SlowConsumer
+from wsbroadcast.publication import NOBODY, Control, Publication, Publications, Receipt, publications_of
+from wsbroadcast.stats import Counters
+from wsbroadcast.transports import SEEN_KEY
+from wsbroadcast.types import Manager
+
+_NOT_RUNNING = "the manager isn't running"
+_RUN_IT = "start the app with manager.lifespan, a router made by create_router, or `async with manager`"
+
+
+def _no_websocket(value: object) -> str:
+    text = f"connect takes the WebSocket of an endpoint, not {kind_of(value)}"
+    if isinstance(value, Connection):
+        return f"{text}: it is connected"
+    if isinstance(value, HTTPConnection):
+        return f"{text}: write @app.websocket(…) instead of @app.get(…), and websocket: WebSocket"
+    return f"{text}: connect(websocket, user=…, channels=[…])"
+
+
+class Core:
+    """The operations of one manager, in whichever event loop it runs.
+
+    Args:
+        manager: Whose.
+        engine: Links it to other nodes.
+        hooks: Run around its events.
+        limits: How much is too much.
+        slow_consumer: What happens to a connection that doesn't keep up.
+        json_default: Writes what JSON doesn't know.
+        counters: Of the manager.
+    """
+
+    def __init__(
+        self,
+        manager: Manager[Connection],
+        engine: Engine,
+        hooks: HookChain,
+        limits: Limits,
+        slow_consumer: SlowConsumer,
+        json_default: JSONDefault | None,
+        counters: Counters,
+    ) -> None:
+        self.manager = manager
+        """Whose operations these are."""
+        self._hooks = hooks
+        self._limits = limits
+        self._slow_consumer = slow_consumer
+        self._json_default = json_default
+        self.counters = counters
+        """What was counted, on all nodes that the manager has been."""
+        self.life = Lifecycle(engine, self._new_node)
+        """Where it runs."""
+
+    def _new_node(self, engine: Engine) -> Node:
+        node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters)
+        node.outbox = Outbox(partial(self.broadcast, node=node))
+        return node
+
+    # Connections.
+
+    async def connect(self, websocket: WebSocket, joining: Callable[[], Joining]) -> Connection:
+        """Accept and register a WebSocket; see `ConnectionManager.connect`."""
+        if not isinstance(websocket, WebSocket) and not hasattr(websocket, "accept"):
+            raise TypeError(_no_websocket(websocket))
+        websocket.scope[SEEN_KEY] = self.manager
+        node = self.life.enter()
+        try:
+            if not self.life.is_started:
+                await self.life.run_here()
+            return await node.membership.join(websocket, joining())
+        finally:
+            node.entering -= 1
+
+    async def part(self, connection: Connection) -> None:
+        """Remove a connection at the end of the block of its `connect`."""
+        await self.life.node.membership.part(connection)
+
+    @asynccontextmanager
+    async def handshake(self, websocket: WebSocket) -> AsyncIterator[None]:
+        """Hold a place for a handshake; see `ConnectionManager.handshake`."""
+        node = self.life.enter()
+        try:
+            known = find_connection(websocket, self.manager)
+            if known is not None and known.is_open:
+                yield  # it has its place
+                return
+            async with node.membership.admission.handshake(websocket):
+                await self.life.run_here()
+                yield
+        finally:
+            node.entering -= 1
+
+    def disconnect(self, websocket: WebSocket | Connection) -> None:
+        """Remove a connection whose peer is gone."""
+        connection = self._find_here(websocket)
+        if connection is not None:
+            self.life.node.membership.leave(connection, ABNORMAL, "")
+
+    async def close(self, websocket: WebSocket | Connection, code: int, reason: str) -> None:
+        """Send what was handed over before, then close and remove."""
+        connection = self._find_here(websocket)
+        if connection is not None:
+            await self.life.node.membership.close(connection, code, reason)
+
+    async def subscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
+        """Subscribe a connection to channels."""
+        connection = find_open(websocket, self.manager)
+        self.life.check_here()
+        await self.life.node.membership.subscribe(connection, channels)
+
+    async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
+        """Unsubscribe a connection from channels."""
+        connection = self._find_here(websocket)
+        if connection is not None:
+            await self.life.node.membership.unsubscribe(connection, channels)
+
+    async def control(self, control: Control) -> Receipt:
+        """Do something to the connections of an audience, on all nodes; on this one also if the broker is away.
+
+        Raises:
+            EngineError: If the broker didn't take it.
+        """
+        node = await self.life.run_here()
+        members = node.registry.count(control.audience, getattr(control, "exclude", NOBODY))
+        try:
+            await self.life.engine.publish(control)
+        except EngineError:
+            node.take(control)
+            raise
+        return Receipt(members)
+
+    async def send(self, websocket: WebSocket | Connection, message: object) -> None:
+        """Send a message to one connection of this node."""
+        try:
+            encoded = self.encode(message)
+        except EncodeError:
+            if isinstance(message, (WebSocket, Connection)):
+                raise TypeError(
+                    "the arguments are swapped: send(connection, message), send_personal_message(message, websocket)"
+                ) from None
+            raise
+        await self.life.run_here()
+        audience = Audience("connection", find_open(websocket, self.manager).id)
+        dispatcher = self.life.node.dispatcher
+        if not dispatcher.is_clear:
+            await dispatcher.ease(encoded.size, audience)
+            find_open(websocket, self.manager)
+        self.counters.sends += 1
+        self.life.node.dispatcher.dispatch(Publication(encoded, audience))
+
+    def ids(self, exclude: Exclude) -> frozenset[str]:
+        """Return the ids of connections; those that aren't known here are left out.
+
+        Raises:
+            TypeError: If something else is among them.
+        """
+        several: Iterable[Any] = exclude  # type: ignore[assignment]
+        if isinstance(exclude, (Connection, WebSocket, str)) or not isinstance(exclude, Iterable):
+            several = (exclude,)
+        try:
+            found = [find_connection(one, self.manager) for one in several]
+        except TypeError:
+            raise TypeError(
+                f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users pass exclude_users=…"
+            ) from None
+        return frozenset(connection.id for connection in found if connection is not None)
+
+    def _find_here(self, websocket: WebSocket | Connection) -> Connection | None:
+        connection = find_connection(websocket, self.manager)
+        if connection is not None and connection.is_open:
+            self.life.check_here()
+        return connection
+
+    # Messages.
+
+    def encode(self, message: object, key: str | None = None) -> Message:
+        """Encode a message within the limit.
+
+        Raises:
+            EncodeError: If it can't be sent as text, bytes or JSON, or is too large.
+        """
+        return Message.of(message, key, json_default=self._json_default)._within(self._limits.max_outbound_bytes)
+
+    def publications(
+        self,
+        message: object,
+        channel: object = UNSET,
+        user: object = UNSET,
+        channels: object = UNSET,
+        to: object = UNSET,
+        exclude: Exclude = (),
+        exclude_users: object = (),
+        key: str | None = None,
+    ) -> Publications:
+        """Build what the arguments of a broadcast say: one publication for each audience.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON, or is too large.
+            ValueError: If an argument isn't valid.
+        """
+        audiences = audiences_of(channel, user, channels, to)
+        ids = self.ids(exclude) if exclude != () else NOBODY
+        users = user_keys(exclude_users) if exclude_users != () else NOBODY
+        return publications_of(self.encode(message, key), audiences, ids, users)
+
+    async def broadcast(
+        self, publications: Publications, transaction: object = None, *, node: Node | None = None
+    ) -> Receipt:
+        """Publish to all nodes.
+
+        Args:
+            publications: Those of one broadcast.
+            transaction: See `ConnectionManager.broadcast`.
+            node: What the manager is here, if that is known. It is where the manager is closed, too.
+        """
+        if node is None:
+            node = self.life.node
+            if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
+                node = await self.life.run_here()
+        if len(publications) != 1:
+            return await self._broadcast_several(node, publications, transaction)
+        publication = publications[0]
+        members = node.registry.count(publication.audience, publication.exclude, publication.exclude_users)
+        if self._hooks.has("on_broadcast") or not node.dispatcher.is_clear:
+            prepared = await self._prepare(node, publication)
+            if prepared is None:
+                return Receipt(members, is_held_back=True)
+            publication = prepared
+        if transaction is None:
+            await self.life.engine.publish(publication)
+        else:
+            await transactional(self.life.engine).publish_in(transaction, publication)
+        return Receipt(members)
+
+    async def broadcast_local(self, publications: Publications) -> Receipt:
+        """Send to the connections of this node only."""
+        node = await self.life.run_here()
+        members = node.count(publications)
+        prepared = await self._prepare_all(node, publications)
+        node = await self.life.run_here()
+        await each(node.deliver_local, prepared)
+        return Receipt(members, is_held_back=not prepared and bool(publications))
+
+    def broadcast_nowait(self, publications: Publications) -> Receipt:
+        """Publish to all nodes without awaiting anything."""
+        if not self.life.is_started or self.life.loop is not running_loop():
+            self.life.settle_here()
+            if self.life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
+                raise LifecycleError("the engine has to start, and broadcast_nowait can't: await `broadcast`")
+            without_waiting(self.life.run_here(), "the engine has to start")
+        members = self.life.node.count(publications)
+        prepared: Sequence[Publication] = publications
+        if self._hooks.has("on_broadcast"):
+            prepared = without_waiting(self._transform_all(publications), "an on_broadcast hook has to wait")
+        for publication in prepared:
+            self.life.engine.publish_nowait(publication)
+        return Receipt(members, is_held_back=not prepared and bool(publications))
+
+    def broadcast_threadsafe(self, publications: Publications) -> Receipt:
+        """Publish from a thread, which is blocked until the engine has taken it."""
+        while True:
+            loop = self.life.loop
+            if loop is None or not loop.is_running():
+                raise LifecycleError(f"{_NOT_RUNNING}, so a thread can't reach it: {_RUN_IT}")
+            if running_loop() is loop:
+                raise LifecycleError(
+                    "broadcast_threadsafe would block its own event loop: await `broadcast`, or call `broadcast_soon`, "
+                    "which works in both"
+                )
+            try:
+                return wait_in_thread(submit(self.broadcast(publications), loop), loop)
+            except LifecycleError as error:
+                if self.life.loop is loop or isinstance(error, LoopEnded):
+                    raise
+                # Another event loop has taken the manager from that one, before anything was sent.
+
+    def broadcast_soon(self, publications: Publications) -> None:
+        """Publish later, in the order of the calls; from any thread."""
+        node = self.life.node  # before the look at the loop
+        loop = self.life.loop
+        if loop is None or not loop.is_running() or not self.life.is_started:
+            raise LifecycleError(f"{_NOT_RUNNING}: {_RUN_IT}")
+        try:
+            node.outbox.put(publications, partial(loop.call_soon_threadsafe, node.begin_sending))
+        except RuntimeError as error:
+            if isinstance(error, LifecycleError):
+                raise
+            raise LoopEnded from None
+
+    async def _broadcast_several(self, node: Node, publications: Publications, transaction: object) -> Receipt:
+        members = node.count(publications)
+        prepared = await self._prepare_all(node, publications)
+        if transaction is None:
+            await publish_all(self.life.engine, prepared)
+        for publication in () if transaction is None else prepared:
+            await transactional(self.life.engine).publish_in(transaction, publication)
+        return Receipt(members, is_held_back=not prepared and bool(publications))
+
+    async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
+        return [found for one in publications if (found := await self._prepare(node, one)) is not None]
+
+    async def _transform_all(self, publications: Publications) -> list[Publication]:
+        return [found for one in publications if (found := await self._transform(one)) is not None]
+
+    async def _prepare(self, node: Node, publication: Publication) -> Publication | None:
+        loop = asyncio.get_running_loop()
+        if self._hooks.has("on_broadcast"):
+            transformed = await self._transform(publication)
+            if transformed is None:
+                return None
+            publication = transformed
+        if not node.dispatcher.is_clear:
+            await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
+        if self.life.loop is not loop:  # it was closed, or another event loop took it
+            raise self.life.elsewhere()
+        return publication
+
+    async def _transform(self, publication: Publication) -> Publication | None:
+        message = await self._hooks.transform(publication.message, publication.audience, self.encode)
+        return None if message is None else publication.with_message(message)

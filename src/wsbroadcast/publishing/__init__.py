@@ -1,0 +1,419 @@
+"""Publisher: broadcasts from a program that holds no connections, whether it is async or not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Generator, Iterable
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Self, TypeVar, Unpack, overload
+from weakref import finalize
+
+from wsbroadcast.audience import UNSET, Unset, UserId, audiences_of, user_keys
+from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.concurrency import LoopThread, running_loop
+from wsbroadcast.engines import URL, create_engine
+from wsbroadcast.engines.contract import Engine, Health, transactional
+from wsbroadcast.engines.memory import MemoryEngine
+from wsbroadcast.exceptions import ConfigurationError, LifecycleError
+from wsbroadcast.message import JSONDefault, Message, check_json_default
+from wsbroadcast.options import Limits, check_positive
+from wsbroadcast.publication import (
+    NOBODY,
+    Control,
+    Dismissal,
+    Publications,
+    Receipt,
+    Unsubscription,
+    publications_of,
+)
+from wsbroadcast.publishing.host import CLOSED, HasEnded, Host, State
+from wsbroadcast.signatures import no_dependency
+from wsbroadcast.types import PublisherOptions, PublisherTransactionOptions, To, Users
+
+T = TypeVar("T")
+
+_LIMITS = Limits()
+
+
+def _abandon(states: dict[int, State]) -> None:
+    if (state := states.get(os.getpid())) is not None:
+        state.leave()
+
+
+@no_dependency("make one at the top of a module, and return it from a function of yours")
+class Publisher:
+    """Broadcasts to the connections of other processes: from a Celery task, a cron job, a management command, a script.
+
+    It is made without any I/O, at import time if you like, and connects when it is used first. An async program uses it
+    in its event loop; event loops may use it one after another, also if one ends without closing it.
+    `broadcast_threadsafe` and `with` run it in a thread of its own, which has one event loop. So does a second event
+    loop that comes while the first one runs. Any number of threads and event loops may use it there, until it is
+    closed. A forked process connects for itself.
+
+    Args:
+        engine: The URL of a broker, the same one that the app's ConnectionManager has; or an engine of its own.
+        limits: How much is too much.
+        json_default: Called with what JSON doesn't know, such as an array of numpy; returns what is written instead.
+        start_timeout: Seconds that a call waits for the first connection. It is an error of that call if none is there
+            by then; the publisher goes on connecting.
+
+    Raises:
+        ConfigurationError: If an option or the URL makes no sense, or the URL is `memory://`, which reaches only this
+            process.
+    """
+
+    def __init__(
+        self,
+        engine: URL | Engine,
+        *,
+        limits: Limits = _LIMITS,
+        json_default: JSONDefault | None = None,
+        start_timeout: float = 2.25,
+    ) -> None:
+        if not isinstance(limits, Limits):
+            raise ConfigurationError("limits is a Limits(…)")
+        check_positive("start_timeout", start_timeout)
+        check_json_default(json_default)
+        self._json_default = json_default
+        self._engine = create_engine(engine)
+        if isinstance(self._engine, MemoryEngine):
+            raise ConfigurationError(
+                "memory:// reaches this process only, where a Publisher has no connections: give it, and the "
+                "ConnectionManager, the URL of a broker, such as redis://localhost"
+            )
+        self._limits = limits
+        self._start_timeout = start_timeout
+        # By process id. A forked process neither uses what it inherits nor lets it be collected: a transport that is
+        # closed leaves the selector, which is the parent's as well (epoll(7): the interest list is shared).
+        self._states = {os.getpid(): State()}
+        finalize(self, _abandon, self._states).atexit = False
+
+    # Messages.
+
+    @overload
+    async def broadcast(
+        self, message: object, *, channel: str = ..., **options: Unpack[PublisherTransactionOptions]
+    ) -> Receipt: ...
+    @overload
+    async def broadcast(
+        self, message: object, *, user: UserId, **options: Unpack[PublisherTransactionOptions]
+    ) -> Receipt: ...
+    @overload
+    async def broadcast(
+        self, message: object, *, channels: Iterable[str], **options: Unpack[PublisherTransactionOptions]
+    ) -> Receipt: ...
+    @overload
+    async def broadcast(
+        self, message: object, *, to: To, **options: Unpack[PublisherTransactionOptions]
+    ) -> Receipt: ...
+    async def broadcast(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
+        exclude_users: Users = (),
+        key: str | None = None,
+        transaction: object = None,
+    ) -> Receipt:
+        """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
+
+        Returns once the broker has taken it. Connections receive it at most once, in the order in which the broker
+        took the messages of the audience.
+
+        Args:
+            message: `str` for a text frame, `bytes` for a binary one, anything else is sent as JSON.
+            channel: The channel whose subscribers get it.
+            user: The user whose connections get it.
+            channels: Several channels; a connection that is in several of them gets it once.
+            to: An `Audience` or several: `Audience.channel("x")`, `Audience.user(5)`, `EVERYONE`.
+            exclude_users: A user or several whose connections don't get it.
+            key: What the message is the newest of, for slow consumers under the policy `conflate`.
+            transaction: On Postgres, a database connection or session of yours: the message is sent when its
+                transaction commits, and never if it is rolled back.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
+            ValueError: If `channel` (`InvalidChannel`), `user` or `to` is not valid. `None` is an error, never
+                "everyone".
+            EngineUnavailable: If the broker can't be reached, takes no messages now, or no longer lets us publish; or
+                if it doesn't answer within 2 s; `may_have_been_sent` tells the two apart. Of several audiences some may
+                have been sent it: those in `positions`.
+            EngineError: If the broker refuses this very message: to try again doesn't help.
+            ConfigurationError: If the broker refuses us when we connect: a wrong password, a missing permission; or if
+                the engine can't publish inside a transaction, or in this one.
+            LifecycleError: If the publisher is closed.
+            Exception: What the driver of the transaction raises.
+        """
+        publications = self._publications(message, key, channel, user, channels, to, exclude_users)
+        if transaction is not None:  # it belongs to this event loop, wherever our own connection is
+            if self._state().is_closed:
+                raise LifecycleError(CLOSED)
+            for publication in publications:
+                await transactional(self._engine).publish_in(transaction, publication)
+        else:
+            await self._run(lambda host: host.publish(publications))
+        return Receipt(0)
+
+    @overload
+    def broadcast_nowait(
+        self, message: object, *, channel: str = ..., **options: Unpack[PublisherOptions]
+    ) -> Receipt: ...
+    @overload
+    def broadcast_nowait(self, message: object, *, user: UserId, **options: Unpack[PublisherOptions]) -> Receipt: ...
+    @overload
+    def broadcast_nowait(
+        self, message: object, *, channels: Iterable[str], **options: Unpack[PublisherOptions]
+    ) -> Receipt: ...
+    @overload
+    def broadcast_nowait(self, message: object, *, to: To, **options: Unpack[PublisherOptions]) -> Receipt: ...
+    def broadcast_nowait(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
+        exclude_users: Users = (),
+        key: str | None = None,
+    ) -> Receipt:
+        """Send a message like `broadcast`, without awaiting anything: for hot loops and plain callbacks.
+
+        If the broker doesn't take it, that is logged.
+
+        Raises:
+            EngineUnavailable: If the broker is known to be out of reach, or too much waits for it.
+            EncodeError: As for `broadcast`.
+            LifecycleError: If the publisher doesn't run in this event loop, because it isn't started, or because
+                threads or other event loops use it too.
+        """
+        publications = self._publications(message, key, channel, user, channels, to, exclude_users)
+        loop, host = running_loop(), self._state().host
+        if loop is None:
+            raise LifecycleError("no event loop runs here: use `broadcast_threadsafe`")
+        if host is not None and host.loop is not loop and not host.has_ended:
+            raise LifecycleError("the publisher runs in another event loop, or a thread of its own: await `broadcast`")
+        if host is None or not host.is_started:
+            raise LifecycleError("the publisher isn't started in this event loop: await `start` or `broadcast` first")
+        for publication in publications:
+            self._engine.publish_nowait(publication)
+        return Receipt(0)
+
+    @overload
+    def broadcast_threadsafe(
+        self, message: object, *, channel: str = ..., **options: Unpack[PublisherOptions]
+    ) -> Receipt: ...
+    @overload
+    def broadcast_threadsafe(
+        self, message: object, *, user: UserId, **options: Unpack[PublisherOptions]
+    ) -> Receipt: ...
+    @overload
+    def broadcast_threadsafe(
+        self, message: object, *, channels: Iterable[str], **options: Unpack[PublisherOptions]
+    ) -> Receipt: ...
+    @overload
+    def broadcast_threadsafe(self, message: object, *, to: To, **options: Unpack[PublisherOptions]) -> Receipt: ...
+    def broadcast_threadsafe(
+        self,
+        message: object,
+        *,
+        channel: str | Unset = UNSET,
+        user: UserId | Unset = UNSET,
+        channels: Iterable[str] | Unset = UNSET,
+        to: To | Unset = UNSET,
+        exclude_users: Users = (),
+        key: str | None = None,
+    ) -> Receipt:
+        """Send a message like `broadcast`, from a program or a thread without an event loop.
+
+        Blocks until the broker has taken it. Raises what `broadcast` raises.
+
+        Raises:
+            LifecycleError: If the publisher is closed, or the call comes from the event loop that it runs in.
+        """
+        publications = self._publications(message, key, channel, user, channels, to, exclude_users)
+        self._run_threadsafe(lambda host: host.publish(publications), "broadcast_threadsafe", "broadcast")
+        return Receipt(0)
+
+    async def close_user(self, user: UserId, *, code: int = CloseCode.UNAUTHENTICATED, reason: str = "") -> Receipt:
+        """Close every connection of a user, on all nodes; like `ConnectionManager.close_user`.
+
+        Raises:
+            ValueError: If the user is not an id, or the code can't be sent.
+            EngineError: If the broker doesn't take it, mostly `EngineUnavailable`.
+            LifecycleError: If the publisher is closed.
+        """
+        return await self._control(Dismissal.of_user(user, code, reason))
+
+    async def unsubscribe_user(self, user: UserId, *channels: str) -> Receipt:
+        """Unsubscribe every connection of a user from channels, on all nodes.
+
+        Raises:
+            InvalidChannel: If a name breaks a rule.
+            ValueError: If the user is not an id, or no channel is named.
+            EngineError: If the broker doesn't take it, mostly `EngineUnavailable`.
+            LifecycleError: If the publisher is closed.
+        """
+        return await self._control(Unsubscription.of_user(user, channels))
+
+    async def health(self) -> Health:
+        """Tell whether messages reach the broker and come back."""
+        return await self._run(lambda host: host.health())
+
+    # Life.
+
+    async def start(self) -> None:
+        """Connect, unless that has been done. Every `start` needs an `aclose`; only the last one ends it.
+
+        A broker that can't be reached is not an error yet, unless the engine was told to fail fast.
+
+        Raises:
+            ConfigurationError: If the broker refuses us.
+            EngineError: If the engine fails in a way that no broker causes; `EngineUnavailable` if it fails fast.
+        """
+        with self._counted_start():
+            await self._run(lambda host: host.start())
+
+    async def aclose(self) -> None:
+        """Disconnect. It is closed until the next `start`, even if that start fails.
+
+        Idempotent; does nothing if `start` was called more often.
+        """
+        host = self._close()
+        if host is not None and host.loop is asyncio.get_running_loop():
+            await host.wait_ended()
+        elif host is not None:
+            await asyncio.to_thread(host.join)
+
+    def close(self) -> None:
+        """Disconnect like `aclose`, from a program or a thread without an event loop; blocks until it is done.
+
+        Raises:
+            LifecycleError: If the call comes from the event loop that the publisher runs in.
+        """
+        self._check_not_here("close", "aclose")
+        host = self._close()
+        if host is not None:
+            host.join()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> Self:
+        self._check_not_here("with", "async with")
+        with self._counted_start():
+            self._run_threadsafe(lambda host: host.start(), "with", "async with")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Publisher {self._engine.name}>"
+
+    # Inside.
+
+    def _publications(
+        self,
+        message: object,
+        key: str | None,
+        channel: object,
+        user: object,
+        channels: object,
+        to: object,
+        exclude_users: object,
+    ) -> Publications:
+        audiences = audiences_of(channel, user, channels, to)
+        users = user_keys(exclude_users) if exclude_users != () else NOBODY
+        encoded = Message.of(message, key, json_default=self._json_default)._within(self._limits.max_outbound_bytes)
+        return publications_of(encoded, audiences, exclude_users=users)
+
+    async def _control(self, control: Control) -> Receipt:
+        await self._run(lambda host: host.publish((control,)))
+        return Receipt(0)
+
+    def _state(self) -> State:
+        process = os.getpid()
+        if process not in self._states:
+            parent = list(self._states.values())[-1]
+            self._states.setdefault(process, State(parent))  # atomic: another thread may be here, too
+        return self._states[process]
+
+    async def _run(self, call: Callable[[Host], Coroutine[Any, Any, T]]) -> T:
+        here = asyncio.get_running_loop()
+        while True:
+            host = self._find_host(here)
+            with suppress(HasEnded):  # the call was not made
+                if host.loop is here:
+                    return await call(host)
+                return await asyncio.wrap_future(host.submit(call))
+
+    def _run_threadsafe(self, call: Callable[[Host], Coroutine[Any, Any, T]], name: str, instead: str) -> T:
+        while True:
+            self._check_not_here(name, instead)
+            host = self._find_host(None)
+            with suppress(HasEnded):  # the call was not made
+                future = host.submit(call)
+                try:
+                    return future.result()
+                finally:
+                    del future  # an error would hold this frame, which holds the future, which holds the error
+
+    def _find_host(self, here: asyncio.AbstractEventLoop | None) -> Host:
+        # The host for calls from an event loop, or from none. Only a host with a thread of its own serves others than
+        # its own event loop, because no other one tells anybody before it ends.
+        state = self._state()
+        with state.lock:
+            if state.is_closed:
+                raise LifecycleError(CLOSED)
+            state.leave_ended()
+            if state.host is not None and state.host.thread is None and state.host.loop is not here:
+                state.is_shared = True
+                state.leave()
+            new_host = partial(Host, self._engine, state.left, self._start_timeout)
+            if state.host is None and (here is None or state.is_shared):
+                thread = LoopThread("wsbroadcast publisher", new_host)
+                state.host = thread.made
+                state.host.thread = thread
+            elif state.host is None:
+                state.host = new_host()
+            return state.host
+
+    def _check_not_here(self, name: str, instead: str) -> None:
+        host = self._state().host
+        if host is not None and host.loop is running_loop():
+            raise LifecycleError(f"{name} would block the event loop that the publisher runs in: use `{instead}`")
+
+    @contextmanager
+    def _counted_start(self) -> Generator[None]:
+        # Counted before it is done, so that a concurrent `aclose` does not see itself as the last one.
+        state = self._state()
+        with state.lock:
+            state.is_closed = False
+            state.count(+1)
+        try:
+            yield
+        except BaseException:
+            with state.lock:
+                state.count(-1)
+            raise
+
+    def _close(self) -> Host | None:
+        # Count one start less. After the last one, return the host that ends now.
+        state = self._state()
+        with state.lock:
+            if state.count(-1) or state.is_closed:
+                return None
+            state.is_closed, state.is_shared = True, False
+            host = None if state.host is None or state.host.has_ended else state.host
+            state.leave()
+            return host
