@@ -933,6 +933,22 @@ async def test_on_unsubscribe_waits_for_on_subscribe_to_end(manager: ConnectionM
     await eventually(lambda: seen == ["inserted", "deleted"])
 
 
+async def test_end_is_told_after_a_user_has_left_all_its_channels(manager: ConnectionManager) -> None:
+    seen: list[str] = []
+
+    @manager.on_unsubscribe
+    async def on_unsubscribe(connection: Connection, channel: str) -> None:
+        await turns()
+        seen.append(channel)
+
+    manager.on_disconnect(lambda connection: seen.append("ended"))
+    [(_, connection)] = await connected(manager, 1, user="ann", channels=["a", "b", "c"])
+    await manager.unsubscribe_user("ann", "a", "b")
+    manager.disconnect(connection)
+    await eventually(lambda: "ended" in seen)
+    assert seen == ["a", "b", "c", "ended"]
+
+
 @pytest.mark.parametrize("why", ["unsubscribed", "refused"])
 async def test_end_is_told_when_hooks_know_that_the_connection_has_left_its_channel(
     why: str, manager: ConnectionManager

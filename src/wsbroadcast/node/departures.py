@@ -132,10 +132,7 @@ class Announcements:
                 await self._hooks.observe("on_subscribe", connection, channel)
             except BaseException:
                 if self._leave_channel(connection, channel):
-                    self._hold(connection)
-                    observing = self._hooks.observe("on_unsubscribe", connection, channel)
-                    task = self._tasks.spawn(observing, "on_unsubscribe hooks", connection._transport.context)
-                    task.add_done_callback(lambda _: self._release(connection))
+                    self.unsubscribed_soon(connection, [channel])
                 raise
 
     async def unsubscribed(self, connection: Connection, channel: str) -> None:
@@ -143,6 +140,20 @@ class Announcements:
         if self._hooks.has("on_unsubscribe"):
             with self._holding(connection):
                 await self._hooks.observe("on_unsubscribe", connection, channel)
+
+    def unsubscribed_soon(self, connection: Connection, channels: list[str]) -> None:
+        """Tell in a task that a connection has left channels, and stays; what is told of its end waits for that."""
+        if not (channels and self._hooks.has("on_unsubscribe")):
+            return
+        self._hold(connection)  # now, because it may end before the task begins
+        told = self._tell_unsubscribed(connection, channels)
+        task = self._tasks.spawn(told, "on_unsubscribe hooks", connection._transport.context)
+        task.add_done_callback(lambda _: self._release(connection))
+
+    async def _tell_unsubscribed(self, connection: Connection, channels: list[str]) -> None:
+        await self._tasks.begun()
+        for channel in channels:
+            await self._hooks.observe("on_unsubscribe", connection, channel)
 
     def disconnected(self, connection: Connection) -> None:
         """Tell that a connection has gone, in a task; after the hooks that are still told of its channels or coming."""

@@ -219,13 +219,7 @@ class Membership:
         """Unsubscribe the members of an audience at once; hooks are told in tasks."""
         for connection in self._registry.recipients(audience):
             left = [channel for channel in channels if self._leave_channel(connection, channel)]
-            if left:
-                told = self._tell_unsubscribed(connection, left)
-                self._tasks.spawn(told, "on_unsubscribe hooks", connection._transport.context)
-
-    async def _tell_unsubscribed(self, connection: Connection, channels: list[str]) -> None:
-        for channel in channels:
-            await self._announcements.unsubscribed(connection, channel)
+            self._announcements.unsubscribed_soon(connection, left)
 
     def _leave_channel(self, connection: Connection, channel: str) -> bool:
         self._dispatcher.flush()  # which may end this very connection, so before looking at it
