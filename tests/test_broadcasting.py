@@ -19,12 +19,15 @@ from wsbroadcast import (
     Audience,
     ConnectionDep,
     ConnectionManager,
+    Control,
     Delivery,
     EncodeError,
     EngineUnavailable,
     InvalidChannel,
     LifecycleError,
+    MemoryEngine,
     Message,
+    Publication,
     Publisher,
     Receipt,
     create_router,
@@ -258,6 +261,39 @@ async def test_error_says_whether_anything_may_have_been_sent() -> None:
         with pytest.raises(EngineUnavailable, match="nothing was sent") as caught:
             await manager.broadcast("x")
         assert not caught.value.may_have_been_sent
+
+
+async def test_error_without_waiting_says_which_were_sent() -> None:
+    broker = FakeBroker()
+    engine = FakeEngine(broker)
+    async with ConnectionManager(engine) as manager:
+        await eventually(lambda: bool(broker.links))
+        taken: list[Publication] = []
+
+        def publish_nowait(publication: Publication) -> None:
+            if len(taken) == 2:
+                raise EngineUnavailable("too much waits; nothing was sent")
+            taken.append(publication)
+
+        engine.publish_nowait = publish_nowait  # type: ignore[method-assign, assignment]
+        with pytest.raises(EngineUnavailable) as caught:
+            manager.broadcast_nowait("x", channels=["a", "b", "c"])
+    assert caught.value.positions == {Audience.channel("a"): None, Audience.channel("b"): None}
+
+
+async def test_one_of_several_that_is_not_known_is_not_hidden_by_one_that_is() -> None:
+    class Broken(MemoryEngine):
+        links_nodes = True
+
+        async def publish(self, publication: Publication | Control) -> None:
+            is_known = publication.audience.name == "a"
+            raise EngineUnavailable("no", may_have_been_sent=not is_known)
+
+    async with ConnectionManager(Broken()) as manager:
+        for channels, is_unknown in ((["a", "b"], True), (["b", "a"], True), (["a"], False)):
+            with pytest.raises(EngineUnavailable) as caught:
+                await manager.broadcast("x", channels=channels)
+            assert caught.value.may_have_been_sent is is_unknown
 
 
 # Objects that JSON doesn't know.

@@ -186,7 +186,7 @@ def mark_coroutine_function(function: Callable[..., object]) -> None:
     if sys.version_info >= (3, 12):
         inspect.markcoroutinefunction(function)
     else:
-        function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+        function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # as asyncio.iscoroutinefunction looks for it
 
 
 def name_if_it_blocked(name: str, started: float, seconds: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
-from wsbroadcast.publication import Control, Gap, Publication
+from wsbroadcast.publication import Control, Gap, Position, Publication
 from wsbroadcast.stats import EngineStats
 
 P = TypeVar("P")
@@ -189,8 +189,27 @@ async def publish_all(engine: Engine, publications: Sequence[Publication | Contr
     for error in errors[:1]:
         if isinstance(error, EngineUnavailable):
             taken = [each for each, result in zip(publications, results, strict=True) if result is None]
-            error.positions = {each.audience: each.position for each in taken if isinstance(each, Publication)}
+            error.positions = _positions(taken)
+            error.may_have_been_sent = any(getattr(each, "may_have_been_sent", False) for each in errors)
         raise error
+
+
+def publish_all_nowait(engine: Engine, publications: Sequence[Publication]) -> None:
+    """Publish several without waiting, in this order.
+
+    Raises:
+        EngineUnavailable: As for `publish_nowait`; `positions` has those that were taken.
+    """
+    for number, publication in enumerate(publications):
+        try:
+            engine.publish_nowait(publication)
+        except EngineUnavailable as error:
+            error.positions = _positions(publications[:number])
+            raise
+
+
+def _positions(publications: Sequence[Publication | Control]) -> dict[Audience, Position | None]:
+    return {each.audience: each.position for each in publications if isinstance(each, Publication)}
 
 
 def transactional(engine: Engine) -> Transactional:

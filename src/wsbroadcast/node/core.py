@@ -15,7 +15,7 @@ from wsbroadcast.audience import UNSET, Audience, audiences_of, user_keys
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.concurrency import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
 from wsbroadcast.connection import Connection, Exclude, find_connection, find_open
-from wsbroadcast.engines.contract import Engine, each, publish_all, transactional
+from wsbroadcast.engines.contract import Engine, each, publish_all, publish_all_nowait, transactional
 from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, kind_of
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.message import JSONDefault, Message
@@ -24,7 +24,7 @@ from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.node import Node
 from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publication import NOBODY, Control, Publication, Publications, Receipt, publications_of
+from wsbroadcast.publication import NOBODY, Control, Dismissal, Publication, Publications, Receipt, publications_of
 from wsbroadcast.stats import Counters
 from wsbroadcast.transports import SEEN_KEY
 from wsbroadcast.types import Manager
@@ -146,7 +146,8 @@ class Core:
             EngineError: If the broker didn't take it.
         """
         node = await self.life.run_here()
-        members = node.registry.count(control.audience, getattr(control, "exclude", NOBODY))
+        exclude = control.exclude if isinstance(control, Dismissal) else NOBODY
+        members = node.registry.count(control.audience, exclude)
         try:
             await self.life.engine.publish(control)
         except EngineError:
@@ -179,7 +180,7 @@ class Core:
         Raises:
             TypeError: If something else is among them.
         """
-        several: Iterable[Any] = exclude  # type: ignore[assignment]
+        several: Iterable[Any] = exclude  # type: ignore[assignment]  # or one connection
         if isinstance(exclude, (Connection, WebSocket, str)) or not isinstance(exclude, Iterable):
             several = (exclude,)
         try:
@@ -277,8 +278,7 @@ class Core:
         prepared: Sequence[Publication] = publications
         if self._hooks.has("on_broadcast"):
             prepared = without_waiting(self._transform_all(publications), "an on_broadcast hook has to wait")
-        for publication in prepared:
-            self.life.engine.publish_nowait(publication)
+        publish_all_nowait(self.life.engine, prepared)
         return Receipt(members, is_held_back=not prepared and bool(publications))
 
     def broadcast_threadsafe(self, publications: Publications) -> Receipt:

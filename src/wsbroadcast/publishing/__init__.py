@@ -14,7 +14,7 @@ from wsbroadcast.audience import UNSET, Unset, UserId, audiences_of, user_keys
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import LoopThread, running_loop
 from wsbroadcast.engines import URL, create_engine
-from wsbroadcast.engines.contract import Engine, Health, transactional
+from wsbroadcast.engines.contract import Engine, Health, publish_all_nowait, transactional
 from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 from wsbroadcast.message import JSONDefault, Message, check_json_default
@@ -200,8 +200,7 @@ class Publisher:
             raise LifecycleError("the publisher runs in another event loop, or a thread of its own: await `broadcast`")
         if host is None or not host.is_started:
             raise LifecycleError("the publisher isn't started in this event loop: await `start` or `broadcast` first")
-        for publication in publications:
-            self._engine.publish_nowait(publication)
+        publish_all_nowait(self._engine, publications)
         return Receipt(0)
 
     @overload
