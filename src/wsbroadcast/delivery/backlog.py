@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.options import SlowConsumer
+from wsbroadcast.options import Policy, SlowConsumer
 
 HIGH_WATER_PART = 8
 """The crowd is asked to wait when this part of a backlog is full; what is left carries the tail of the crowd."""
@@ -27,7 +27,7 @@ class Entry:
     will be written, and neither the text, the payload nor the frames for others beside it.
     """
 
-    __slots__ = ("channel", "data", "is_text", "key", "size")
+    __slots__ = ("channel", "data", "is_text", "key", "policy", "size")
 
     def __init__(
         self, data: bytes, size: int, *, is_text: bool, key: Key | None = None, channel: str | None = None
@@ -42,6 +42,8 @@ class Entry:
         """What it is the newest of, under the policy `conflate`."""
         self.channel = channel
         """The channel that it was broadcast to, which may have a policy of its own; `None` for other audiences."""
+        self.policy: Policy | None = None
+        """What happens if it doesn't fit; known once it has waited somewhere, for all backlogs of a node."""
 
 
 class Turn:
@@ -104,7 +106,9 @@ class Backlog:
         Raises:
             BacklogFull: If it doesn't fit and the policy doesn't drop.
         """
-        policy = self._options.policy_of(entry.channel)
+        policy = entry.policy
+        if policy is None:
+            policy = entry.policy = self._options.policy_of(entry.channel)
         older = self._items.get(entry.key) if policy == "conflate" and entry.key is not None else None
         if self._is_full_for(entry, older):
             if policy == "drop_newest":
@@ -165,11 +169,11 @@ class Backlog:
         return dropped
 
     def _may_be_dropped(self, item: Entry | Turn) -> bool:
-        return isinstance(item, Entry) and self._options.policy_of(item.channel) == "drop_oldest"
+        return isinstance(item, Entry) and item.policy == "drop_oldest"
 
     def _append(self, entry: Entry) -> None:
         self._serial += 1
-        key = entry.key if entry.key is not None and self._options.policy_of(entry.channel) == "conflate" else None
+        key = entry.key if entry.policy == "conflate" else None
         self._items[self._serial if key is None else key] = entry
         self.messages += 1
         self.bytes += entry.size

@@ -154,8 +154,7 @@ class Sink:
                 self.owner.evict("backlog_full")
                 return
             if dropped:
-                policy = self._slow_consumers.options.policy_of(entry.channel)
-                self._slow_consumers.counters.dropped[policy] += dropped
+                self._slow_consumers.counters.dropped[str(entry.policy)] += dropped
         if not self._is_behind and backlog.is_past_high_water:
             self._is_behind = True
             self._slow_consumers.fell_behind(self)
