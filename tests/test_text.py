@@ -6,11 +6,13 @@ from enum import Enum, IntEnum, StrEnum
 from uuid import UUID, uuid4
 
 import pytest
+from fastapi import FastAPI, WebSocketException
 
-from tests.support.asgi import Peer
+from tests.support.asgi import Peer, lifespan, visit
 from wsbroadcast import (
     Audience,
     ConnectionClosed,
+    ConnectionDep,
     ConnectionManager,
     LimitExceeded,
     Message,
@@ -254,3 +256,18 @@ def test_prefix_may_be_an_enum_s_member() -> None:
     assert getattr(redis.new_link(), "probe", "") == "admin:probe"
     assert "admin_spill" in postgres._table.name
     assert postgres._prefix == "admin"
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=ids)
+async def test_reason_of_an_endpoint_s_exception_goes_out_plain(text: str) -> None:
+    manager = ConnectionManager()
+    app = FastAPI(lifespan=manager.lifespan)
+
+    @app.websocket("/")
+    async def endpoint(connection: ConnectionDep) -> None:
+        raise WebSocketException(4000, text)
+
+    async with lifespan(app), visit(app, "/") as peer:
+        assert await peer.wait_close() == 4000
+        assert peer.close is not None
+        assert is_plain(peer.close["reason"], "admin")

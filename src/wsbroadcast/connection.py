@@ -21,7 +21,6 @@ from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, kind_of
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt, unix_seconds
 from wsbroadcast.signatures import no_dependency
-from wsbroadcast.text import plain
 from wsbroadcast.transports import SCOPE_KEY, SEEN_KEY, STEPPED_ASIDE, Ended, Event, Transport, closed_error
 from wsbroadcast.types import Manager
 
@@ -206,7 +205,7 @@ class Connection(Generic[Info]):
 
     async def close(self, code: int = CloseCode.NORMAL, reason: str = "") -> None:
         """Send what was handed over before, then close. Idempotent; never hangs on a peer that takes nothing."""
-        await self._core.close(self, code, plain(reason or ""))
+        await self._core.close(self, code, reason)
 
     def renew(self, expires_at: ExpiresAt) -> None:
         """Let the connection live until another moment; at that moment it is closed with 4401.

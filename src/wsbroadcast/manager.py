@@ -26,7 +26,6 @@ from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_p
 from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
-from wsbroadcast.text import plain
 from wsbroadcast.transports.exit_stack import give_exit_stack
 from wsbroadcast.types import BroadcastOptions, Headers, To, TransactionOptions, Users
 
@@ -235,7 +234,7 @@ class ConnectionManager(HookDecorators):
             LifecycleError: If called in another event loop.
             ValueError: If the code can't be sent.
         """
-        await self._core.close(websocket, code, plain(reason or ""))
+        await self._core.close(websocket, code, reason)
 
     async def close_user(
         self,

@@ -26,6 +26,7 @@ from wsbroadcast.node.node import Node
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.publication import NOBODY, Control, Dismissal, Publication, Publications, Receipt, publications_of
 from wsbroadcast.stats import Counters
+from wsbroadcast.text import plain
 from wsbroadcast.transports import SEEN_KEY
 from wsbroadcast.types import Manager
 
@@ -125,7 +126,7 @@ class Core:
         """Send what was handed over before, then close and remove."""
         connection = self._find_here(websocket)
         if connection is not None:
-            await self.life.node.membership.close(connection, code, reason)
+            await self.life.node.membership.close(connection, code, plain(reason or ""))
 
     async def subscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Subscribe a connection to channels."""
