@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import Audience, UserId
+from wsbroadcast.concurrency import AwaitableContext
 from wsbroadcast.engines.contract import Health
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt
@@ -94,7 +95,7 @@ class Manager(Protocol[C]):
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
-    ) -> Coroutine[Any, Any, C]: ...
+    ) -> AwaitableContext[C]: ...
     def handshake(self, websocket: WebSocket) -> AbstractAsyncContextManager[None]: ...  # noqa: D102
     def disconnect(self, websocket: WebSocket | C) -> Awaitable[None]: ...  # noqa: D102
     async def close(self, websocket: WebSocket | C, code: int = ..., reason: str = "") -> None: ...  # noqa: D102

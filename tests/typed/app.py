@@ -281,6 +281,8 @@ async def by_hand(websocket: WebSocket) -> None:
         print(error.code, error.reason)
     first, second = await asyncio.gather(manager.connect(websocket), manager.connect(websocket))
     assert first is second
+    async with connection.manager.connect(websocket) as again:
+        assert again is connection
     task = asyncio.create_task(manager.connect(websocket))
     assert_type((await task).is_open, bool)
 
