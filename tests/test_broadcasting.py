@@ -436,7 +436,7 @@ async def test_what_fails_is_logged_and_the_next_is_sent(
         manager.broadcast_soon(text)
     assert await peer.wait_messages(1) == ["good"]
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert [record.getMessage() for record in errors] == ["broadcast_soon: a message was not sent"]
+    assert [record.getMessage() for record in errors] == ["broadcast_soon: not sent so far: 1"]
 
 
 async def test_soon_is_bounded() -> None:

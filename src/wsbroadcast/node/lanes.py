@@ -67,6 +67,7 @@ class Outbox:
         self._is_busy = False
         self._is_closed = False
         self._idle = asyncio.Event()
+        self._failed = 0
         self._throttle = Throttle()
 
     def put(self, publications: Publications, begin: Callable[[], object]) -> None:
@@ -93,13 +94,14 @@ class Outbox:
             begin()
 
     async def send_all(self) -> None:
-        """Send what waits. What can't be sent is logged, and what waits behind it is sent all the same."""
+        """Send what waits. What can't be sent is counted in the log, and what waits behind it is sent all the same."""
         while (publications := self._next()) is not None:
             try:
                 await self._publish(publications)
             except Exception as error:
+                self._failed += 1
                 if self._throttle.is_due(type(error).__name__):
-                    logger.error("broadcast_soon: a message was not sent", exc_info=error)
+                    logger.error("broadcast_soon: not sent so far: %d", self._failed, exc_info=error)
         self._idle.set()
 
     def _next(self) -> Publications | None:

@@ -31,7 +31,7 @@ class OnceEach:
     """Who got a broadcast to several audiences, so that each connection gets it once.
 
     It is remembered who *got* it, not who was in an audience: between its publications connections come, go and move.
-    Remembered are the broadcasts of the last 10 s.
+    Remembered are the broadcasts of the last 10 s; older ones are forgotten when the next is delivered.
 
     Args:
         clock: Tells the time, in seconds.
