@@ -1,6 +1,7 @@
 """The manager and the connection as FastAPI dependencies."""
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any, Never
 
 from fastapi import Depends, WebSocket
@@ -51,6 +52,40 @@ _UNBOUND_MOUNT = (
 )
 
 
+@asynccontextmanager
+async def _connected(
+    access: Access, manager: ConnectionManager, websocket: HTTPConnection
+) -> AsyncGenerator[Connection]:
+    if not isinstance(websocket, WebSocket):
+        raise ConfigurationError("ConnectionDep is for a WebSocket's endpoint; one of HTTP takes a ManagerDep")
+    try:
+        connection = await access._connect(manager, websocket)
+    except ConnectionClosed:
+        raise end_quietly(websocket) from None
+    code: int = CloseCode.INTERNAL_ERROR
+    reason = ""
+    try:
+        yield connection
+        code = CloseCode.NORMAL
+    except Exception as error:
+        match ungrouped(error, WebSocketException, WebSocketDisconnect, HTTPException):
+            case WebSocketDisconnect():
+                code = CloseCode.NORMAL
+            case PermissionDenied() as denied:
+                code, reason = denied.code, denied.reason
+            case WebSocketException() as refusal:
+                code, reason = refusal.code, refusal.reason or ""
+                raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
+            case HTTPException():  # which FastAPI makes a response of that goes nowhere
+                logger.error("an endpoint raised %r, which no WebSocket's client sees: %s", error, _RAISE_INSTEAD)
+                raise
+            case _:
+                raise
+    finally:
+        if connection.is_open:
+            await core_of(manager).close(connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
+
+
 ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
 """The app's manager, as a parameter's type."""
 
@@ -94,36 +129,8 @@ def connection_dependency(
         one that raises `PermissionDenied` with 1008, one that fails with 1011. That the peer is gone is not an error
         here: `WebSocketDisconnect` ends the endpoint quietly.
         """
-        if not isinstance(websocket, WebSocket):
-            raise ConfigurationError("ConnectionDep is for a WebSocket's endpoint; one of HTTP takes a ManagerDep")
-        try:
-            connection = await chosen_access._connect(manager, websocket)
-        except ConnectionClosed:
-            raise end_quietly(websocket) from None
-        code: int = CloseCode.INTERNAL_ERROR
-        reason = ""
-        try:
+        async with _connected(chosen_access, manager, websocket) as connection:
             yield connection
-            code = CloseCode.NORMAL
-        except Exception as error:
-            match ungrouped(error, WebSocketException, WebSocketDisconnect, HTTPException):
-                case WebSocketDisconnect():
-                    code = CloseCode.NORMAL
-                case PermissionDenied() as denied:
-                    code, reason = denied.code, denied.reason
-                case WebSocketException() as refusal:
-                    code, reason = refusal.code, refusal.reason or ""
-                    raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
-                case HTTPException():  # which FastAPI makes a response of that goes nowhere
-                    logger.error("an endpoint raised %r, which no WebSocket's client sees: %s", error, _RAISE_INSTEAD)
-                    raise
-                case _:
-                    raise
-        finally:
-            if connection.is_open:
-                await core_of(manager).close(
-                    connection, code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason
-                )
 
     return get_connection
 
