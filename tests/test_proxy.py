@@ -14,6 +14,7 @@ import pytest
 from tests.support.brokers import Endpoint
 from tests.support.proxy import FaultProxy
 from tests.support.servers import eventually
+from tests.support.tcp import serving
 
 Connect = Callable[[], Awaitable["Peer"]]
 
@@ -58,9 +59,9 @@ class Peer:
 class Recorder(Endpoint):
     """A server that keeps its side of each connection for the test."""
 
-    def __init__(self, server: asyncio.Server) -> None:
-        super().__init__(f"tcp://user:secret@127.0.0.1:{server.sockets[0].getsockname()[1]}/0")
-        self.peers: asyncio.Queue[Peer] = asyncio.Queue()
+    def __init__(self, port: int, peers: asyncio.Queue[Peer]) -> None:
+        super().__init__(f"tcp://user:secret@127.0.0.1:{port}/0")
+        self.peers = peers
 
 
 @pytest.fixture
@@ -71,14 +72,13 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 @pytest.fixture
 async def recorder(stack: AsyncExitStack) -> Recorder:
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        stack.callback(writer.close)
-        endpoint.peers.put_nowait(Peer(reader, writer))
+    peers: asyncio.Queue[Peer] = asyncio.Queue()
 
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    stack.callback(server.close)
-    endpoint = Recorder(server)
-    return endpoint
+    async def keep(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peers.put_nowait(Peer(reader, writer))
+        await asyncio.Future()
+
+    return Recorder(await stack.enter_async_context(serving(keep)), peers)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests.support.brokers import RedisServer
+from tests.support.tcp import serving
 from wsbroadcast.engines.redis.protocol import ReplyReader
 
 _CONFIRMATION = b"*3\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n:1\r\n"
@@ -19,24 +20,16 @@ Answer = Callable[[list[bytes]], bytes]
 @asynccontextmanager
 async def fake_redis(answer: Answer) -> AsyncIterator[str]:
     """Run a server that gives `answer(command)` to each command; yields its address."""
-    writers = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writers.add(writer)
         commands = ReplyReader()  # a command has the form of a reply
         while data := await reader.read(65536):
             for command in commands.feed(data):
                 assert isinstance(command, list)
                 writer.write(answer([part for part in command if isinstance(part, bytes)]))
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield "127.0.0.1:{1}".format(*server.sockets[0].getsockname())
-    finally:
-        server.close()
-        for writer in writers:
-            writer.transport.abort()
-        await asyncio.sleep(0)
+    async with serving(serve) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def skip_without_shards(server: RedisServer) -> None:

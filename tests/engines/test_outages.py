@@ -87,6 +87,11 @@ class Story:
         for node in (self.publisher, self.receiver):
             await eventually(lambda node=node: _is(node.manager, ok=False), timeout=12)  # type: ignore[misc]
 
+        async def is_refused() -> bool:
+            return bool(self.refused)
+
+        await eventually(is_refused)  # a publisher that just waits between two numbers has noticed nothing yet
+
     async def serve_meanwhile(self) -> None:
         """Local broadcasts go on, and people come in."""
         await self.receiver.manager.connect(self.late.websocket, channels=["late"])
