@@ -32,6 +32,7 @@ LAYERS = [
     {"delivery", "publishing", "testing"},
     {"types"},
     {"engines"},
+    {"history"},
     {"publication"},
     {"message"},
     {"audience", "concurrency", "options", "signatures"},

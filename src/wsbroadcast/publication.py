@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from secrets import token_urlsafe
@@ -12,6 +13,14 @@ from wsbroadcast.audience import Audience, UserId, as_channels
 from wsbroadcast.close_codes import check_sendable, cut_reason
 from wsbroadcast.message import Message
 
+EPOCH = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What an epoch looks like."""
+
+MAX_OFFSET = 2**63 - 1
+"""The largest offset that every broker can count to."""
+
+_POSITION = re.compile(rf"({EPOCH.pattern}):(0|[1-9][0-9]{{0,18}})")
+
 NOBODY: frozenset[str] = frozenset()
 """The ids of no connection."""
 
@@ -20,15 +29,41 @@ class Position(NamedTuple):
     """A place in the history of an audience."""
 
     epoch: str
-    """Names the history. Positions of another one can't be compared with these."""
+    """Names the history, and is never empty. Positions of another one can't be compared with these."""
     offset: int
-    """Grows with each publication that is kept."""
+    """Grows with each publication that is kept; 0 before the first."""
+
+    @classmethod
+    def of(cls, text: str) -> Self:
+        """Read a position from the text that `str` makes of it.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        found = _POSITION.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(f"a position is an epoch, a colon and an offset, not {text!r:.80}")
+        return cls(found[1], int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.epoch}:{self.offset}"
 
 
 class Publication:
     """A message on its way to an audience."""
 
-    __slots__ = ("_seen", "audience", "audiences", "exclude", "exclude_users", "id", "message", "position")
+    __slots__ = (
+        "_seen",
+        "audience",
+        "audiences",
+        "exclude",
+        "exclude_users",
+        "id",
+        "kept_at",
+        "message",
+        "position",
+        "previous",
+    )
 
     def __init__(
         self,
@@ -40,6 +75,8 @@ class Publication:
         id: str | None = None,  # noqa: A002  # the name that it has in the envelope
         audiences: tuple[Audience, ...] = (),
         position: Position | None = None,
+        previous: int = 0,
+        kept_at: float = 0.0,
     ) -> None:
         self.message = message
         """What was broadcast."""
@@ -55,6 +92,10 @@ class Publication:
         """All audiences of a broadcast to several; empty for one audience."""
         self.position = position
         """Its place in the history of its audience; `None` where nothing is kept."""
+        self.previous = previous
+        """The offset before it in its audience, if it has a position: a jump shows that one is missing."""
+        self.kept_at = kept_at
+        """When it was kept, by this process's monotonic clock, if it has a position."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
 
@@ -62,6 +103,11 @@ class Publication:
     def size(self) -> int:
         """The payload's size in bytes."""
         return self.message.size
+
+    @property
+    def offset(self) -> int:
+        """That of its position; 0 if it has none."""
+        return 0 if self.position is None else self.position.offset
 
     def with_message(self, message: Message) -> Publication:
         """Return the same publication of another message."""
@@ -73,7 +119,13 @@ class Publication:
             id=self.id,
             audiences=self.audiences,
             position=self.position,
+            previous=self.previous,
+            kept_at=self.kept_at,
         )
+
+    def place(self, position: Position, previous: int, kept_at: float) -> None:
+        """Give it its place in the history of its audience."""
+        self.position, self.previous, self.kept_at = position, previous, kept_at
 
     def seen_by(self, protocol: Protocol) -> Message:
         """Return what a client of a protocol gets of it, made once for all clients of that protocol."""

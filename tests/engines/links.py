@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.broker import BrokerEngine, Link, Parcel
+from wsbroadcast.engines.broker.link import Place
 
 
 class Letters:
@@ -19,7 +20,7 @@ class Letters:
         self.reasons: list[str] = []
         self._changed = asyncio.Event()
 
-    def take(self, name: str, envelope: bytes) -> None:
+    def take(self, name: str, envelope: bytes, place: Place | None = None) -> None:
         self.taken.append((name, envelope))
         self._changed.set()
 

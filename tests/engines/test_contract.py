@@ -14,7 +14,7 @@ from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.options import Timing
-from wsbroadcast.testing import BrokerContract, EngineContract
+from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract
 
 hub = load(EXAMPLES / "08_engine.py")
 
@@ -22,7 +22,7 @@ hub = load(EXAMPLES / "08_engine.py")
 TIMING = Timing(linger=0.02)
 
 
-class TestMemory(EngineContract):
+class TestMemory(HistoryContract, EngineContract):
     def make_engine(self) -> Engine:
         return MemoryEngine()
 

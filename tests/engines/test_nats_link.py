@@ -11,7 +11,7 @@ from tests.engines.links import Letters, Used, used
 from tests.engines.nats_links import let_in, serving
 from tests.support.brokers import Endpoint, NATSServer, free_port
 from wsbroadcast import ConfigurationError, MessageTooLarge
-from wsbroadcast.engines.broker.link import Parcel
+from wsbroadcast.engines.broker.link import Parcel, Place
 from wsbroadcast.engines.nats import NATSEngine
 
 OwnNATS = Callable[..., NATSServer]
@@ -308,7 +308,7 @@ async def test_garbage_loses_the_link_and_is_no_end_in_silence() -> None:
 async def test_inlet_that_fails_loses_the_link(nats_server: Endpoint, prefix: str) -> None:
     async with used(nats_server.url, f"{prefix}.a") as link:
 
-        def fail(name: str, envelope: bytes) -> None:
+        def fail(name: str, envelope: bytes, place: Place | None = None) -> None:
             raise RuntimeError("no room")
 
         link.letters.take = fail  # type: ignore[method-assign]

@@ -518,7 +518,7 @@ def test_what_nobody_asked_for_loses_the_link(wire: bytes, says: str) -> None:
 
 def test_inlet_that_raises_loses_the_link() -> None:
     listener, letters, losses = _listener()
-    letters.take = lambda name, envelope: 1 / 0  # type: ignore[method-assign, assignment]
+    letters.take = lambda name, envelope, place=None: 1 / 0  # type: ignore[method-assign, assignment]
     listener.data_received(b"*3\r\n$7\r\nmessage\r\n$1\r\na\r\n$1\r\n1\r\n")
     assert [type(loss) for loss in losses] == [ZeroDivisionError]
 

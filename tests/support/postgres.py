@@ -12,7 +12,7 @@ import asyncpg
 
 from tests.support.servers import eventually
 from wsbroadcast.audience import Audience
-from wsbroadcast.engines.broker.link import Parcel
+from wsbroadcast.engines.broker.link import Parcel, Place
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import SpillTable
@@ -36,7 +36,7 @@ class Pile:
         self.misses: list[str] = []
         self.missed_since: list[float | None] = []
 
-    def take(self, name: str, envelope: bytes) -> None:
+    def take(self, name: str, envelope: bytes, place: Place | None = None) -> None:
         self.parcels.append(Parcel(name, envelope))
 
     def missed(self, why: str, since: float | None = None) -> None:

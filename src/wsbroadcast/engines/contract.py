@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.history import Appended, History, HistoryRules, Replay
 from wsbroadcast.publication import Control, Gap, Position, Publication
 from wsbroadcast.stats import EngineStats
 
@@ -51,16 +52,96 @@ class Receiver(Protocol):
     def gap(self, gap: Gap) -> None:
         """Take note that messages of other nodes are missing. Never blocks, never raises."""
 
+    def suspect(self) -> None:
+        """Take note that messages may be missing now: what has a history is read on. Never blocks, never raises."""
+
 
 @runtime_checkable
 class Transactional(Protocol):
     """What an engine can do whose broker is the app's database."""
 
-    def publish_in(self, transaction: object, publication: Publication) -> Coroutine[Any, Any, None]:
+    def publish_in(
+        self, transaction: object, publication: Publication, history: History | None = None
+    ) -> Coroutine[Any, Any, None]:
         """Publish as part of a transaction of the caller's: a commit sends it, a rollback doesn't.
+
+        Args:
+            transaction: The caller's.
+            publication: What to publish.
+            history: How much is kept of its audience; an engine that keeps none isn't asked for it.
 
         Raises:
             ConfigurationError: If the object is not a connection or session that the engine knows.
+        """
+
+
+@runtime_checkable
+class KeepsHistory(Protocol):
+    """What an engine can do that keeps publications. To keep, to number and to send is one step: all of it or nothing.
+
+    The place of a publication is its position: the epoch names the history and dies with it, the offset grows. The
+    epoch changes whenever something that was confirmed to a publisher may have been lost, and when a history is
+    removed; never because publications expire. A publication comes to every node with its position and with the
+    offset before it in its audience, so that a node sees where one is missing, and reads it.
+    """
+
+    def keep(self, rules: HistoryRules | None) -> None:
+        """Say what is kept, before `start`; `None` for who only publishes, and learns it from what others have said.
+
+        Raises:
+            ConfigurationError: If the engine can't keep it, as it was made.
+        """
+
+    @property
+    def rules(self) -> HistoryRules | None:
+        """What is kept, as `keep` was told, else as others have said at the broker; `None` if nothing is known."""
+
+    def append(
+        self, publication: Publication, history: History, key: str | None = None
+    ) -> Coroutine[Any, Any, Appended]:
+        """Return once it is kept, and on its way to every node that wants it.
+
+        Args:
+            publication: What to publish.
+            history: How much is kept of its audience.
+            key: Names it in its audience: of several with the same key the first alone is kept and sent, as long as it
+                is kept, or for some minutes. All of them return its position.
+
+        Raises:
+            EngineUnavailable: As for `publish`; what is not kept is not sent either.
+            MessageTooLarge: If it is larger than the broker takes.
+            EngineError: If the broker refuses this very publication.
+            ConfigurationError: If there is a key, and the engine can't keep keys.
+        """
+
+    def append_nowait(self, publication: Publication, history: History) -> None:
+        """Take it without waiting for a confirmation; raises what `publish_nowait` raises."""
+
+    def read(self, audience: Audience, since: Position | None, history: History) -> Coroutine[Any, Any, Replay]:
+        """Read what came after a position, or the newest that there is of what is kept.
+
+        What it returns is not older than anything that was confirmed to a publisher before the call. It makes the epoch
+        if there is none. It reads nothing that is older than `history.seconds`, and the newest `history.messages` only;
+        `Replay.is_complete` tells whether that is everything after the position.
+
+        Raises:
+            EngineUnavailable: If the broker can't be reached, or doesn't answer.
+        """
+
+    def positions(
+        self, audiences: Sequence[Audience], histories: Sequence[History]
+    ) -> Coroutine[Any, Any, Sequence[Position]]:
+        """Read the newest position of each of these audiences, in one round trip; it makes the epochs that are missing.
+
+        Raises:
+            EngineUnavailable: If the broker can't be reached, or doesn't answer.
+        """
+
+    def forget(self, audience: Audience) -> Coroutine[Any, Any, None]:
+        """Remove the history of an audience; the epoch changes.
+
+        Raises:
+            EngineUnavailable: If the broker can't be reached, or doesn't answer.
         """
 
 
@@ -220,4 +301,18 @@ def transactional(engine: Engine) -> Transactional:
     """
     if not isinstance(engine, Transactional):
         raise ConfigurationError(f"the {engine.name} engine can't publish inside a transaction, Postgres can")
+    return engine
+
+
+def keeps_history(engine: Engine) -> KeepsHistory:
+    """Return the engine itself, if it can keep what is published.
+
+    Raises:
+        ConfigurationError: If it can't.
+    """
+    if not isinstance(engine, KeepsHistory):
+        raise ConfigurationError(
+            f"the {engine.name} engine keeps no history: leave history= out, or use memory://, sqlite:///, redis://, "
+            "nats:// with JetStream, or postgresql://"
+        )
     return engine

@@ -7,27 +7,110 @@ import multiprocessing
 import os
 import re
 import sys
+from collections import OrderedDict, deque
 from collections.abc import Coroutine, Mapping, Sequence
+from itertools import islice
+from secrets import token_urlsafe
+from time import monotonic
 from typing import Any, Self
 
+from wsbroadcast.audience import Audience
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
+from wsbroadcast.history import Appended, History, HistoryRules, Replay
 from wsbroadcast.logs import logger
-from wsbroadcast.publication import Control, Publication
+from wsbroadcast.publication import Control, Position, Publication
 
 # Programs that serve an app with several processes, and the option that they have in common.
 _SERVER = re.compile(r"(uvicorn|gunicorn|hypercorn|granian|fastapi)(\.exe|[/\\]__main__\.py)?$")
 _OPTION = re.compile(r"(?<!\S)(?:--workers|-w)[ =]?(\d+)(?!\S)")
 
 
+# How many publications with a key are remembered in each audience, beside those that are kept.
+_KEYS = 1000
+
+# After so many new audiences there is a look at those that nothing was published to for long.
+_SWEEP = 4096
+
+
+class Log:
+    """The history of one audience in this process."""
+
+    __slots__ = ("_kept", "_keys", "_touched", "epoch", "offset")
+
+    def __init__(self, now: float) -> None:
+        self.epoch = token_urlsafe(9)
+        """Dies with this object."""
+        self.offset = 0
+        """That of the newest publication."""
+        self._kept: deque[Publication] = deque()
+        # The offsets of publications that had a key, by it.
+        self._keys: OrderedDict[str, int] | None = None
+        self._touched = now
+
+    def append(self, publication: Publication, history: History) -> Position:
+        """Keep a publication, and give it its place."""
+        now = monotonic()
+        previous = self.offset
+        self.offset = previous + 1
+        position = Position(self.epoch, self.offset)
+        publication.place(position, previous, now)
+        self._touched = now
+        if publication.message.size <= history.max_kept_bytes:
+            kept = self._kept
+            kept.append(publication)
+            if len(kept) > history.messages or now - kept[0].kept_at > history.seconds:
+                kept.popleft()
+        return position
+
+    def repeat(self, key: str) -> Position | None:
+        """Return the position of a publication that had a key; `None` if it is new."""
+        offset = None if self._keys is None else self._keys.get(key)
+        return None if offset is None else Position(self.epoch, offset)
+
+    def remember(self, key: str) -> None:
+        """Remember the key of the newest publication."""
+        if self._keys is None:
+            self._keys = OrderedDict()
+        self._keys[key] = self.offset
+        if len(self._keys) > _KEYS:
+            self._keys.popitem(last=False)
+
+    def is_forgotten(self, now: float, history: History) -> bool:
+        """Tell whether nothing was published for longer than the position is remembered."""
+        return now - self._touched > history.remember
+
+    def read(self, since: int | None, history: History) -> Replay:
+        """Return what was kept after an offset, or all of it."""
+        now = monotonic()
+        while self._kept and now - self._kept[0].kept_at > history.seconds:
+            self._kept.popleft()
+        publications = list(islice(self._kept, max(0, len(self._kept) - history.messages), None))
+        base = self.offset
+        for publication in reversed(publications):
+            if publication.offset != base:
+                break  # the one after it was too large to be kept
+            base = publication.previous
+        if since is not None:
+            publications = [each for each in publications if each.offset > since]
+            base = max(base, since)
+        return Replay(Position(self.epoch, self.offset), publications, base)
+
+
 class MemoryEngine(Engine):
-    """Reaches the connections of this process only. No I/O, nothing to configure."""
+    """Reaches the connections of this process only. No I/O, nothing to configure.
+
+    What it keeps ends with the process, or the manager.
+    """
 
     name = "memory"
     links_nodes = False
+    rules: HistoryRules | None = None
 
     def __init__(self) -> None:
         self._receiver: Receiver | None = None
+        self._logs: dict[Audience, Log] = {}
+        self._made = 0
         # Where it was started: the event loop, and the process, which may have been forked off since.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
@@ -52,8 +135,9 @@ class MemoryEngine(Engine):
         self._receiver, self._loop, self._process = receiver, asyncio.get_running_loop(), os.getpid()
 
     async def aclose(self) -> None:
-        """Stop."""
+        """Stop, and forget what was kept."""
         self._receiver = self._loop = None
+        self._logs.clear()
 
     def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, None]:
         """Deliver to this node's connections; returns when they have it."""
@@ -62,6 +146,66 @@ class MemoryEngine(Engine):
     def publish_nowait(self, publication: Publication | Control) -> None:
         """Deliver to this node's connections, behind what waits for `on_deliver` hooks."""
         self._started().take(publication)
+
+    # What is kept.
+
+    def keep(self, rules: HistoryRules | None) -> None:
+        """Say what is kept; there is nobody else to tell it."""
+        self.rules = rules
+
+    async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
+        """Keep it and deliver it to this node's connections; returns when they have it."""
+        receiver, log = self._started(), self._log(publication.audience, history)
+        if key is not None and (position := log.repeat(key)) is not None:
+            return Appended(position, is_repeat=True)
+        position = log.append(publication, history)
+        if key is not None:
+            log.remember(key)
+        await receiver.deliver(publication)
+        return Appended(position)
+
+    def append_nowait(self, publication: Publication, history: History) -> None:
+        """Keep it and deliver it to this node's connections, behind what waits for `on_deliver` hooks."""
+        receiver = self._started()
+        self._log(publication.audience, history).append(publication, history)
+        receiver.take(publication)
+
+    async def read(self, audience: Audience, since: Position | None, history: History) -> Replay:
+        """Return what was kept after a position, or all of it."""
+        self._started()
+        log = self._log(audience, history)
+        return log.read(since.offset if since is not None and 0 <= since.offset <= log.offset else None, history)
+
+    async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
+        """Return the newest position of each audience."""
+        self._started()
+        logs = [self._log(audience, history) for audience, history in zip(audiences, histories, strict=True)]
+        return [Position(log.epoch, log.offset) for log in logs]
+
+    async def forget(self, audience: Audience) -> None:
+        """Remove the history of an audience."""
+        self._started()
+        self._logs.pop(audience, None)
+
+    def _log(self, audience: Audience, history: History) -> Log:
+        log = self._logs.get(audience)
+        if log is None:
+            self._sweep()
+            log = self._logs[audience] = Log(monotonic())
+        return log
+
+    def _sweep(self) -> None:
+        # New audiences pay for those that are forgotten.
+        self._made += 1
+        if self._made % _SWEEP == 0 and self.rules is not None:
+            now = monotonic()
+            forgotten = [
+                audience
+                for audience, log in self._logs.items()
+                if (history := self.rules.of(audience)) is None or log.is_forgotten(now, history)
+            ]
+            for audience in forgotten:
+                del self._logs[audience]
 
     async def health(self) -> Health:
         """Tell whether the engine was started."""

@@ -135,6 +135,9 @@ class Node:
         if not self._is_closed:
             self._tasks.spawn(self._tell_gap(gap), "on_gap hooks")
 
+    def suspect(self) -> None:
+        """Read on what may be missing."""
+
     # What the manager calls.
 
     def count(self, publications: Publications) -> int:

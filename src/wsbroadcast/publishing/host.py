@@ -39,6 +39,9 @@ class NullReceiver:
     def gap(self, gap: Gap) -> None:
         """Do nothing."""
 
+    def suspect(self) -> None:
+        """Do nothing."""
+
 
 class HasEnded(LifecycleError):
     """Raised by a host that has ended. Nothing was sent; the call may be made at another host."""

@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 from unicodedata import normalize
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.engines.contract import Engine
+from wsbroadcast.engines.contract import Engine, keeps_history
+from wsbroadcast.history import HistoryRules
 from wsbroadcast.message import Message
 from wsbroadcast.publication import Control, Gap, Publication
 
@@ -93,6 +94,9 @@ class Recorder:
         self.gaps.append(gap)
         self._changed.set()
 
+    def suspect(self) -> None:
+        """Nothing to do: who has no tail reads nothing."""
+
     # What a test asks.
 
     @property
@@ -164,12 +168,14 @@ class Nodes(ABC):
         """Return a new engine that isn't started; all that one test makes are linked by the same broker."""
 
     @asynccontextmanager
-    async def nodes(self, *audiences: Audience) -> AsyncIterator[list[Node]]:
-        """Run nodes that have joined these audiences."""
+    async def nodes(self, *audiences: Audience, rules: HistoryRules | None = None) -> AsyncIterator[list[Node]]:
+        """Run nodes that have joined these audiences, and keep what the rules say."""
         async with asyncio.timeout(12 * self.seconds), AsyncExitStack() as stack:
             nodes = []
             for _ in range(self.node_count):
                 node = Node(self.make_engine(), Recorder(), self.seconds)
+                if rules is not None:
+                    keeps_history(node.engine).keep(rules)
                 await node.engine.start(node.recorder)
                 stack.push_async_callback(node.engine.aclose)
                 await node.join(*audiences)

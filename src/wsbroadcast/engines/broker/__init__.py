@@ -13,12 +13,13 @@ from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.health import Echoes, LinkHealth, is_bug
 from wsbroadcast.engines.broker.incoming import Incoming
 from wsbroadcast.engines.broker.interest import Interest
-from wsbroadcast.engines.broker.link import Inlet, Link, Parcel, reset
+from wsbroadcast.engines.broker.link import Inlet, Link, Parcel, Stretch, reset
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX, AudienceNames
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.broker.supervisor import Supervisor
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, LifecycleError
+from wsbroadcast.history import History, Replay
 from wsbroadcast.options import Limits, Timing, check_count
 from wsbroadcast.publication import Control, Publication
 from wsbroadcast.stats import EngineCounters, EngineStats
@@ -143,7 +144,7 @@ class BrokerEngine(Engine):
         """
         return self._started().confirmed(audiences)
 
-    def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, None]:
+    def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, Any]:
         """Return once the broker has taken the publication; publications of one turn of the loop go out together.
 
         Raises:
@@ -220,7 +221,7 @@ class Session:
         self.health = LinkHealth(engine, where, echoes, self.outgoing, receiver, counters)
         """How well it goes."""
         self._incoming = Incoming(
-            where, max_message_bytes, self._interest, self.outgoing, self.health, receiver, counters
+            where, names, max_message_bytes, self._interest, self.outgoing, self.health, receiver, counters
         )
         self._supervisor = Supervisor(new_link, timing, self._interest, self.outgoing, self.health, self._incoming)
         self._tasks = Tasks()
@@ -234,6 +235,10 @@ class Session:
         """
         is_running = self._running is not None and not self._running.cancelling()  # `None` while it ends, too
         return self._process == os.getpid() and self._loop.is_running() and is_running
+
+    def replay(self, audience: Audience, stretch: Stretch, history: History) -> Replay:
+        """Read what the broker has kept of an audience."""
+        return self._incoming.replay(audience, stretch, history)
 
     async def start(self, *, fail_fast: bool) -> None:
         """Try to reach the broker once, and go on trying; what `Engine.start` promises."""

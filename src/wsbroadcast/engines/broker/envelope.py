@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json
@@ -18,7 +19,16 @@ from wsbroadcast.audience import EVERYONE, MAX_AUDIENCES, Audience, check_channe
 from wsbroadcast.close_codes import is_sendable
 from wsbroadcast.exceptions import EncodeError
 from wsbroadcast.message import Form, Message
-from wsbroadcast.publication import NOBODY, Control, Dismissal, Publication, Unsubscription
+from wsbroadcast.publication import (
+    EPOCH,
+    MAX_OFFSET,
+    NOBODY,
+    Control,
+    Dismissal,
+    Position,
+    Publication,
+    Unsubscription,
+)
 
 VERSION = 1
 """The version this library writes and reads."""
@@ -35,7 +45,11 @@ _MAX_ID_LENGTH = 64
 # What `encode` writes for nearly all messages, so that the header need not be parsed.
 _TEXT = b'{"v":1,"node":"%s","seq":%d}\n%s'
 _JSON = b'{"v":1,"node":"%s","seq":%d,"type":"json"}\n%s'
-_PLAIN = re.compile(rb'\{"v":1,"node":"([A-Za-z0-9_-]{1,64})","seq":([1-9][0-9]{0,17})(,"type":"json")?\}\n')
+_PLAIN = re.compile(
+    rb'\{"v":1,"node":"([A-Za-z0-9_-]{1,64})","seq":([1-9][0-9]{0,17})(,"type":"json")?'
+    # Where it is kept, as a broker writes it behind the rest of the header.
+    rb'(?:,"epoch":"([A-Za-z0-9_-]{1,64})","offset":([1-9][0-9]{0,17}),"previous":(0|[1-9][0-9]{0,17}))?\}\n'
+)
 
 
 class BadEnvelope(Exception):
@@ -109,8 +123,10 @@ def decode(envelope: bytes, audience: Audience, max_bytes: int) -> tuple[Publica
     """
     plain = _PLAIN.match(envelope)
     if plain is not None and len(envelope) - plain.end() <= max_bytes:
-        message = _message(envelope[plain.end() :], "json" if plain[3] else "text", None)
-        return Publication(message, audience), Origin(plain[1].decode(), int(plain[2]))
+        publication = Publication(_message(envelope[plain.end() :], "json" if plain[3] else "text", None), audience)
+        if plain[4] is not None:
+            publication.place(Position(plain[4].decode(), int(plain[5])), int(plain[6]), monotonic())
+        return publication, Origin(plain[1].decode(), int(plain[2]))
     if len(envelope) > max_bytes + MAX_HEADER_BYTES:
         raise BadEnvelope("too_large")
     header, payload = _split(envelope)
@@ -149,7 +165,7 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
         is_id = id_ is None or (type(id_) is str and 0 < len(id_) <= _MAX_ID_LENGTH)
         if not (key is None or type(key) is str) or not is_id:
             raise BadEnvelope("schema")
-        return Publication(
+        publication = Publication(
             _message(payload, kind, key),
             audience,
             _texts(header, "exclude"),
@@ -157,12 +173,23 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
             id=id_,
             audiences=_audiences(header.get("audiences", [])),
         )
+        if "epoch" in header:
+            publication.place(*_place(header), monotonic())
+        return publication
     if kind == "unsubscribe":
         return Unsubscription(audience, _channels(header.get("channels")))
     code = header.get("code")
     if kind != "close" or type(code) is not int or not is_sendable(code):
         raise BadEnvelope("schema")
     return Dismissal(audience, code, _decoded(payload), _texts(header, "exclude"))
+
+
+def _place(header: dict[str, Any]) -> tuple[Position, int]:
+    match header:
+        case {"epoch": str() as epoch, "offset": int() as offset, "previous": int() as previous}:
+            if EPOCH.fullmatch(epoch) and 0 <= previous < offset <= MAX_OFFSET:
+                return Position(epoch, int(offset)), int(previous)
+    raise BadEnvelope("schema")
 
 
 def _texts(header: dict[str, Any], name: str) -> frozenset[str]:

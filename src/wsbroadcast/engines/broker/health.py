@@ -177,6 +177,7 @@ class LinkHealth:
         """Take note that messages are missing although the link lives on; many calls are one gap, from the earliest."""
         if self._is_ended:
             return
+        self._receiver.suspect()
         began = self.last_sign if since is None else since
         if self._missed is None:
             self._missed = (self._loop.call_later(self._missed_seconds, self._tell_missed, why), began)

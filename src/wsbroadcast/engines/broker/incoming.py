@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.envelope import BadEnvelope, Origin, decode
 from wsbroadcast.engines.broker.health import LinkHealth
 from wsbroadcast.engines.broker.interest import Interest
+from wsbroadcast.engines.broker.link import Place, Stretch
+from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.contract import Receiver
+from wsbroadcast.history import History, Replay
 from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.publication import Position, Publication
 from wsbroadcast.stats import EngineCounters
 
 # Origins and names that are remembered, twice: a node that broadcasts to more audiences than that between two
@@ -55,6 +60,7 @@ class Incoming:
 
     Args:
         where: The engine and its broker's address, for logs.
+        names: How audiences are called at the broker.
         max_message_bytes: The largest payload that is taken.
         interest: Knows the names that the broker holds for us.
         outgoing: Knows what this node has published.
@@ -66,6 +72,7 @@ class Incoming:
     def __init__(
         self,
         where: str,
+        names: AudienceNames,
         max_message_bytes: int,
         interest: Interest,
         outgoing: Outgoing,
@@ -76,6 +83,7 @@ class Incoming:
         self.audiences: dict[str, Audience] = {}
         """The wanted audiences by their names at the broker."""
         self._where = where
+        self._names = names
         self._max_message_bytes = max_message_bytes
         self._interest = interest
         self._outgoing = outgoing
@@ -86,7 +94,7 @@ class Incoming:
         self._freshness = Freshness()
         self._throttle = Throttle()
 
-    def take(self, name: str, envelope: bytes) -> None:
+    def take(self, name: str, envelope: bytes, place: Place | None = None) -> None:
         """Hand an envelope on, if it is a good one."""
         self._health.last_sign = self._loop.time()
         audience = self.audiences.get(name)
@@ -95,15 +103,41 @@ class Incoming:
             return
         try:
             publication, origin = decode(envelope, audience, self._max_message_bytes)
+            is_kept = isinstance(publication, Publication) and _is_placed(publication, place)
             if origin is not None:
                 if self._outgoing.is_forged(origin):
                     raise BadEnvelope("forged")
-                if not self._freshness.is_fresh(origin, name):
+                # What is kept has its place instead: one that was missed and read later is older than what came before.
+                if not is_kept and not self._freshness.is_fresh(origin, name):
                     raise BadEnvelope("stale")
         except BadEnvelope as bad:
             self._drop(str(bad), name, len(envelope))
         else:
             self._receiver.take(publication)
+
+    def replay(self, audience: Audience, stretch: Stretch, history: History) -> Replay:
+        """Read a stretch of what a broker has kept; what is no good envelope is left out, as it was when it came."""
+        name, now, epoch = self._names.of(audience), monotonic(), stretch.top.epoch
+        publications: list[Publication] = []
+        base = previous = stretch.base
+        for entry in stretch.entries:
+            if entry.age > history.seconds:
+                base = max(base, entry.offset)
+                publications.clear()
+            else:
+                try:
+                    publication, _ = decode(entry.envelope, audience, self._max_message_bytes)
+                    if not isinstance(publication, Publication):
+                        raise BadEnvelope("schema")
+                    publication.place(Position(epoch, entry.offset), previous, now - entry.age)
+                    publications.append(publication)
+                except BadEnvelope as bad:
+                    self._drop(str(bad), name, len(entry.envelope))
+            previous = entry.offset
+        if len(publications) > history.messages:
+            base = max(base, publications[-history.messages - 1].offset)
+            publications = publications[-history.messages :]
+        return Replay(stretch.top, publications, base)
 
     def missed(self, why: str, since: float | None = None) -> None:
         """Report messages that are missing although the link lives on; many such reports are one gap."""
@@ -120,3 +154,9 @@ class Incoming:
         self._counters.bad_envelopes[reason] += 1
         if self._throttle.is_due("bad envelope"):  # a broken publisher usually sends many
             logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)
+
+
+def _is_placed(publication: Publication, place: Place | None) -> bool:
+    if place is not None:
+        publication.place(place.position, place.previous, monotonic())
+    return publication.position is not None

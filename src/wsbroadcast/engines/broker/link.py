@@ -9,7 +9,10 @@ import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
+
+from wsbroadcast.history import Appended, History, HistoryRules
+from wsbroadcast.publication import Position
 
 
 class Host(NamedTuple):
@@ -33,11 +36,74 @@ class Parcel(NamedTuple):
     """The envelope, any bytes."""
 
 
+class Keep(NamedTuple):
+    """How a broker keeps an envelope."""
+
+    history: History
+    """How much is kept of what comes under this name."""
+    key: str | None = None
+    """Of several with the same key under this name the first alone is kept and sent."""
+
+
+class KeptParcel(Parcel):
+    """What a broker keeps, numbers and sends in one step. Its header is as `envelope.encode` writes it.
+
+    Args:
+        name: The name of an audience at the broker.
+        envelope: The envelope.
+        keep: How it is kept.
+    """
+
+    keep: Keep
+
+    def __new__(cls, name: str, envelope: bytes, keep: Keep) -> Self:  # noqa: D102
+        parcel = super().__new__(cls, name, envelope)
+        parcel.keep = keep
+        return parcel
+
+
+class Place(NamedTuple):
+    """Where an envelope stands among those that are kept under its name."""
+
+    position: Position
+    """Its epoch and offset."""
+    previous: int
+    """The offset of the one before it; 0 if there was none."""
+
+
+class Entry(NamedTuple):
+    """An envelope as a broker has kept it."""
+
+    envelope: bytes
+    """As it was published."""
+    offset: int
+    """Its place; that of the envelope before it is the offset of the entry before, or known by `Stretch.base`."""
+    age: float
+    """How many seconds ago it was kept, by the broker's clock."""
+
+
+class Stretch(NamedTuple):
+    """What a broker has kept under a name."""
+
+    top: Position
+    """The newest position, also where nothing is kept any more; offset 0 if nothing ever was."""
+    entries: Sequence[Entry]
+    """In order. Entries that are too old may be among them."""
+    base: int
+    """Whatever was kept after this offset, up to `top`, is among the entries."""
+
+
 class Inlet(Protocol):
     """Where a link hands over what comes from the broker. Synchronous: a link never waits for a slow node."""
 
-    def take(self, name: str, envelope: bytes) -> None:
-        """Take one envelope, in the order in which the broker sent them."""
+    def take(self, name: str, envelope: bytes, place: Place | None = None) -> None:
+        """Take one envelope, in the order in which the broker sent them.
+
+        Args:
+            name: Under which it came.
+            envelope: The envelope.
+            place: Where it was kept, if the broker says that beside it; else it may stand in the envelope.
+        """
 
     def missed(self, why: str, since: float | None = None) -> None:
         """Take note that messages are missing: those that a full buffer dropped, or that a lost link had yet to read.
@@ -93,13 +159,13 @@ class Link(ABC):
         """Receive it no more; returns once the broker has confirmed, so that a later `subscribe` can't be confused."""
 
     @abstractmethod
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
         """Publish in this order, in one go; returns once the broker has taken them. Never called concurrently.
 
         Returns:
-            For each parcel `None`, or what the broker refused it with: a `ConfigurationError` if it forbids us to
-            publish it, an `OSError` such as `EngineUnavailable` if it takes nothing now, `MessageTooLarge`, or any
-            other error if trying again with this very parcel doesn't help.
+            For each parcel `None`, of one that was to be kept where it is, or what the broker refused it with: a
+            `ConfigurationError` if it forbids us to publish it, an `OSError` such as `EngineUnavailable` if it takes
+            nothing now, `MessageTooLarge`, or any other error if trying again with this very parcel doesn't help.
 
         Raises:
             Exception: If the connection was lost; whether the broker took them isn't known.
@@ -119,6 +185,42 @@ class Link(ABC):
         Nothing that is still in a buffer may reach the broker later: the socket is closed with a reset
         (`reset_on_close`), because a kernel goes on sending after a partition what a closed socket had left.
         """
+
+
+class KeepingLink(Link):
+    """A link to a broker that keeps envelopes: a `KeptParcel` is kept, numbered and sent in one step.
+
+    What comes of them carries its place, in the header or beside the envelope. Opening it raises `ConfigurationError`,
+    with what to do, if rules were given and the broker can't keep anything.
+
+    Args:
+        rules: What is kept; `None` for a node that only publishes, or keeps nothing.
+    """
+
+    def __init__(self, rules: HistoryRules | None) -> None:
+        self.rules = rules
+        """What is kept. `open` writes it down at the broker; without it `open` reads what others have written."""
+
+    @abstractmethod
+    async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
+        """Read what was kept under a name; may be called at any time, also while it runs already.
+
+        It makes the epoch if there is none, as the first append would. It answers from what has every append that was
+        confirmed before the call.
+
+        Args:
+            name: The name of an audience.
+            since: Everything after this offset, if it is kept; at least all that is kept if that is less.
+            history: How much is kept; the newest `history.messages` are enough.
+        """
+
+    @abstractmethod
+    async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
+        """Read the newest position under each name, in one round trip; it makes the epochs that are missing."""
+
+    @abstractmethod
+    async def forget(self, name: str) -> None:
+        """Remove what is kept under a name; the epoch changes."""
 
 
 # What the drivers don't do with their sockets.

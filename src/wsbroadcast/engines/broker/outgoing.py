@@ -9,9 +9,10 @@ from secrets import token_urlsafe
 
 from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.envelope import Origin, encode
-from wsbroadcast.engines.broker.link import Link, Parcel
+from wsbroadcast.engines.broker.link import Keep, KeptParcel, Link, Parcel
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable, MessageTooLarge
+from wsbroadcast.history import Appended
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Control, Publication
@@ -24,8 +25,10 @@ _BATCH_BYTES = 4 * 1024 * 1024
 # Seconds between two looks at the broker's limits, because some clients send what is too large again and again.
 _LOOK_SECONDS = 0.25
 
+_Taken = asyncio.Future[Appended | None]
+
 # A parcel, and who waits until the broker has taken it.
-_Item = tuple[Parcel, asyncio.Future[None] | None]
+_Item = tuple[Parcel, _Taken | None]
 
 
 class Outgoing:
@@ -80,25 +83,25 @@ class Outgoing:
 
     # What a node publishes.
 
-    async def publish(self, publication: Publication | Control) -> None:
-        """Return once the broker has taken it."""
+    async def publish(self, publication: Publication | Control, keep: Keep | None = None) -> Appended | None:
+        """Return once the broker has taken it, and where it keeps it if it does."""
         try:
-            parcel = self._parcel(publication)
+            parcel = self._parcel(publication, keep)
         except MessageTooLarge as error:
             if error.size > self._max_message_bytes:
                 raise
             await asyncio.wait([self._look_at_limits()])
-            parcel = self._parcel(publication)
-        await self._put(parcel)
+            parcel = self._parcel(publication, keep)
+        return await self._put(parcel)
 
-    def publish_nowait(self, publication: Publication | Control) -> None:
+    def publish_nowait(self, publication: Publication | Control, keep: Keep | None = None) -> None:
         """Hand it over; that it failed is counted and logged.
 
         Raises:
             EngineUnavailable: If too much is waiting; nothing was sent.
         """
         try:
-            parcel = self._parcel(publication)
+            parcel = self._parcel(publication, keep)
         except MessageTooLarge as error:
             if error.size <= self._max_message_bytes:
                 self._look_at_limits()  # for the next one
@@ -108,7 +111,7 @@ class Outgoing:
             raise EngineUnavailable(f"{self._bytes} bytes wait for the broker already, which doesn't keep up")
         self._append(parcel, None)
 
-    def put_first(self, parcel: Parcel) -> asyncio.Future[None]:
+    def put_first(self, parcel: Parcel) -> _Taken:
         """Put a parcel before all that wait, because nothing has to come before it."""
         future = self._put(parcel)
         self._waiting.rotate(1)
@@ -118,12 +121,16 @@ class Outgoing:
         """Tell whether an envelope says that it comes from here, and has never been published."""
         return origin.node == self.node and origin.seq > self._published
 
-    def _parcel(self, publication: Publication | Control) -> Parcel:
+    def away(self) -> EngineUnavailable:
+        """Make the error for who needs a link while there is none."""
+        why = self._trouble or "its event loop ends"
+        return EngineUnavailable(f"{self._where} is out of reach ({why})")
+
+    def _parcel(self, publication: Publication | Control, keep: Keep | None) -> Parcel:
         link = self.link
         if link is None:
             self._counters.publish_failures += 1
-            why = self._trouble or "its event loop ends"
-            raise EngineUnavailable(f"{self._where} is out of reach ({why}); nothing was sent")
+            raise EngineUnavailable(f"{self.away()}; nothing was sent")
         if publication.size > self._max_message_bytes:  # the other nodes would drop it
             raise MessageTooLarge(publication.size, self._max_message_bytes)
         self._published += 1
@@ -131,7 +138,8 @@ class Outgoing:
         if len(envelope) > link.max_envelope_bytes:
             overhead = len(envelope) - publication.size
             raise MessageTooLarge(publication.size, link.max_envelope_bytes - overhead)
-        return Parcel(self._names.of(publication.audience), envelope)
+        name = self._names.of(publication.audience)
+        return Parcel(name, envelope) if keep is None else KeptParcel(name, envelope, keep)
 
     def _look_at_limits(self) -> asyncio.Task[None]:
         if self._looking is None:
@@ -150,12 +158,12 @@ class Outgoing:
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = None
 
-    def _put(self, parcel: Parcel) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def _put(self, parcel: Parcel) -> _Taken:
+        future: _Taken = asyncio.get_running_loop().create_future()
         self._append(parcel, future)
         return future
 
-    def _append(self, parcel: Parcel, future: asyncio.Future[None] | None) -> None:
+    def _append(self, parcel: Parcel, future: _Taken | None) -> None:
         self._waiting.append((parcel, future))
         self._bytes += len(parcel.envelope)
         self._filled.set()
@@ -180,12 +188,12 @@ class Outgoing:
 
     async def _publish(self, link: Link, batch: Sequence[_Item]) -> None:
         async with Patience(self._timing.request_timeout):
-            refusals = await link.publish([parcel for parcel, _ in batch])
-        for (_, future), refusal in zip(batch, refusals, strict=True):
-            if refusal is not None:
-                self._refuse(future, refusal)
+            results = await link.publish([parcel for parcel, _ in batch])
+        for (_, future), result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                self._refuse(future, result)
             elif future is not None and not future.done():
-                future.set_result(None)
+                future.set_result(result)
 
     async def wait_empty(self) -> None:
         """Wait until the broker has taken everything, or it has failed."""
@@ -234,7 +242,7 @@ class Outgoing:
             self._filled.clear()
         return batch
 
-    def _refuse(self, future: asyncio.Future[None] | None, error: Exception) -> None:
+    def _refuse(self, future: _Taken | None, error: Exception) -> None:
         self._counters.publish_failures += 1
         if future is not None:
             _tell(future, _documented(error))
@@ -257,7 +265,7 @@ def _documented(error: Exception) -> Exception:
     return told
 
 
-def _tell(future: asyncio.Future[None] | None, error: Exception) -> None:
+def _tell(future: _Taken | None, error: Exception) -> None:
     if future is not None and not future.done():
         future.set_exception(error)
         future.exception()  # looked at, because asyncio would complain if the caller was cancelled

@@ -1,0 +1,212 @@
+"""What is kept of which audiences, and what comes back of it. No I/O."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any, Final, Literal, NamedTuple
+
+from pydantic_core import from_json
+
+from wsbroadcast.audience import EVERYONE, Audience
+from wsbroadcast.exceptions import ConfigurationError, kind_of
+from wsbroadcast.options import check_count, check_positive, longest_match
+from wsbroadcast.publication import Position, Publication
+
+# Audiences whose history is remembered, because a broadcast needs it each time; past this many, the memory is emptied.
+_REMEMBERED = 8192
+
+
+class _Users(Enum):
+    """The type of `USERS`."""
+
+    USERS = "users"
+
+    def __repr__(self) -> str:
+        return "USERS"
+
+
+USERS: Final = _Users.USERS
+"""In `history=`: what is sent to users, each of whom has a history of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """How much is kept of what is broadcast to a channel, so that who comes back gets what it missed.
+
+    A message that is more than one of the numbers allows isn't replayed any more.
+
+    Raises:
+        ConfigurationError: If a number makes no sense.
+    """
+
+    messages: int = 100
+    """The newest so many messages."""
+    seconds: float = 300.0
+    """Messages that are not older than this."""
+    remember: float = 86_400.0
+    """For how many seconds after the last message a position is known: who comes back to a quiet channel in that time
+    is told that nothing was missed."""
+    max_kept_bytes: int = 1024 * 1024
+    """The largest message that is kept, in bytes. A larger one is delivered; a replay over it is incomplete, and says
+    so."""
+
+    def __post_init__(self) -> None:
+        for name in ("messages", "max_kept_bytes"):
+            check_count(f"History.{name}", getattr(self, name))
+        for name in ("seconds", "remember"):
+            check_positive(f"History.{name}", getattr(self, name))
+        if self.remember < self.seconds:
+            raise ConfigurationError(
+                f"History.remember, {self.remember} s, is shorter than History.seconds, {self.seconds} s: a position "
+                "is known at least for as long as the messages after it"
+            )
+
+
+Histories = History | Mapping[str | Audience | _Users, History]
+"""What `history=` takes: one for all channels, or one for each pattern of channels, for `USERS` and for `EVERYONE`."""
+
+
+class HistoryRules:
+    """Which audiences have a history.
+
+    Args:
+        histories: What `history=` was given.
+
+    Raises:
+        ConfigurationError: If it is something else.
+    """
+
+    def __init__(self, histories: Histories) -> None:
+        if isinstance(histories, History):
+            histories = {"*": histories}
+        self._channels: dict[str, History] = {}
+        self._users: History | None = None
+        self._everyone: History | None = None
+        if not isinstance(histories, Mapping):
+            raise ConfigurationError(_not_histories(kind_of(histories)))
+        for key, history in histories.items():
+            if not isinstance(history, History):
+                raise ConfigurationError(_not_histories(f"{kind_of(history)} for {key!r:.80}"))
+            if key is USERS:
+                self._users = history
+            elif key == EVERYONE:
+                self._everyone = history
+            elif isinstance(key, str) and key:
+                self._channels[key] = history
+            else:
+                raise ConfigurationError(_not_histories(f"a history for {key!r:.80}"))
+        self._known: dict[Audience, History | None] = {}
+
+    def of(self, audience: Audience) -> History | None:
+        """Return the history of an audience; `None` if nothing is kept. Of the patterns that fit the longest holds."""
+        try:
+            return self._known[audience]
+        except KeyError:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            history = self._known[audience] = self._find(audience)
+            return history
+
+    def _find(self, audience: Audience) -> History | None:
+        match audience.kind:
+            case "channel":
+                return longest_match(self._channels, audience.name)
+            case "user":
+                return self._users
+            case "everyone":
+                return self._everyone
+        return None
+
+    @property
+    def all(self) -> list[History]:
+        """All that there are."""
+        return [each for each in (*self._channels.values(), self._users, self._everyone) if each is not None]
+
+    def to_json(self) -> bytes:
+        """Return the text that stands beside the data, so that who only publishes knows what is kept."""
+        rules: dict[str, Any] = {"channels": {name: asdict(each) for name, each in self._channels.items()}}
+        for name, history in (("users", self._users), ("everyone", self._everyone)):
+            if history is not None:
+                rules[name] = asdict(history)
+        return json.dumps(rules, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> HistoryRules:
+        """Read what `to_json` has written. The bytes are untrusted.
+
+        Raises:
+            ConfigurationError: If they are something else.
+        """
+        try:
+            rules = from_json(text)
+            histories: dict[Any, History] = {name: History(**each) for name, each in rules["channels"].items()}
+            for key, name in ((USERS, "users"), (EVERYONE, "everyone")):
+                if name in rules:
+                    histories[key] = History(**rules[name])
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise ConfigurationError("what the broker says of histories was not written by this library") from None
+        return cls(histories)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HistoryRules) and self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<HistoryRules {self.to_json().decode()}>"
+
+
+def _not_histories(found: str) -> str:
+    return (
+        'history is a History(…) for all channels, or a dict of them by pattern, such as {"room:*": History(), USERS: '
+        f"History(), EVERYONE: History()}}, not {found}"
+    )
+
+
+class Appended(NamedTuple):
+    """What an engine says of a publication that it has kept."""
+
+    position: Position
+    """Its place in the history."""
+    is_repeat: bool = False
+    """Whether it was kept before, under the same key; it wasn't sent again then."""
+
+
+class Replay(NamedTuple):
+    """A stretch of the history of an audience, as an engine has read it."""
+
+    top: Position
+    """The newest position at the moment of the read; offset 0 if nothing was ever kept."""
+    publications: Sequence[Publication]
+    """What was kept, in order, none older than the history allows; each with its position."""
+    base: int
+    """Everything that came after this offset, up to `top`, is among `publications`: that is proven."""
+
+    def is_complete(self, since: Position) -> bool:
+        """Tell whether everything after a position is among them, up to `top`.
+
+        An empty epoch equals none, and an offset that none of the publications has is no position of this history.
+        """
+        if not since.epoch or since.epoch != self.top.epoch or not self.base <= since.offset <= self.top.offset:
+            return False
+        known = (each.offset for each in self.publications)
+        return since.offset in (self.base, self.top.offset) or since.offset in known
+
+
+Reason = Literal["", "epoch", "expired", "too_many", "unavailable"]
+"""Why something could not be recovered: `epoch` if the position is of another history, or of none; `expired` if what
+was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked."""
+
+
+class Recovery(NamedTuple):
+    """Whether a connection that was away has got exactly what it missed in a channel."""
+
+    recovered: bool
+    """Whether it gets everything after the position that it named, without a hole. It is never `True` unproven."""
+    reason: Reason
+    """Why not; empty if it is."""
+    position: Position | None
+    """Where the channel is now; `None` if that isn't known, or the channel has no history."""
