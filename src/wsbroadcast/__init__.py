@@ -21,9 +21,19 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     WSBroadcastError,
 )
+from wsbroadcast.history import LAST, USERS, Histories, History, Page, Recovery, SinceOption
 from wsbroadcast.message import JSONDefault, Message
 from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, Timing
-from wsbroadcast.publication import Control, Dismissal, Gap, Position, Publication, Receipt, Unsubscription
+from wsbroadcast.publication import (
+    Control,
+    Dismissal,
+    Forgetting,
+    Gap,
+    Position,
+    Publication,
+    Receipt,
+    Unsubscription,
+)
 from wsbroadcast.publishing import Publisher
 from wsbroadcast.stats import EngineStats, Stats
 
@@ -75,6 +85,8 @@ def __dir__() -> list[str]:
 __all__ = [
     "EVERYONE",
     "HOLD_BACK",
+    "LAST",
+    "USERS",
     "Accepts",
     "Access",
     "Action",
@@ -99,11 +111,14 @@ __all__ = [
     "Exclude",
     "ExpiresAt",
     "FastPath",
+    "Forgetting",
     "Gap",
     "Guard",
     "Handshake",
     "Headers",
     "Health",
+    "Histories",
+    "History",
     "HoldBack",
     "Hook",
     "HookEvent",
@@ -121,6 +136,7 @@ __all__ = [
     "MessageTooLarge",
     "MissingDependency",
     "OnDenied",
+    "Page",
     "PermissionDenied",
     "Policy",
     "Position",
@@ -128,6 +144,8 @@ __all__ = [
     "Publisher",
     "Receipt",
     "Receiver",
+    "Recovery",
+    "SinceOption",
     "SlowConsumer",
     "Stats",
     "Timing",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from secrets import token_urlsafe
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self
 from uuid import UUID
 
 from pydantic_core import from_json
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import UserId, as_channels
+from wsbroadcast.audience import Audience, UserId, as_channels
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.concurrency import AwaitableContext, running_loop
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, kind_of
+from wsbroadcast.history import Recovery, SinceOption
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt, unix_seconds
 from wsbroadcast.signatures import no_dependency
@@ -65,8 +67,10 @@ class Operations(Protocol):
     async def send(self, websocket: WebSocket | Connection, message: object) -> None:
         """Send a message to a connection."""
 
-    async def subscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
-        """Subscribe a connection to channels."""
+    async def subscribe(
+        self, websocket: WebSocket | Connection, channels: tuple[str, ...], since: SinceOption = None
+    ) -> Recovery | None:
+        """Subscribe a connection to channels; return what became of what it missed in the only one."""
 
     async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe a connection from channels."""
@@ -77,6 +81,7 @@ class Operations(Protocol):
 
 _NO_SCOPE: dict[str, Any] = {}
 _NO_CHANNELS: frozenset[str] = frozenset()
+_NOTHING_RECOVERED: Mapping[str | Audience, Recovery] = MappingProxyType({})
 
 
 @no_dependency("take a ConnectionDep")
@@ -103,6 +108,7 @@ class Connection(Generic[Info]):
         "expires_at",
         "id",
         "info",
+        "recovered",
         "user",
     )
 
@@ -126,6 +132,9 @@ class Connection(Generic[Info]):
         """Whatever the application wants to remember about the connection; `Connection[Member]` says of what type."""
         self.channels = frozenset(channels) if channels else _NO_CHANNELS
         """The channels it is subscribed to; after its end, those it was in. Change it through `subscribe`."""
+        self.recovered: Mapping[str | Audience, Recovery] = _NOTHING_RECOVERED
+        """What became of what it missed, by channel, and by audience for its user's and everyone's: filled by `since=`
+        of `connect` and `subscribe`."""
         self.expires_at: float | None = None
         """When it ends unless it is renewed, in seconds since 1970; `None` for never."""
         self._sink: Sink = transport.sink
@@ -190,14 +199,19 @@ class Connection(Generic[Info]):
         """
         await self._core.send(self, message)
 
-    async def subscribe(self, *channels: str) -> None:
+    async def subscribe(self, *channels: str, since: SinceOption = None) -> Recovery | None:
         """Subscribe to channels; every later broadcast to them, from any node, arrives.
+
+        Args:
+            channels: Their names.
+            since: Since when it wants what it missed; see `ConnectionManager.subscribe`.
 
         Raises:
             ConnectionClosed: If the connection has ended.
             InvalidChannel: If a name breaks a rule; then none of them is subscribed.
+            ValueError: If `since` is no position of these channels.
         """
-        await self._core.subscribe(self, as_channels(channels))
+        return await self._core.subscribe(self, as_channels(channels), since)
 
     async def unsubscribe(self, *channels: str) -> None:
         """Unsubscribe from channels; those it isn't in are passed over."""

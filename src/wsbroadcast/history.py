@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 from pydantic_core import from_json
 
-from wsbroadcast.audience import EVERYONE, Audience
+from wsbroadcast.audience import EVERYONE, UNSET, Audience
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.options import check_count, check_positive, longest_match
 from wsbroadcast.publication import Position, Publication
@@ -65,7 +66,7 @@ class History:
             )
 
 
-Histories = History | Mapping[str | Audience | _Users, History]
+Histories = History | Mapping[Any, History]
 """What `history=` takes: one for all channels, or one for each pattern of channels, for `USERS` and for `EVERYONE`."""
 
 
@@ -196,6 +197,78 @@ class Replay(NamedTuple):
         return since.offset in (self.base, self.top.offset) or since.offset in known
 
 
+class _Last(Enum):
+    """The type of `LAST`."""
+
+    LAST = "last"
+
+    def __repr__(self) -> str:
+        return "LAST"
+
+
+LAST: Final = _Last.LAST
+"""As `since`: the newest message alone, for prices, flags and other states."""
+
+Since = Position | _Last
+"""Since when a connection wants what it missed."""
+
+SinceByAudience = Mapping[Audience, Since]
+
+NOWHERE: SinceByAudience = MappingProxyType({})
+"""Of a connection that wants nothing that came before it."""
+
+SinceOption = Since | str | Mapping[Any, Since | str | None] | None
+"""What `since=` takes: a position of the only channel, or a dict of them by channel and audience. A text is a position
+as `str` writes it. `LAST` is the newest message."""
+
+# A position of no history, for a text that is none: who sends it is told that nothing can be recovered.
+_UNKNOWN = Position("", 0)
+
+
+def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None = None) -> SinceByAudience:
+    """Check what `since=` was given.
+
+    Args:
+        since: What was given.
+        channels: The channels that are joined.
+        user_key: The user of the connection, whose own audience may be named.
+
+    Raises:
+        ValueError: If it is something else, or is about an audience that isn't joined.
+    """
+    if since is None:
+        return NOWHERE
+    if not isinstance(since, Mapping):
+        if len(channels) != 1:
+            raise ValueError(f"since is a dict of positions by channel where the channels are {len(channels)}")
+        return {Audience("channel", channels[0]): _checked_since(since)}
+    found: dict[Audience, Since] = {}
+    joined = {EVERYONE, *(Audience("channel", channel) for channel in channels)}
+    if user_key is not None:
+        joined.add(Audience("user", user_key))
+    for key, value in since.items():
+        audience = key if isinstance(key, Audience) else Audience("channel", key)
+        if audience not in joined:
+            raise ValueError(f"since names {key!r:.80}, which is neither joined nor the connection's own")
+        if value is not None:
+            found[audience] = _checked_since(value)
+    return found
+
+
+def _checked_since(value: object) -> Since:
+    match value:
+        case _Last.LAST:
+            return LAST
+        case Position(str(), int()):
+            return value
+        case str():
+            try:
+                return Position.of(value)
+            except ValueError:
+                return _UNKNOWN
+    raise ValueError(f"since is a Position, LAST, or the text of a position, not {kind_of(value)}")
+
+
 Reason = Literal["", "epoch", "expired", "too_many", "unavailable"]
 """Why something could not be recovered: `epoch` if the position is of another history, or of none; `expired` if what
 was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked."""
@@ -210,3 +283,77 @@ class Recovery(NamedTuple):
     """Why not; empty if it is."""
     position: Position | None
     """Where the channel is now; `None` if that isn't known, or the channel has no history."""
+
+
+def kept_audience(channel: object, user: object, everyone: bool) -> Audience:
+    """Build the audience that a question about a history is for.
+
+    Raises:
+        InvalidChannel: If the channel's name breaks a rule.
+        ValueError: If none is named, or more than one.
+    """
+    if (channel is not UNSET) + (user is not UNSET) + bool(everyone) != 1:
+        raise ValueError("name one: a channel, user=… or everyone=True")
+    return EVERYONE if everyone else Audience.of(channel, user)
+
+
+class Page(NamedTuple):
+    """What is kept of an audience, as `history()` returns it."""
+
+    messages: Sequence[Publication]
+    """In order: without `since` the newest, with it the first after it."""
+    position: Position
+    """The position behind them: who goes on since there misses nothing."""
+    is_complete: bool
+    """Whether these are all messages from `since` up to `position`. If not, they are the newest that are kept."""
+
+
+def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:
+    """Make a page of what was read.
+
+    Raises:
+        ValueError: If the limit is not a positive number.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit is a positive number of messages, not {limit!r:.80}")
+    if since is None or not replay.is_complete(since):
+        return Page(replay.publications[-(limit or 0) :], replay.top, since is None)
+    messages = [each for each in replay.publications if each.offset > since.offset]
+    if limit is None or len(messages) <= limit:
+        return Page(messages, replay.top, True)
+    last = messages[limit - 1].position
+    assert last is not None
+    return Page(messages[:limit], last, True)
+
+
+MAX_KEY_BYTES = 200
+"""The longest idempotency key, in bytes of UTF-8."""
+
+
+def check_key(
+    key: object, rules: HistoryRules | None, publications: Sequence[Publication], transaction: object = None
+) -> None:
+    """Check an idempotency key, and whether it can be kept to.
+
+    Raises:
+        ConfigurationError: If an audience has no history, in which the key would be remembered.
+        ValueError: If it is not a text, or too long.
+    """
+    if not isinstance(key, str) or not 0 < len(key.encode(errors="replace")) <= MAX_KEY_BYTES:
+        raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes, not {key!r:.80}")
+    if transaction is not None:
+        raise ConfigurationError("idempotency_key and transaction don't go together: the transaction commits once")
+    for publication in publications:
+        if rules is None or rules.of(publication.audience) is None:
+            raise ConfigurationError(
+                f"idempotency_key needs a history to be remembered in: {no_history(publication.audience)}"
+            )
+
+
+def no_history(audience: Audience) -> str:
+    """Say that nothing is kept of an audience, and what to do."""
+    names = {"channel": f"the channel {audience.name!r:.80}", "user": "users", "everyone": "everyone"}
+    return (
+        f"nothing is kept for {names.get(audience.kind, audience.kind)}: name it in history=, as in "
+        'ConnectionManager(url, history={"room:*": History(), USERS: History()})'
+    )

@@ -72,7 +72,7 @@ HOLD_BACK = HoldBack()
 class Delivery:
     """One broadcast on its way to this node's recipients, as an `on_deliver` hook sees it."""
 
-    __slots__ = ("_encode", "_instead", "_is_running", "_meant", "audience", "message", "recipients")
+    __slots__ = ("_encode", "_instead", "_is_running", "_meant", "audience", "is_replay", "message", "recipients")
 
     def __init__(
         self,
@@ -80,6 +80,8 @@ class Delivery:
         audience: Audience,
         recipients: list[Connection],
         encode: Encode = Message.of,
+        *,
+        is_replay: bool = False,
     ) -> None:
         self.message = message
         """What was broadcast."""
@@ -88,6 +90,8 @@ class Delivery:
         self.recipients = recipients
         """The connections that will get it; a hook may remove some, or assign a shorter list. Each gets it once, and
         one that a hook adds gets nothing: it isn't in the audience, or was excluded."""
+        self.is_replay = is_replay
+        """Whether it is sent again to one connection, which was away or behind when the others got it."""
         self._meant = {id(recipient): recipient for recipient in recipients}
         # Whether its hooks run now.
         self._is_running = False

@@ -18,12 +18,13 @@ from wsbroadcast.connection import Connection, Exclude
 from wsbroadcast.engines import URL, create_engine
 from wsbroadcast.engines.contract import Engine, Health
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
+from wsbroadcast.history import Histories, HistoryRules, Page, Recovery, SinceOption, kept_audience
 from wsbroadcast.hooks import NOTHING, Hook, HookChain, HookDecorators
 from wsbroadcast.message import JSONDefault, check_json_default
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.core import Core
 from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive
-from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
+from wsbroadcast.publication import Dismissal, Position, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.transports.exit_stack import give_exit_stack
@@ -69,9 +70,12 @@ class ConnectionManager(HookDecorators):
         slow_consumer: What happens to a connection that doesn't keep up; the name of a policy, or a `SlowConsumer`.
         hook_timeout: Seconds after which a hook is cut off.
         json_default: Called with what JSON doesn't know, such as an array of numpy; returns what is written instead.
+        history: What is kept, so that who comes back gets what it missed: a `History` for all channels, or a dict by
+            pattern, such as `{"room:*": History(messages=100, seconds=300), USERS: History()}`. `*` is any text, and
+            the longest pattern holds that fits.
 
     Raises:
-        ConfigurationError: If an option or the URL makes no sense.
+        ConfigurationError: If an option or the URL makes no sense, or the engine can't keep anything.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class ConnectionManager(HookDecorators):
         slow_consumer: SlowConsumer | Policy = SlowConsumer(),  # noqa: B008  # frozen
         hook_timeout: float = 5.0,
         json_default: JSONDefault | None = None,
+        history: Histories | None = None,
     ) -> None:
         if isinstance(slow_consumer, str):
             slow_consumer = SlowConsumer(policy=slow_consumer)
@@ -98,7 +103,8 @@ class ConnectionManager(HookDecorators):
             raise ConfigurationError(f"hooks is a list: write hooks=[{name}(…)]")
         for hook in hooks:
             self.hooks.add(hook)
-        self._core = Core(self, create_engine(engine), self.hooks, limits, slow_consumer, json_default, counters)
+        rules = None if history is None else HistoryRules(history)
+        self._core = Core(self, create_engine(engine), self.hooks, limits, slow_consumer, json_default, counters, rules)
 
     if not TYPE_CHECKING:
 
@@ -176,6 +182,7 @@ class ConnectionManager(HookDecorators):
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
+        since: SinceOption = None,
     ) -> Connecting:
         """Accept a WebSocket, unless it is accepted already, and register it.
 
@@ -192,12 +199,17 @@ class ConnectionManager(HookDecorators):
             headers: Headers to accept with.
             expires_at: When it is closed with 4401 unless it is renewed (see `Connection.renew`): seconds since 1970,
                 such as a token's `exp`, or a datetime with a timezone.
+            since: Since when it wants what it missed: a position of its only channel, or a dict of them by channel; its
+                user's and everyone's messages by `Audience.user(…)` and `EVERYONE`. A position is a `Position`, its
+                text as a client sends it back, or `LAST` for the newest message alone. What it missed is sent behind
+                the hooks and before what is live, as fast as the client takes it. `connection.recovered` says whether
+                it could be had, without a hole; if not, nothing older is sent.
 
         Raises:
             ConnectionClosed: If the socket is closed, or its peer goes away during the call.
             InvalidChannel: If a channel name breaks a rule.
-            ValueError: If `user` is not a str, int or UUID, or `expires_at` is not a valid time; or if the socket is
-                registered already, as another user.
+            ValueError: If `user` is not a str, int or UUID, `expires_at` is not a valid time, or `since` is no position
+                or names what isn't joined; or if the socket is registered already, as another user.
             PermissionDenied: If a hook refuses it; the socket is closed with 1008. Or if it has expired; the handshake
                 is refused with 401, or a socket that is accepted already closed with 4401.
             LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
@@ -206,7 +218,7 @@ class ConnectionManager(HookDecorators):
                 what is missed is announced as a gap.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
-        joining = partial(Joining.of, user, channels, info, subprotocol, headers, expires_at)
+        joining = partial(Joining.of, user, channels, info, subprotocol, headers, expires_at, since)
         return Connecting(self._core.connect(websocket, joining), self._core.part)
 
     def disconnect(self, websocket: WebSocket | Connection) -> Awaitable[None]:
@@ -281,8 +293,19 @@ class ConnectionManager(HookDecorators):
         async with self._core.handshake(websocket):
             yield
 
-    async def subscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
+    async def subscribe(
+        self, connection: WebSocket | Connection, *channels: str, since: SinceOption = None
+    ) -> Recovery | None:
         """Subscribe a connection to channels; every later broadcast to them, from any node, arrives.
+
+        Args:
+            connection: Which.
+            channels: Their names.
+            since: Since when it wants what it missed; see `connect`.
+
+        Returns:
+            Recovery | None: Whether it gets what it missed, for `since` and one channel; of several
+            `connection.recovered` has all.
 
         Raises:
             ConnectionClosed: If the connection has ended.
@@ -291,8 +314,9 @@ class ConnectionManager(HookDecorators):
                 connection stays.
             PermissionDenied: If a hook refuses a channel; that one and those after it are not subscribed.
             EngineUnavailable: If the broker forbids us one of them; none of them is subscribed.
+            ValueError: If `since` is no position of these channels.
         """
-        await self._core.subscribe(connection, as_channels(channels))
+        return await self._core.subscribe(connection, as_channels(channels), since)
 
     async def unsubscribe(self, connection: WebSocket | Connection, *channels: str) -> None:
         """Unsubscribe a connection from channels; those it isn't in are passed over.
@@ -360,6 +384,7 @@ class ConnectionManager(HookDecorators):
         exclude_users: Users = (),
         key: str | None = None,
         transaction: object = None,
+        idempotency_key: str | None = None,
     ) -> Receipt:
         """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
 
@@ -384,6 +409,8 @@ class ConnectionManager(HookDecorators):
             key: What the message is the newest of, for slow consumers under the policy `conflate`.
             transaction: On Postgres, a database connection or session of yours: the message is sent when its
                 transaction commits, and never if it is rolled back.
+            idempotency_key: Names this message in each of its audiences, all of which have a history: if the call is
+                made again with the same key, because its outcome wasn't known, nobody gets the message twice.
 
         Returns:
             Receipt: How many connections of this node it is for, and what else is known.
@@ -396,13 +423,14 @@ class ConnectionManager(HookDecorators):
                 nothing was sent; or if it doesn't answer in time: `may_have_been_sent` says which. Of several audiences
                 some may have been sent it: those in `positions`.
             EngineError: If the broker refuses this very message: to try again doesn't help.
-            ConfigurationError: If the engine can't publish inside a transaction, or in this one.
+            ConfigurationError: If the engine can't publish inside a transaction, or in this one; or if there is an
+                `idempotency_key` for an audience without a history.
             LifecycleError: If the manager is closed, or runs in another event loop.
             Exception: What an `on_broadcast` or `on_deliver` hook raises, or the driver of the transaction; nobody gets
                 the message.
         """
         publications = self._core.publications(message, channel, user, channels, to, exclude, exclude_users, key)
-        return await self._core.broadcast(publications, transaction)
+        return await self._core.broadcast(publications, transaction, idempotency_key)
 
     @overload
     async def broadcast_local(self, message: object, *, channel: str = ..., **options: Unpack[_Options]) -> Receipt: ...
@@ -546,6 +574,65 @@ class ConnectionManager(HookDecorators):
     async def send_personal_message(self, message: object, websocket: WebSocket | Connection) -> None:
         """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
         await self._core.send(websocket, message)
+
+    # What is kept.
+
+    async def position(
+        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
+    ) -> Position:
+        """Return where a channel is now. Everything that was broadcast before the call is behind it.
+
+        To hand somebody a snapshot and let it follow: ask for the position first, load the data, and let the client
+        connect or subscribe `since` it. It may get what the data has already, and misses nothing.
+
+        Args:
+            channel: Which channel.
+            user: A user instead, whose messages have a history of their own.
+            everyone: What goes to everyone instead.
+
+        Raises:
+            ConfigurationError: If it has no history.
+            EngineUnavailable: If the broker can't be asked.
+        """
+        return await self._core.position(kept_audience(channel, user, everyone))
+
+    async def history(
+        self,
+        channel: str | Unset = UNSET,
+        *,
+        user: UserId | Unset = UNSET,
+        everyone: bool = False,
+        since: Position | str | None = None,
+        limit: int | None = None,
+    ) -> Page:
+        """Read what is kept of a channel.
+
+        Args:
+            channel: Which channel.
+            user: A user instead, whose messages have a history of their own.
+            everyone: What goes to everyone instead.
+            since: Only what came after this position, if all of that is kept.
+            limit: At most so many messages.
+
+        Returns:
+            Page: The messages, whether they are all, and the position to go on from.
+
+        Raises:
+            ConfigurationError: If it has no history.
+            EngineUnavailable: If the broker can't be asked.
+        """
+        return await self._core.history(kept_audience(channel, user, everyone), since, limit)
+
+    async def forget(
+        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
+    ) -> None:
+        """Remove what is kept of a channel: it begins anew, and who comes back is told that it missed something.
+
+        Raises:
+            ConfigurationError: If it has no history.
+            EngineUnavailable: If the broker can't be asked; then nothing was removed, or it isn't known.
+        """
+        await self._core.forget(kept_audience(channel, user, everyone))
 
     # State.
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from secrets import token_urlsafe
 from types import MappingProxyType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
+
+from pydantic_core import from_json
 
 from wsbroadcast.audience import Audience, UserId, as_channels
 from wsbroadcast.close_codes import check_sendable, cut_reason
@@ -103,6 +105,17 @@ class Publication:
     def size(self) -> int:
         """The payload's size in bytes."""
         return self.message.size
+
+    @property
+    def channel(self) -> str | None:
+        """The channel that it was broadcast to; `None` for a user or everyone."""
+        return self.audience.name if self.audience.kind == "channel" else None
+
+    @property
+    def data(self) -> Any:
+        """What was broadcast: the text, the bytes, or the value that the JSON stands for."""
+        message = self.message
+        return from_json(message.payload) if message.form == "json" else message.data
 
     @property
     def offset(self) -> int:
@@ -260,7 +273,20 @@ class Unsubscription:
         return 0
 
 
-Control = Dismissal | Unsubscription
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """Says that the history of an audience was removed, so that nobody replays what a node still holds of it."""
+
+    audience: Audience
+    """Whose history."""
+
+    @property
+    def size(self) -> int:
+        """It has no payload."""
+        return 0
+
+
+Control = Dismissal | Unsubscription | Forgetting
 """What nodes tell each other beside messages. No connection is sent it."""
 
 
@@ -272,3 +298,6 @@ class Gap:
     """The engine's name."""
     seconds: float
     """How long it lasted."""
+    audiences: frozenset[Audience] = frozenset()
+    """Those with connections here that have missed messages, as far as it is known. An audience with a history isn't
+    one of them if everything could be read that had been missed."""

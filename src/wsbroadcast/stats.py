@@ -17,9 +17,13 @@ class Counters:
         "disconnects",
         "dropped",
         "evicted",
+        "heals",
         "hook_errors",
         "limited",
+        "recoveries",
+        "refused_recoveries",
         "sends",
+        "unkept",
         "unpublished",
         "vetoed",
     )
@@ -33,6 +37,10 @@ class Counters:
         self.vetoed = 0
         self.unpublished = 0
         self.hook_errors = 0
+        self.heals = 0
+        self.recoveries = 0
+        self.unkept = 0
+        self.refused_recoveries: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
         self.evicted: Counter[str] = Counter()
         self.limited: Counter[str] = Counter()
@@ -106,6 +114,15 @@ class Stats:
     """Messages of a router's clients that were ignored, because the broker did not take them."""
     hook_errors: int
     """Hooks that raised or were cut off."""
+    heals: int
+    """Times that a history was read on this node because something had not come, and everything was there."""
+    recoveries: int
+    """Connections that were away, and got exactly what they had missed in an audience."""
+    refused_recoveries: dict[str, int]
+    """Connections that could not be given what they had missed in an audience, and were told so, by reason: see
+    `Recovery.reason`."""
+    unkept: int
+    """Messages to an audience with a history that were published past it: without a position, and never replayed."""
     backlog_bytes: int
     """Bytes that wait for slow consumers now."""
     backlog_messages: int

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, TypeVar, Un
 
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import Audience, UserId
+from wsbroadcast.audience import UNSET, Audience, Unset, UserId
 from wsbroadcast.concurrency import AwaitableContext
 from wsbroadcast.engines.contract import Health
+from wsbroadcast.history import Page, Recovery, SinceOption
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt
-from wsbroadcast.publication import Gap, Receipt
+from wsbroadcast.publication import Gap, Position, Receipt
 from wsbroadcast.stats import Stats
 
 if TYPE_CHECKING:  # a program that only publishes needs no more of it
@@ -49,6 +50,8 @@ class PublisherTransactionOptions(PublisherOptions, total=False):
 
     transaction: object
     """On Postgres, a database connection or session: the message is sent when its transaction commits."""
+    idempotency_key: str | None
+    """Names the message in its audiences, so that nobody gets it twice if it is broadcast again."""
 
 
 class BroadcastOptions(PublisherOptions, Generic[C], total=False):
@@ -63,6 +66,8 @@ class TransactionOptions(BroadcastOptions[C], total=False):
 
     transaction: object
     """On Postgres, a database connection or session: the message is sent when its transaction commits."""
+    idempotency_key: str | None
+    """Names the message in its audiences, so that nobody gets it twice if it is broadcast again."""
 
 
 class Manager(Protocol[C]):
@@ -95,6 +100,7 @@ class Manager(Protocol[C]):
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
+        since: SinceOption = None,
     ) -> AwaitableContext[C]: ...
     def handshake(self, websocket: WebSocket) -> AbstractAsyncContextManager[None]: ...  # noqa: D102
     def disconnect(self, websocket: WebSocket | C) -> Awaitable[None]: ...  # noqa: D102
@@ -108,7 +114,9 @@ class Manager(Protocol[C]):
         exclude: C | WebSocket | Iterable[C | WebSocket] = (),
     ) -> Receipt: ...
     async def unsubscribe_user(self, user: UserId, *channels: str) -> Receipt: ...  # noqa: D102
-    async def subscribe(self, connection: WebSocket | C, *channels: str) -> None: ...  # noqa: D102
+    async def subscribe(  # noqa: D102
+        self, connection: WebSocket | C, *channels: str, since: SinceOption = None
+    ) -> Recovery | None: ...
     async def unsubscribe(self, connection: WebSocket | C, *channels: str) -> None: ...  # noqa: D102
 
     @overload
@@ -181,6 +189,22 @@ class Manager(Protocol[C]):
     ) -> Receipt: ...
     @overload
     def broadcast_threadsafe(self, message: object, *, to: To, **options: Unpack[BroadcastOptions[C]]) -> Receipt: ...
+
+    async def position(  # noqa: D102
+        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
+    ) -> Position: ...
+    async def history(  # noqa: D102
+        self,
+        channel: str | Unset = UNSET,
+        *,
+        user: UserId | Unset = UNSET,
+        everyone: bool = False,
+        since: Position | str | None = None,
+        limit: int | None = None,
+    ) -> Page: ...
+    async def forget(  # noqa: D102
+        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
+    ) -> None: ...
 
     async def send(self, connection: WebSocket | C, message: object) -> None: ...  # noqa: D102
     async def send_personal_message(self, message: object, websocket: WebSocket | C) -> None: ...  # noqa: D102

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Generic
 
@@ -40,9 +40,13 @@ class Dispatcher(Generic[R]):
         self._registry = registry
         self._slow_consumers = slow_consumers
         self._pace = Pace(registry, slow_consumers)
+        self.behind: Mapping[Audience, Collection[R]] = {}
+        """Those in each audience that are behind in its history, and get nothing live of it."""
         # A turn alone fills no backlog, however small.
-        self._turn_bytes = min(_TURN_BYTES, slow_consumers.options.max_backlog_bytes // HIGH_WATER_PART)
-        self._turn_messages = min(_TURN_MESSAGES, slow_consumers.options.max_backlog_messages // HIGH_WATER_PART)
+        self.turn_bytes = min(_TURN_BYTES, slow_consumers.options.max_backlog_bytes // HIGH_WATER_PART)
+        """How many bytes are delivered at once."""
+        self.turn_messages = min(_TURN_MESSAGES, slow_consumers.options.max_backlog_messages // HIGH_WATER_PART)
+        """How many messages are."""
         self._batches: list[Batch[R]] = []
         self._bytes = 0
         self._messages = 0
@@ -61,7 +65,7 @@ class Dispatcher(Generic[R]):
             batches.append(Batch(publication, recipients))
         self._bytes += publication.message.size
         self._messages += 1
-        if self._bytes >= self._turn_bytes or self._messages >= self._turn_messages:
+        if self._bytes >= self.turn_bytes or self._messages >= self.turn_messages:
             self.flush()
             if not self._is_turn_full:
                 self._is_turn_full = True
@@ -79,14 +83,24 @@ class Dispatcher(Generic[R]):
         self._bytes = self._messages = 0
         for batch in batches:
             recipients = batch.recipients
+            first = batch.publications[0]
             if recipients is None:
-                first = batch.publications[0]
                 recipients = self._registry.recipients(first.audience, first.exclude)
+            if self.behind and first.position is not None and (behind := self.behind.get(first.audience)):
+                recipients = [recipient for recipient in recipients if recipient not in behind]
             if may_be_large and batch.is_large:
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
             self._slow_consumers.counters.deliveries += len(recipients) * len(batch.publications)
+
+    def deliver_batch(self, batch: Batch[R], recipient: R) -> None:
+        """Deliver a batch to one recipient, now. Call `flush` first."""
+        if len(batch.publications) == 1 and batch.is_large:
+            self._deliver_large(batch, (recipient,))
+        else:
+            UvicornSink.deliver_all(batch, (recipient,), self._failed)
+        self._slow_consumers.counters.deliveries += len(batch.publications)
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
@@ -148,7 +162,7 @@ class Dispatcher(Generic[R]):
         # As many of those that queue up as fit into one turn; the rest goes on waiting for the next.
         self._is_turn_full = False
         messages, size = 0, 0
-        while self._queue and messages < max(1, self._turn_messages) and size < max(1, self._turn_bytes):
+        while self._queue and messages < max(1, self.turn_messages) and size < max(1, self.turn_bytes):
             place, place_size = self._queue.popleft()
             if not place.done():  # else its broadcaster was cancelled, or has waited long enough
                 place.set_result(None)

@@ -220,6 +220,7 @@ class Batch(Generic[R]):
             first.audience == publication.audience
             and first.exclude == publication.exclude
             and self.recipients == recipients
+            and (first.position is None) is (publication.position is None)
         )
 
     @property

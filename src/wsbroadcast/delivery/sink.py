@@ -195,6 +195,10 @@ class Sink:
     def end_reading(self) -> None:
         """The app has its message, or waits no longer."""
 
+    def when_drained(self, call: Callable[[], None]) -> None:
+        """Call something once when what waits has gone, or the sink has ended; something has to wait."""
+        self._slow_consumers.when_drained(self, call)
+
     async def drained(self) -> None:
         """Wait until nothing waits any more, at most `close_timeout`."""
         if self._writer is not None:

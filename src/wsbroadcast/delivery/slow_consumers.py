@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine, MutableMapping
 from contextvars import Context
 from typing import Any, Protocol
 
@@ -135,6 +135,8 @@ class SlowConsumers:
         """The sinks with a backlog."""
         self.behind: dict[Waiting, bool] = {}
         """Those among them that are slow consumers: past their high-water mark. With whether they were half full."""
+        # What is called once when a sink has nothing waiting any more.
+        self._drained: dict[Waiting, list[Callable[[], None]]] = {}
         # Done at the next change; there while a broadcaster waits for one.
         self._change: asyncio.Future[None] | None = None
         self._is_wake_scheduled = False
@@ -156,6 +158,12 @@ class SlowConsumers:
         self.waiting.pop(sink, None)
         if not self.waiting:
             self.events.clear()
+        for call in self._drained.pop(sink, ()):
+            call()
+
+    def when_drained(self, sink: Waiting, call: Callable[[], None]) -> None:
+        """Call something once when a sink has nothing waiting any more, also because it has ended."""
+        self._drained.setdefault(sink, []).append(call)
 
     def fell_behind(self, sink: Waiting) -> None:
         """A sink went past its high-water mark."""

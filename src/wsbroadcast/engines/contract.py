@@ -251,46 +251,88 @@ async def each(call: Callable[[P], Awaitable[None]], publications: Iterable[P]) 
         raise errors[0]
 
 
-async def publish_all(engine: Engine, publications: Sequence[Publication | Control]) -> None:
-    """Publish several, in this order; return once the engine has taken all of them.
+async def publish(
+    engine: Engine, publication: Publication | Control, rules: HistoryRules | None, key: str | None = None
+) -> Appended | None:
+    """Publish one, and keep it if the rules say so; return where it is kept.
+
+    Raises:
+        EngineError: As for `Engine.publish`.
+    """
+    history = None if rules is None else rules.of(publication.audience)
+    if history is None or not isinstance(publication, Publication):
+        await engine.publish(publication)
+        return None
+    return await keeps_history(engine).append(publication, history, key)
+
+
+async def publish_all(
+    engine: Engine,
+    publications: Sequence[Publication | Control],
+    rules: HistoryRules | None = None,
+    key: str | None = None,
+) -> dict[Audience, Appended]:
+    """Publish several, in this order; return once the engine has taken all of them, and where it keeps which.
 
     Raises:
         EngineUnavailable: As for `publish`; `positions` has those that were taken.
         EngineError: As for `publish`.
     """
-    if len(publications) == 1:
-        await engine.publish(publications[0])
-        return
-    if not engine.links_nodes:
-        await each(engine.publish, publications)
-        return
+    appended: dict[Audience, Appended] = {}
+
+    async def publish_one(publication: Publication | Control) -> None:
+        if (found := await publish(engine, publication, rules, key)) is not None:
+            appended[publication.audience] = found
+
+    if len(publications) == 1 or not engine.links_nodes:
+        await each(publish_one, publications)
+        return appended
     # In one turn, so that they go to the broker in one call.
-    results = await asyncio.gather(*map(engine.publish, publications), return_exceptions=True)
+    results = await asyncio.gather(*map(publish_one, publications), return_exceptions=True)
     errors = [result for result in results if result is not None]
     for error in errors[:1]:
         if isinstance(error, EngineUnavailable):
-            taken = [each for each, result in zip(publications, results, strict=True) if result is None]
-            error.positions = _positions(taken)
+            taken = [each.audience for each, result in zip(publications, results, strict=True) if result is None]
+            error.positions = {
+                audience: appended[audience].position if audience in appended else None for audience in taken
+            }
             error.may_have_been_sent = any(getattr(each, "may_have_been_sent", False) for each in errors)
         raise error
+    return appended
 
 
-def publish_all_nowait(engine: Engine, publications: Sequence[Publication]) -> None:
+def publish_all_nowait(engine: Engine, publications: Sequence[Publication], rules: HistoryRules | None = None) -> None:
     """Publish several without waiting, in this order.
 
     Raises:
         EngineUnavailable: As for `publish_nowait`; `positions` has those that were taken.
     """
     for number, publication in enumerate(publications):
+        history = None if rules is None else rules.of(publication.audience)
         try:
-            engine.publish_nowait(publication)
+            if history is None:
+                engine.publish_nowait(publication)
+            else:
+                keeps_history(engine).append_nowait(publication, history)
         except EngineUnavailable as error:
-            error.positions = _positions(publications[:number])
+            error.positions = {each.audience: each.position for each in publications[:number]}
             raise
 
 
-def _positions(publications: Sequence[Publication | Control]) -> dict[Audience, Position | None]:
-    return {each.audience: each.position for each in publications if isinstance(each, Publication)}
+async def publish_in(
+    engine: Engine, transaction: object, publications: Sequence[Publication], rules: HistoryRules | None
+) -> None:
+    """Publish several in a transaction of the caller's.
+
+    Raises:
+        ConfigurationError: If the engine can't, or not in this one.
+    """
+    for publication in publications:
+        history = None if rules is None else rules.of(publication.audience)
+        if history is None:
+            await transactional(engine).publish_in(transaction, publication)
+        else:
+            await transactional(engine).publish_in(transaction, publication, history)
 
 
 def transactional(engine: Engine) -> Transactional:

@@ -15,6 +15,7 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
+from wsbroadcast.history import NOWHERE, SinceByAudience, SinceOption, since_of
 from wsbroadcast.logs import Clock, Throttle, logger
 from wsbroadcast.options import ExpiresAt, Limits, unix_seconds
 from wsbroadcast.stats import Counters
@@ -340,6 +341,7 @@ class Joining(NamedTuple):
     subprotocol: str | None
     headers: Headers | None
     expires_at: float | None
+    since: SinceByAudience = NOWHERE
 
     @classmethod
     def of(
@@ -350,16 +352,19 @@ class Joining(NamedTuple):
         subprotocol: str | None = None,
         headers: Headers | None = None,
         expires_at: ExpiresAt = None,
+        since: SinceOption = None,
     ) -> Self:
         """Check what `connect` was told.
 
         Raises:
             InvalidChannel: If a channel name breaks a rule.
-            ValueError: If `user` is not a str, int or UUID, or `expires_at` is not a valid time.
+            ValueError: If `user` is not a str, int or UUID, `expires_at` is not a valid time, or `since` is no position
+                of something that is joined.
         """
         key = None if user is None else user_key(user)
         names = as_channels(channels) if channels else ()
-        return cls(user, key, names, info, subprotocol, headers, unix_seconds(expires_at))
+        where = NOWHERE if since is None else since_of(since, names, key)
+        return cls(user, key, names, info, subprotocol, headers, unix_seconds(expires_at), where)
 
 
 class Admission:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -15,8 +15,30 @@ from wsbroadcast.audience import UNSET, Audience, audiences_of, user_keys
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.concurrency import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
 from wsbroadcast.connection import Connection, Exclude, find_connection, find_open
-from wsbroadcast.engines.contract import Engine, each, publish_all, publish_all_nowait, transactional
-from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, kind_of
+from wsbroadcast.engines.contract import (
+    Engine,
+    each,
+    keeps_history,
+    publish,
+    publish_all,
+    publish_all_nowait,
+    publish_in,
+)
+from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, LifecycleError, kind_of
+from wsbroadcast.history import (
+    LAST,
+    NOWHERE,
+    Appended,
+    History,
+    HistoryRules,
+    Page,
+    Recovery,
+    SinceOption,
+    check_key,
+    no_history,
+    page_of,
+    since_of,
+)
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.message import JSONDefault, Message
 from wsbroadcast.node.admission import Joining
@@ -24,7 +46,17 @@ from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.node import Node
 from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publication import NOBODY, Control, Dismissal, Publication, Publications, Receipt, publications_of
+from wsbroadcast.publication import (
+    NOBODY,
+    Control,
+    Dismissal,
+    Forgetting,
+    Position,
+    Publication,
+    Publications,
+    Receipt,
+    publications_of,
+)
 from wsbroadcast.stats import Counters
 from wsbroadcast.text import plain
 from wsbroadcast.transports import SEEN_KEY
@@ -54,6 +86,10 @@ class Core:
         slow_consumer: What happens to a connection that doesn't keep up.
         json_default: Writes what JSON doesn't know.
         counters: Of the manager.
+        rules: What is kept; `None` for nothing.
+
+    Raises:
+        ConfigurationError: If the engine can't keep it.
     """
 
     def __init__(
@@ -65,7 +101,12 @@ class Core:
         slow_consumer: SlowConsumer,
         json_default: JSONDefault | None,
         counters: Counters,
+        rules: HistoryRules | None = None,
     ) -> None:
+        if rules is not None:
+            keeps_history(engine).keep(rules)
+        self.rules = rules
+        """What is kept; `None` for nothing."""
         self.manager = manager
         """Whose operations these are."""
         self._hooks = hooks
@@ -78,7 +119,7 @@ class Core:
         """Where it runs."""
 
     def _new_node(self, engine: Engine) -> Node:
-        node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters)
+        node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules)
         node.outbox = Outbox(partial(self.broadcast, node=node))
         return node
 
@@ -128,11 +169,15 @@ class Core:
         if connection is not None:
             await self.life.node.membership.close(connection, code, plain(reason or ""))
 
-    async def subscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
-        """Subscribe a connection to channels."""
+    async def subscribe(
+        self, websocket: WebSocket | Connection, channels: tuple[str, ...], since: SinceOption = None
+    ) -> Recovery | None:
+        """Subscribe a connection to channels; return what became of what it missed in the only one."""
+        where = NOWHERE if since is None else since_of(since, channels)
         connection = find_open(websocket, self.manager)
         self.life.check_here()
-        await self.life.node.membership.subscribe(connection, channels)
+        await self.life.node.membership.subscribe(connection, channels, where)
+        return connection.recovered.get(channels[0]) if where and len(channels) == 1 else None
 
     async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe a connection from channels."""
@@ -231,21 +276,29 @@ class Core:
         return publications_of(self.encode(message, key), audiences, ids, users)
 
     async def broadcast(
-        self, publications: Publications, transaction: object = None, *, node: Node | None = None
+        self,
+        publications: Publications,
+        transaction: object = None,
+        idempotency_key: str | None = None,
+        *,
+        node: Node | None = None,
     ) -> Receipt:
         """Publish to all nodes.
 
         Args:
             publications: Those of one broadcast.
             transaction: See `ConnectionManager.broadcast`.
+            idempotency_key: See there.
             node: What the manager is here, if that is known. It is where the manager is closed, too.
         """
         if node is None:
             node = self.life.node
             if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
                 node = await self.life.run_here()
+        if idempotency_key is not None:
+            check_key(idempotency_key, self.rules, publications, transaction)
         if len(publications) != 1:
-            return await self._broadcast_several(node, publications, transaction)
+            return await self._broadcast_several(node, publications, transaction, idempotency_key)
         publication = publications[0]
         members = node.registry.count(publication.audience, publication.exclude, publication.exclude_users)
         if self._hooks.has("on_broadcast") or not node.dispatcher.is_clear:
@@ -253,10 +306,12 @@ class Core:
             if prepared is None:
                 return Receipt(members, is_held_back=True)
             publication = prepared
-        if transaction is None:
+        if transaction is not None:
+            await publish_in(self.life.engine, transaction, (publication,), self.rules)
+        elif self.rules is None:
             await self.life.engine.publish(publication)
-        else:
-            await transactional(self.life.engine).publish_in(transaction, publication)
+        elif (appended := await publish(self.life.engine, publication, self.rules, idempotency_key)) is not None:
+            return Receipt(members, {publication.audience: appended.position}, is_repeat=appended.is_repeat)
         return Receipt(members)
 
     async def broadcast_local(self, publications: Publications) -> Receipt:
@@ -279,7 +334,7 @@ class Core:
         prepared: Sequence[Publication] = publications
         if self._hooks.has("on_broadcast"):
             prepared = without_waiting(self._transform_all(publications), "an on_broadcast hook has to wait")
-        publish_all_nowait(self.life.engine, prepared)
+        publish_all_nowait(self.life.engine, prepared, self.rules)
         return Receipt(members, is_held_back=not prepared and bool(publications))
 
     def broadcast_threadsafe(self, publications: Publications) -> Receipt:
@@ -313,14 +368,56 @@ class Core:
                 raise
             raise LoopEnded from None
 
-    async def _broadcast_several(self, node: Node, publications: Publications, transaction: object) -> Receipt:
+    async def _broadcast_several(
+        self, node: Node, publications: Publications, transaction: object, idempotency_key: str | None
+    ) -> Receipt:
         members = node.count(publications)
         prepared = await self._prepare_all(node, publications)
+        appended: Mapping[Audience, Appended] = {}
         if transaction is None:
-            await publish_all(self.life.engine, prepared)
-        for publication in () if transaction is None else prepared:
-            await transactional(self.life.engine).publish_in(transaction, publication)
-        return Receipt(members, is_held_back=not prepared and bool(publications))
+            appended = await publish_all(self.life.engine, prepared, self.rules, idempotency_key)
+        else:
+            await publish_in(self.life.engine, transaction, prepared, self.rules)
+        return Receipt(
+            members,
+            {audience: each.position for audience, each in appended.items()},
+            is_held_back=not prepared and bool(publications),
+            is_repeat=bool(appended) and all(each.is_repeat for each in appended.values()),
+        )
+
+    # What is kept.
+
+    async def position(self, audience: Audience) -> Position:
+        """Return where an audience is now; see `ConnectionManager.position`."""
+        history = self._history(audience)
+        await self.life.run_here()
+        (position,) = await keeps_history(self.life.engine).positions([audience], [history])
+        return position
+
+    async def history(self, audience: Audience, since: Position | str | None, limit: int | None) -> Page:
+        """Read what is kept of an audience; see `ConnectionManager.history`."""
+        history = self._history(audience)
+        where = since_of(since, (audience.name,))
+        await self.life.run_here()
+        position = next((each for each in where.values() if each is not LAST), None)
+        replay = await keeps_history(self.life.engine).read(audience, position, history)
+        return page_of(replay, position, limit)
+
+    async def forget(self, audience: Audience) -> None:
+        """Remove what is kept of an audience; see `ConnectionManager.forget`."""
+        self._history(audience)
+        node = await self.life.run_here()
+        await keeps_history(self.life.engine).forget(audience)
+        await self.life.engine.publish(Forgetting(audience))
+        if node.tails is not None:
+            node.tails.forgotten(audience)
+            await node.tails.settled(audience)
+
+    def _history(self, audience: Audience) -> History:
+        history = None if self.rules is None else self.rules.of(audience)
+        if history is None:
+            raise ConfigurationError(no_history(audience))
+        return history
 
     async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
         return [found for one in publications if (found := await self._prepare(node, one)) is not None]

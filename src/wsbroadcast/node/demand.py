@@ -9,6 +9,7 @@ from typing import Any
 from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.engines.contract import Engine
+from wsbroadcast.node.tails import Tails
 
 
 class Demand:
@@ -17,11 +18,13 @@ class Demand:
     Args:
         engine: Is told when an audience is wanted, and when it no longer is.
         registry: Knows who is in which audience.
+        tails: Are opened for audiences with a history; `None` if there are none.
     """
 
-    def __init__(self, engine: Engine, registry: Registry[Any]) -> None:
+    def __init__(self, engine: Engine, registry: Registry[Any], tails: Tails | None = None) -> None:
         self._engine = engine
         self._registry = registry
+        self._tails = tails
         # Audiences that are about to get a member, by how many.
         self._held: dict[Audience, int] = {}
         # Whether the engine wants to know; one that brings everything to every node doesn't.
@@ -30,8 +33,8 @@ class Demand:
         )
 
     def audiences(self, user_key: str | None, channels: Iterable[str]) -> list[Audience]:
-        """Return what has to be held for a new connection; nothing where the engine doesn't want to know."""
-        if not self._is_asked:
+        """Return what has to be held for a new connection; nothing where neither engine nor tails want to know."""
+        if not self._is_asked and self._tails is None:
             return []
         audiences = [EVERYONE, *(Audience("channel", channel) for channel in channels)]
         return audiences if user_key is None else [*audiences, Audience("user", user_key)]
@@ -47,6 +50,8 @@ class Demand:
         try:
             self._engine.subscribe(audiences)
             await self._engine.confirmed(audiences)
+            if self._tails is not None:
+                await self._tails.open(audiences)
         except BaseException:
             self.release(audiences)
             raise
@@ -75,3 +80,5 @@ class Demand:
         for audience in audiences:
             if audience not in self._held and not self._registry.members(audience):
                 self._engine.unsubscribe((audience,))
+                if self._tails is not None:
+                    self._tails.close(audience)

@@ -19,11 +19,14 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied, ungrouped
+from wsbroadcast.history import NOWHERE, Recovery, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures
+from wsbroadcast.node.replays import Replays
+from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits
 from wsbroadcast.text import plain
 from wsbroadcast.transports import Ended, closed_error
@@ -77,6 +80,8 @@ class Membership:
         tasks: Tasks,
         engine: Engine,
         limits: Limits,
+        tails: Tails | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self.core = core
         """Does what its connections are told to do."""
@@ -90,7 +95,8 @@ class Membership:
         self._tasks = tasks
         self._departures = Departures(tasks)
         self._announcements = Announcements(hooks, tasks, self._leave_channel)
-        self._demand = Demand(engine, registry)
+        self._demand = Demand(engine, registry, tails)
+        self._replays = replays
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
         # The next look for sockets that are gone, while there are connections.
@@ -147,6 +153,7 @@ class Membership:
     async def _enter(self, connection: Connection, joining: Joining, websocket: WebSocket) -> None:
         self._dispatcher.flush()
         self._registry.add(connection)
+        self._hold(connection, joining.since)
         self._counters.connects += 1
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self, connection))
@@ -156,6 +163,8 @@ class Membership:
             if joining.expires_at is not None:
                 connection.renew(joining.expires_at)
             await self._announcements.connected(connection, joining.channels)
+            if joining.since:
+                await self.recover(connection, joining.since)
             if not connection.is_open:
                 raise closed_error(connection)
         except PermissionDenied as denied:
@@ -178,7 +187,7 @@ class Membership:
                 )
             if joining.expires_at is not None:
                 known.renew(joining.expires_at)
-            await self.subscribe(known, joining.channels)
+            await self.subscribe(known, joining.channels, joining.since)
             return known
         if known._sink.is_ended:
             raise closed_error(known)
@@ -189,8 +198,42 @@ class Membership:
         if self._is_ended:
             raise LifecycleError(CLOSED)
 
-    async def subscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
+    def _hold(self, connection: Connection, since: SinceByAudience) -> None:
+        if self._replays is not None:
+            for audience in since:
+                if self._registry.is_member(connection, audience):
+                    self._replays.hold(connection, audience)
+
+    async def recover(self, connection: Connection, since: SinceByAudience) -> None:
+        """Send a connection what it missed, as far as that can be done; `connection.recovered` says what became of it.
+
+        Call it once, when nothing can keep the connection from its audiences any more.
+        """
+        recovered = dict(connection.recovered)
+        for audience, position in since.items():
+            if self._replays is None or not self._registry.is_member(connection, audience):
+                recovery = Recovery(False, "unavailable", None)
+            else:
+                recovery = await self._replays.start(connection, audience, position)
+            recovered[audience.name if audience.kind == "channel" else audience] = recovery
+        connection.recovered = recovered
+
+    async def subscribe(
+        self,
+        connection: Connection,
+        channels: tuple[str, ...],
+        since: SinceByAudience = NOWHERE,
+        *,
+        recovers: bool = True,
+    ) -> None:
         """Subscribe to those of the channels it isn't in yet; if a hook refuses one, to that one and the rest not.
+
+        Args:
+            connection: Which.
+            channels: Their names.
+            since: Since when it wants what it missed in some of them; of one that it is in already it has missed
+                nothing.
+            recovers: Whether it is sent that; else the caller says when, by `recover`.
 
         Raises:
             LimitExceeded: If they are too many, before it is subscribed to any.
@@ -205,7 +248,11 @@ class Membership:
                     continue
                 self.admission.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it, too
                 self._registry.subscribe(connection, channel)
+                wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
+                self._hold(connection, wanted)
                 await self._announcements.subscribed(connection, channel)
+                if wanted and recovers:
+                    await self.recover(connection, wanted)
                 if not connection.is_open:
                     raise closed_error(connection)
 
@@ -225,6 +272,8 @@ class Membership:
         self._dispatcher.flush()  # which may end this very connection, so before looking at it
         if channel not in connection.channels or not connection.is_open:
             return False
+        if self._replays is not None:
+            self._replays.left(connection, Audience("channel", channel))
         if self._registry.unsubscribe(connection, channel):
             self._demand.left((Audience("channel", channel),))
         self._slow_consumers.wake()  # as when one leaves
@@ -240,6 +289,8 @@ class Membership:
         last = self._registry.remove(connection)
         if last is None:
             return False
+        if self._replays is not None and self._replays.cursors:
+            self._replays.left(connection)
         self._demand.left(last)
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1

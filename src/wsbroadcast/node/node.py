@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import replace
 from time import monotonic
 
-from wsbroadcast.audience import EVERYONE
+from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, Operations
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
-from wsbroadcast.engines.contract import Engine
+from wsbroadcast.engines.contract import Engine, keeps_history
+from wsbroadcast.history import HistoryRules, Reason
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
-from wsbroadcast.logs import Clock, logger
+from wsbroadcast.logs import Clock, Throttle, logger
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
+from wsbroadcast.node.replays import Replays
+from wsbroadcast.node.tail import batch_of
+from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications
+from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
 from wsbroadcast.stats import Counters, Stats
 
 # For how long it is remembered who got a broadcast to several audiences.
@@ -81,6 +87,7 @@ class Node:
         slow_consumer: SlowConsumer,
         limits: Limits,
         counters: Counters,
+        rules: HistoryRules | None = None,
     ) -> None:
         self._engine = engine
         self._links_nodes = engine.links_nodes
@@ -88,8 +95,26 @@ class Node:
         self._slow_consumers = SlowConsumers(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._slow_consumers)
         self._tasks = Tasks()
+        self.tails: Tails | None = None
+        """What is here of the histories of audiences; `None` where nothing is kept."""
+        self.replays: Replays | None = None
+        """Connections that are behind in a history."""
+        if rules is not None:
+            turn = (self.dispatcher.turn_messages, self.dispatcher.turn_bytes)
+            self.tails = Tails(self, keeps_history(engine), rules, counters, *turn)
+            self.replays = Replays(self, self.tails, self.dispatcher, counters)
+            self.dispatcher.behind = self.replays.cursors
         self.membership = Membership(
-            core, self.registry, self.dispatcher, self._slow_consumers, hooks, self._tasks, engine, limits
+            core,
+            self.registry,
+            self.dispatcher,
+            self._slow_consumers,
+            hooks,
+            self._tasks,
+            engine,
+            limits,
+            self.tails,
+            self.replays,
         )
         self._hooks = hooks
         self._encode = core.encode
@@ -102,6 +127,7 @@ class Node:
         self._order = asyncio.Lock()
         self._lanes = Lanes(self)
         self._once_each = OnceEach()
+        self._throttle = Throttle()
         self.outbox: Outbox
         """Broadcasts that nobody waits for."""
         self._is_closed = False
@@ -112,6 +138,8 @@ class Node:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
+        elif self.tails is not None and self.tails.history(publication.audience) is not None:
+            self._take_kept(publication, self.tails)
         elif (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
             self._lanes.put(publication)
         else:
@@ -122,6 +150,8 @@ class Node:
         waiting = self._lanes.waiting
         if not isinstance(publication, Publication):
             self._obey(publication)
+        elif publication.position is not None and self.tails is not None:
+            await self.tails.deliver(publication)
         elif not waiting and not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif publication.audience not in waiting or is_delivering():
@@ -136,7 +166,23 @@ class Node:
             self._tasks.spawn(self._tell_gap(gap), "on_gap hooks")
 
     def suspect(self) -> None:
-        """Read on what may be missing."""
+        """Look whether something is missing of what has a history."""
+        if self.tails is not None and not self._is_closed:
+            self.tails.suspect()
+
+    def _take_kept(self, publication: Publication, tails: Tails) -> None:
+        if publication.position is not None:
+            tails.take(publication)
+            return
+        self._counters.unkept += 1
+        if self._throttle.is_due("unkept"):
+            logger.warning(
+                "messages came that were published past the history of their audience, %d so far, the last to %s: who "
+                "publishes them doesn't know that it is kept, and nobody gets them again",
+                self._counters.unkept,
+                publication.audience,
+            )
+        self.deliver_now(publication)
 
     # What the manager calls.
 
@@ -180,6 +226,10 @@ class Node:
             vetoed=counters.vetoed,
             unpublished=counters.unpublished,
             hook_errors=counters.hook_errors,
+            heals=counters.heals,
+            recoveries=counters.recoveries,
+            refused_recoveries=dict(counters.refused_recoveries),
+            unkept=counters.unkept,
             backlog_bytes=sum(sink.held_bytes for sink in self._slow_consumers.waiting),
             backlog_messages=sum(sink.held_messages for sink in self._slow_consumers.waiting),
             behind=len(self._slow_consumers.behind),
@@ -196,7 +246,11 @@ class Node:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
                     await self.outbox.aclose()
-        await self._lanes.aclose(patience=0.0 if self._links_nodes else self._hooks.timeout)
+        patience = 0.0 if self._links_nodes else self._hooks.timeout
+        await self._lanes.aclose(patience)
+        if self.tails is not None and self.replays is not None:
+            await self.tails.aclose(patience)
+            await self.replays.aclose()
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
         self._is_closed = True
         await self._tasks.join()
@@ -234,11 +288,54 @@ class Node:
         if self._links_nodes:
             self.gap(Gap(self._engine.name, seconds))
 
+    # What the tails and the replays call.
+
+    def delivered(self, audience: Audience) -> None:
+        """Let those go on who wait for the place up to which the members of an audience have got everything."""
+        if self.replays is not None and self.replays.cursors:
+            self.replays.moved(audience)
+
+    def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
+        """Tell the members of an audience that something is missing in its history, and can't be read any more."""
+        assert self.replays is not None
+        self.replays.broken(audience, reason)
+        if seconds is not None and not self._is_closed and self.registry.members(audience):
+            gap = Gap(self._engine.name, seconds, frozenset((audience,)))
+            self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether `on_deliver` hooks have to be asked."""
+        return self._hooks.has("on_deliver")
+
+    async def replay_through_hooks(self, publication: Publication, connection: Connection) -> None:
+        """Hand a publication that a connection has missed to it alone, through the hooks."""
+        delivery = Delivery(publication.message, publication.audience, [connection], self._encode, is_replay=True)
+        await self._hooks.deliver(delivery)
+        for message, some in delivery._parts():
+            if some and self.registry.is_member(connection, publication.audience):
+                self.dispatcher.flush()
+                self.dispatcher.deliver_batch(batch_of([publication.with_message(message)]), connection)
+
+    def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
+        """Take note that a connection has missed something that can't be read any more."""
+        self._counters.refused_recoveries[reason] += 1
+
     # Inside.
 
     async def _tell_gap(self, gap: Gap) -> None:
         await self._tasks.begun()  # the engine goes on first
-        await self._hooks.observe("on_gap", gap)
+        broken = await self.tails.heal() if self.tails is not None else ()
+        if self._hooks.has("on_gap") and (audiences := self._unhealed(broken)):
+            await self._hooks.observe("on_gap", replace(gap, audiences=audiences))
+
+    def _unhealed(self, broken: Collection[Audience]) -> frozenset[Audience]:
+        registry = self.registry
+        audiences = [EVERYONE] if len(registry) else []
+        audiences += [Audience("channel", name) for name in registry.channels]
+        audiences += [Audience("user", name) for name in registry.users]
+        tails = self.tails
+        return frozenset(each for each in audiences if tails is None or tails.history(each) is None or each in broken)
 
     def _deliver(self, publication: Publication) -> None:
         self._counters.broadcasts += 1
@@ -249,6 +346,9 @@ class Node:
 
     def _recipients(self, publication: Publication) -> list[Connection]:
         recipients = self.registry.recipients(publication.audience, publication.exclude, publication.exclude_users)
+        if publication.position is not None and self.replays is not None and self.replays.cursors:
+            behind = self.replays.behind(publication.audience)
+            recipients = [recipient for recipient in recipients if recipient not in behind]
         return recipients if publication.id is None else self._once_each.left(publication.id, recipients)
 
     def _deliver_to(self, publication: Publication, recipients: list[Connection]) -> None:
@@ -271,15 +371,17 @@ class Node:
         # No hook is asked and nothing is waited for: who is no longer welcome doesn't get what waits either.
         if isinstance(control, Dismissal):
             self.membership.dismiss_all(control.audience, control.exclude, control.code, control.reason)
-        else:
+        elif isinstance(control, Unsubscription):
             self.membership.unsubscribe_all(control.audience, control.channels)
+        elif self.tails is not None:
+            self.tails.forgotten(control.audience)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
         self._counters.broadcasts += 1
         for message, some in delivery._parts():
-            # Who has left the audience while the hooks ran gets nothing any more.
+            # Who has left the audience while the hooks ran gets nothing any more; who is behind gets it later.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
             if publication.id is not None:  # a hook that broadcasts was overtaken by itself
                 still_here = self._once_each.left(publication.id, still_here)

@@ -11,7 +11,7 @@ import pytest
 from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError, MessageTooLarge, WSBroadcastError
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Control, Dismissal, Publication, Unsubscription
+from wsbroadcast.publication import Control, Dismissal, Forgetting, Publication, Unsubscription
 from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, use
 
@@ -40,11 +40,12 @@ class EngineContract(Nodes):
         await self._check_same([*published, Publication(message, NEWS, exclude_users=many), both])
 
     async def test_dismissal_arrives_as_it_was(self) -> None:
-        """What closes connections keeps its code, its reason and who stays; what unsubscribes them, the channels."""
+        """What closes connections keeps its code, reason and who stays; what unsubscribes them, the channels."""
         kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Dismissal(kind, 1008, "reäson", frozenset({"a", "b\n"})) for kind in kinds]
         left = [Unsubscription(kind, ("news", "späße")) for kind in kinds]
-        await self._check_same([*published, Dismissal(NEWS, 4999), *left])
+        forgotten = [Forgetting(kind) for kind in kinds]
+        await self._check_same([*published, Dismissal(NEWS, 4999), *left, *forgotten])
 
     async def _check_same(self, published: Sequence[Publication | Control]) -> None:
         audiences = list(dict.fromkeys(each.audience for each in published))

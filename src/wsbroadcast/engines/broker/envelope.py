@@ -25,6 +25,7 @@ from wsbroadcast.publication import (
     NOBODY,
     Control,
     Dismissal,
+    Forgetting,
     Position,
     Publication,
     Unsubscription,
@@ -74,6 +75,8 @@ def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
         return _encoded(header, publication.exclude, origin, publication.reason.encode(errors="replace"))
     if isinstance(publication, Unsubscription):
         return _encoded({"type": "unsubscribe", "channels": publication.channels}, NOBODY, origin, b"")
+    if isinstance(publication, Forgetting):
+        return _encoded({"type": "forgotten"}, NOBODY, origin, b"")
     message, exclude = publication.message, publication.exclude
     form = message.form
     is_special = publication.id is not None or publication.exclude_users
@@ -178,6 +181,8 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
         return publication
     if kind == "unsubscribe":
         return Unsubscription(audience, _channels(header.get("channels")))
+    if kind == "forgotten":
+        return Forgetting(audience)
     code = header.get("code")
     if kind != "close" or type(code) is not int or not is_sendable(code):
         raise BadEnvelope("schema")

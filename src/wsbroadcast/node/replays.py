@@ -1,0 +1,260 @@
+"""Connections that are behind in the history of an audience, and are sent what they missed until they are not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Collection
+from time import monotonic
+from typing import Protocol
+
+from wsbroadcast.audience import Audience
+from wsbroadcast.concurrency import Tasks
+from wsbroadcast.connection import Connection
+from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.slow_consumers import NOBODYS
+from wsbroadcast.history import LAST, Reason, Recovery, Since
+from wsbroadcast.logs import logger
+from wsbroadcast.node.tail import Stretch, Tail, batch_of
+from wsbroadcast.node.tails import Tails
+from wsbroadcast.publication import MAX_OFFSET, Publication
+from wsbroadcast.stats import Counters
+
+# How many connections are sent something in one turn of the event loop: what is live goes between the turns.
+_TURN_CURSORS = 64
+
+
+class Replayer(Protocol):
+    """What the replays ask of their node."""
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether `on_deliver` hooks have to be asked."""
+
+    async def replay_through_hooks(self, publication: Publication, connection: Connection) -> None:
+        """Ask the hooks about a publication that a connection missed, and hand it over; raises what a hook raises."""
+
+    def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
+        """A connection has missed something that can't be read any more; it is a member where the audience is now."""
+
+
+class Cursor:
+    """A connection that is behind in an audience, and where it is."""
+
+    __slots__ = ("audience", "connection", "epoch", "is_busy", "offset")
+
+    def __init__(self, connection: Connection, audience: Audience) -> None:
+        self.connection = connection
+        self.audience = audience
+        self.epoch = ""
+        """That of its offset; empty as long as it hasn't begun."""
+        self.offset = 0
+        """It has got everything up to here."""
+        self.is_busy = False
+        """Whether its next step is scheduled already, or waits for its sink or for hooks."""
+
+
+class Replays:
+    """The connections of one node that are behind.
+
+    Such a connection is in the registry, and left out when its audience is delivered to. It is sent what came since, as
+    fast as its sink takes it. It is a member like others from the turn of the event loop in which it has reached the
+    place up to which the members have got everything. So it gets every publication once, and nothing is kept for it.
+
+    Args:
+        node: Asks hooks.
+        tails: Have what was missed.
+        dispatcher: Hands over what is live.
+        counters: Where recoveries are counted.
+    """
+
+    def __init__(self, node: Replayer, tails: Tails, dispatcher: Dispatcher[Connection], counters: Counters) -> None:
+        self._node = node
+        self._tails = tails
+        self._dispatcher = dispatcher
+        self._counters = counters
+        self.cursors: dict[Audience, dict[Connection, Cursor]] = {}
+        """Those that are behind, by audience."""
+        self._ready: deque[Cursor] = deque()
+        self._is_scheduled = False
+        self._tasks = Tasks()
+
+    def behind(self, audience: Audience) -> Collection[Connection]:
+        """Return the connections that are behind in an audience: they get nothing live."""
+        return self.cursors.get(audience, ())
+
+    # In and out.
+
+    def hold(self, connection: Connection, audience: Audience) -> None:
+        """Let a connection that is about to be a member get nothing yet: it says in `start` since when."""
+        self._dispatcher.flush()
+        self.cursors.setdefault(audience, {})[connection] = Cursor(connection, audience)
+
+    async def start(self, connection: Connection, audience: Audience, since: Since) -> Recovery:
+        """Send a connection that is held what it missed; return, before all of it is sent, whether that can be done.
+
+        If it can't, the connection is a member from now on, where the audience is now.
+        """
+        cursor = self.cursors.get(audience, {}).get(connection)
+        tail = self._tails.of(audience)
+        if cursor is None or tail is None:
+            return self._refuse(cursor, tail, "unavailable")
+        if not await self._is_near(tail, audience, since):
+            return self._refuse(cursor, tail, "unavailable")
+        if since is LAST:
+            offset = tail.before_last()
+        elif since.epoch != tail.epoch or since.offset > tail.top:
+            return self._refuse(cursor, tail, "epoch")
+        elif not await self._has(tail, audience, since.offset):
+            return self._refuse(cursor, tail, tail.why_not(since.offset))
+        else:
+            offset = since.offset
+        cursor.epoch, cursor.offset = tail.epoch, offset
+        tail.promised = min(tail.promised, offset)
+        self._counters.recoveries += 1
+        self._schedule(cursor)
+        return Recovery(True, "", tail.position)
+
+    async def _is_near(self, tail: Tail, audience: Audience, since: Since) -> bool:
+        # Who is ahead may have been at a node that heard more; a history that was forgotten, too.
+        if tail.is_reading:
+            await self._tails.attempted(audience)
+        if since is not LAST and tail.epoch and (since.epoch != tail.epoch or since.offset > tail.top):
+            await self._tails.read_on(audience, tail)
+        return bool(tail.epoch) and self._tails.of(audience) is tail
+
+    async def _has(self, tail: Tail, audience: Audience, offset: int) -> bool:
+        if offset < tail.base and tail.is_shrunk:
+            await self._tails.refill(audience, tail)
+        return tail.has(offset, monotonic())
+
+    def _refuse(self, cursor: Cursor | None, tail: Tail | None, reason: Reason) -> Recovery:
+        self._counters.refused_recoveries[reason] += 1
+        if cursor is not None:
+            self._join(cursor)
+        return Recovery(False, reason, None if tail is None else tail.delivered_position)
+
+    def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
+        """Let a member whose sink is full go on after an offset when there is room; return whether that can be done."""
+        tail = self._tails.of(audience)
+        if tail is None or not tail.epoch:
+            return False
+        some = self.cursors.setdefault(audience, {})
+        if connection not in some:
+            cursor = some[connection] = Cursor(connection, audience)
+            cursor.epoch, cursor.offset, cursor.is_busy = tail.epoch, offset, True
+            tail.promised = min(tail.promised, offset)
+            connection._sink.when_drained(lambda: self._schedule(cursor))
+        return True
+
+    def left(self, connection: Connection, audience: Audience | None = None) -> None:
+        """Forget a connection that has left an audience, or all."""
+        for each in [audience] if audience is not None else list(self.cursors):
+            self._forget(each, connection)
+
+    def _forget(self, audience: Audience, connection: Connection) -> None:
+        some = self.cursors.get(audience)
+        if some is not None and some.pop(connection, None) is not None and not some:
+            del self.cursors[audience]
+            if (tail := self._tails.of(audience)) is not None:
+                tail.promised = MAX_OFFSET
+
+    def _join(self, cursor: Cursor) -> None:
+        self._dispatcher.flush()  # what was handed over for the members comes before
+        self._forget(cursor.audience, cursor.connection)
+
+    def moved(self, audience: Audience) -> None:
+        """Let those go on who wait for the place up to which the members have got everything."""
+        for cursor in self.cursors.get(audience, {}).values():
+            if cursor.epoch and not cursor.is_busy:
+                self._schedule(cursor)
+
+    def broken(self, audience: Audience, reason: Reason) -> None:
+        """The tail has begun anew: who was behind has missed something, and is a member from now on."""
+        for cursor in list(self.cursors.get(audience, {}).values()):
+            if cursor.epoch:
+                self._lose(cursor, reason)
+
+    def _lose(self, cursor: Cursor, reason: Reason) -> None:
+        self._join(cursor)
+        self._node.lost_track(cursor.audience, cursor.connection, reason)
+
+    # Step by step.
+
+    def _schedule(self, cursor: Cursor) -> None:
+        cursor.is_busy = True
+        self._ready.append(cursor)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn, context=NOBODYS)
+
+    def _turn(self) -> None:
+        self._is_scheduled = False
+        self._dispatcher.flush()
+        for _ in range(min(_TURN_CURSORS, len(self._ready))):
+            cursor = self._ready.popleft()
+            cursor.is_busy = False
+            if self.cursors.get(cursor.audience, {}).get(cursor.connection) is cursor:
+                self._step(cursor)
+        if self._ready and not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn, context=NOBODYS)
+
+    def _step(self, cursor: Cursor) -> None:
+        tail = self._tails.of(cursor.audience)
+        if tail is None or tail.epoch != cursor.epoch:
+            self._lose(cursor, "epoch")
+        elif cursor.offset >= tail.delivered:
+            # Else it waits for `moved`: it is settled already who gets what is being delivered, or it is ahead.
+            if cursor.offset == tail.delivered and not self._tails.is_in_flight(cursor.audience):
+                self._join(cursor)
+        elif not tail.has_all_after(cursor.offset):
+            self._lose(cursor, tail.why_not(cursor.offset))
+        elif self._node.has_hooks:
+            cursor.is_busy = True
+            replaying = self._replay_through_hooks(cursor, tail.after(cursor.offset))
+            self._tasks.spawn(replaying, "replay", cursor.connection._transport.context)
+        else:
+            self._send(cursor, tail)
+
+    def _send(self, cursor: Cursor, tail: Tail) -> None:
+        connection = cursor.connection
+        stretch = tail.after(cursor.offset)
+        cursor.offset = stretch.end
+        batch = stretch.batch
+        if batch is not None and stretch.withholds:
+            wanted = [each for each in batch.publications if not _is_withheld(each, connection)]
+            batch = batch_of(wanted) if wanted else None
+        if batch is not None:
+            self._dispatcher.deliver_batch(batch, connection)
+        self._go_on(cursor)
+
+    def _go_on(self, cursor: Cursor) -> None:
+        if cursor.connection._sink.backlog is None:
+            self._schedule(cursor)
+        else:
+            cursor.is_busy = True
+            cursor.connection._sink.when_drained(lambda: self._schedule(cursor))
+
+    async def _replay_through_hooks(self, cursor: Cursor, stretch: Stretch) -> None:
+        await self._tasks.begun()
+        for publication in () if stretch.batch is None else stretch.batch.publications:
+            try:
+                if not _is_withheld(publication, cursor.connection):
+                    await self._node.replay_through_hooks(publication, cursor.connection)
+            except Exception:
+                logger.exception("a message was not delivered")
+            if not cursor.connection.is_open:
+                return
+        cursor.offset = stretch.end
+        self._go_on(cursor)
+
+    async def aclose(self) -> None:
+        """End: nobody is sent anything more."""
+        self.cursors.clear()
+        self._ready.clear()
+        await self._tasks.cancel()
+
+
+def _is_withheld(publication: Publication, connection: Connection) -> bool:
+    return connection.id in publication.exclude or connection._user_key in publication.exclude_users
