@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -255,6 +255,15 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
     return found
 
 
+def one_since(since: Since | str | None) -> Since | None:
+    """Check a position that a question about one audience names.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    return None if since is None else _checked_since(since)
+
+
 def _checked_since(value: object) -> Since:
     match value:
         case _Last.LAST:
@@ -331,7 +340,7 @@ MAX_KEY_BYTES = 200
 
 
 def check_key(
-    key: object, rules: HistoryRules | None, publications: Sequence[Publication], transaction: object = None
+    key: object, rules: HistoryRules | None, audiences: Iterable[Audience], transaction: object = None
 ) -> None:
     """Check an idempotency key, and whether it can be kept to.
 
@@ -343,11 +352,9 @@ def check_key(
         raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes, not {key!r:.80}")
     if transaction is not None:
         raise ConfigurationError("idempotency_key and transaction don't go together: the transaction commits once")
-    for publication in publications:
-        if rules is None or rules.of(publication.audience) is None:
-            raise ConfigurationError(
-                f"idempotency_key needs a history to be remembered in: {no_history(publication.audience)}"
-            )
+    for audience in audiences:
+        if rules is None or rules.of(audience) is None:
+            raise ConfigurationError(f"idempotency_key needs a history to be remembered in: {no_history(audience)}")
 
 
 def no_history(audience: Audience) -> str:

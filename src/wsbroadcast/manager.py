@@ -18,7 +18,16 @@ from wsbroadcast.connection import Connection, Exclude
 from wsbroadcast.engines import URL, create_engine
 from wsbroadcast.engines.contract import Engine, Health
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
-from wsbroadcast.history import Histories, HistoryRules, Page, Recovery, SinceOption, kept_audience
+from wsbroadcast.history import (
+    Histories,
+    HistoryRules,
+    Page,
+    Recovery,
+    Since,
+    SinceOption,
+    kept_audience,
+    one_since,
+)
 from wsbroadcast.hooks import NOTHING, Hook, HookChain, HookDecorators
 from wsbroadcast.message import JSONDefault, check_json_default
 from wsbroadcast.node.admission import Joining
@@ -602,7 +611,7 @@ class ConnectionManager(HookDecorators):
         *,
         user: UserId | Unset = UNSET,
         everyone: bool = False,
-        since: Position | str | None = None,
+        since: Since | str | None = None,
         limit: int | None = None,
     ) -> Page:
         """Read what is kept of a channel.
@@ -611,7 +620,7 @@ class ConnectionManager(HookDecorators):
             channel: Which channel.
             user: A user instead, whose messages have a history of their own.
             everyone: What goes to everyone instead.
-            since: Only what came after this position, if all of that is kept.
+            since: Only what came after this position, if all of that is kept; `LAST` for the newest message alone.
             limit: At most so many messages.
 
         Returns:
@@ -621,7 +630,7 @@ class ConnectionManager(HookDecorators):
             ConfigurationError: If it has no history.
             EngineUnavailable: If the broker can't be asked.
         """
-        return await self._core.history(kept_audience(channel, user, everyone), since, limit)
+        return await self._core.history(kept_audience(channel, user, everyone), one_since(since), limit)
 
     async def forget(
         self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False

@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import UNSET, Audience, Unset, UserId
 from wsbroadcast.concurrency import AwaitableContext
 from wsbroadcast.engines.contract import Health
-from wsbroadcast.history import Page, Recovery, SinceOption
+from wsbroadcast.history import Page, Recovery, Since, SinceOption
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt
 from wsbroadcast.publication import Gap, Position, Receipt
@@ -199,7 +199,7 @@ class Manager(Protocol[C]):
         *,
         user: UserId | Unset = UNSET,
         everyone: bool = False,
-        since: Position | str | None = None,
+        since: Since | str | None = None,
         limit: int | None = None,
     ) -> Page: ...
     async def forget(  # noqa: D102

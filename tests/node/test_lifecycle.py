@@ -23,9 +23,9 @@ from wsbroadcast import (
     ConfigurationError,
     Connection,
     ConnectionManager,
+    Delivery,
     EncodeError,
     Engine,
-    Gap,
     Health,
     InvalidChannel,
     LifecycleError,
@@ -811,8 +811,7 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
     manager = ConnectionManager(Life(), hook_timeout=60)
     is_taken, told = threading.Event(), threading.Event()
 
-    @manager.on_gap
-    async def tell(gap: Gap) -> None:
+    async def tell(delivery: Delivery) -> None:
         while not is_taken.is_set():  # noqa: ASYNC110  # set in another thread
             await asyncio.sleep(0.001)
         with pytest.raises(LifecycleError, match=TOLD):
@@ -821,7 +820,8 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
 
     async def use() -> None:
         await manager.broadcast("to nobody")
-        manager._core.life.node.gap(Gap("life", 1.0))
+        manager.on_deliver(tell)
+        manager.broadcast_nowait("to nobody")
 
     async def main() -> None:
         async with manager:

@@ -149,7 +149,7 @@ class MemoryEngine(Engine):
 
     # What is kept.
 
-    def keep(self, rules: HistoryRules | None) -> None:
+    def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
         """Say what is kept; there is nobody else to tell it."""
         self.rules = rules
 

@@ -18,25 +18,25 @@ from wsbroadcast.connection import Connection, Exclude, find_connection, find_op
 from wsbroadcast.engines.contract import (
     Engine,
     each,
+    forget,
     keeps_history,
+    position_of,
     publish,
     publish_all,
     publish_all_nowait,
     publish_in,
+    read_page,
 )
-from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, LifecycleError, kind_of
+from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, kind_of
 from wsbroadcast.history import (
-    LAST,
     NOWHERE,
     Appended,
-    History,
     HistoryRules,
     Page,
     Recovery,
+    Since,
     SinceOption,
     check_key,
-    no_history,
-    page_of,
     since_of,
 )
 from wsbroadcast.hooks import HookChain
@@ -50,7 +50,6 @@ from wsbroadcast.publication import (
     NOBODY,
     Control,
     Dismissal,
-    Forgetting,
     Position,
     Publication,
     Publications,
@@ -296,7 +295,7 @@ class Core:
             if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
                 node = await self.life.run_here()
         if idempotency_key is not None:
-            check_key(idempotency_key, self.rules, publications, transaction)
+            check_key(idempotency_key, self.rules, [each.audience for each in publications], transaction)
         if len(publications) != 1:
             return await self._broadcast_several(node, publications, transaction, idempotency_key)
         publication = publications[0]
@@ -389,35 +388,21 @@ class Core:
 
     async def position(self, audience: Audience) -> Position:
         """Return where an audience is now; see `ConnectionManager.position`."""
-        history = self._history(audience)
         await self.life.run_here()
-        (position,) = await keeps_history(self.life.engine).positions([audience], [history])
-        return position
+        return await position_of(self.life.engine, self.rules, audience)
 
-    async def history(self, audience: Audience, since: Position | str | None, limit: int | None) -> Page:
+    async def history(self, audience: Audience, since: Since | None, limit: int | None) -> Page:
         """Read what is kept of an audience; see `ConnectionManager.history`."""
-        history = self._history(audience)
-        where = since_of(since, (audience.name,))
         await self.life.run_here()
-        position = next((each for each in where.values() if each is not LAST), None)
-        replay = await keeps_history(self.life.engine).read(audience, position, history)
-        return page_of(replay, position, limit)
+        return await read_page(self.life.engine, self.rules, audience, since, limit)
 
     async def forget(self, audience: Audience) -> None:
         """Remove what is kept of an audience; see `ConnectionManager.forget`."""
-        self._history(audience)
         node = await self.life.run_here()
-        await keeps_history(self.life.engine).forget(audience)
-        await self.life.engine.publish(Forgetting(audience))
+        await forget(self.life.engine, self.rules, audience)
         if node.tails is not None:
             node.tails.forgotten(audience)
             await node.tails.settled(audience)
-
-    def _history(self, audience: Audience) -> History:
-        history = None if self.rules is None else self.rules.of(audience)
-        if history is None:
-            raise ConfigurationError(no_history(audience))
-        return history
 
     async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
         return [found for one in publications if (found := await self._prepare(node, one)) is not None]

@@ -194,12 +194,17 @@ class KeepingLink(Link):
     with what to do, if rules were given and the broker can't keep anything.
 
     Args:
-        rules: What is kept; `None` for a node that only publishes, or keeps nothing.
+        rules: What is kept; `None` if that isn't known, or nothing is.
+        only_publishes: Whether nobody receives anything here.
     """
 
-    def __init__(self, rules: HistoryRules | None) -> None:
+    def __init__(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
         self.rules = rules
-        """What is kept. `open` writes it down at the broker; without it `open` reads what others have written."""
+        """What is kept. `open` fills it in if it `learns`."""
+        self.writes = rules is not None and not only_publishes
+        """Whether `open` writes the rules down at the broker."""
+        self.learns = rules is None and only_publishes
+        """Whether `open` reads the rules that others have written."""
 
     @abstractmethod
     async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
