@@ -23,9 +23,9 @@ from wsbroadcast import (
     ConfigurationError,
     Connection,
     ConnectionManager,
-    Delivery,
     EncodeError,
     Engine,
+    Gap,
     Health,
     InvalidChannel,
     LifecycleError,
@@ -811,7 +811,8 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
     manager = ConnectionManager(Life(), hook_timeout=60)
     is_taken, told = threading.Event(), threading.Event()
 
-    async def tell(delivery: Delivery) -> None:
+    @manager.on_gap
+    async def tell(gap: Gap) -> None:
         while not is_taken.is_set():  # noqa: ASYNC110  # set in another thread
             await asyncio.sleep(0.001)
         with pytest.raises(LifecycleError, match=TOLD):
@@ -820,8 +821,8 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
 
     async def use() -> None:
         await manager.broadcast("to nobody")
-        manager.on_deliver(tell)
-        manager.broadcast_nowait("to nobody")
+        node = manager._core.life.node
+        node._tasks.spawn(manager.hooks.observe("on_gap", Gap("life", 1.0)), "on_gap hooks")
 
     async def main() -> None:
         async with manager:
