@@ -29,7 +29,7 @@ LAYERS = [
     {"hooks"},
     {"connection"},
     {"transports"},
-    {"delivery", "publishing", "testing"},
+    {"delivery", "protocols", "publishing", "testing"},
     {"types"},
     {"engines"},
     {"history"},

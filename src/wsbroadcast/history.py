@@ -197,19 +197,23 @@ class Replay(NamedTuple):
         return since.offset in (self.base, self.top.offset) or since.offset in known
 
 
-class _Last(Enum):
+class _Moment(Enum):
     """The type of `LAST`."""
 
     LAST = "last"
+    NOW = "now"
 
     def __repr__(self) -> str:
-        return "LAST"
+        return self.name
 
 
-LAST: Final = _Last.LAST
+LAST: Final = _Moment.LAST
 """As `since`: the newest message alone, for prices, flags and other states."""
 
-Since = Position | _Last
+NOW: Final = _Moment.NOW
+"""Of a client that knows where it is: nothing that was before it."""
+
+Since = Position | _Moment
 """Since when a connection wants what it missed."""
 
 SinceByAudience = Mapping[Audience, Since]
@@ -219,7 +223,7 @@ NOWHERE: SinceByAudience = MappingProxyType({})
 
 SinceOption = Since | str | Mapping[Any, Since | str | None] | None
 """What `since=` takes: a position of the only channel, or a dict of them by channel and audience. A text is a position
-as `str` writes it. `LAST` is the newest message."""
+as `str` writes it. `LAST`, or the text "last", is the newest message."""
 
 # A position of no history, for a text that is none: who sends it is told that nothing can be recovered.
 _UNKNOWN = Position("", 0)
@@ -266,7 +270,7 @@ def one_since(since: Since | str | None) -> Since | None:
 
 def _checked_since(value: object) -> Since:
     match value:
-        case _Last.LAST:
+        case _Moment.LAST | _Moment.LAST.value:
             return LAST
         case Position(str(), int()):
             return value

@@ -122,6 +122,10 @@ class Publication:
         """That of its position; 0 if it has none."""
         return 0 if self.position is None else self.position.offset
 
+    def withheld(self) -> Withheld:
+        """Return what a client gets in its place that knows where it is, and doesn't get it."""
+        return Withheld(self.message, self.audience, position=self.position, previous=self.previous)
+
     def with_message(self, message: Message) -> Publication:
         """Return the same publication of another message."""
         return Publication(
@@ -166,6 +170,18 @@ class Publication:
 
     def __repr__(self) -> str:
         return f"<Publication {self.message!r} to {self.audience!r}>"
+
+
+class Frame(Publication):
+    """Something that a protocol itself says to one connection."""
+
+    __slots__ = ()
+
+
+class Withheld(Publication):
+    """A publication that a connection doesn't get, for one that has to know that it is past it."""
+
+    __slots__ = ()
 
 
 Publications = tuple[Publication, ...]

@@ -377,7 +377,7 @@ async def read_page(
         ConfigurationError: If it has no history.
         EngineUnavailable: If the broker can't be asked.
     """
-    position = None if since is LAST else since
+    position = since if isinstance(since, Position) else None
     replay = await keeps_history(engine).read(audience, position, _history(rules, audience))
     return page_of(replay, position, 1 if since is LAST else limit)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -27,8 +27,9 @@ from wsbroadcast.engines.contract import (
     publish_in,
     read_page,
 )
-from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, kind_of
+from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, PermissionDenied, kind_of
 from wsbroadcast.history import (
+    NOW,
     NOWHERE,
     Appended,
     HistoryRules,
@@ -177,6 +178,34 @@ class Core:
         self.life.check_here()
         await self.life.node.membership.subscribe(connection, channels, where)
         return connection.recovered.get(channels[0]) if where and len(channels) == 1 else None
+
+    async def subscribe_if(
+        self,
+        connection: Connection,
+        channel: str,
+        since: SinceOption,
+        check: Callable[[], Awaitable[None]],
+        id_: object = None,
+    ) -> None:
+        """Subscribe a connection that speaks events to a channel; ask again before it is sent anything.
+
+        Raises:
+            PermissionDenied: If the check does; it has left the channel again.
+        """
+        where = since_of(since, (channel,)) or {Audience.channel(channel): NOW}
+        self.life.check_here()
+        membership = self.life.node.membership
+        await membership.subscribe(connection, (channel,), where, recovers=False)
+        try:
+            await check()
+        except PermissionDenied:
+            await membership.unsubscribe(connection, (channel,))
+            raise
+        await membership.recover(connection, where, id_)
+
+    def say(self, connection: Connection, message: Message) -> None:
+        """Send a connection something of its protocol's."""
+        self.life.node.membership.say(connection, message)
 
     async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe a connection from channels."""

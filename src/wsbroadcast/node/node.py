@@ -26,6 +26,7 @@ from wsbroadcast.node.replays import Replays
 from wsbroadcast.node.tail import batch_of
 from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits, SlowConsumer
+from wsbroadcast.protocols.events import gap
 from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
 from wsbroadcast.stats import Counters, Stats
 
@@ -298,7 +299,9 @@ class Node:
     def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
         """Tell the members of an audience that something is missing in its history, and can't be read any more."""
         assert self.replays is not None
-        self.replays.broken(audience, reason)
+        self.replays.broken(audience)
+        for connection in self.registry.recipients(audience):
+            self._tell_gap_to(connection, audience, reason)
         if seconds is not None and not self._is_closed and self.registry.members(audience):
             gap = Gap(self._engine.name, seconds, frozenset((audience,)))
             self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
@@ -312,14 +315,28 @@ class Node:
         """Hand a publication that a connection has missed to it alone, through the hooks."""
         delivery = Delivery(publication.message, publication.audience, [connection], self._encode, is_replay=True)
         await self._hooks.deliver(delivery)
+        if not self.registry.is_member(connection, publication.audience):
+            return
+        self.dispatcher.flush()
         for message, some in delivery._parts():
-            if some and self.registry.is_member(connection, publication.audience):
-                self.dispatcher.flush()
+            if some:
                 self.dispatcher.deliver_batch(batch_of([publication.with_message(message)]), connection)
+                return
+        if connection._sink.has_positions:
+            self.dispatcher.deliver_batch(batch_of([publication.withheld()]), connection)
 
     def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
-        """Take note that a connection has missed something that can't be read any more."""
+        """Tell a connection that what it was promised is gone; let one go that can't be told."""
         self._counters.refused_recoveries[reason] += 1
+        if connection._sink.has_positions:
+            self._tell_gap_to(connection, audience, reason)
+        else:
+            self.membership.evict(connection, "backlog_full")
+
+    def _tell_gap_to(self, connection: Connection, audience: Audience, reason: Reason) -> None:
+        tail = None if self.tails is None else self.tails.of(audience)
+        if connection._sink.has_positions and tail is not None:
+            self.membership.say(connection, gap(audience, reason, tail.delivered_position))
 
     # Inside.
 
@@ -341,8 +358,23 @@ class Node:
         self._counters.broadcasts += 1
         if publication.id is None and not publication.exclude_users:
             self.dispatcher.dispatch(publication)
+            if publication.exclude and publication.position is not None:
+                self._tell_position(publication, self._recipients(publication))
         else:
-            self._deliver_to(publication, self._recipients(publication))
+            recipients = self._recipients(publication)
+            self._deliver_to(publication, recipients)
+            if publication.position is not None:
+                self._tell_position(publication, recipients)
+
+    def _tell_position(self, publication: Publication, recipients: Collection[Connection]) -> None:
+        # To those in the audience that know where they are, and don't get it.
+        if self.replays is None or not self.membership.positioned:
+            return
+        out = {*recipients, *self.replays.behind(publication.audience)}
+        members = self.registry.recipients(publication.audience)
+        some = [each for each in members if each._sink.has_positions and each not in out]
+        if some:
+            self.dispatcher.dispatch(publication.withheld(), some)
 
     def _recipients(self, publication: Publication) -> list[Connection]:
         recipients = self.registry.recipients(publication.audience, publication.exclude, publication.exclude_users)
@@ -380,9 +412,13 @@ class Node:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
         self._counters.broadcasts += 1
+        got: list[Connection] = []
         for message, some in delivery._parts():
             # Who has left the audience while the hooks ran gets nothing any more; who is behind gets it later.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
             if publication.id is not None:  # a hook that broadcasts was overtaken by itself
                 still_here = self._once_each.left(publication.id, still_here)
             self._deliver_to(publication.with_message(message), still_here)
+            got += still_here
+        if publication.position is not None:
+            self._tell_position(publication, got)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.slow_consumers import NOBODYS
-from wsbroadcast.history import LAST, Reason, Recovery, Since
+from wsbroadcast.history import LAST, NOW, Reason, Recovery, Since
 from wsbroadcast.logs import logger
 from wsbroadcast.node.tail import Stretch, Tail, batch_of
 from wsbroadcast.node.tails import Tails
-from wsbroadcast.publication import MAX_OFFSET, Publication
+from wsbroadcast.publication import MAX_OFFSET, Position, Publication
 from wsbroadcast.stats import Counters
 
 # How many connections are sent something in one turn of the event loop: what is live goes between the turns.
 _TURN_CURSORS = 64
+
+
+Announce = Callable[[Recovery, Position | None], None]
 
 
 class Replayer(Protocol):
@@ -35,7 +39,7 @@ class Replayer(Protocol):
         """Ask the hooks about a publication that a connection missed, and hand it over; raises what a hook raises."""
 
     def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
-        """A connection has missed something that can't be read any more; it is a member where the audience is now."""
+        """A connection was promised what isn't there any more; it is a member where the audience is now."""
 
 
 class Cursor:
@@ -90,36 +94,59 @@ class Replays:
         self._dispatcher.flush()
         self.cursors.setdefault(audience, {})[connection] = Cursor(connection, audience)
 
-    async def start(self, connection: Connection, audience: Audience, since: Since) -> Recovery:
+    async def start(self, connection: Connection, audience: Audience, since: Since, announce: Announce) -> Recovery:
         """Send a connection that is held what it missed; return, before all of it is sent, whether that can be done.
 
         If it can't, the connection is a member from now on, where the audience is now.
+
+        Args:
+            connection: Which.
+            audience: In which audience.
+            since: Where it was.
+            announce: Called with what is returned, and with the position from which messages follow, before any does.
         """
         cursor = self.cursors.get(audience, {}).get(connection)
         tail = self._tails.of(audience)
-        if cursor is None or tail is None:
-            return self._refuse(cursor, tail, "unavailable")
-        if not await self._is_near(tail, audience, since):
-            return self._refuse(cursor, tail, "unavailable")
-        if since is LAST:
+        recovery: Recovery | None = None
+        if cursor is None or tail is None or not await self._is_near(tail, audience, since):
+            recovery = Recovery(False, "unavailable", None if tail is None else tail.delivered_position)
+        else:
+            recovery = await self._begin(cursor, tail, since)
+        if not recovery.recovered:
+            if since is not NOW:
+                self._counters.refused_recoveries[recovery.reason] += 1
+            if cursor is not None:
+                self._join(cursor)
+            announce(recovery, recovery.position)
+        else:
+            assert cursor is not None
+            announce(recovery, Position(cursor.epoch, cursor.offset))
+            if since is not NOW:
+                self._counters.recoveries += 1
+            self._schedule(cursor)
+        return recovery
+
+    async def _begin(self, cursor: Cursor, tail: Tail, since: Since) -> Recovery:
+        if since is NOW:
+            offset = tail.delivered
+        elif since is LAST:
             offset = tail.before_last()
         elif since.epoch != tail.epoch or since.offset > tail.top:
-            return self._refuse(cursor, tail, "epoch")
-        elif not await self._has(tail, audience, since.offset):
-            return self._refuse(cursor, tail, tail.why_not(since.offset))
+            return Recovery(False, "epoch", tail.delivered_position)
+        elif not await self._has(tail, cursor.audience, since.offset):
+            return Recovery(False, tail.why_not(since.offset), tail.delivered_position)
         else:
             offset = since.offset
         cursor.epoch, cursor.offset = tail.epoch, offset
         tail.promised = min(tail.promised, offset)
-        self._counters.recoveries += 1
-        self._schedule(cursor)
         return Recovery(True, "", tail.position)
 
     async def _is_near(self, tail: Tail, audience: Audience, since: Since) -> bool:
         # Who is ahead may have been at a node that heard more; a history that was forgotten, too.
         if tail.is_reading:
             await self._tails.attempted(audience)
-        if since is not LAST and tail.epoch and (since.epoch != tail.epoch or since.offset > tail.top):
+        is_elsewhere = isinstance(since, Position) and (since.epoch != tail.epoch or since.offset > tail.top)
+        if is_elsewhere and tail.epoch:
             await self._tails.read_on(audience, tail)
         return bool(tail.epoch) and self._tails.of(audience) is tail
 
@@ -127,12 +154,6 @@ class Replays:
         if offset < tail.base and tail.is_shrunk:
             await self._tails.refill(audience, tail)
         return tail.has(offset, monotonic())
-
-    def _refuse(self, cursor: Cursor | None, tail: Tail | None, reason: Reason) -> Recovery:
-        self._counters.refused_recoveries[reason] += 1
-        if cursor is not None:
-            self._join(cursor)
-        return Recovery(False, reason, None if tail is None else tail.delivered_position)
 
     def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
         """Let a member whose sink is full go on after an offset when there is room; return whether that can be done."""
@@ -169,11 +190,11 @@ class Replays:
             if cursor.epoch and not cursor.is_busy:
                 self._schedule(cursor)
 
-    def broken(self, audience: Audience, reason: Reason) -> None:
+    def broken(self, audience: Audience) -> None:
         """The tail has begun anew: who was behind has missed something, and is a member from now on."""
         for cursor in list(self.cursors.get(audience, {}).values()):
             if cursor.epoch:
-                self._lose(cursor, reason)
+                self._join(cursor)
 
     def _lose(self, cursor: Cursor, reason: Reason) -> None:
         self._join(cursor)
@@ -223,8 +244,7 @@ class Replays:
         cursor.offset = stretch.end
         batch = stretch.batch
         if batch is not None and stretch.withholds:
-            wanted = [each for each in batch.publications if not _is_withheld(each, connection)]
-            batch = batch_of(wanted) if wanted else None
+            batch = _without_withheld(batch, connection)
         if batch is not None:
             self._dispatcher.deliver_batch(batch, connection)
         self._go_on(cursor)
@@ -254,6 +274,16 @@ class Replays:
         self.cursors.clear()
         self._ready.clear()
         await self._tasks.cancel()
+
+
+def _without_withheld(batch: Batch[Any], connection: Connection) -> Batch[Any] | None:
+    some: list[Publication] = []
+    for publication in batch.publications:
+        if not _is_withheld(publication, connection):
+            some.append(publication)
+        elif connection._sink.has_positions:
+            some.append(publication.withheld())
+    return batch_of(some) if some else None
 
 
 def _is_withheld(publication: Publication, connection: Connection) -> bool:
