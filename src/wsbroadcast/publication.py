@@ -97,7 +97,7 @@ class Publication:
         self.previous = previous
         """The offset before it in its audience, if it has a position: a jump shows that one is missing."""
         self.kept_at = kept_at
-        """When it was kept, by this process's monotonic clock, if it has a position."""
+        """When it was kept, by the clock of the event loop, if it has a position."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
 
@@ -140,7 +140,7 @@ class Publication:
             kept_at=self.kept_at,
         )
 
-    def place(self, position: Position, previous: int, kept_at: float) -> None:
+    def place(self, position: Position, previous: int, kept_at: float = 0.0) -> None:
         """Give it its place in the history of its audience."""
         self.position, self.previous, self.kept_at = position, previous, kept_at
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from time import monotonic
@@ -311,11 +311,13 @@ class Node:
         """Whether `on_deliver` hooks have to be asked."""
         return self._hooks.has("on_deliver")
 
-    async def replay_through_hooks(self, publication: Publication, connection: Connection) -> None:
-        """Hand a publication that a connection has missed to it alone, through the hooks."""
+    async def replay_through_hooks(
+        self, publication: Publication, connection: Connection, is_due: Callable[[], bool]
+    ) -> None:
+        """Hand a publication that a connection has missed to it alone, through the hooks, if it is still due then."""
         delivery = Delivery(publication.message, publication.audience, [connection], self._encode, is_replay=True)
         await self._hooks.deliver(delivery)
-        if not self.registry.is_member(connection, publication.audience):
+        if not is_due():
             return
         self.dispatcher.flush()
         for message, some in delivery._parts():
@@ -411,6 +413,8 @@ class Node:
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
+        if self.tails is not None and not self.tails.is_due(publication):
+            return
         self._counters.broadcasts += 1
         got: list[Connection] = []
         for message, some in delivery._parts():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Collection
-from time import monotonic
+from functools import partial
 from typing import Any, Protocol
 
 from wsbroadcast.audience import Audience
@@ -35,7 +35,9 @@ class Replayer(Protocol):
     def has_hooks(self) -> bool:
         """Whether `on_deliver` hooks have to be asked."""
 
-    async def replay_through_hooks(self, publication: Publication, connection: Connection) -> None:
+    async def replay_through_hooks(
+        self, publication: Publication, connection: Connection, is_due: Callable[[], bool]
+    ) -> None:
         """Ask the hooks about a publication that a connection missed, and hand it over; raises what a hook raises."""
 
     def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
@@ -146,14 +148,14 @@ class Replays:
         if tail.is_reading:
             await self._tails.attempted(audience)
         is_elsewhere = isinstance(since, Position) and (since.epoch != tail.epoch or since.offset > tail.top)
-        if is_elsewhere and tail.epoch:
-            await self._tails.read_on(audience, tail)
+        if is_elsewhere and tail.epoch and not await self._tails.read_on(audience, tail):
+            return False
         return bool(tail.epoch) and self._tails.of(audience) is tail
 
     async def _has(self, tail: Tail, audience: Audience, offset: int) -> bool:
         if offset < tail.base and tail.is_shrunk:
             await self._tails.refill(audience, tail)
-        return tail.has(offset, monotonic())
+        return tail.has(offset, asyncio.get_running_loop().time())
 
     def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
         """Let a member whose sink is full go on after an offset when there is room; return whether that can be done."""
@@ -202,6 +204,9 @@ class Replays:
 
     # Step by step.
 
+    def _is_behind(self, cursor: Cursor) -> bool:
+        return self.cursors.get(cursor.audience, {}).get(cursor.connection) is cursor
+
     def _schedule(self, cursor: Cursor) -> None:
         cursor.is_busy = True
         self._ready.append(cursor)
@@ -215,7 +220,7 @@ class Replays:
         for _ in range(min(_TURN_CURSORS, len(self._ready))):
             cursor = self._ready.popleft()
             cursor.is_busy = False
-            if self.cursors.get(cursor.audience, {}).get(cursor.connection) is cursor:
+            if self._is_behind(cursor):
                 self._step(cursor)
         if self._ready and not self._is_scheduled:
             self._is_scheduled = True
@@ -261,10 +266,11 @@ class Replays:
         for publication in () if stretch.batch is None else stretch.batch.publications:
             try:
                 if not _is_withheld(publication, cursor.connection):
-                    await self._node.replay_through_hooks(publication, cursor.connection)
+                    is_due = partial(self._is_behind, cursor)
+                    await self._node.replay_through_hooks(publication, cursor.connection, is_due)
             except Exception:
                 logger.exception("a message was not delivered")
-            if not cursor.connection.is_open:
+            if not self._is_behind(cursor):
                 return
         cursor.offset = stretch.end
         self._go_on(cursor)

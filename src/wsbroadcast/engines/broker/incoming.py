@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from time import monotonic
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.envelope import BadEnvelope, Origin, decode
@@ -103,7 +102,7 @@ class Incoming:
             return
         try:
             publication, origin = decode(envelope, audience, self._max_message_bytes)
-            is_kept = isinstance(publication, Publication) and _is_placed(publication, place)
+            is_kept = isinstance(publication, Publication) and self._is_placed(publication, place)
             if origin is not None:
                 if self._outgoing.is_forged(origin):
                     raise BadEnvelope("forged")
@@ -115,9 +114,15 @@ class Incoming:
         else:
             self._receiver.take(publication)
 
+    def _is_placed(self, publication: Publication, place: Place | None) -> bool:
+        if place is not None:
+            publication.place(place.position, place.previous)
+        publication.kept_at = self._loop.time()
+        return publication.position is not None
+
     def replay(self, audience: Audience, stretch: Stretch, history: History) -> Replay:
         """Read a stretch of what a broker has kept; what is no good envelope is left out, as it was when it came."""
-        name, now, epoch = self._names.of(audience), monotonic(), stretch.top.epoch
+        name, now, epoch = self._names.of(audience), self._loop.time(), stretch.top.epoch
         publications: list[Publication] = []
         base = previous = stretch.base
         for entry in stretch.entries:
@@ -154,9 +159,3 @@ class Incoming:
         self._counters.bad_envelopes[reason] += 1
         if self._throttle.is_due("bad envelope"):  # a broken publisher usually sends many
             logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)
-
-
-def _is_placed(publication: Publication, place: Place | None) -> bool:
-    if place is not None:
-        publication.place(place.position, place.previous, monotonic())
-    return publication.position is not None
