@@ -36,6 +36,15 @@ To = Audience | Iterable[Audience]
 """One audience or several."""
 
 
+class Excludable(Protocol):
+    """What else than a connection may be left out of a broadcast: a listener of `ConnectionManager.listen`."""
+
+    _listens: bool
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+
 class PublisherOptions(TypedDict, total=False):
     """What every broadcast takes beside the message and whom it is for."""
 
@@ -57,7 +66,7 @@ class PublisherTransactionOptions(PublisherOptions, total=False):
 class BroadcastOptions(PublisherOptions, Generic[C], total=False):
     """What every broadcast of a manager takes, which has connections of its own."""
 
-    exclude: C | WebSocket | Iterable[C | WebSocket]
+    exclude: C | WebSocket | Excludable | Iterable[C | WebSocket | Excludable]
     """Connections or WebSockets that don't get it."""
 
 

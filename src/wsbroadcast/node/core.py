@@ -45,6 +45,7 @@ from wsbroadcast.message import JSONDefault, Message
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
+from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.node.node import Node
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.publication import (
@@ -255,10 +256,10 @@ class Core:
             TypeError: If something else is among them.
         """
         several: Iterable[Any] = exclude  # type: ignore[assignment]  # or one connection
-        if isinstance(exclude, (Connection, WebSocket, str)) or not isinstance(exclude, Iterable):
+        if isinstance(exclude, (Connection, WebSocket, Listener, str)) or not isinstance(exclude, Iterable):
             several = (exclude,)
         try:
-            found = [find_connection(one, self.manager) for one in several]
+            found = [one if isinstance(one, Listener) else find_connection(one, self.manager) for one in several]
         except TypeError:
             raise TypeError(
                 f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users pass exclude_users=…"
@@ -414,6 +415,22 @@ class Core:
         )
 
     # What is kept.
+
+    @asynccontextmanager
+    async def listen(
+        self, channels: tuple[str, ...], user_key: str | None, since: SinceOption, size: int, policy: ListenPolicy
+    ) -> AsyncIterator[Listener]:
+        """Listen to channels; see `ConnectionManager.listen`."""
+        listener = Listener(channels, user_key, size, policy)
+        where = since_of(since, channels, user_key)
+        node = self.life.enter()
+        try:
+            await self.life.run_here()
+            async with node.listen(listener, where):
+                yield listener
+        finally:
+            node.entering -= 1
+            listener.end()
 
     async def position(self, audience: Audience) -> Position:
         """Return where an audience is now; see `ConnectionManager.position`."""

@@ -102,7 +102,8 @@ class Membership:
         self._tasks = tasks
         self._departures = Departures(tasks)
         self._announcements = Announcements(hooks, tasks, self._leave_channel)
-        self._demand = Demand(engine, registry, tails)
+        self.demand = Demand(engine, registry, tails)
+        """What the engine and the tails are asked for."""
         self._tails = tails
         self._replays = replays
         self.positioned = 0
@@ -124,12 +125,12 @@ class Membership:
             return known
         self._check_running()
         lease = await self.admission.admit(websocket, joining)
-        audiences = self._demand.audiences(joining.user_key, joining.channels)
+        audiences = self.demand.audiences(joining.user_key, joining.channels)
         connection: Connection | None = None
         try:
             # Before it is accepted, so that messages arrive as soon as the peer sees that it is.
             if audiences:
-                await self._demand.hold(audiences)
+                await self.demand.hold(audiences)
             try:
                 await _accept(websocket, joining.subprotocol, joining.headers)
                 self._check_running()
@@ -141,7 +142,7 @@ class Membership:
                 await self._enter(connection, joining, websocket)
             finally:
                 if audiences:
-                    self._demand.release(audiences)
+                    self.demand.release(audiences)
         except BaseException:
             if connection is None:  # else the lease is the connection's, and goes with its socket
                 lease.release()
@@ -279,7 +280,7 @@ class Membership:
             LimitExceeded: If they are too many, before it is subscribed to any.
         """
         self.admission.check_channels(len(connection.channels.union(channels)), connection)
-        async with self._demand.holding([Audience("channel", channel) for channel in channels]):
+        async with self.demand.holding([Audience("channel", channel) for channel in channels]):
             for channel in channels:
                 self._dispatcher.flush()  # which may end this very connection, so before looking at it
                 if not connection.is_open:
@@ -315,7 +316,7 @@ class Membership:
         if self._replays is not None:
             self._replays.left(connection, Audience("channel", channel))
         if self._registry.unsubscribe(connection, channel):
-            self._demand.left((Audience("channel", channel),))
+            self.demand.left((Audience("channel", channel),))
         self._slow_consumers.wake()  # as when one leaves
         return True
 
@@ -332,7 +333,7 @@ class Membership:
         if self._replays is not None and self._replays.cursors:
             self._replays.left(connection)
         self.positioned -= connection._sink.has_positions
-        self._demand.left(last)
+        self.demand.left(last)
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection._enter(state, code, reason)

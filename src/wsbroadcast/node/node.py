@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from time import monotonic
 
@@ -17,17 +17,18 @@ from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine, keeps_history
-from wsbroadcast.history import HistoryRules, Reason
+from wsbroadcast.history import NOW, HistoryRules, Reason, Recovery, SinceByAudience
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.logs import Clock, Throttle, logger
 from wsbroadcast.node.lanes import Lanes, Outbox
+from wsbroadcast.node.listening import Listener
 from wsbroadcast.node.membership import Membership
 from wsbroadcast.node.replays import Replays
 from wsbroadcast.node.tail import batch_of
 from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.protocols.events import gap
-from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
+from wsbroadcast.publication import Control, Dismissal, Gap, Position, Publication, Publications, Unsubscription
 from wsbroadcast.stats import Counters, Stats
 
 # For how long it is remembered who got a broadcast to several audiences.
@@ -129,6 +130,7 @@ class Node:
         self._lanes = Lanes(self)
         self._once_each = OnceEach()
         self._throttle = Throttle()
+        self._listeners: dict[Audience, set[Listener]] = {}
         self.outbox: Outbox
         """Broadcasts that nobody waits for."""
         self._is_closed = False
@@ -141,19 +143,26 @@ class Node:
             self._obey(publication)
         elif self.tails is not None and self.tails.history(publication.audience) is not None:
             self._take_kept(publication, self.tails)
-        elif (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
-            self._lanes.put(publication)
         else:
-            self.deliver_now(publication)
+            self._offer(publication)
+            if (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
+                self._lanes.put(publication)
+            else:
+                self.deliver_now(publication)
 
     async def deliver(self, publication: Publication | Control) -> None:
         """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
-        waiting = self._lanes.waiting
         if not isinstance(publication, Publication):
             self._obey(publication)
         elif publication.position is not None and self.tails is not None:
             await self.tails.deliver(publication)
-        elif not waiting and not self._hooks.has("on_deliver"):
+        else:
+            self._offer(publication)
+            await self._deliver_behind(publication)
+
+    async def _deliver_behind(self, publication: Publication) -> None:
+        waiting = self._lanes.waiting
+        if not waiting and not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif publication.audience not in waiting or is_delivering():
             await self._deliver_in_order(publication)
@@ -183,6 +192,7 @@ class Node:
                 self._counters.unkept,
                 publication.audience,
             )
+        self._offer(publication)
         self.deliver_now(publication)
 
     # What the manager calls.
@@ -204,7 +214,42 @@ class Node:
 
         It doesn't wait behind those of other nodes, which wait for most clients to keep up.
         """
-        await (self._deliver_in_order if self._links_nodes else self.deliver)(publication)
+        self._offer(publication)
+        await (self._deliver_in_order if self._links_nodes else self._deliver_behind)(publication)
+
+    @asynccontextmanager
+    async def listen(self, listener: Listener, since: SinceByAudience) -> AsyncIterator[None]:
+        """Let a listener get what is published, for the length of a block."""
+        async with self.membership.demand.holding(listener.audiences):
+            for audience in listener.audiences:
+                self._listeners.setdefault(audience, set()).add(listener)
+            try:
+                await self._begin_listening(listener, since)
+                yield
+            finally:
+                for audience in listener.audiences:
+                    self._listeners[audience].discard(listener)
+                    if not self._listeners[audience]:
+                        del self._listeners[audience]
+
+    async def _begin_listening(self, listener: Listener, since: SinceByAudience) -> None:
+        places: dict[Audience, Position] = {}
+        for audience in listener.audiences:
+            if self.tails is None or self.replays is None or self.tails.history(audience) is None:
+                recovery, begins = Recovery(False, "unavailable", None), None
+            else:
+                recovery, begins = await self.replays.locate(audience, since.get(audience, NOW))
+                begins = begins or recovery.position
+            if audience in since:
+                listener.recovered[audience.name if audience.kind == "channel" else audience] = recovery
+            if begins is not None:
+                places[audience] = begins
+        listener.begin(self.tails, places)
+
+    def _offer(self, publication: Publication) -> None:
+        if self._listeners:
+            for listener in self._listeners.get(publication.audience, ()):
+                listener.offer(publication)
 
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
@@ -247,6 +292,8 @@ class Node:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
                     await self.outbox.aclose()
+        for listener in {each for some in self._listeners.values() for each in some}:
+            listener.end()
         patience = 0.0 if self._links_nodes else self._hooks.timeout
         await self._lanes.aclose(patience)
         if self.tails is not None and self.replays is not None:
@@ -302,9 +349,22 @@ class Node:
         self.replays.broken(audience)
         for connection in self.registry.recipients(audience):
             self._tell_gap_to(connection, audience, reason)
+        tail = None if self.tails is None else self.tails.of(audience)
+        for listener in self._listeners.get(audience, ()):
+            listener.broken(audience, None if tail is None else tail.position)
         if seconds is not None and not self._is_closed and self.registry.members(audience):
             gap = Gap(self._engine.name, seconds, frozenset((audience,)))
             self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
+
+    def withheld(self, publication: Publication) -> None:
+        """Tell those who know where they are that they are past a publication that nobody gets."""
+        self._tell_position(publication, ())
+
+    def arrived(self, audience: Audience) -> None:
+        """Let listeners read on."""
+        if self._listeners and self.tails is not None and (tail := self.tails.of(audience)) is not None:
+            for listener in self._listeners.get(audience, ()):
+                listener.arrived(audience, tail)
 
     @property
     def has_hooks(self) -> bool:

@@ -108,13 +108,11 @@ class Replays:
             announce: Called with what is returned, and with the position from which messages follow, before any does.
         """
         cursor = self.cursors.get(audience, {}).get(connection)
-        tail = self._tails.of(audience)
-        recovery: Recovery | None = None
-        if cursor is None or tail is None or not await self._is_near(tail, audience, since):
-            recovery = Recovery(False, "unavailable", None if tail is None else tail.delivered_position)
+        if cursor is None:
+            recovery, begins = Recovery(False, "unavailable", self._position(audience)), None
         else:
-            recovery = await self._begin(cursor, tail, since)
-        if not recovery.recovered:
+            recovery, begins = await self.locate(audience, since)
+        if begins is None:
             if since is not NOW:
                 self._counters.refused_recoveries[recovery.reason] += 1
             if cursor is not None:
@@ -122,26 +120,37 @@ class Replays:
             announce(recovery, recovery.position)
         else:
             assert cursor is not None
-            announce(recovery, Position(cursor.epoch, cursor.offset))
+            cursor.epoch, cursor.offset = begins
+            announce(recovery, begins)
             if since is not NOW:
                 self._counters.recoveries += 1
             self._schedule(cursor)
         return recovery
 
-    async def _begin(self, cursor: Cursor, tail: Tail, since: Since) -> Recovery:
+    def _position(self, audience: Audience) -> Position | None:
+        tail = self._tails.of(audience)
+        return None if tail is None else tail.delivered_position
+
+    async def locate(self, audience: Audience, since: Since) -> tuple[Recovery, Position | None]:
+        """Find out whether everything since a place can be had; return the place too, if it can.
+
+        It can be had from here for a while.
+        """
+        tail = self._tails.of(audience)
+        if tail is None or not await self._is_near(tail, audience, since):
+            return Recovery(False, "unavailable", self._position(audience)), None
         if since is NOW:
             offset = tail.delivered
         elif since is LAST:
             offset = tail.before_last()
         elif since.epoch != tail.epoch or since.offset > tail.top:
-            return Recovery(False, "epoch", tail.delivered_position)
-        elif not await self._has(tail, cursor.audience, since.offset):
-            return Recovery(False, tail.why_not(since.offset), tail.delivered_position)
+            return Recovery(False, "epoch", tail.delivered_position), None
+        elif not await self._has(tail, audience, since.offset):
+            return Recovery(False, tail.why_not(since.offset), tail.delivered_position), None
         else:
             offset = since.offset
-        cursor.epoch, cursor.offset = tail.epoch, offset
         tail.promised = min(tail.promised, offset)
-        return Recovery(True, "", tail.position)
+        return Recovery(True, "", tail.position), Position(tail.epoch, offset)
 
     async def _is_near(self, tail: Tail, audience: Audience, since: Since) -> bool:
         # Who is ahead may have been at a node that heard more; a history that was forgotten, too.
@@ -270,10 +279,16 @@ class Replays:
                     await self._node.replay_through_hooks(publication, cursor.connection, is_due)
             except Exception:
                 logger.exception("a message was not delivered")
+                self._tell_withheld(cursor, publication)
             if not self._is_behind(cursor):
                 return
         cursor.offset = stretch.end
         self._go_on(cursor)
+
+    def _tell_withheld(self, cursor: Cursor, publication: Publication) -> None:
+        if cursor.connection._sink.has_positions and self._is_behind(cursor):
+            self._dispatcher.flush()
+            self._dispatcher.deliver_batch(batch_of([publication.withheld()]), cursor.connection)
 
     async def aclose(self) -> None:
         """End: nobody is sent anything more."""

@@ -305,6 +305,11 @@ class Tail:
             return None
         return self._entries[index]
 
+    def first_after(self, offset: int) -> Publication | None:
+        """Return what came first after an offset, delivered or not; `None` if nothing did."""
+        index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
+        return self._entries[index] if index < len(self._entries) else None
+
     def has(self, offset: int, now: float) -> bool:
         """Tell whether everything after an offset is here, none of it too old; an offset that never was is not."""
         index = bisect_right(self._entries, offset, lo=self._first, key=_offset)

@@ -62,6 +62,12 @@ class Deliverer(Protocol):
     def delivered(self, audience: Audience) -> None:
         """A publication was handed over: who waits for that place goes on."""
 
+    def withheld(self, publication: Publication) -> None:
+        """A hook has failed: nobody gets a publication, and who knows where it is is told that it is past it."""
+
+    def arrived(self, audience: Audience) -> None:
+        """There is more in a tail: listeners may read on."""
+
     def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
         """Something is missing that can't be read any more; the tail has begun anew behind it.
 
@@ -179,6 +185,7 @@ class Tails:
             return
         taken = tail.take(publication)
         if taken is Taken.NEXT:
+            self._node.arrived(audience)
             if audience in self._running:
                 self._check_waiting(audience, tail)
             elif self._node.is_ready(publication):
@@ -238,6 +245,8 @@ class Tails:
                 await self._node.deliver_paced(publication)
             except Exception as error:
                 failure = error
+                if self.is_due(publication):
+                    self._node.withheld(publication)
             finally:
                 self._in_flight.discard(audience)
         if tail.epoch == epoch:  # else there was a break meanwhile, and it has begun anew
@@ -375,6 +384,7 @@ class Tails:
                 await reading.wanted.wait()
 
     def _go_on(self, audience: Audience, tail: Tail) -> None:
+        self._node.arrived(audience)
         if audience in self._running:
             return
         while (publication := tail.next()) is not None:
