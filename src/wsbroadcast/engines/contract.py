@@ -6,7 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
@@ -268,7 +268,8 @@ async def publish(
     if history is None or not isinstance(publication, Publication):
         await engine.publish(publication)
         return None
-    return await keeps_history(engine).append(publication, history, key)
+    # Who has rules has looked whether the engine can keep to them, which takes longer than all the rest.
+    return await cast(KeepsHistory, engine).append(publication, history, key)
 
 
 async def publish_all(
@@ -321,7 +322,7 @@ def publish_all_nowait(engine: Engine, publications: Sequence[Publication], rule
             if history is None:
                 engine.publish_nowait(publication)
             else:
-                keeps_history(engine).append_nowait(publication, history)
+                cast(KeepsHistory, engine).append_nowait(publication, history)
         except EngineUnavailable as error:
             error.positions = {each.audience: each.position for each in publications[:number]}
             raise

@@ -21,7 +21,6 @@ from wsbroadcast.engines.contract import (
     forget,
     keeps_history,
     position_of,
-    publish,
     publish_all,
     publish_all_nowait,
     publish_in,
@@ -105,7 +104,9 @@ class Core:
         rules: HistoryRules | None = None,
     ) -> None:
         if rules is not None:
-            keeps_history(engine).keep(rules)
+            # The engine again, as one that keeps: to ask whether it can takes longer than to keep a message.
+            self._keeper = keeps_history(engine)
+            self._keeper.keep(rules)
         self.rules = rules
         """What is kept; `None` for nothing."""
         self.manager = manager
@@ -337,9 +338,10 @@ class Core:
             publication = prepared
         if transaction is not None:
             await publish_in(self.life.engine, transaction, (publication,), self.rules)
-        elif self.rules is None:
+        elif self.rules is None or (history := self.rules.of(publication.audience)) is None:
             await self.life.engine.publish(publication)
-        elif (appended := await publish(self.life.engine, publication, self.rules, idempotency_key)) is not None:
+        else:
+            appended = await self._keeper.append(publication, history, idempotency_key)
             return Receipt(members, {publication.audience: appended.position}, is_repeat=appended.is_repeat)
         return Receipt(members)
 

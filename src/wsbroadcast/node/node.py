@@ -155,7 +155,9 @@ class Node:
         if not isinstance(publication, Publication):
             self._obey(publication)
         elif publication.position is not None and self.tails is not None:
-            await self.tails.deliver(publication)
+            self.tails.take(publication)
+            if self.tails.waits(publication):
+                await self.tails.wait_delivered(publication)
         else:
             self._offer(publication)
             await self._deliver_behind(publication)

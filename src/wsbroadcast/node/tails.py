@@ -200,17 +200,20 @@ class Tails:
         elif taken is Taken.SUSPECT:
             self._begin_reading(audience, tail)
 
-    async def deliver(self, publication: Publication) -> None:
-        """Deliver a publication of this node; return when the connections have it. Raises what a hook raises.
+    def waits(self, publication: Publication) -> bool:
+        """Tell whether a publication of this node that was taken is still to be delivered, and may be waited for.
 
-        Who is cancelled doesn't keep it from anybody: it is kept already. A hook that broadcasts to the audience that
-        it is asked about doesn't wait, because its own message goes first.
+        A hook that broadcasts to the audience that it is asked about doesn't wait, because its own message goes first.
         """
-        self.take(publication)
+        tail, offset = self._tails.get(publication.audience), publication.offset
+        return tail is not None and tail.delivered < offset <= tail.top and not is_delivering()
+
+    async def wait_delivered(self, publication: Publication) -> None:
+        """Return when the connections have a publication that `waits`; raises what a hook raises.
+
+        Who is cancelled doesn't keep it from anybody: it is kept already.
+        """
         audience, offset = publication.audience, publication.offset
-        tail = self._tails.get(audience)
-        if tail is None or tail.delivered >= offset or tail.top < offset or is_delivering():
-            return
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(audience, {})[offset] = waiter
         await waiter
