@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -13,6 +15,7 @@ from wsbroadcast import Engine, MemoryEngine
 from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.redis import RedisEngine
+from wsbroadcast.engines.sqlite import SQLiteEngine
 from wsbroadcast.options import Timing
 from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract
 
@@ -44,6 +47,30 @@ class TestExample(BrokerContract):
 
     async def start_broker(self) -> None:
         await self.hub.start()
+
+
+class TestSQLite(HistoryContract, BrokerContract):
+    """The file may be taken away, and another lie in its place."""
+
+    @pytest.fixture(autouse=True)
+    def own_file(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "messages.db"
+
+    def make_engine(self) -> Engine:
+        return SQLiteEngine(self.path, timing=TIMING)
+
+    async def stop_broker(self) -> None:
+        for each in self.path.parent.glob("messages.db*"):
+            if each.is_file():
+                each.rename(each.with_name(f"away {each.name}"))
+        self.other = sqlite3.connect(self.path, isolation_level=None)
+        self.other.execute("BEGIN EXCLUSIVE")
+
+    async def start_broker(self) -> None:
+        self.other.close()
+        self.path.unlink()
+        for each in self.path.parent.glob("away messages.db*"):
+            each.rename(each.with_name(each.name.removeprefix("away ")))
 
 
 @pytest.fixture(scope="class")
