@@ -60,7 +60,7 @@ class TestSQLite(HistoryContract, BrokerContract):
         return SQLiteEngine(self.path, timing=TIMING)
 
     async def stop_broker(self) -> None:
-        for each in self.path.parent.glob("messages.db*"):
+        for each in sorted(self.path.parent.glob("messages.db*")):
             if each.is_file():
                 each.rename(each.with_name(f"away {each.name}"))
         self.other = sqlite3.connect(self.path, isolation_level=None)
@@ -69,7 +69,7 @@ class TestSQLite(HistoryContract, BrokerContract):
     async def start_broker(self) -> None:
         self.other.close()
         self.path.unlink()
-        for each in self.path.parent.glob("away messages.db*"):
+        for each in sorted(self.path.parent.glob("away messages.db*"), reverse=True):  # the file itself last
             each.rename(each.with_name(each.name.removeprefix("away ")))
 
 

@@ -26,6 +26,12 @@ LATE_SECONDS = 60.0
 # Rows that go with each append: to take out many at once would keep others from writing.
 _SWEPT_ROWS = 200
 
+# Names that have been quiet, and lose their rows at once.
+_SWEPT_NAMES = 20
+
+# Names whose next trim is remembered; past this many, the memory is emptied.
+_REMEMBERED = 8192
+
 # Between two looks of one node at rows and positions whose time is over.
 _SWEEP_SECONDS = 5.0
 
@@ -44,17 +50,16 @@ CREATE TABLE IF NOT EXISTS wsbroadcast_messages (
     previous INTEGER,
     kept INTEGER NOT NULL,
     at REAL NOT NULL,
-    expires_at REAL,
     key TEXT,
     envelope BLOB NOT NULL
 );
 CREATE UNIQUE INDEX IF NOT EXISTS wsbroadcast_kept ON wsbroadcast_messages (name, place) WHERE kept = 1;
 CREATE UNIQUE INDEX IF NOT EXISTS wsbroadcast_keys ON wsbroadcast_messages (name, key) WHERE key IS NOT NULL;
-CREATE INDEX IF NOT EXISTS wsbroadcast_expiry ON wsbroadcast_messages (expires_at) WHERE kept = 1;
 CREATE INDEX IF NOT EXISTS wsbroadcast_left ON wsbroadcast_messages (id) WHERE kept = 0;
 CREATE TABLE IF NOT EXISTS wsbroadcast_places (
-    name TEXT PRIMARY KEY, epoch TEXT NOT NULL, place INTEGER NOT NULL, forget_at REAL NOT NULL
+    name TEXT PRIMARY KEY, epoch TEXT NOT NULL, place INTEGER NOT NULL, quiet_at REAL, forget_at REAL NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS wsbroadcast_quiet ON wsbroadcast_places (quiet_at) WHERE quiet_at IS NOT NULL;
 CREATE TABLE IF NOT EXISTS wsbroadcast_facts (fact TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
@@ -162,7 +167,9 @@ class Store:
         """Which file it is."""
         self._busy_seconds = busy_seconds
         self._sql = sqlite3.connect(path, timeout=_OPEN_SECONDS, isolation_level=None, check_same_thread=False)
-        self._swept_at = 0.0
+        # When there is something to take out again, under each name too.
+        self._sweep_at = self._sweep_quiet_at = 0.0
+        self._trim_at: dict[str, float] = {}
         self.is_over = False
         """Whether nothing may be written any more."""
 
@@ -261,84 +268,60 @@ class Store:
     def append(self, parcels: Sequence[Parcel], now: float) -> list[Appended | None]:
         """Write parcels in one transaction; return where those are that are kept."""
         with self._writing():
-            results = [self._insert(parcel, now) for parcel in parcels]
-            for parcel in parcels:
-                if isinstance(parcel, KeptParcel):
-                    self._trim(parcel.name, parcel.keep.history, now)
+            batch = _Batch(self._sql, now)
+            results = [batch.add(parcel) for parcel in parcels]
+            batch.write()
+            for name, history in batch.histories.items():
+                self._trim(name, batch.positions[name].offset - history.messages, now)
             self._sweep(now)
         return results
 
-    def _insert(self, parcel: Parcel, now: float) -> Appended | None:
-        if not isinstance(parcel, KeptParcel):
-            self._sql.execute(
-                "INSERT INTO wsbroadcast_messages (name, kept, at, envelope) VALUES (?, 0, ?, ?)",
-                (parcel.name, now, parcel.envelope),
-            )
-            return None
-        name, (history, key) = parcel.name, parcel.keep
-        if key is not None and (known := self._repeat(name, key)) is not None:
-            return Appended(known, is_repeat=True)
-        position = self._next(name, now + history.remember)
-        is_kept = len(parcel.envelope) <= history.max_kept_bytes + _header_size(parcel.envelope)
-        self._sql.execute(
-            "INSERT INTO wsbroadcast_messages (name, place, epoch, previous, kept, at, expires_at, key, envelope) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(name, position.offset, position.epoch, position.offset - 1, int(is_kept), now),
-                *(now + history.seconds, key, parcel.envelope),
-            ),
-        )
-        return Appended(position)
+    # What is no longer kept goes a part at a time, because others wait meanwhile, and late, because a node may be.
 
-    def _repeat(self, name: str, key: str) -> Position | None:
-        found = self._sql.execute(
-            "SELECT epoch, place FROM wsbroadcast_messages WHERE name = ? AND key = ?", (name, key)
-        ).fetchone()
-        return None if found is None else Position(*found)
-
-    def _next(self, name: str, forget_at: float) -> Position:
-        where = (forget_at, name)
-        self._sql.execute("UPDATE wsbroadcast_places SET place = place + 1, forget_at = ? WHERE name = ?", where)
-        found = self._sql.execute("SELECT epoch, place FROM wsbroadcast_places WHERE name = ?", (name,)).fetchone()
-        if found is not None:
-            return Position(*found)
-        epoch = token_urlsafe(9)
-        self._sql.execute("INSERT INTO wsbroadcast_places VALUES (?, ?, 1, ?)", (name, epoch, forget_at))
-        return Position(epoch, 1)
-
-    def _trim(self, name: str, history: History, now: float) -> None:
-        self._sql.execute(
-            "UPDATE wsbroadcast_messages SET kept = 0 WHERE id IN (SELECT id FROM wsbroadcast_messages "
-            "WHERE name = ? AND kept = 1 AND place <= (SELECT place FROM wsbroadcast_places WHERE name = ?) - ? "
-            "ORDER BY place LIMIT ?)",
-            (name, name, history.messages, _SWEPT_ROWS),
-        )
+    def _trim(self, name: str, oldest: int, now: float) -> None:
+        if oldest > 0 and now >= self._trim_at.get(name, 0.0):
+            where = "name = ? AND kept = 1 AND place <= ? ORDER BY place"
+            left_at = self._delete(where, (name, oldest), now - LATE_SECONDS)
+            if len(self._trim_at) >= _REMEMBERED:
+                self._trim_at.clear()
+            self._trim_at[name] = (now if left_at is None else left_at) + LATE_SECONDS
 
     def _sweep(self, now: float) -> None:
-        # A part each time, because others wait meanwhile.
-        self._sql.execute(
-            "DELETE FROM wsbroadcast_messages WHERE id IN (SELECT id FROM wsbroadcast_messages WHERE kept = 0 "
-            "ORDER BY id LIMIT ?) AND at < ?",
-            (_SWEPT_ROWS, now - LATE_SECONDS),
-        )
-        if now - self._swept_at > _SWEEP_SECONDS:
-            self._swept_at = now
-            self._sql.execute(
-                "UPDATE wsbroadcast_messages SET kept = 0 WHERE id IN (SELECT id FROM wsbroadcast_messages "
-                "WHERE kept = 1 AND expires_at < ? LIMIT ?)",
-                (now, _SWEPT_ROWS),
-            )
+        if now >= self._sweep_at:
+            left_at = self._delete("kept = 0 ORDER BY id", (), now - LATE_SECONDS)
+            self._sweep_at = (now if left_at is None else left_at) + LATE_SECONDS
+        if now >= self._sweep_quiet_at:
+            self._sweep_quiet_at = now + _SWEEP_SECONDS
+            quiet = self._sql.execute(
+                "SELECT name FROM wsbroadcast_places WHERE quiet_at < ? LIMIT ?", (now - LATE_SECONDS, _SWEPT_NAMES)
+            ).fetchall()
+            for row in quiet:
+                if self._delete("name = ? AND kept = 1 ORDER BY place", row, now) is None:
+                    self._sql.execute("UPDATE wsbroadcast_places SET quiet_at = NULL WHERE name = ?", row)
             self._sql.execute(
                 "DELETE FROM wsbroadcast_places WHERE name IN (SELECT name FROM wsbroadcast_places "
                 "WHERE forget_at < ? LIMIT ?)",
                 (now, _SWEPT_ROWS),
             )
 
+    def _delete(self, where: str, values: tuple[object, ...], before: float) -> float | None:
+        # From the oldest on, those that were written before a moment; returns when the first that is left was written.
+        some = f"SELECT id FROM wsbroadcast_messages WHERE {where} LIMIT ?"  # noqa: S608  # our own words
+        self._sql.execute(
+            f"DELETE FROM wsbroadcast_messages WHERE id IN ({some}) AND at < ?",  # noqa: S608  # our own words
+            (*values, _SWEPT_ROWS, before),
+        )
+        left = self._sql.execute(
+            f"SELECT at FROM wsbroadcast_messages WHERE {where} LIMIT 1",  # noqa: S608  # our own words
+            values,
+        ).fetchone()
+        return None if left is None else float(left[0])
+
     def make_places(self, names: Iterable[str], forget_at: float) -> None:
         """Give epochs to names that have none."""
         with self._writing():
             self._sql.executemany(
-                "INSERT INTO wsbroadcast_places VALUES (?, ?, 0, ?) ON CONFLICT DO NOTHING",
+                "INSERT INTO wsbroadcast_places VALUES (?, ?, 0, NULL, ?) ON CONFLICT DO NOTHING",
                 [(name, token_urlsafe(9), forget_at) for name in names],
             )
 
@@ -405,6 +388,66 @@ class Store:
                 break  # the one after it was too large to be kept
             base -= 1
         return Stretch(Position(epoch, top), entries, max(base, min(since, top)))
+
+
+class _Batch:
+    """Parcels that are written in one transaction, in their order."""
+
+    def __init__(self, sql: sqlite3.Connection, now: float) -> None:
+        self._sql = sql
+        self._now = now
+        self._rows: list[tuple[object, ...]] = []
+        self._keys: dict[tuple[str, str], Position] = {}
+        self.positions: dict[str, Position] = {}
+        """The newest position under each name."""
+        self.histories: dict[str, History] = {}
+        """How much is kept under each name."""
+
+    def add(self, parcel: Parcel) -> Appended | None:
+        """Add a parcel; return where it is, if it is kept."""
+        if not isinstance(parcel, KeptParcel):
+            self._rows.append((parcel.name, None, None, None, 0, self._now, None, parcel.envelope))
+            return None
+        name, (history, key) = parcel.name, parcel.keep
+        if key is not None and (known := self._repeat(name, key)) is not None:
+            return Appended(known, is_repeat=True)
+        before = self.positions.get(name) or self._find(name)
+        position = self.positions[name] = Position(before.epoch, before.offset + 1)
+        self.histories[name] = history
+        if key is not None:
+            self._keys[name, key] = position
+        is_kept = len(parcel.envelope) <= history.max_kept_bytes + _header_size(parcel.envelope)
+        place = (position.offset, position.epoch, before.offset)
+        self._rows.append((name, *place, int(is_kept), self._now, key, parcel.envelope))
+        return Appended(position)
+
+    def _repeat(self, name: str, key: str) -> Position | None:
+        if (name, key) in self._keys:
+            return self._keys[name, key]
+        found = self._sql.execute(
+            "SELECT epoch, place FROM wsbroadcast_messages WHERE name = ? AND key = ?", (name, key)
+        ).fetchone()
+        return None if found is None else Position(*found)
+
+    def _find(self, name: str) -> Position:
+        found = self._sql.execute("SELECT epoch, place FROM wsbroadcast_places WHERE name = ?", (name,)).fetchone()
+        return Position(token_urlsafe(9), 0) if found is None else Position(*found)
+
+    def write(self) -> None:
+        """Write the rows, and where the names are then."""
+        self._sql.executemany(
+            "INSERT INTO wsbroadcast_messages (name, place, epoch, previous, kept, at, key, envelope) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            self._rows,
+        )
+        self._sql.executemany(
+            "INSERT INTO wsbroadcast_places VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) "
+            "DO UPDATE SET place = excluded.place, quiet_at = excluded.quiet_at, forget_at = excluded.forget_at",
+            [
+                (name, *self.positions[name], self._now + history.seconds, self._now + history.remember)
+                for name, history in self.histories.items()
+            ],
+        )
 
 
 def _header_size(envelope: bytes) -> int:
