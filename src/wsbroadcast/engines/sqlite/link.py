@@ -257,12 +257,18 @@ class SQLiteLink(KeepingLink):
         if bell is not None:
             asyncio.get_running_loop().remove_reader(bell.socket)
             bell.close()
-        for thread, store in ((self._writer, self._writing), (self._reader, self._reading)):
+        writing, self._writing = self._writing, None
+        reading, self._reading = self._reading, None
+        for store in (writing, reading):
             if store is not None:
                 store.interrupt()
-                thread.submit(store.close)
-            thread.shutdown(wait=False)
-        self._writing = self._reading = None
+        try:
+            for thread, store in ((self._reader, reading), (self._writer, writing)):
+                if store is not None:  # waited for, because a process that is forked off meanwhile finds it locked
+                    await self._run(thread, store.close)
+        finally:
+            self._reader.shutdown(wait=False)
+            self._writer.shutdown(wait=False)
 
     async def _run(self, thread: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(thread, call)

@@ -37,6 +37,7 @@ _SWEEP_SECONDS = 5.0
 
 # How long to wait for another writer when the file is opened: there is a next time.
 _OPEN_SECONDS = 0.25
+_OPEN_PAUSE_SECONDS = 0.01
 
 # How many names are asked for in one statement.
 _ASKED_NAMES = 500
@@ -192,12 +193,7 @@ class Store:
     def open_to_write(self) -> None:
         """Make the tables, and new epochs if the machine or the file is another than last time."""
         check_local(self.path)
-        try:
-            (mode,) = self._sql.execute("PRAGMA journal_mode = WAL").fetchone()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            raise ConfigurationError(f"{self.path} is not an SQLite file ({error})") from error
+        (mode,) = self._set_wal()
         if mode != "wal":
             raise ConfigurationError(f"{self.path} can't have a write-ahead log here (journal_mode is {mode})")
         self._sql.execute("PRAGMA synchronous = NORMAL")
@@ -207,6 +203,20 @@ class Store:
                     self._sql.execute(statement)
             self._settle_generation()
         self._sql.execute(f"PRAGMA busy_timeout = {round(1000 * self._busy_seconds)}")
+
+    def _set_wal(self) -> tuple[str]:
+        # For this statement SQLite doesn't wait for others, who may just be doing the same.
+        deadline = time.monotonic() + _OPEN_SECONDS
+        while True:
+            try:
+                found: tuple[str] = self._sql.execute("PRAGMA journal_mode = WAL").fetchone()
+                return found
+            except sqlite3.OperationalError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_OPEN_PAUSE_SECONDS)
+            except sqlite3.DatabaseError as error:
+                raise ConfigurationError(f"{self.path} is not an SQLite file ({error})") from error
 
     def _settle_generation(self) -> None:
         # A power cut may take the last commits, and a copy goes on from an earlier state: what was confirmed may be
