@@ -112,7 +112,10 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(seed: int) -> Non
 
 async def _wrong_of(seed: int) -> dict[str, int]:
     async with made(seed) as cluster:
-        story = await run(cluster, seed)
+        try:
+            story = await run(cluster, seed)
+        except TimeoutError:
+            return {"never caught up": 1}
     return story.wrong
 
 

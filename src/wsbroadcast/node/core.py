@@ -203,11 +203,11 @@ class Core:
         except PermissionDenied:
             await membership.unsubscribe(connection, (channel,))
             raise
-        await membership.recover(connection, where, id_)
+        await membership.continuity.recover(connection, where, id_)
 
     def say(self, connection: Connection, message: Message) -> None:
         """Send a connection something of its protocol's."""
-        self.life.node.membership.say(connection, message)
+        self.life.node.continuity.say(connection, message)
 
     async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe a connection from channels."""
@@ -428,7 +428,10 @@ class Core:
         node = self.life.enter()
         try:
             await self.life.run_here()
-            async with node.listen(listener, where):
+            async with (
+                node.membership.demand.holding(listener.audiences),
+                node.continuity.listen(listener, where),
+            ):
                 yield listener
         finally:
             node.entering -= 1
@@ -448,9 +451,9 @@ class Core:
         """Remove what is kept of an audience; see `ConnectionManager.forget`."""
         node = await self.life.run_here()
         await forget(self.life.engine, self.rules, audience)
-        if node.tails is not None:
-            node.tails.forgotten(audience)
-            await node.tails.settled(audience)
+        if (tails := node.continuity.tails) is not None:
+            tails.forgotten(audience)
+            await tails.settled(audience)
 
     async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
         return [found for one in publications if (found := await self._prepare(node, one)) is not None]

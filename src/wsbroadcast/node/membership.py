@@ -19,18 +19,14 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied, ungrouped
-from wsbroadcast.history import NOW, NOWHERE, Recovery, SinceByAudience
+from wsbroadcast.history import NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
-from wsbroadcast.message import Message
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
+from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures
-from wsbroadcast.node.replays import Replays
-from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits
-from wsbroadcast.protocols import events
-from wsbroadcast.publication import Frame, Position
 from wsbroadcast.publication import plain as plain_protocol
 from wsbroadcast.text import plain
 from wsbroadcast.transports import Ended, closed_error
@@ -87,8 +83,7 @@ class Membership:
         tasks: Tasks,
         engine: Engine,
         limits: Limits,
-        tails: Tails | None = None,
-        replays: Replays | None = None,
+        continuity: Continuity,
     ) -> None:
         self.core = core
         """Does what its connections are told to do."""
@@ -102,12 +97,10 @@ class Membership:
         self._tasks = tasks
         self._departures = Departures(tasks)
         self._announcements = Announcements(hooks, tasks, self._leave_channel)
-        self.demand = Demand(engine, registry, tails)
+        self.continuity = continuity
+        """Where its connections are in histories."""
+        self.demand = Demand(engine, registry, continuity.tails)
         """What the engine and the tails are asked for."""
-        self._tails = tails
-        self._replays = replays
-        self.positioned = 0
-        """How many connections know where they are in histories."""
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
         # The next look for sockets that are gone, while there are connections.
@@ -164,12 +157,7 @@ class Membership:
     async def _enter(self, connection: Connection, joining: Joining, websocket: WebSocket) -> None:
         self._dispatcher.flush()
         self._registry.add(connection)
-        since = joining.since
-        if connection._sink.has_positions:
-            self.positioned += 1
-            since = self._since_now(connection, joining)
-            self.say(connection, events.hello(connection.id))
-        self._hold(connection, since)
+        since = self.continuity.enter(connection, joining)
         self._counters.connects += 1
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self, connection))
@@ -180,7 +168,7 @@ class Membership:
                 connection.renew(joining.expires_at)
             await self._announcements.connected(connection, joining.channels)
             if since:
-                await self.recover(connection, since)
+                await self.continuity.recover(connection, since)
             if not connection.is_open:
                 raise closed_error(connection)
         except PermissionDenied as denied:
@@ -214,51 +202,6 @@ class Membership:
         if self._is_ended:
             raise LifecycleError(CLOSED)
 
-    def say(self, connection: Connection, message: Message) -> None:
-        """Send a connection something of its protocol's, behind everything handed over before."""
-        self._dispatcher.dispatch(Frame(message, Audience("connection", connection.id)))
-
-    def _since_now(self, connection: Connection, joining: Joining) -> SinceByAudience:
-        # A client that knows where it is is told where it begins.
-        audiences = [Audience("channel", channel) for channel in joining.channels]
-        if self._tails is not None:
-            own = [EVERYONE, *([] if joining.user_key is None else [Audience("user", joining.user_key)])]
-            audiences += [audience for audience in own if self._tails.history(audience) is not None]
-        return {audience: joining.since.get(audience, NOW) for audience in audiences}
-
-    def _hold(self, connection: Connection, since: SinceByAudience) -> None:
-        if self._replays is not None:
-            for audience in since:
-                if self._registry.is_member(connection, audience):
-                    self._replays.hold(connection, audience)
-
-    async def recover(self, connection: Connection, since: SinceByAudience, id_: object = None) -> None:
-        """Send a connection what it missed, as far as that can be done; `connection.recovered` says what became of it.
-
-        Call it once, when nothing can keep the connection from its audiences any more. A client that knows where it is
-        is told where each audience begins.
-
-        Args:
-            connection: Which.
-            since: Since when it wants what it missed.
-            id_: That of the client's command.
-        """
-        for audience, position in since.items():
-
-            def announce(recovery: Recovery, begins: Position | None, audience: Audience = audience) -> None:
-                if connection._sink.has_positions and connection.is_open:
-                    asked = None if since[audience] is NOW else recovery
-                    self.say(connection, events.subscribed(audience, asked, begins, id_))
-
-            if self._replays is None or not self._registry.is_member(connection, audience):
-                recovery = Recovery(False, "unavailable", None)
-                announce(recovery, None)
-            else:
-                recovery = await self._replays.start(connection, audience, position, announce)
-            if position is not NOW:
-                key = audience.name if audience.kind == "channel" else audience
-                connection.recovered = {**connection.recovered, key: recovery}
-
     async def subscribe(
         self,
         connection: Connection,
@@ -290,10 +233,10 @@ class Membership:
                 self.admission.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it, too
                 self._registry.subscribe(connection, channel)
                 wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
-                self._hold(connection, wanted)
+                self.continuity.hold(connection, wanted)
                 await self._announcements.subscribed(connection, channel)
                 if wanted and recovers:
-                    await self.recover(connection, wanted)
+                    await self.continuity.recover(connection, wanted)
                 if not connection.is_open:
                     raise closed_error(connection)
 
@@ -313,8 +256,7 @@ class Membership:
         self._dispatcher.flush()  # which may end this very connection, so before looking at it
         if channel not in connection.channels or not connection.is_open:
             return False
-        if self._replays is not None:
-            self._replays.left(connection, Audience("channel", channel))
+        self.continuity.left_channel(connection, channel)
         if self._registry.unsubscribe(connection, channel):
             self.demand.left((Audience("channel", channel),))
         self._slow_consumers.wake()  # as when one leaves
@@ -330,9 +272,7 @@ class Membership:
         last = self._registry.remove(connection)
         if last is None:
             return False
-        if self._replays is not None and self._replays.cursors:
-            self._replays.left(connection)
-        self.positioned -= connection._sink.has_positions
+        self.continuity.left(connection)
         self.demand.left(last)
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
@@ -364,7 +304,7 @@ class Membership:
 
     def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
         """A connection that knows where it is has no room for what comes after a place: it gets it later."""
-        return self._replays is not None and self._replays.fall_back(connection, audience, offset)
+        return self.continuity.fall_back(connection, audience, offset)
 
     def dismiss(self, connection: Connection, code: int, reason: str) -> None:
         """Close and remove without sending what waits, also if it is being closed already; returns at once."""
