@@ -33,6 +33,9 @@ _PAGE_BYTES = 4 * 1024 * 1024
 # Positions that are asked for at once, so that what is published meanwhile waits for some of them only.
 _ASK_POSITIONS = 500
 
+# Names whose commands are remembered, because an append needs one each time; past this many, the memory is emptied.
+_REMEMBERED = 8192
+
 _INFO = pack("INFO", "replication")
 
 # What is kept while a link tries whether anything is.
@@ -47,48 +50,49 @@ _AROUND = re.compile(
 # What a server says inside a script instead of NOPERM.
 _FORBIDDEN = re.compile(r"^(ERR )?(ACL failure in script: |(?=The user executing the script can't ))")
 
-# How a script begins. ARGV: a fresh epoch, the generation as it was last seen, milliseconds to remember the position.
-# The server is asked for its generation where the one we know differs from what stands here: either may be the old one.
+# How a script begins. ARGV: the generation as it was last seen, milliseconds to remember the position; the last is a
+# fresh epoch. The server is asked for its generation where the one we know differs from what stands here: either may be
+# the old one.
 _SETTLE = """
 local stream, position = KEYS[1], KEYS[2]
 local known = redis.call('HMGET', position, 'e', 'g', 's')
 local epoch, top = known[1], tonumber(known[3] or 0)
-if not epoch or known[2] ~= ARGV[2] then
+if not epoch or known[2] ~= ARGV[1] then
   local generation = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
   if not epoch or known[2] ~= generation then
-    epoch, top = ARGV[1], 0
+    epoch, top = ARGV[#ARGV], 0
     redis.call('HSET', position, 'e', epoch, 'g', generation, 's', 0)
-    redis.call('PEXPIRE', position, ARGV[3])
+    redis.call('PEXPIRE', position, ARGV[2])
     redis.call('DEL', stream)
   end
 end
 """
 
 # KEYS: stream, position, and for an idempotency key where its position is remembered. ARGV goes on with: milliseconds
-# to keep the stream, how many envelopes it keeps (0: not this one), PUBLISH or SPUBLISH, the name, the envelope up to
-# the last brace of its header, and the rest of it.
+# to keep the stream, PUBLISH or SPUBLISH, the name, how many envelopes are kept (0: not this one), the envelope up to
+# the last brace of its header, and the rest of it. Returns `<epoch>:<offset>`, and behind that `:1` for a repeat.
 # The first command that writes is refused if memory is short, and those after it aren't: all or nothing. The name is no
 # key: it has the slot of the keys, and while that moves to another node a name among the keys would stop everything.
 _APPEND = (
     _SETTLE
     + """
 if KEYS[3] then
-  local before, offset = string.match(redis.call('GET', KEYS[3]) or '', '^(.+):(%d+)$')
-  if before == epoch then return {epoch, tonumber(offset), 1} end
+  local before = redis.call('GET', KEYS[3])
+  if before and string.match(before, '^(.+):') == epoch then return before .. ':1' end
 end
 local at, previous = string.format('%.0f', top + 1), string.format('%.0f', top)
 local id, refusal
 redis.call('HINCRBY', position, 's', 1)
-redis.call('PEXPIRE', position, ARGV[3])
-if ARGV[5] ~= '0' then
+redis.call('PEXPIRE', position, ARGV[2])
+if ARGV[6] ~= '0' then
   local now = redis.call('TIME')
   id = at .. '-' .. now[1] .. string.format('%03d', math.floor(now[2] / 1000))
-  local kept = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[5], id, 'd', ARGV[8] .. ARGV[9])
-  if type(kept) == 'table' then id, refusal = nil, kept else redis.call('PEXPIRE', stream, ARGV[4]) end
+  local kept = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[6], id, 'd', ARGV[7] .. ARGV[8])
+  if type(kept) == 'table' then id, refusal = nil, kept else redis.call('PEXPIRE', stream, ARGV[3]) end
 end
 if not refusal then
   local live = ',"epoch":"' .. epoch .. '","offset":' .. at .. ',"previous":' .. previous
-  local sent = redis.pcall(ARGV[6], ARGV[7], ARGV[8] .. live .. ARGV[9])
+  local sent = redis.pcall(ARGV[4], ARGV[5], ARGV[7] .. live .. ARGV[8])
   if type(sent) == 'table' then refusal = sent end
 end
 if refusal then
@@ -96,8 +100,9 @@ if refusal then
   if id then redis.call('XDEL', stream, id) end
   return refusal
 end
-if KEYS[3] then redis.call('SET', KEYS[3], epoch .. ':' .. at, 'PX', 300000) end
-return {epoch, top + 1}
+local place = epoch .. ':' .. at
+if KEYS[3] then redis.call('SET', KEYS[3], place, 'PX', 300000) end
+return place
 """
 )
 
@@ -105,7 +110,7 @@ return {epoch, top + 1}
 _POSITION = (
     _SETTLE
     + """
-if redis.call('PTTL', position) < ARGV[3] / 2 then redis.call('PEXPIRE', position, ARGV[3]) end
+if redis.call('PTTL', position) < ARGV[2] / 2 then redis.call('PEXPIRE', position, ARGV[2]) end
 """
 )
 
@@ -116,9 +121,9 @@ _READ = (
     _POSITION
     + """
 local now, places, envelopes, bytes = redis.call('TIME'), {}, {}, 0
-local left, high = tonumber(ARGV[6]), ARGV[5]
+local left, high = tonumber(ARGV[5]), ARGV[4]
 while left > 0 and bytes < PAGE do
-  local some = redis.call('XREVRANGE', stream, high, ARGV[4], 'COUNT', math.min(left, 16))
+  local some = redis.call('XREVRANGE', stream, high, ARGV[3], 'COUNT', math.min(left, 16))
   for _, entry in ipairs(some) do
     local envelope = entry[2][2]
     places[#places + 1] = entry[1] .. '-' .. #envelope
@@ -133,7 +138,7 @@ return {epoch, top, ms, table.concat(places, ' '), table.concat(envelopes), left
 """.replace("PAGE", str(_PAGE_BYTES))
 )
 
-_POSITION += "return {epoch, top}\n"
+_POSITION += "return epoch .. ':' .. string.format('%.0f', top)\n"
 
 
 class Script:
@@ -144,6 +149,7 @@ class Script:
     """
 
     def __init__(self, text: str) -> None:
+        text = re.sub(r"\n *", "\n", text)  # it travels
         # By its text the first time in each batch, else after a restart or a SCRIPT FLUSH the server wouldn't know it.
         self._calls = ("EVALSHA", sha1(text.encode()).hexdigest()), ("EVAL", text)  # noqa: S324  # what Redis calls it
 
@@ -151,8 +157,16 @@ class Script:
         """Return the command."""
         return pack(*self._calls[is_first], b"%d" % len(keys), *keys, *arguments)
 
+    def head(self, keys: Sequence[str], *arguments: str | bytes, more: int, is_first: bool) -> bytes:
+        """Return the beginning of the command, behind which so many more arguments are written."""
+        begun = self.call(keys, *arguments, is_first=is_first)
+        return b"*%d%b" % (len(keys) + len(arguments) + more + 3, begun[begun.index(b"\r") :])
+
 
 APPEND, POSITION, READ = Script(_APPEND), Script(_POSITION), Script(_READ)
+
+
+_Begun = dict[str, tuple[History, bytes]]
 
 
 class Keeper:
@@ -170,6 +184,8 @@ class Keeper:
         self._verb = verb
         # The server's, as it was last seen; empty before `learn`.
         self._generation = ""
+        # How an append begins, by its name; the second for the first of a batch.
+        self._known: tuple[_Begun, _Begun] = {}, {}
 
     async def learn(self) -> None:
         """Find out the generation of the server.
@@ -196,14 +212,18 @@ class Keeper:
         assert isinstance(answer, bytes)
         if re.search(rb"\brole:slave\b", answer):
             raise ConnectionError(f"Redis at {self._asker.where} is a replica, which keeps nothing of ours")
-        self._generation = found[1].decode()
+        generation = found[1].decode()
+        if generation != self._generation:
+            self._generation = generation
+            self._known = {}, {}
 
     def trial(self, probe: str | None) -> list[bytes]:
         """Return commands that show whether the server keeps anything, under a name of no audience."""
         if probe is None:
             return [_INFO]
         parcel, fresh = KeptParcel(probe, b'{"v":1}\n', Keep(_SHORT)), new_epoch()
-        return [_INFO, self.append(parcel, fresh, is_first=True), self._read(probe, None, "+", 1, fresh, _SHORT)]
+        appends = [self.append(parcel, fresh.encode(), is_first=is_first) for is_first in (True, False)]
+        return [_INFO, *appends, self._read(probe, None, "+", 1, fresh, _SHORT)]
 
     def take_trial(self, answers: Sequence[Reply]) -> None:
         """Take the answers.
@@ -228,7 +248,7 @@ class Keeper:
         if not self._generation:
             await self.learn()
 
-    def append(self, parcel: KeptParcel, fresh: str, *, is_first: bool) -> bytes:
+    def append(self, parcel: KeptParcel, fresh: bytes, *, is_first: bool) -> bytes:
         """Return the command that keeps a parcel.
 
         Args:
@@ -239,21 +259,41 @@ class Keeper:
         name, envelope = parcel
         history, key = parcel.keep
         end = envelope.index(b"\n") - 1
+        if key is not None or len(envelope) - end - 2 > history.max_kept_bytes:
+            begun = self._begun(parcel, end, is_first=is_first)
+        else:
+            known = self._known[is_first].get(name)
+            if known is None or known[0] is not history:
+                if len(self._known[is_first]) >= _REMEMBERED:
+                    self._known[is_first].clear()
+                known = self._known[is_first][name] = history, self._begun(parcel, end, is_first=is_first)
+            begun = known[1]
+        # What differs from one parcel to the next.
+        size = len(envelope) - end
+        return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+            *(begun, end, envelope[:end]),
+            *(size, envelope[end:], len(fresh), fresh),
+        )
+
+    def _begun(self, parcel: KeptParcel, end: int, *, is_first: bool) -> bytes:
+        name, envelope = parcel
+        history, key = parcel.keep
         is_small = len(envelope) - end - 2 <= history.max_kept_bytes
-        return APPEND.call(
+        return APPEND.head(
             self._keys(name) if key is None else (*self._keys(name), f"{self._prefix}:key:{{{name}}}:{key}"),
-            *self._settling(fresh, history),
-            _ms(history.seconds),
+            *(self._generation, _ms(history.remember), _ms(history.seconds), self._verb, name),
             str(min(history.messages, _MOST)) if is_small else "0",
-            *(self._verb, name, envelope[:end], envelope[end:]),
+            more=3,
             is_first=is_first,
         )
 
     def appended(self, answer: Reply) -> Appended:
         """Take the answer."""
-        match answer:
-            case [bytes(epoch), int(offset), *repeat]:
-                return Appended(Position(epoch.decode(), offset), bool(repeat))
+        if isinstance(answer, bytes):
+            epoch, _, rest = answer.decode().partition(":")
+            offset, _, repeat = rest.partition(":")
+            if offset:
+                return Appended(Position(epoch, int(offset)), repeat == "1")
         raise ValueError(f"Redis at {self._asker.where} answers a publish with {type(answer).__name__}")
 
     # Reading.
@@ -283,8 +323,9 @@ class Keeper:
 
     def _read(self, name: str, since: int | None, high: str, few: int, fresh: str, history: History) -> bytes:
         low = "-" if since is None else str(since + 1)
-        settling = self._settling(fresh, history)
-        return READ.call(self._keys(name), *settling, low, high, str(min(few, _MOST)), is_first=True)
+        most = str(min(few, _MOST))
+        known = self._generation, _ms(history.remember)
+        return READ.call(self._keys(name), *known, low, high, most, fresh, is_first=True)
 
     def _page(self, answer: Reply) -> tuple[Position, list[Entry], bool]:
         match answer:
@@ -309,7 +350,9 @@ class Keeper:
             fresh = new_epoch()
             some = zip(names[start : start + _ASK_POSITIONS], histories[start:], strict=False)
             commands = [
-                POSITION.call(self._keys(name), *self._settling(f"{fresh}{at}", history), is_first=not at)
+                POSITION.call(
+                    self._keys(name), self._generation, _ms(history.remember), f"{fresh}{at}", is_first=not at
+                )
                 for at, (name, history) in enumerate(some)
             ]
             for answer in await self._asker.ask(*commands):
@@ -334,9 +377,6 @@ class Keeper:
     def _keys(self, name: str) -> tuple[str, str]:
         # The name in braces gives them the name's slot; no name has braces itself.
         return f"{self._prefix}:history:{{{name}}}", f"{self._prefix}:position:{{{name}}}"
-
-    def _settling(self, fresh: str, history: History) -> tuple[str, str, str]:
-        return fresh, self._generation, _ms(history.remember)
 
 
 def _ms(seconds: float) -> str:

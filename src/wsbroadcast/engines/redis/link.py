@@ -372,10 +372,10 @@ class Pair:
         return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (self._head, len(name), name, len(envelope), envelope)
 
     def _mixed(self, parcels: Sequence[Parcel]) -> Iterator[bytes]:
-        fresh, is_first = new_epoch(), True
+        fresh, is_first = new_epoch().encode(), True
         for number, parcel in enumerate(parcels):
             if isinstance(parcel, KeptParcel):
-                yield self.keeper.append(parcel, f"{fresh}{number}", is_first=is_first)
+                yield self.keeper.append(parcel, b"%b%d" % (fresh, number), is_first=is_first)
                 is_first = False
             else:
                 yield self._packed(parcel)
