@@ -135,6 +135,34 @@ async def test_position_that_is_removed_begins_a_new_history(own_redis: OwnRedis
         assert [each.position for each in node.recorder.publications] == [*before, after]
 
 
+async def test_key_counts_once_in_each_history(own_redis: OwnRedis) -> None:
+    server = own_redis()
+    async with running(RedisEngine(server.url)) as (node,):
+        before = await append(node, "before", key="key")
+        await keeps_history(node.engine).forget(NEWS)
+        after = await append(node, "after", key="key")
+        assert not after.is_repeat
+        assert after.position.epoch != before.position.epoch
+        assert await append(node, "again", key="key") == Appended(after.position, is_repeat=True)
+        await node.receives(["before", "after"])
+
+
+async def test_what_lies_before_a_hole_is_read_too(redis_server: Endpoint, prefix: str) -> None:
+    history = History(max_kept_bytes=5)
+    async with running(RedisEngine(redis_server.url, prefix=prefix)) as (node,):
+        engine = keeps_history(node.engine)
+        at = [
+            (await engine.append(Publication(Message.of(text), NEWS), history)).position for text in ("a", "b" * 6, "c")
+        ]
+        for since in (None, *at):
+            replay = await engine.read(NEWS, since, history)
+            if since is None:
+                found = [(each.message.data, each.offset, each.previous) for each in replay.publications]
+                assert found == [("a", 1, 0), ("c", 3, 2)]
+            assert [replay.is_complete(each) for each in (Position(at[0].epoch, 0), at[0])] == [False, False]
+        assert [(await engine.read(NEWS, each, history)).is_complete(each) for each in at] == [False, True, True]
+
+
 async def test_stream_that_is_removed_is_missing_and_no_more(own_redis: OwnRedis) -> None:
     server = own_redis()
     async with running(RedisEngine(server.url)) as (node,):
@@ -312,11 +340,12 @@ async def test_promotion_is_seen_although_the_connection_lives(own_redis: OwnRed
         promote(server)
 
         async def is_seen() -> bool:
-            return (await position(node, NEWS)).epoch != before[0].epoch
+            at = (await append(node, "after")).position
+            return at.epoch != before[0].epoch and at.offset == 1
 
         await eventually(is_seen)
         assert not await is_complete(node, before[-1])
-        assert (await append(node, "after")).position.offset == 1
+        assert await kept(node) == ["after"]
         assert node.engine.stats().reconnects == 0
         assert node.recorder.gaps == []
 
@@ -479,7 +508,7 @@ async def test_history_that_is_forgotten_while_it_is_read_is_read_anew() -> None
     async with fake_redis(answer) as address, used(f"redis://{address}") as used_link:
         stretch = await _keeping(used_link).read_kept("a", None, KEPT)
         assert (stretch.top, stretch.base) == (Position("b", 3), 2)
-        assert [tuple(entry) for entry in stretch.entries] == [(b"zz", 3, 1.0)]
+        assert [tuple(entry) for entry in stretch.entries] == [(b"zz", 3, 1.0, 2)]
 
 
 async def test_questions_and_publications_go_on_at_the_same_time(own_redis: OwnRedis) -> None:

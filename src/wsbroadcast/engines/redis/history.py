@@ -259,30 +259,31 @@ class Keeper:
         name, envelope = parcel
         history, key = parcel.keep
         end = envelope.index(b"\n") - 1
-        if key is not None or len(envelope) - end - 2 > history.max_kept_bytes:
-            begun = self._begun(parcel, end, is_first=is_first)
-        else:
-            known = self._known[is_first].get(name)
-            if known is None or known[0] is not history:
-                if len(self._known[is_first]) >= _REMEMBERED:
-                    self._known[is_first].clear()
-                known = self._known[is_first][name] = history, self._begun(parcel, end, is_first=is_first)
-            begun = known[1]
-        # What differs from one parcel to the next.
         size = len(envelope) - end
+        known = self._known[is_first].get(name)
+        if key is not None or size - 2 > history.max_kept_bytes:
+            messages = history.messages if size - 2 <= history.max_kept_bytes else 0
+            begun = self._begun(parcel, messages, is_first=is_first)
+        elif known is not None and known[0] is history:
+            begun = known[1]
+        else:
+            begun = self._begun(parcel, history.messages, is_first=is_first)
+            if len(self._known[is_first]) >= _REMEMBERED:
+                self._known[is_first].clear()
+            self._known[is_first][name] = history, begun
+        # What differs from one parcel to the next.
         return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             *(begun, end, envelope[:end]),
             *(size, envelope[end:], len(fresh), fresh),
         )
 
-    def _begun(self, parcel: KeptParcel, end: int, *, is_first: bool) -> bytes:
-        name, envelope = parcel
+    def _begun(self, parcel: KeptParcel, messages: int, *, is_first: bool) -> bytes:
+        name = parcel.name
         history, key = parcel.keep
-        is_small = len(envelope) - end - 2 <= history.max_kept_bytes
         return APPEND.head(
             self._keys(name) if key is None else (*self._keys(name), f"{self._prefix}:key:{{{name}}}:{key}"),
             *(self._generation, _ms(history.remember), _ms(history.seconds), self._verb, name),
-            str(min(history.messages, _MOST)) if is_small else "0",
+            str(min(messages, _MOST)),
             more=3,
             is_first=is_first,
         )
@@ -299,7 +300,7 @@ class Keeper:
     # Reading.
 
     async def read(self, name: str, since: int | None, history: History) -> Stretch:
-        """Read what was kept under a name after an offset, as far as it goes back without a hole."""
+        """Read what was kept under a name after an offset, and how far it goes back without a hole."""
         await self.ready()
         found: list[Entry] = []
         top, high, has_more = None, "+", True
@@ -319,7 +320,7 @@ class Keeper:
             if entry.offset != base:
                 break  # the one after it was too large to be kept, or more than the last few were removed
             base -= 1
-        return Stretch(top, found[: top.offset - base][::-1], base)
+        return Stretch(top, found[::-1], base)
 
     def _read(self, name: str, since: int | None, high: str, few: int, fresh: str, history: History) -> bytes:
         low = "-" if since is None else str(since + 1)
@@ -339,7 +340,7 @@ class Keeper:
         for place in places.split():
             at, kept, size = place.split(b"-")
             begin, end = end, end + int(size)
-            entries.append(Entry(envelopes[begin:end], int(at), (time - int(kept)) / 1000))
+            entries.append(Entry(envelopes[begin:end], int(at), (time - int(kept)) / 1000, int(at) - 1))
         return Position(epoch.decode(), offset), entries, bool(has_more)
 
     async def positions(self, names: Sequence[str], histories: Sequence[History]) -> list[Position]:
