@@ -28,7 +28,7 @@ class RedisEngine(KeepingEngine):
     The user we connect as needs `&prefix:* +publish +subscribe +unsubscribe`; with sentinels `+role` too, and at them
     `+sentinel|get-master-addr-by-name`; in a cluster `&prefix:* +spublish +ssubscribe +sunsubscribe +ping
     +cluster|slots`. Two options need more: a database `+select`, and `client_name` `+client|setname`. A history needs
-    `~prefix:* +del +eval +evalsha +get +hincrby +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange`.
+    `~prefix:* +del +eval +evalsha +get +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange`.
 
     Redis cuts off a node for which too much waits, by default 32 MiB (`client-output-buffer-limit`), which shows as a
     gap. A single message as large as that would cut off all of them.

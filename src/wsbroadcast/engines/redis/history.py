@@ -54,16 +54,16 @@ _FORBIDDEN = re.compile(r"^(ERR )?(ACL failure in script: |(?=The user executing
 # fresh epoch. The server is asked for its generation where the one we know differs from what stands here: either may be
 # the old one.
 _SETTLE = """
-local stream, position = KEYS[1], KEYS[2]
-local known = redis.call('HMGET', position, 'e', 'g', 's')
-local epoch, top = known[1], tonumber(known[3] or 0)
+local call, stream, position = redis.call, KEYS[1], KEYS[2]
+local known = call('HMGET', position, 'e', 'g', 's')
+local epoch, top = known[1], known[3] or '0'
 if not epoch or known[2] ~= ARGV[1] then
-  local generation = string.match(redis.call('INFO', 'replication'), 'master_replid:(%x+)')
+  local generation = string.match(call('INFO', 'replication'), 'master_replid:(%x+)')
   if not epoch or known[2] ~= generation then
-    epoch, top = ARGV[#ARGV], 0
-    redis.call('HSET', position, 'e', epoch, 'g', generation, 's', 0)
-    redis.call('PEXPIRE', position, ARGV[2])
-    redis.call('DEL', stream)
+    epoch, top = ARGV[#ARGV], '0'
+    call('HSET', position, 'e', epoch, 'g', generation, 's', top)
+    call('PEXPIRE', position, ARGV[2])
+    call('DEL', stream)
   end
 end
 """
@@ -77,31 +77,31 @@ _APPEND = (
     _SETTLE
     + """
 if KEYS[3] then
-  local before = redis.call('GET', KEYS[3])
+  local before = call('GET', KEYS[3])
   if before and string.match(before, '^(.+):') == epoch then return before .. ':1' end
 end
-local at, previous = string.format('%.0f', top + 1), string.format('%.0f', top)
+local offset = string.format('%.0f', top + 1)
+local place = epoch .. ':' .. offset
 local id, refusal
-redis.call('HINCRBY', position, 's', 1)
-redis.call('PEXPIRE', position, ARGV[2])
+call('HSET', position, 's', offset)
+call('PEXPIRE', position, ARGV[2])
 if ARGV[6] ~= '0' then
-  local now = redis.call('TIME')
-  id = at .. '-' .. now[1] .. string.format('%03d', math.floor(now[2] / 1000))
+  local now = call('TIME')
+  id = offset .. '-' .. now[1] .. string.sub(now[2] + 1000000, 2, 4)
   local kept = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[6], id, 'd', ARGV[7] .. ARGV[8])
-  if type(kept) == 'table' then id, refusal = nil, kept else redis.call('PEXPIRE', stream, ARGV[3]) end
+  if type(kept) == 'table' then id, refusal = nil, kept else call('PEXPIRE', stream, ARGV[3]) end
 end
 if not refusal then
-  local live = ',"epoch":"' .. epoch .. '","offset":' .. at .. ',"previous":' .. previous
-  local sent = redis.pcall(ARGV[4], ARGV[5], ARGV[7] .. live .. ARGV[8])
+  local sent = redis.pcall(ARGV[4], ARGV[5], ARGV[7] .. ',"epoch":"' .. epoch ..
+    '","offset":' .. offset .. ',"previous":' .. top .. ARGV[8])
   if type(sent) == 'table' then refusal = sent end
 end
 if refusal then
-  redis.call('HINCRBY', position, 's', -1)
-  if id then redis.call('XDEL', stream, id) end
+  call('HSET', position, 's', top)
+  if id then call('XDEL', stream, id) end
   return refusal
 end
-local place = epoch .. ':' .. at
-if KEYS[3] then redis.call('SET', KEYS[3], place, 'PX', 300000) end
+if KEYS[3] then call('SET', KEYS[3], place, 'PX', 300000) end
 return place
 """
 )
@@ -110,7 +110,7 @@ return place
 _POSITION = (
     _SETTLE
     + """
-if redis.call('PTTL', position) < ARGV[2] / 2 then redis.call('PEXPIRE', position, ARGV[2]) end
+if call('PTTL', position) < ARGV[2] / 2 then call('PEXPIRE', position, ARGV[2]) end
 """
 )
 
@@ -120,10 +120,10 @@ if redis.call('PTTL', position) < ARGV[2] / 2 then redis.call('PEXPIRE', positio
 _READ = (
     _POSITION
     + """
-local now, places, envelopes, bytes = redis.call('TIME'), {}, {}, 0
+local now, places, envelopes, bytes = call('TIME'), {}, {}, 0
 local left, high = tonumber(ARGV[5]), ARGV[4]
 while left > 0 and bytes < PAGE do
-  local some = redis.call('XREVRANGE', stream, high, ARGV[3], 'COUNT', math.min(left, 16))
+  local some = call('XREVRANGE', stream, high, ARGV[3], 'COUNT', math.min(left, 16))
   for _, entry in ipairs(some) do
     local envelope = entry[2][2]
     places[#places + 1] = entry[1] .. '-' .. #envelope
@@ -133,12 +133,12 @@ while left > 0 and bytes < PAGE do
   left = left - 16
   if #some < 16 then left = 0 else high = string.format('%.0f', string.match(some[16][1], '%d+') - 1) end
 end
-local ms = now[1] .. string.format('%03d', math.floor(now[2] / 1000))
+local ms = now[1] .. string.sub(now[2] + 1000000, 2, 4)
 return {epoch, top, ms, table.concat(places, ' '), table.concat(envelopes), left > 0 and 1 or 0}
 """.replace("PAGE", str(_PAGE_BYTES))
 )
 
-_POSITION += "return epoch .. ':' .. string.format('%.0f', top)\n"
+_POSITION += "return epoch .. ':' .. top\n"
 
 
 class Script:
@@ -332,7 +332,7 @@ class Keeper:
         match answer:
             case ErrorReply():
                 raise self.explain(answer)
-            case [bytes(epoch), int(offset), bytes(now), bytes(places), bytes(envelopes), int(has_more)]:
+            case [bytes(epoch), bytes(offset), bytes(now), bytes(places), bytes(envelopes), int(has_more)]:
                 pass
             case _:
                 raise ValueError(f"Redis at {self._asker.where} answers a read with {type(answer).__name__}")
@@ -341,7 +341,7 @@ class Keeper:
             at, kept, size = place.split(b"-")
             begin, end = end, end + int(size)
             entries.append(Entry(envelopes[begin:end], int(at), (time - int(kept)) / 1000, int(at) - 1))
-        return Position(epoch.decode(), offset), entries, bool(has_more)
+        return Position(epoch.decode(), int(offset)), entries, bool(has_more)
 
     async def positions(self, names: Sequence[str], histories: Sequence[History]) -> list[Position]:
         """Read the newest position under each name."""

@@ -48,7 +48,7 @@ __all__ = [
 
 
 # The commands that keep what is published, most of them inside of scripts.
-_TO_KEEP = "+del +eval +evalsha +get +hincrby +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange"
+_TO_KEEP = "+del +eval +evalsha +get +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange"
 
 
 class Access:
