@@ -12,7 +12,7 @@ import ssl
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from wsbroadcast.engines.broker.health import is_bug
 from wsbroadcast.engines.broker.link import Host, Inlet, no_linger, reset
@@ -170,21 +170,16 @@ class Wire(asyncio.Protocol, ABC):
             self._lost(error)
 
 
-class _Question(NamedTuple):
-    """Commands that were sent, and who waits for their answers."""
-
-    expected: int
-    answers: list[Reply]
-    answered: asyncio.Future[list[Reply]]
-
-
 class Asker(Wire):
     """Commands and their answers, in the same order."""
 
     def __init__(self, access: Access, host: Host | None, needs: str, lost: Callable[[Exception], None]) -> None:
         super().__init__(access, host, needs, lost)
-        # The oldest first. Who was cancelled meanwhile stays, because the answers come all the same.
-        self._questions: deque[_Question] = deque()
+        # How many answers each question has, and who waits for them; the oldest first. Who was cancelled stays, because
+        # the answers come all the same.
+        self._questions: deque[tuple[int, asyncio.Future[list[Reply]]]] = deque()
+        # To the oldest question.
+        self._answers: list[Reply] = []
 
     async def ask(self, *commands: bytes) -> list[Reply]:
         """Send commands in one go; return their answers, errors too. Questions needn't wait for each other.
@@ -194,22 +189,22 @@ class Asker(Wire):
         """
         self._write(b"".join(commands))
         answered: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-        self._questions.append(_Question(len(commands), [], answered))
+        self._questions.append((len(commands), answered))
         return await answered
 
     def _take(self, reply: Reply) -> None:
         if not self._questions:
             raise ValueError(f"Redis at {self.where} sent an answer that nobody asked for")
-        expected, answers, answered = self._questions[0]
-        answers.append(reply)
-        if len(answers) == expected:
-            self._questions.popleft()
+        self._answers.append(reply)
+        if len(self._answers) == self._questions[0][0]:
+            _, answered = self._questions.popleft()
+            answers, self._answers = self._answers, []
             if not answered.done():
                 answered.set_result(answers)
 
     def _refuse(self, error: Exception) -> None:
         while self._questions:
-            answered = self._questions.popleft().answered
+            _, answered = self._questions.popleft()
             if not answered.done():
                 answered.set_exception(error)
                 answered.exception()  # looked at, in case who waits is being cancelled
