@@ -259,8 +259,12 @@ class ServerLink(RedisLink):
 
     async def read(self, inlet: Inlet) -> None:
         """Hand over what arrives until one of the two connections is lost."""
-        self._opened.listener.inlet = inlet
-        await together(self.wait_lost(), *([self.watch(self._opened)] if self.rules else []))
+        pair = self._opened
+        pair.listener.inlet = inlet
+        if self.rules is None:
+            await self.wait_lost()
+        else:
+            await together(self.wait_lost(), self.watch(pair))
 
     async def subscribe(self, names: Sequence[str]) -> None:
         """Subscribe with one command, and wait for each confirmation."""
