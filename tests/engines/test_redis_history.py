@@ -730,6 +730,17 @@ QUESTIONS: list[Callable[[KeepingLink], Awaitable[object]]] = [
 ]
 
 
+def test_names_that_are_remembered_are_bounded() -> None:
+    keeper = Keeper(Asker(target_from_url("redis://", {}).access, None, "", lambda error: None), "t", "PUBLISH")
+    commands = set()
+    for number in range(8200):
+        parcel = KeptParcel(f"t:channel:{number}", b'{"v":1}\nx', Keep(KEPT))
+        commands |= {keeper.append(parcel, b"fresh", is_first=False) for _ in range(2)}
+    assert len(commands) == 8200
+    assert len(keeper._known[False]) == 8
+    assert len(keeper.trial(None)) == 1  # of a node of a cluster for which no name was found
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 async def test_answer_of_the_wrong_server_loses_the_link(
     question: Callable[[KeepingLink], Awaitable[object]],
