@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 
-from tests.support.brokers import Broker, BrokerMissing, NATSServer, PostgresServer, RedisServer
+from tests.support.brokers import Broker, BrokerMissing, NATSServer, PostgresServer, RedisServer, ValkeyServer
 from tests.support.examples import EXAMPLES, load
 from wsbroadcast import Engine, MemoryEngine
 from wsbroadcast.engines.nats import NATSEngine
@@ -106,8 +106,13 @@ class RealBroker(BrokerContract):
         await self.server.started()
 
 
-class TestRedis(RealBroker):
+class TestRedis(HistoryContract, RealBroker):
     kind = RedisServer
+    engine = RedisEngine
+
+
+class TestValkey(HistoryContract, RealBroker):
+    kind = ValkeyServer
     engine = RedisEngine
 
 

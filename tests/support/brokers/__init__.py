@@ -8,7 +8,7 @@ from tests.support.brokers.base import HOST, Broker, Endpoint, free_port
 from tests.support.brokers.nats import NATSServer
 from tests.support.brokers.postgres import PostgresServer
 from tests.support.brokers.programs import BrokerMissing
-from tests.support.brokers.redis import RedisServer
+from tests.support.brokers.redis import RedisServer, ValkeyServer
 from tests.support.brokers.redis_groups import RedisSentinel, redis_cluster, redis_sentinel
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PostgresServer",
     "RedisSentinel",
     "RedisServer",
+    "ValkeyServer",
     "free_port",
     "redis_cluster",
     "redis_sentinel",

@@ -134,7 +134,8 @@ class Incoming:
                     publication, _ = decode(entry.envelope, audience, self._max_message_bytes)
                     if not isinstance(publication, Publication):
                         raise BadEnvelope("schema")
-                    publication.place(Position(epoch, entry.offset), previous, now - entry.age)
+                    before = previous if entry.previous is None else entry.previous
+                    publication.place(Position(epoch, entry.offset), before, now - entry.age)
                     publications.append(publication)
                 except BadEnvelope as bad:
                     self._drop(str(bad), name, len(entry.envelope))

@@ -80,6 +80,8 @@ class Entry(NamedTuple):
     """Its place; that of the envelope before it is the offset of the entry before, or known by `Stretch.base`."""
     age: float
     """How many seconds ago it was kept, by the broker's clock."""
+    previous: int | None = None
+    """The offset of the envelope before it, if that may be missing among the entries."""
 
 
 class Stretch(NamedTuple):
