@@ -168,13 +168,15 @@ class Nodes(ABC):
         """Return a new engine that isn't started; all that one test makes are linked by the same broker."""
 
     @asynccontextmanager
-    async def nodes(self, *audiences: Audience, rules: HistoryRules | None = None) -> AsyncIterator[list[Node]]:
-        """Run nodes that have joined these audiences, and keep what the rules say."""
+    async def nodes(
+        self, *audiences: Audience, rules: HistoryRules | None = None, learn: bool = False
+    ) -> AsyncIterator[list[Node]]:
+        """Run nodes that have joined these audiences, and keep what the rules say, or learn what others keep."""
         async with asyncio.timeout(12 * self.seconds), AsyncExitStack() as stack:
             nodes = []
             for _ in range(self.node_count):
                 node = Node(self.make_engine(), Recorder(), self.seconds)
-                if rules is not None:
+                if rules is not None or learn:
                     keeps_history(node.engine).keep(rules)
                 await node.engine.start(node.recorder)
                 stack.push_async_callback(node.engine.aclose)

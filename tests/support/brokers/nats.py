@@ -1,4 +1,4 @@
-"""NATS, core only."""
+"""NATS, alone or with JetStream."""
 
 from __future__ import annotations
 
@@ -67,3 +67,18 @@ class NATSServer(Broker):
             raise ConnectionError(f"expected INFO, got {line[:100]!r}")
         info: dict[str, Any] = json.loads(line.removeprefix(b"INFO "))
         return info
+
+
+class JetStreamServer(NATSServer):
+    """NATS with JetStream; what is in memory ends with the process, what is in files doesn't.
+
+    Args:
+        config: As for `NATSServer`.
+        limits: Settings of JetStream, such as `max_memory_store: 1MB`.
+    """
+
+    def __init__(self, *, config: str = "", limits: str = "") -> None:
+        super().__init__(config=config)
+        path = self.directory / "nats.conf"
+        store = json.dumps(str(self.directory / "jetstream"))
+        path.write_text(f"{path.read_text()}jetstream {{ store_dir: {store}\n{limits} }}\n")
