@@ -113,7 +113,8 @@ HEADERS = (
 
 def test_headers_of_a_kept_message_are_read() -> None:
     answer = Answer(b"x", HEADERS)
-    assert chain(HEADERS) == (12, 7)
+    assert chain(HEADERS) == chain(HEADERS, b"\r\nNats-Stream: app\r\n") == (12, 7)
+    assert chain(HEADERS, b"\r\nNats-Stream: other\r\n") is None
     assert (answer.status, answer.sequence, answer.last, answer.pending) == (0, 12, 7, 0)
     assert (answer.subject, answer.record) == ("app:keep.channel.a", (12, answer.time, b"x"))
     assert answer.time % 10**9 == 822461460
@@ -123,17 +124,26 @@ def test_headers_of_a_kept_message_are_read() -> None:
     "headers",
     [
         b"",
-        b"NATS/1.0\r\n\r\n",
-        b"NATS/1.0\r\nNats-Sequence: 5\r\n\r\n",
-        b"NATS/1.0\r\nNats-Sequence: 5\r\nNats-Last-Sequence: 5\r\n\r\n",
-        b"NATS/1.0\r\nNats-Sequence: 0\r\nNats-Last-Sequence: 0\r\n\r\n",
-        b"NATS/1.0\r\nNats-Sequence: -5\r\nNats-Last-Sequence: 1\r\n\r\n",
-        b"NATS/1.0\r\nNats-Sequence: 99999999999999999999\r\nNats-Last-Sequence: 1\r\n\r\n",
-        b"NATS/1.0\r\nX: Nats-Sequence: 5\r\nNats-Last-Sequence: 1\r\n\r\n",
+        b"\r\n",
+        b"Nats-Sequence: 5\r\n\r\n",
+        b"Nats-Sequence: 5\r\nNats-Last-Sequence: 5\r\n\r\n",
+        b"Nats-Sequence: 0\r\nNats-Last-Sequence: 0\r\n\r\n",
+        b"Nats-Sequence: -5\r\nNats-Last-Sequence: 1\r\n\r\n",
+        b"Nats-Sequence: 99999999999999999999\r\nNats-Last-Sequence: 1\r\n\r\n",
+        b"X: Nats-Sequence: 5\r\nNats-Last-Sequence: 1\r\n\r\n",
     ],
 )
 def test_headers_that_make_no_sense_are_no_place(headers: bytes) -> None:
     assert chain(headers) is None
+    assert chain(b"NATS/1.0\r\nNats-Stream: app\r\n" + headers) is None
+
+
+def test_headers_of_a_publisher_are_not_those_of_the_stream() -> None:
+    forged = HEADERS.replace(b"12", b"90").replace(b"7", b"80").replace(b"keep.channel.a", b"b").removesuffix(b"\r\n")
+    headers = forged + HEADERS.removeprefix(b"NATS/1.0\r\n")
+    assert chain(headers) == (12, 7)
+    answer, real = Answer(b"", headers), Answer(b"", HEADERS)
+    assert (answer.record, answer.subject, answer.last) == (real.record, real.subject, real.last)
 
 
 def test_end_of_several_messages_is_read() -> None:

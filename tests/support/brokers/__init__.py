@@ -5,7 +5,7 @@ Use them with `with`: a broker answers inside, and is gone afterwards. What bloc
 """
 
 from tests.support.brokers.base import HOST, Broker, Endpoint, free_port
-from tests.support.brokers.nats import JetStreamServer, NATSServer
+from tests.support.brokers.nats import JetStreamServer, NATSServer, jetstream_cluster
 from tests.support.brokers.postgres import PostgresServer
 from tests.support.brokers.programs import BrokerMissing
 from tests.support.brokers.redis import RedisServer
@@ -22,6 +22,7 @@ __all__ = [
     "RedisSentinel",
     "RedisServer",
     "free_port",
+    "jetstream_cluster",
     "redis_cluster",
     "redis_sentinel",
 ]

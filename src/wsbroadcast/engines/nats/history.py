@@ -74,7 +74,7 @@ _LOOK_AGAIN = 1.0
 _LOOKS = 4
 
 # What our idea of the stream's clock may be wrong by, in nanoseconds.
-_SKEW = 10**9
+_SKEW = 10**8
 
 _FOREVER = {"Nats-TTL": "never"}
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -426,7 +426,7 @@ class Log:
 
     def place(self, name: str, headers: bytes) -> Place:
         """Return where an envelope is kept, by the headers that it came with."""
-        numbers = chain(headers) if self._sign in headers else None
+        numbers = chain(headers, self._sign)
         if numbers is None or self._epoch is None:
             return NOWHERE
         offset, previous = numbers
@@ -535,11 +535,14 @@ class Log:
     async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
         """Read what the stream keeps of an audience."""
         subject, start = self._root + name[self._cut :], since or 1
-        query = {"seq": start, "next_by_subj": subject}
         while True:
+            query = {"seq": start, "next_by_subj": subject}
             marks, (found,) = await self._read([name], query, newest=history.messages + 1)
             top = marks.get(subject, found[-1].sequence if found else 0)
-            if top < start or (found and found[-1].sequence >= top):
+            if top < start and start > 1:
+                start = 1  # it is of another epoch, and it may be asked what there is instead
+                continue
+            if top == 0 or (found and found[-1].sequence >= top):
                 break
             await asyncio.sleep(_PAUSE)  # another replica has answered, or something came in between
         top = max(top, found[-1].sequence if found else 0)

@@ -121,6 +121,8 @@ class Reader:
 # https://docs.nats.io/nats-concepts/jetstream/headers
 
 
+# The first line that a stream writes, behind the headers of who has published: those may say anything.
+_STREAM = b"\r\nNats-Stream: "
 _SEQUENCE = re.compile(rb"\r\nNats-Sequence: ([0-9]{1,18})\r\n")
 _LAST_SEQUENCE = re.compile(rb"\r\nNats-Last-Sequence: ([0-9]{1,18})\r\n")
 _SUBJECT = re.compile(rb"\r\nNats-Subject: ([^\r\n]+)\r\n")
@@ -158,13 +160,13 @@ class Answer(NamedTuple):
     @property
     def subject(self) -> str:
         """Under which name the stream keeps it; empty if it doesn't say."""
-        found = _SUBJECT.search(self.headers)
+        found = _find(_SUBJECT, self.headers)
         return "" if found is None else found[1].decode(errors="replace")
 
     @property
     def time(self) -> int:
         """When the stream took it, in nanoseconds since 1970; 0 if it doesn't say."""
-        found = _TIME.search(self.headers)
+        found = _find(_TIME, self.headers)
         return 0 if found is None else nanoseconds(found[1].decode())
 
     @property
@@ -188,9 +190,17 @@ class Answer(NamedTuple):
         return _number(_UP_TO, self.headers)
 
 
-def chain(headers: bytes) -> tuple[int, int] | None:
-    """Return the numbers of a message and of the one before it under its name, if they make sense."""
-    sequence, last = _SEQUENCE.search(headers), _LAST_SEQUENCE.search(headers)
+def chain(headers: bytes, stream: bytes = _STREAM) -> tuple[int, int] | None:
+    """Return the numbers of a message and of the one before it under its name; `None` if they make no sense.
+
+    Args:
+        headers: The headers.
+        stream: The line that names the stream which must have written them.
+    """
+    start = headers.rfind(stream)
+    if start < 0:
+        return None
+    sequence, last = _SEQUENCE.search(headers, start), _LAST_SEQUENCE.search(headers, start)
     if sequence is None or last is None:
         return None
     offset, previous = int(sequence[1]), int(last[1])
@@ -216,5 +226,9 @@ def moment_of(nanoseconds: int) -> str:
 
 
 def _number(pattern: re.Pattern[bytes], headers: bytes) -> int:
-    found = pattern.search(headers)
+    found = _find(pattern, headers)
     return 0 if found is None else int(found[1])
+
+
+def _find(pattern: re.Pattern[bytes], headers: bytes) -> re.Match[bytes] | None:
+    return pattern.search(headers, max(0, headers.rfind(_STREAM)))
