@@ -472,9 +472,13 @@ class Log:
                 commands.append(self._append(parcel, head, round_))
                 kept.append(number)
         try:
-            await ask(commands)
+            # Whatever the server refuses of what is kept, it says without being asked.
+            if len(kept) == len(commands):
+                self._talk.send(commands)
+            else:
+                await ask(commands)
             if kept:
-                await asyncio.wait([round_.done], timeout=self._keeping.ack_timeout)
+                await round_.ended(self._keeping.ack_timeout)
         finally:
             self._answers.drop(round_)
         for number, index in enumerate(kept):

@@ -90,6 +90,18 @@ class Round:
         if not self.tokens and not self.done.done():
             self.done.set_result(None)
 
+    async def ended(self, seconds: float) -> None:
+        """Wait until each has its answers, but not longer than so many seconds."""
+        timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
+        try:
+            await self.done
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        if not self.done.done():
+            self.done.set_result(None)
+
 
 class Answers:
     """What comes to an inbox of ours, and who waits for it.
