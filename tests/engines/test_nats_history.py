@@ -22,7 +22,7 @@ from tests.support.brokers import JetStreamServer, NATSServer, jetstream_cluster
 from wsbroadcast import ConfigurationError, EngineError, EngineUnavailable, Message, MessageTooLarge
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
-from wsbroadcast.engines.nats import NATSEngine, history
+from wsbroadcast.engines.nats import NATSEngine, upkeep
 from wsbroadcast.history import Appended, History, HistoryRules, Replay
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Position, Publication
@@ -224,7 +224,7 @@ async def test_stream_that_was_set_back_is_found_out(
     own_jetstream: Callable[..., JetStreamServer], prefix: str, subscribed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Who isn't subscribed knows by its own clock when something was taken. Servers don't usually come back that fast.
-    monkeypatch.setattr(history, "_SKEW", 10**7)
+    monkeypatch.setattr(upkeep, "_SKEW", 10**7)
     # What says `created`, the epoch's record and an offset that is there again, was shown to be fooled.
     server = own_jetstream()
     store = server.directory / "jetstream"
@@ -498,6 +498,25 @@ async def test_who_only_publishes_goes_on_with_what_it_learned(
             async with running(server.url, prefix, NEWS) as again:
                 appended: Appended = await eventually(lambda: append(learner, "kept again"))
                 assert [each.position for each in await received(again, 1)] == [appended.position]
+
+
+async def test_who_only_publishes_learns_when_somebody_begins_to_keep(
+    own_jetstream: Callable[..., JetStreamServer], prefix: str
+) -> None:
+    server = own_jetstream()
+    async with running(server.url, prefix, rules=None) as early:
+        assert engine_of(early).rules is None
+        async with running(server.url, prefix, NEWS) as node:
+
+            async def has_learned() -> bool:
+                return engine_of(early).rules == RULES
+
+            await eventually(has_learned)
+            appended: Appended = await eventually(partial(append, early, "kept"))
+            assert [each.position for each in await received(node, 1)] == [appended.position]
+            assert (await read(early, appended.position)).is_complete(appended.position)
+        await server.stopped()
+        assert engine_of(early).rules == RULES
 
 
 async def test_rules_of_a_stranger_are_not_believed(

@@ -10,10 +10,10 @@ from wsbroadcast.engines import URL
 from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, truth
 from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
-from wsbroadcast.engines.nats.history import Keeping
 from wsbroadcast.engines.nats.jetstream import StorageKind, Stream
 from wsbroadcast.engines.nats.link import NATSLink
 from wsbroadcast.engines.nats.target import NATS_PORT, Target
+from wsbroadcast.engines.nats.upkeep import Keeping
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.history import HistoryRules
 from wsbroadcast.options import Timing
@@ -119,6 +119,11 @@ class NATSEngine(KeepingEngine):
             who=f"nats at {self.address}",
             ack_timeout=_ACK_SHARE * self._timing.request_timeout,
         )
+
+    @property
+    def rules(self) -> HistoryRules | None:
+        """What is kept, as `keep` was told, else as others say, or have said while they were there."""
+        return self._rules if self._keeping is None or self._rules is not None else self._keeping.learned
 
     def new_link(self) -> NATSLink:
         """Make a link that isn't open yet."""

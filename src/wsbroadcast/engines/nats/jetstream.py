@@ -23,12 +23,18 @@ StorageKind = Literal["memory", "file"]
 MAX_REPLICAS = 5
 """The largest number of servers that JetStream keeps one stream on."""
 
-NO_STREAM, NO_MESSAGE, WRONG_LAST, IN_PROCESS = 10059, 10037, 10071, 10158
+NO_STREAM, NAME_IN_USE, WRONG_LAST, IN_PROCESS = 10059, 10058, 10071, 10158
 """JetStream's numbers for what isn't there, for who comes second, and for a key that somebody appends just now."""
 
 # What trying again may mend: no leader yet, a cluster that isn't complete.
 _PASSING = frozenset({10004, 10007, 10008, 10009, 10164})
-_NAME_IN_USE = 10058
+
+# Not enabled, for this account or at all.
+_OFF = frozenset({10039, 10076})
+_NO_MESSAGE = 10037
+
+# What is read at once.
+_PAGE: dict[str, Any] = {"batch": 1000, "max_bytes": 4 * 1024 * 1024}
 
 # The code, and the status of an answer, where nobody is there to take it.
 _NOBODY = 503
@@ -161,19 +167,22 @@ class API:
     """Asks JetStream about one stream.
 
     Args:
-        stream: Its name.
+        stream: The stream.
         who: How errors call the server.
         answers: Where answers come.
         send: Writes commands.
     """
 
-    def __init__(self, stream: str, who: str, answers: Answers, send: Callable[[Sequence[bytes]], None]) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, who: str, answers: Answers, send: Callable[[Sequence[bytes]], None]) -> None:
+        self._stream = stream.name
+        self._root = stream.root
         self._who = who
         self._answers = answers
         self._send = send
-        self.direct = f"$JS.API.DIRECT.GET.{stream}"
-        """What is asked for messages, of any of the servers that have them."""
+
+    def subject(self, what: str) -> str:
+        """Return the name under which the stream keeps something."""
+        return self._root + what
 
     async def ask(self, *questions: Question) -> list[list[Answer]]:
         """Ask everything in one write, and return the answers to each.
@@ -189,13 +198,13 @@ class API:
             commands.append(request(subject, reply, text))
         return await self._exchange(round_, commands)
 
-    async def put(self, subject: str, payload: bytes, headers: Mapping[str, str]) -> int:
+    async def put(self, what: str, payload: bytes, headers: Mapping[str, str]) -> int:
         """Let the stream keep something; return its number.
 
         Raises:
             Refused: If it doesn't.
         """
-        round_ = Round()
+        subject, round_ = self.subject(what), Round()
         reply = self._answers.expect(round_, subject)
         (answers,) = await self._exchange(round_, [request_with(subject, reply, head_of(headers), payload)])
         return int(self._result(answers[0]).get("seq", 0))
@@ -221,14 +230,53 @@ class API:
         (answers,) = await self.ask(Question(f"$JS.API.STREAM.{verb}.{self._stream}", content))
         return self._result(answers[0])
 
-    async def records(self, *queries: Mapping[str, Any]) -> list[Record | None]:
-        """Read single messages from the leader; `None` for those that aren't there.
+    async def records(self, *whats: str) -> list[Record | None]:
+        """Read the newest message under each name from the leader; `None` where there is none.
 
         Raises:
             Refused: If there is no stream.
         """
+        return await self._messages(*({"last_by_subj": self.subject(what)} for what in whats))
+
+    async def first_since(self, moment: str) -> Record | None:
+        """Read the first message that the leader has since a moment, whatever its name."""
+        (record,) = await self._messages({"start_time": moment, "next_by_subj": self.subject(">")})
+        return record
+
+    async def _messages(self, *queries: Mapping[str, Any]) -> list[Record | None]:
         subject = f"$JS.API.STREAM.MSG.GET.{self._stream}"
         return [self._record(answer) for (answer,) in await self.ask(*(Question(subject, each) for each in queries))]
+
+    async def fetch(self, *queries: Mapping[str, Any], newest: int = 0) -> tuple[list[list[Answer]], int]:
+        """Read many messages from any of the servers that have them; all queries go out at once.
+
+        Args:
+            queries: What to read.
+            newest: How many of each are enough, of all but the first query; 0 for all.
+
+        Returns:
+            The messages for each query, and the newest number in the stream that the server of the first one knew.
+
+        Raises:
+            Refused: If there is no stream.
+        """
+        subject = f"$JS.API.DIRECT.GET.{self._stream}"
+        found: list[list[Answer]] = [[] for _ in queries]
+        left = {number: {**_PAGE, **query} for number, query in enumerate(queries)}
+        up_to = 0
+        while left:  # a server cuts what is large
+            answers = await self.ask(*(Question(subject, query, is_batch=True) for query in left.values()))
+            for number, (*messages, end) in zip(list(left), answers, strict=True):
+                found[number] += messages
+                if number > 0:
+                    del found[number][:-newest]
+                elif end.up_to:
+                    up_to = end.up_to
+                if end.pending and messages:
+                    left[number] |= {"seq": end.last + 1} | ({"up_to_seq": end.up_to} if end.up_to else {})
+                else:
+                    del left[number]
+        return found, up_to
 
     def ack(self, answer: Answer) -> tuple[int, bool] | EngineError:
         """Return the number of what was appended and whether it was there before, or why it isn't kept."""
@@ -243,7 +291,7 @@ class API:
 
     def refused(self, why: str, code: int, number: int = 0) -> Refused:
         """Make an error of what JetStream says."""
-        return Refused(f"{self._who} doesn't keep it: {why:.200}", code, number)
+        return Refused(f"{self._who}: JetStream says {why:.200}", code, number)
 
     def refusal(self, payload: bytes) -> Refused | None:
         """Return what JetStream says against it; `None` if it has done it."""
@@ -266,7 +314,7 @@ class API:
             found = self._result(answer)["message"]
             return Record(int(found["seq"]), nanoseconds(found["time"]), b64decode(found.get("data", "")))
         except Refused as refused:
-            if refused.number == NO_MESSAGE:
+            if refused.number == _NO_MESSAGE:
                 return None
             raise
         except (LookupError, TypeError, ValueError):
@@ -366,6 +414,20 @@ class Stream:
             f"'$JS.API.DIRECT.GET.{self.name}'"
         )
 
+    def refusal(self, refused: Refused, who: str) -> Exception:
+        """Return what is wrong with a server that refuses the stream; the error itself if it may pass."""
+        if refused.number in _PASSING:
+            return refused
+        if refused.code == _NOBODY or refused.number in _OFF:
+            return ConfigurationError(
+                f"{who} can't keep a history, because JetStream is off: write jetstream {{}} into the server's "
+                "configuration, enable it for the account, or leave history= out"
+            )
+        return ConfigurationError(
+            f"{who} refuses the stream {self.name}, which is to be kept in {self.storage} on {self.replicas} of its "
+            f"servers: {refused} (error {refused.number})"
+        )
+
     def _fixed(self) -> dict[str, Any]:
         republish = {"src": f"{self.root}>", "dest": f"{self.prefix}.>"}
         return {"republish": republish, "allow_direct": True, "allow_msg_ttl": True}
@@ -389,23 +451,3 @@ def check_version(version: object, who: str) -> None:
         raise ConfigurationError(
             f"{who} is a nats-server {version!s:.20}, and a history needs 2.11: update it, or leave history= out"
         )
-
-
-def configuration_error(refused: Refused, stream: Stream, who: str) -> Exception:
-    """Return what is wrong with the broker if it refuses the stream; the error itself if that may pass."""
-    if refused.number in _PASSING:
-        return refused
-    if refused.code == _NOBODY or refused.number in (10039, 10076):
-        return ConfigurationError(
-            f"{who} can't keep a history, because JetStream is off: write jetstream {{}} into the server's "
-            "configuration, enable it for the account, or leave history= out"
-        )
-    return ConfigurationError(
-        f"JetStream at {who} refuses the stream {stream.name}: {refused} (error {refused.number}); it is to be kept "
-        f"in {stream.storage} on {stream.replicas} of its servers"
-    )
-
-
-def is_name_in_use(refused: Refused) -> bool:
-    """Tell whether another node has made the stream just now."""
-    return refused.number == _NAME_IN_USE

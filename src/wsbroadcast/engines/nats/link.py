@@ -23,9 +23,10 @@ from wsbroadcast.engines.broker.link import (
     Stretch,
     reset,
 )
-from wsbroadcast.engines.nats.history import Keeping, Log
+from wsbroadcast.engines.nats.history import Log
 from wsbroadcast.engines.nats.protocol import PING, PONG, REFUSAL, Answer, OnMessage, Reader, pub, sub, unsub
 from wsbroadcast.engines.nats.target import Target
+from wsbroadcast.engines.nats.upkeep import Keeping
 from wsbroadcast.exceptions import ConfigurationError, MessageTooLarge, MissingDependency
 from wsbroadcast.history import Appended, History
 from wsbroadcast.publication import Position
@@ -188,7 +189,7 @@ class NATSLink(KeepingLink):
         if self._keeping is not None:
             self._log = Log(self._keeping, self._talk, lambda name: self._denial("publish", name))
             await self._log.open(login.info.get("version"))
-            self.rules = self._log.rules
+            self.rules = self._keeping.rules or self._keeping.learned
 
     async def read(self, inlet: Inlet) -> None:
         """Hand what arrives to the inlet until the connection is lost."""
@@ -260,7 +261,7 @@ class NATSLink(KeepingLink):
 
     async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
         """Read the newest position under each name; for 500 names it is one question, and all go out one by one."""
-        return await self._kept().read_positions(names)
+        return await self._kept().read_positions(names, self.max_envelope_bytes)
 
     async def forget(self, name: str) -> None:
         """Remove what JetStream has kept under a name; the epoch of this name changes."""
