@@ -430,6 +430,18 @@ async def test_stream_of_an_administrator_is_used_as_it_is(jetstream: JetStreamS
             assert await admin.config() == made
 
 
+async def test_stream_that_is_kept_less_safely_than_asked_for_is_told_of(
+    jetstream: JetStreamServer, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(jetstream.url, prefix):
+        async with running(jetstream.url, prefix, history_storage="file"):
+            pass
+        assert caplog.text.count("stands already, and it is kept in memory, not in files") == 1
+        async with running(jetstream.url, prefix, history_replicas=3):
+            pass
+        assert "stands already, and it is kept on 1 servers, not on 3" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -871,6 +883,22 @@ async def test_key_that_makes_a_message_too_large_loses_nothing(
         await append(node, "x", key="k")
         assert len(await received(node, 2)) == 2
         assert engine_of(node).stats().reconnects == 0
+
+
+async def test_large_message_beside_one_that_is_kept_is_refused_alone(
+    own_jetstream: Callable[..., JetStreamServer], prefix: str
+) -> None:
+    server = own_jetstream(config="max_payload: 4096")
+    engine = NATSEngine(server.url, prefix=prefix)
+    engine.keep(RULES)
+    name = f"{prefix}.channel.news"
+    async with used(engine, name) as link:
+        kept = KeptParcel(name, b"2", Keep(KEPT))
+        large = (Parcel(name, b"x" * 4097), KeptParcel(name, b"x" * 4097, Keep(KEPT)))
+        results = await link.link.publish([Parcel(name, b"1"), *large, kept, Parcel(name, b"3")])
+        assert [type(each) for each in results] == [type(None), MessageTooLarge, MessageTooLarge, Appended, type(None)]
+        await link.publish(name, b"4")
+        assert sorted(envelope for _, envelope in await link.letters.until(b"4")) == [b"1", b"2", b"3", b"4"]
 
 
 async def test_stream_that_says_nothing_costs_only_what_is_kept(

@@ -34,6 +34,11 @@ class NATSEngine(KeepingEngine):
 
     What one node publishes arrives everywhere in its order. NATS promises nothing about the order of what several nodes
     publish to one audience at the same time: it may differ between receiving nodes.
+    What is kept comes in one order everywhere.
+
+    A history needs nats-server 2.11 with JetStream, and the permission to publish to `prefix:keep.>`,
+    `$JS.API.STREAM.*.prefix-history`, `$JS.API.STREAM.MSG.GET.prefix-history` and `$JS.API.DIRECT.GET.prefix-history`.
+    The first node that keeps something makes the stream.
 
     Args:
         servers: Servers of one NATS, such as `nats://localhost:4222`, or several, in one text with commas or in a list;

@@ -162,12 +162,13 @@ class Log:
         results: list[_Result] = [None] * len(parcels)
         round_, commands, kept = Round(), [], []
         for number, parcel in enumerate(parcels):
-            if not isinstance(parcel, KeptParcel):
-                commands.append(pub(*parcel))
-            elif isinstance(command := self._append(parcel, limit, round_), Exception):
+            is_kept = isinstance(parcel, KeptParcel)
+            command = self._append(parcel, limit, round_) if isinstance(parcel, KeptParcel) else _plain(parcel, limit)
+            if isinstance(command, Exception):
                 results[number] = command
-            else:
-                commands.append(command)
+                continue
+            commands.append(command)
+            if is_kept:
                 kept.append(number)
         try:
             if len(kept) < len(commands):
@@ -298,6 +299,11 @@ class Log:
                 tops[subject] = mark.sequence
                 self._keeping.note(mark.sequence, mark.headers)
         return tops
+
+
+def _plain(parcel: Parcel, limit: int) -> bytes | Exception:
+    size = len(parcel.envelope)
+    return pub(*parcel) if size <= limit else MessageTooLarge(size, limit)
 
 
 def _parts(names: Sequence[str], limit: int) -> Iterator[Sequence[str]]:

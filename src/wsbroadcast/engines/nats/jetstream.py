@@ -406,6 +406,13 @@ class Stream:
         }
         return {key: value for key, value in wanted.items() if config.get(key) != value}
 
+    def shortfall(self, config: Mapping[str, Any]) -> str:
+        """Say what one that exists has less than a new one would have; empty if nothing."""
+        if self.storage == "file" and config.get("storage") != "file":
+            return "it is kept in memory, not in files"
+        replicas = config.get("num_replicas", 1)
+        return f"it is kept on {replicas} servers, not on {self.replicas}" if replicas < self.replicas else ""
+
     def denial(self, who: str, user: str, subject: str) -> ConfigurationError:
         """Make the error for who may not ask JetStream."""
         return ConfigurationError(

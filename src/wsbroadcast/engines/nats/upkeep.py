@@ -60,6 +60,8 @@ class Keeping:
     """The largest number that is known to have been given in the stream under this epoch."""
     told: bytes = b""
     """The rules of others that the log was told of."""
+    is_short_told: bool = False
+    """Whether the log was told that the stream is kept less safely than was asked for."""
     # When that message was taken, at the latest: in nanoseconds since 1970, or in the headers that say it.
     _time: int | bytes = 0
 
@@ -181,9 +183,16 @@ class Upkeep:
                 self.replicas, self._max_age = config.get("num_replicas", 1), config.get("max_age", 0)
                 self.max_messages = config.get("max_msgs_per_subject", -1)
                 self._set_clock(info)
+                self._tell_shortfall(config)
                 return
             await self._change("UPDATE", config | changes)
         raise EngineUnavailable(f"{self._keeping.who}: the stream {stream.name} doesn't become what it has to be")
+
+    def _tell_shortfall(self, config: Mapping[str, Any]) -> None:
+        keeping = self._keeping
+        if not keeping.is_short_told and (shortfall := keeping.stream.shortfall(config)):
+            keeping.is_short_told = True
+            logger.warning("%s: the stream %s stands already, and %s", keeping.who, keeping.stream.name, shortfall)
 
     async def _change(self, verb: str, config: Mapping[str, Any]) -> None:
         try:
