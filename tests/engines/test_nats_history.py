@@ -23,6 +23,7 @@ from wsbroadcast import ConfigurationError, EngineError, EngineUnavailable, Mess
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.nats import NATSEngine, upkeep
+from wsbroadcast.engines.nats.jetstream import Refused
 from wsbroadcast.history import Appended, History, HistoryRules, Replay
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Position, Publication
@@ -237,18 +238,16 @@ async def test_stream_that_was_set_back_is_found_out(
         await server.started()
         lost = [(await eventually(partial(append, node, f"lost {n}"))).position for n in range(5)]
         assert lost[-1].epoch == old[-1].epoch
+        await node.engine.aclose()
         await server.stopped()
         await asyncio.to_thread(shutil.rmtree, store)
         await asyncio.to_thread(shutil.move, copy, store)
         await server.started()
         async with running(server.url, prefix) as other:  # it knows nothing of what was lost
             new = [(await append(other, f"new {number}")).position for number in range(8)]
-        assert lost[-1].offset in {each.offset for each in new}
-
-        async def is_found_out() -> bool:
-            return (await position(node)).epoch != old[-1].epoch
-
-        await eventually(is_found_out)
+        assert set(lost) < set(new)  # all of it is there again, and is something else
+        await node.engine.start(node.recorder)
+        assert (await position(node)).epoch != old[-1].epoch
         for since in (*old, *lost):
             assert not (await read(node, since)).is_complete(since)
 
@@ -273,8 +272,9 @@ async def test_server_that_comes_back_behind_is_found_out_at_once(
 
 
 async def test_stream_that_is_replaced_while_we_are_connected_is_found_out(
-    jetstream: JetStreamServer, prefix: str
+    jetstream: JetStreamServer, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(upkeep, "_SKEW", 0)
     async with running(jetstream.url, prefix, NEWS) as node, administering(jetstream, prefix) as admin:
         at = [(await append(node, str(number))).position for number in range(10)][-1]
         config = await admin.config()
@@ -920,6 +920,134 @@ async def test_stream_that_says_nothing_costs_only_what_is_kept(
         assert [envelope for _, envelope in await link.letters.until(b"3")] == [b"1", b"3"]
         await link.publish(name, b"4")
         assert not link.reading.done()
+
+
+async def test_read_that_waits_ends_with_the_connection(
+    own_jetstream: Callable[..., JetStreamServer], prefix: str
+) -> None:
+    server = own_jetstream()
+    async with running(server.url, prefix, NEWS) as node:
+        await append(node, "hello")
+        server.pause()
+        calls = [asyncio.create_task(call) for call in (read(node), position(node), append(node, "lost"))]
+        await asyncio.sleep(0)
+        server.kill()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(each) for each in results] == [EngineUnavailable] * 3
+        assert ["is lost" in str(each) for each in results] == [True] * 3
+
+
+# A server that answers what none does.
+
+OK = b'{"stream":"s","seq":1}'
+FITS = {
+    "subjects": ["app:keep.>"],
+    "retention": "limits",
+    "max_msgs_per_subject": -1,
+    "max_age": 0,
+    "republish": {"src": "app:keep.>", "dest": "app.>"},
+    "allow_direct": True,
+    "allow_msg_ttl": True,
+}
+INFO = json.dumps({"config": FITS, "state": {"last_seq": 1}, "ts": "2026-01-01T00:00:00Z"}).encode()
+MESSAGE = b'{"message":{"seq":1,"time":"2026-01-01T00:00:00Z","data":"RQ=="}}'
+NO_MESSAGE = b'{"error":{"code":404,"err_code":10037,"description":"no message found"}}'
+NOT_NOW = b'{"error":{"code":503,"err_code":10008,"description":"temporarily unavailable"}}'
+NO_STREAM = b'{"error":{"code":404,"err_code":10059,"description":"stream not found"}}'
+TAKEN = b'{"error":{"code":400,"err_code":10058,"description":"name already in use"}}'
+SECOND = b'{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 3"}}'
+FAILS = b'{"error":{"code":500,"err_code":10000,"description":"no"}}'
+ANSWERS: Mapping[str, bytes] = {
+    "STREAM.INFO": INFO,
+    "STREAM.CREATE": INFO,
+    "STREAM.UPDATE": INFO,
+    "STREAM.MSG.GET": MESSAGE,
+    "keep.": OK,
+}
+
+
+@asynccontextmanager
+async def answering(answers: Mapping[str, bytes | list[bytes]]) -> AsyncIterator[str]:
+    """Run a server that answers by what the names of questions hold; of several answers the last for ever."""
+    found = {**answers, **ANSWERS, **answers}  # what is asked for comes first
+    left = {name: [each] if isinstance(each, bytes) else list(each) for name, each in found.items()}
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"version":"2.15.1","max_payload":1048576,"headers":true}\r\n')
+        while line := await reader.readline():
+            words = line.decode().split()
+            if words[0] == "PING":
+                writer.write(b"PONG\r\n")
+            elif words[0] in ("PUB", "HPUB"):
+                await reader.readexactly(int(words[-1]) + 2)
+                name = next((each for each in left if each in words[1]), "")
+                if name:
+                    answer = left[name].pop(0) if len(left[name]) > 1 else left[name][0]
+                    writer.write(b"MSG %b inbox %d\r\n%b\r\n" % (words[2].encode(), len(answer), answer))
+                elif words[1].startswith("$JS.API.DIRECT"):
+                    writer.write(b"HMSG %b inbox 21 21\r\nNATS/1.0 404 none\r\n\r\n\r\n" % words[2].encode())
+
+    async with serving(serve) as url:
+        yield url
+
+
+@pytest.mark.parametrize(
+    ("answers", "kind", "what"),
+    [
+        ({"STREAM.INFO": NOT_NOW}, EngineUnavailable, "temporarily unavailable"),
+        ({"STREAM.INFO": [NO_STREAM, FAILS], "STREAM.CREATE": TAKEN}, ConfigurationError, "error 10000"),
+        ({"STREAM.INFO": NO_STREAM, "STREAM.CREATE": FAILS}, ConfigurationError, "in memory on 1 of its servers"),
+        ({"STREAM.INFO": NO_STREAM}, EngineUnavailable, "doesn't become what it has to be"),
+        ({"STREAM.MSG.GET": NO_MESSAGE, "keep.": SECOND}, EngineUnavailable, "don't agree on an epoch"),
+        ({"STREAM.MSG.GET": NO_MESSAGE, "keep.": FAILS}, ConfigurationError, "error 10000"),
+        ({"STREAM.MSG.GET": b"{}"}, ConfigurationError, "no message"),
+        ({"STREAM.MSG.GET": b'{"message":{"seq":"x","time":""}}'}, ConfigurationError, "no message"),
+        ({"STREAM.MSG.GET": b"<html>"}, ConfigurationError, "no message"),
+        ({"STREAM.MSG.GET": b'{"error":{"code":"x","err_code":null}}'}, ConfigurationError, "JetStream says None"),
+    ],
+)
+async def test_what_a_server_says_against_a_history_is_told(
+    answers: dict[str, bytes | list[bytes]], kind: type[Exception], what: str
+) -> None:
+    async with answering(answers) as url:
+        engine = NATSEngine(url, prefix="app")
+        engine.keep(RULES)
+        error = await failure(engine)
+        assert type(error) in (kind, Refused)
+        assert isinstance(error, kind)
+        assert what in str(error)
+
+
+@pytest.mark.parametrize(
+    ("ack", "kind"),
+    [
+        (b"+OK", EngineError),
+        (b'{"stream":"s","seq":0}', EngineError),
+        (b'{"stream":"s","seq":"1"}', EngineError),
+        (b'{"error":{"code":400,"err_code":10054,"description":"message size exceeds maximum allowed"}}', EngineError),
+        (FAILS, Refused),
+        (NOT_NOW, Refused),
+    ],
+)
+async def test_what_a_server_says_against_a_message_is_told(ack: bytes, kind: type[Exception]) -> None:
+    async with answering({"keep.channel": ack}) as url:
+        engine = NATSEngine(url, prefix="app")
+        engine.keep(RULES)
+        async with used(engine) as link:
+            (error,) = await link.link.publish([KeptParcel("app.channel.a", b"x", Keep(KEPT))])
+            assert type(error) is kind
+            assert not link.reading.done()
+
+
+async def test_key_that_another_node_appends_just_now_is_tried_again() -> None:
+    busy = b'{"error":{"code":409,"err_code":10158,"description":"duplicate message id is in process"}}'
+    taken = b'{"stream":"s","seq":5,"duplicate":true}'
+    async with answering({"keep.channel": [busy, busy, taken]}) as url:
+        engine = NATSEngine(url, prefix="app")
+        engine.keep(RULES)
+        async with used(engine) as link:
+            results = await link.link.publish([KeptParcel("app.channel.a", b"x", Keep(KEPT, "k"))])
+            assert results == [Appended(Position("E", 5), is_repeat=True)]
 
 
 # What it costs where nothing is kept.

@@ -103,12 +103,12 @@ class Log:
         elif sid == _FORGOTTEN:
             self._upkeep.take_forgotten(answer)
         elif sid == _EPOCH:
-            if (mark := Mark.of(answer.record)) is not None:
+            # The first one is taken with all else that has to be known of a stream.
+            if self._upkeep.epoch is not None and (mark := Mark.of(answer.record)) is not None:
                 self._upkeep.take_epoch(mark)
-        elif sid == _RULES:
+        else:
             self._keeping.learn(answer.payload)
-            if self._upkeep.epoch is None:
-                self._upkeep.alarm()
+            self._upkeep.alarm()
 
     def deny(self, subject: str) -> bool:
         """Take note that the server has not taken what was published to a name; return whether the name is ours."""
@@ -313,5 +313,4 @@ def _parts(names: Sequence[str], limit: int) -> Iterator[Sequence[str]]:
         if number > start and (number - start >= _AUDIENCES or size > limit):
             yield names[start:number]
             start, size = number, len(name)
-    if names:
-        yield names[start:]
+    yield names[start:]
