@@ -126,6 +126,8 @@ class Upkeep:
         """On how many servers the stream is."""
         self.max_messages = -1
         """The largest number of messages of one audience; -1 if there is no end."""
+        # Whether it may be full, and drop its oldest messages.
+        self._drops = False
         self._keeping = keeping
         self._api = api
         self._lost = lost
@@ -182,6 +184,7 @@ class Upkeep:
             if not changes:
                 self.replicas, self._max_age = config.get("num_replicas", 1), config.get("max_age", 0)
                 self.max_messages = config.get("max_msgs_per_subject", -1)
+                self._drops = config.get("max_bytes", -1) > 0 or config.get("max_msgs", -1) > 0
                 self._set_clock(info)
                 self._tell_shortfall(config)
                 return
@@ -307,14 +310,18 @@ class Upkeep:
         """Take the epoch that stands in the stream; write one if there is none, or another if messages were lost."""
         known, disproved = self._keeping.epoch, ""
         mark = Mark.of(record)
+        if known and record is None:
+            await self._stand()  # is it a stream that may have dropped the record?
         if known and (mark is None or mark.value == known) and not await self._is_intact():
             disproved = known
         for _ in range(_TRIES):
             if mark is not None and mark.value != disproved:
                 self.take_epoch(mark)
                 return
-            # A full stream drops its oldest messages, and this one may be among them. Then it is the same epoch.
-            text = f"{known}~" if record is None and known and not disproved else new_epoch()
+            # A full stream drops its oldest messages, and this one may be among them. Then it is the same epoch. Of
+            # another stream somebody has removed it, and what else nobody knows.
+            is_same = record is None and known and not disproved and self._drops
+            text = f"{known}~" if is_same else new_epoch()
             expected = 0 if record is None else record.sequence
             try:
                 await self._api.put("epoch", text.encode(), _FOREVER | {EXPECTED: str(expected)})
