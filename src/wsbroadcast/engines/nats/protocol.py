@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import NamedTuple
 
 PING = b"PING\r\n"
@@ -150,7 +151,9 @@ class Answer(NamedTuple):
     @property
     def status(self) -> int:
         """What it says instead of a message: 204 for the end, 404, 503; 0 if it is a message."""
-        return int(status) if (status := self.headers[9:12]).isdigit() and self.headers[8:9] == b" " else 0
+        if not self.headers.startswith(b"NATS/1.0 "):
+            return 0
+        return int(status) if (status := self.headers[9:12]).isdigit() else 0
 
     @property
     def sequence(self) -> int:
@@ -213,10 +216,15 @@ def nanoseconds(moment: str) -> int:
     if found is None:
         return 0
     try:
-        seconds = int(datetime.fromisoformat(f"{found[1]}+00:00").timestamp())
+        seconds = _seconds(found[1])
     except ValueError:
         return 0
     return seconds * 10**9 + int((found[2] or "").ljust(9, "0"))
+
+
+@lru_cache(maxsize=1024)  # what is read at once was taken in a few seconds
+def _seconds(moment: str) -> int:
+    return int(datetime.fromisoformat(f"{moment}+00:00").timestamp())
 
 
 def moment_of(nanoseconds: int) -> str:
