@@ -9,7 +9,14 @@ from typing import ClassVar
 
 import pytest
 
-from tests.support.brokers import Broker, BrokerMissing, NATSServer, PostgresServer, RedisServer, ValkeyServer
+from tests.support.brokers import (
+    Broker,
+    BrokerMissing,
+    JetStreamServer,
+    PostgresServer,
+    RedisServer,
+    ValkeyServer,
+)
 from tests.support.examples import EXAMPLES, load
 from wsbroadcast import Engine, MemoryEngine
 from wsbroadcast.engines.nats import NATSEngine
@@ -116,10 +123,12 @@ class TestValkey(HistoryContract, RealBroker):
     engine = RedisEngine
 
 
-class TestNATS(RealBroker):
-    kind = NATSServer
+class TestNATS(HistoryContract, RealBroker):
+    kind = JetStreamServer
     engine = NATSEngine
     has_one_order = False
+    is_dense = False  # the offsets of all audiences are numbers of one stream
+    keeps_large = True  # JetStream numbers only what it keeps
 
 
 class TestPostgres(RealBroker):

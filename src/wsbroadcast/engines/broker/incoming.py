@@ -8,7 +8,7 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.envelope import BadEnvelope, Origin, decode
 from wsbroadcast.engines.broker.health import LinkHealth
 from wsbroadcast.engines.broker.interest import Interest
-from wsbroadcast.engines.broker.link import Place, Stretch
+from wsbroadcast.engines.broker.link import NOWHERE, Place, Stretch
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.contract import Receiver
@@ -115,7 +115,9 @@ class Incoming:
             self._receiver.take(publication)
 
     def _is_placed(self, publication: Publication, place: Place | None) -> bool:
-        if place is not None:
+        if place is NOWHERE:
+            publication.position = None
+        elif place is not None:
             publication.place(place.position, place.previous)
         publication.kept_at = self._loop.time()
         return publication.position is not None

@@ -9,7 +9,7 @@ import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.publication import Position
@@ -71,6 +71,10 @@ class Place(NamedTuple):
     """The offset of the one before it; 0 if there was none."""
 
 
+NOWHERE: Final = Place(Position("", 0), 0)
+"""The place of what isn't kept, where a broker says beside each envelope what is: its header isn't believed then."""
+
+
 class Entry(NamedTuple):
     """An envelope as a broker has kept it."""
 
@@ -104,7 +108,8 @@ class Inlet(Protocol):
         Args:
             name: Under which it came.
             envelope: The envelope.
-            place: Where it was kept, if the broker says that beside it; else it may stand in the envelope.
+            place: Where it was kept, if the broker says that beside it, or `NOWHERE`; else it may stand in the
+                envelope.
         """
 
     def missed(self, why: str, since: float | None = None) -> None:

@@ -106,4 +106,12 @@ class RedisEngine(KeepingEngine):
         """Make a link that isn't open yet."""
         kind = ClusterLink if self._target.kind == "cluster" else ServerLink
         most = self._max_message_bytes + MAX_HEADER_BYTES + 1
-        return kind(self._target, self._prefix, self._timing, most, self._rules, self._written)
+        return kind(
+            self._target,
+            self._prefix,
+            self._timing,
+            most,
+            self._rules,
+            self._written,
+            only_publishes=self._only_publishes,
+        )

@@ -48,8 +48,9 @@ class RedisLink(KeepingLink):
         timing: How long to wait for Redis.
         max_envelope_bytes: The largest envelope that we will publish. Redis takes 512 MiB, but by default it cuts off
             every subscriber for whom more than 32 MiB wait, so a single envelope of 31 MiB would cost all nodes a gap.
-        rules: What is kept; `None` for a node that only publishes, or keeps nothing.
+        rules: What is kept; `None` if that isn't known, or nothing is.
         written: What is known of the rules that stand at the broker.
+        only_publishes: Whether nobody receives anything here.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class RedisLink(KeepingLink):
         max_envelope_bytes: int,
         rules: HistoryRules | None,
         written: Written,
+        *,
+        only_publishes: bool = False,
     ) -> None:
-        super().__init__(rules)
+        super().__init__(rules, only_publishes=only_publishes)
         self.max_envelope_bytes = min(max_envelope_bytes, Link.max_envelope_bytes)
         self.timing = timing
         """How long to wait for Redis."""
@@ -70,8 +73,8 @@ class RedisLink(KeepingLink):
         self.probe = f"{prefix}:probe"
         """The name by which is tried whether we may publish and subscribe; no audience has it."""
         self._prefix = prefix
-        # What this node itself was told to keep, and what is known of the others.
-        self._ours = rules
+        # What this node writes down, and what is known of the others.
+        self._ours = rules if self.writes else None
         self._written = written
         self._needs = target.permissions(prefix, keeps=rules is not None)
         self._wires: list[Wire] = []
@@ -110,9 +113,9 @@ class RedisLink(KeepingLink):
 
     async def _open(self, pair: Pair, probe: str | None) -> None:
         is_holder = pair is self.pair_of(self._written.key)
-        questions = self._written.questions(self._ours) if is_holder else []
+        questions = self._written.questions(self._ours) if is_holder and (self.writes or self.learns) else []
         answers = await pair.open(probe, questions, keeps=self._ours is not None)
-        if is_holder:
+        if questions:
             self.rules = self._written.take(answers, self._ours, pair.keeper)
 
     # What is kept.
