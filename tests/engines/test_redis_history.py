@@ -43,19 +43,27 @@ QUICK = Timing(probe_interval=0.05)
 
 
 @asynccontextmanager
-async def running(*engines: RedisEngine, rules: HistoryRules | None = RULES) -> AsyncIterator[list[Node]]:
-    """Start engines that keep everything, and let each want the news."""
+async def running(
+    *engines: RedisEngine, rules: HistoryRules | None = RULES, learns: bool = True
+) -> AsyncIterator[list[Node]]:
+    """Start engines that keep everything, or without rules learn what others keep, and let each want the news."""
     nodes = [Node(engine, Recorder(), 10) for engine in engines]
     try:
         for node in nodes:
-            if rules is not None:
-                keeps_history(node.engine).keep(rules)
+            if rules is not None or learns:
+                keeps_history(node.engine).keep(rules, only_publishes=rules is None)
             await node.engine.start(node.recorder)
             await node.join(NEWS)
         yield nodes
     finally:
         for engine in engines:
             await engine.aclose()
+
+
+def learning(engine: RedisEngine) -> RedisEngine:
+    """Let an engine learn what others keep."""
+    engine.keep(None, only_publishes=True)
+    return engine
 
 
 async def appended(node: Node, count: int) -> list[Position]:
@@ -779,13 +787,14 @@ async def test_answers_that_make_no_sense_are_errors() -> None:
 # The rules at the broker.
 
 
-async def test_without_a_history_nothing_is_asked_but_once(own_redis: OwnRedis) -> None:
+@pytest.mark.parametrize("learns", [True, False])
+async def test_without_a_history_nothing_is_asked_but_once_by_publishers(own_redis: OwnRedis, learns: bool) -> None:
     server = own_redis()
     commands: list[str] = []
     async with (
         redis.asyncio.Redis.from_url(server.unix_url) as client,
         client.monitor() as monitor,
-        running(RedisEngine(server.url, timing=QUICK), rules=None) as (node,),
+        running(RedisEngine(server.url, timing=QUICK), rules=None, learns=learns) as (node,),
     ):
         for number in range(3):
             await node.publish(str(number))
@@ -795,7 +804,7 @@ async def test_without_a_history_nothing_is_asked_but_once(own_redis: OwnRedis) 
                 commands.append((await monitor.next_command())["command"])
     names = Counter(command.partition(" ")[0].upper() for command in commands)
     assert set(names) <= {"CLIENT", "PUBLISH", "GET", "SUBSCRIBE", "UNSUBSCRIBE"}
-    assert names["GET"] == 1
+    assert names["GET"] == learns
     assert server.command("KEYS", "*") == []
 
 
@@ -814,7 +823,7 @@ async def test_history_costs_no_round_trip_more_to_open(rules: HistoryRules | No
 
     async with fake_redis(answer) as address:
         engine = RedisEngine(f"redis://{address}")
-        engine.keep(rules)
+        engine.keep(rules, only_publishes=rules is None)
         await open_once(engine)
     assert len(held) == (2 if rules is None else 7)
 
@@ -883,7 +892,7 @@ async def test_publisher_may_not_be_allowed_to_read_the_rules(
             await node.publish("hello")
         assert "that needs +get" in caplog.text
         with pytest.raises(ConfigurationError, match=r"needs \+info"):  # who knows that something is kept, and can't
-            await open_once(RedisEngine.from_url(f"redis://reader:secret@{place}"))
+            await open_once(learning(RedisEngine.from_url(f"redis://reader:secret@{place}")))
         async with running(RedisEngine.from_url(f"redis://publisher:secret@{place}"), rules=None) as (node,):
             assert keeps_history(node.engine).rules == RULES
             with pytest.raises(EngineUnavailable, match=r"NOPERM .* needs .* ~t:\* .*\+eval"):
@@ -903,7 +912,7 @@ async def test_rules_are_known_on_while_the_server_loads_its_data() -> None:
         return obliging(command)
 
     async with fake_redis(answer) as address:
-        engine = RedisEngine(f"redis://{address}")
+        engine = learning(RedisEngine(f"redis://{address}"))
         for _ in range(2):
             async with used(engine) as used_link:
                 assert _keeping(used_link).rules == RULES
