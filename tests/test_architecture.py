@@ -30,7 +30,7 @@ LAYERS = [
     {"connection"},
     {"transports"},
     {"delivery", "protocols", "publishing"},
-    {"types"},
+    {"asking", "types"},
     {"engines"},
     {"history"},
     {"publication"},

@@ -6,11 +6,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, overload
 
 from starlette.applications import Starlette
 from starlette.websockets import WebSocket
 
+from wsbroadcast.asking import KnowsHistory, Question
 from wsbroadcast.audience import EVERYONE, UNSET, Unset, UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import AwaitableContext, mark_coroutine_function
@@ -21,12 +22,8 @@ from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 from wsbroadcast.history import (
     Histories,
     HistoryRules,
-    Page,
     Recovery,
-    Since,
     SinceOption,
-    kept_audience,
-    one_since,
 )
 from wsbroadcast.hooks import NOTHING, Hook, HookChain, HookDecorators
 from wsbroadcast.message import JSONDefault, check_json_default
@@ -34,11 +31,13 @@ from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.core import Core
 from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive
-from wsbroadcast.publication import Dismissal, Position, Receipt, Unsubscription
+from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.transports.exit_stack import give_exit_stack
 from wsbroadcast.types import BroadcastOptions, Headers, To, TransactionOptions, Users
+
+T = TypeVar("T")
 
 _Options: TypeAlias = BroadcastOptions[Connection]
 _TransactionOptions: TypeAlias = TransactionOptions[Connection]
@@ -67,7 +66,7 @@ class Connecting(AwaitableContext[Connection]):
     connect="whoever connects would say in the query who it is; take a ConnectionDep or a connection_dependency(…), or "
     "call it in the endpoint",
 )
-class ConnectionManager(HookDecorators):
+class ConnectionManager(HookDecorators, KnowsHistory):
     """Keeps the connections of an app and broadcasts to them.
 
     Made without any I/O, at import time if you like. It runs in one event loop: where `start`, `async with` or
@@ -624,64 +623,8 @@ class ConnectionManager(HookDecorators):
         key = None if user is None else user_key(user)
         return self._core.listen(as_channels(channels), key, since, size, policy)
 
-    # What is kept.
-
-    async def position(
-        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
-    ) -> Position:
-        """Return where a channel is now. Everything that was broadcast before the call is behind it.
-
-        To hand somebody a snapshot and let it follow: ask for the position first, load the data, and let the client
-        connect or subscribe `since` it. It may get what the data has already, and misses nothing.
-
-        Args:
-            channel: Which channel.
-            user: A user instead, whose messages have a history of their own.
-            everyone: What goes to everyone instead.
-
-        Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked.
-        """
-        return await self._core.position(kept_audience(channel, user, everyone))
-
-    async def history(
-        self,
-        channel: str | Unset = UNSET,
-        *,
-        user: UserId | Unset = UNSET,
-        everyone: bool = False,
-        since: Since | str | None = None,
-        limit: int | None = None,
-    ) -> Page:
-        """Read what is kept of a channel.
-
-        Args:
-            channel: Which channel.
-            user: A user instead, whose messages have a history of their own.
-            everyone: What goes to everyone instead.
-            since: Only what came after this position, if all of that is kept; `LAST` for the newest message alone.
-            limit: At most so many messages.
-
-        Returns:
-            Page: The messages, whether they are all, and the position to go on from.
-
-        Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked.
-        """
-        return await self._core.history(kept_audience(channel, user, everyone), one_since(since), limit)
-
-    async def forget(
-        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
-    ) -> None:
-        """Remove what is kept of a channel: it begins anew, and who comes back is told that it missed something.
-
-        Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked; then nothing was removed, or it isn't known.
-        """
-        await self._core.forget(kept_audience(channel, user, everyone))
+    async def _ask(self, question: Question[T]) -> T:
+        return await self._core.ask(question)
 
     # State.
 

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
 
+from wsbroadcast.asking import Question
 from wsbroadcast.audience import UNSET, Audience, audiences_of, user_keys
 from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.concurrency import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
@@ -18,13 +19,10 @@ from wsbroadcast.connection import Connection, Exclude, find_connection, find_op
 from wsbroadcast.engines.contract import (
     Engine,
     each,
-    forget,
     keeps_history,
-    position_of,
     publish_all,
     publish_all_nowait,
     publish_in,
-    read_page,
 )
 from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, PermissionDenied, kind_of
 from wsbroadcast.history import (
@@ -32,9 +30,7 @@ from wsbroadcast.history import (
     NOWHERE,
     Appended,
     HistoryRules,
-    Page,
     Recovery,
-    Since,
     SinceOption,
     check_key,
     since_of,
@@ -51,7 +47,6 @@ from wsbroadcast.publication import (
     NOBODY,
     Control,
     Dismissal,
-    Position,
     Publication,
     Publications,
     Receipt,
@@ -61,6 +56,8 @@ from wsbroadcast.stats import Counters
 from wsbroadcast.text import plain
 from wsbroadcast.transports import SEEN_KEY
 from wsbroadcast.types import Manager
+
+T = TypeVar("T")
 
 _NOT_RUNNING = "the manager isn't running"
 _RUN_IT = "start the app with manager.lifespan, a router made by create_router, or `async with manager`"
@@ -437,23 +434,10 @@ class Core:
             node.entering -= 1
             listener.end()
 
-    async def position(self, audience: Audience) -> Position:
-        """Return where an audience is now; see `ConnectionManager.position`."""
+    async def ask(self, question: Question[T]) -> T:
+        """Ask the engine about a history."""
         await self.life.run_here()
-        return await position_of(self.life.engine, self.rules, audience)
-
-    async def history(self, audience: Audience, since: Since | None, limit: int | None) -> Page:
-        """Read what is kept of an audience; see `ConnectionManager.history`."""
-        await self.life.run_here()
-        return await read_page(self.life.engine, self.rules, audience, since, limit)
-
-    async def forget(self, audience: Audience) -> None:
-        """Remove what is kept of an audience; see `ConnectionManager.forget`."""
-        node = await self.life.run_here()
-        await forget(self.life.engine, self.rules, audience)
-        if (tails := node.continuity.tails) is not None:
-            tails.forgotten(audience)
-            await tails.settled(audience)
+        return await question(self.life.engine, self.rules)
 
     async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
         return [found for one in publications if (found := await self._prepare(node, one)) is not None]

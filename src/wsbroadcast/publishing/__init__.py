@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Self, TypeVar, Unpack, overload
 from weakref import finalize
 
+from wsbroadcast.asking import KnowsHistory, Question
 from wsbroadcast.audience import UNSET, Audience, Unset, UserId, audiences_of, user_keys
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import LoopThread, running_loop
@@ -18,12 +19,9 @@ from wsbroadcast.engines.contract import (
     Engine,
     Health,
     KeepsHistory,
-    forget,
     keeps_history,
-    position_of,
     publish_all_nowait,
     publish_in,
-    read_page,
 )
 from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
@@ -31,11 +29,7 @@ from wsbroadcast.history import (
     Appended,
     Histories,
     HistoryRules,
-    Page,
-    Since,
     check_key,
-    kept_audience,
-    one_since,
 )
 from wsbroadcast.message import JSONDefault, Message, check_json_default
 from wsbroadcast.options import Limits, check_positive
@@ -43,7 +37,6 @@ from wsbroadcast.publication import (
     NOBODY,
     Control,
     Dismissal,
-    Position,
     Publications,
     Receipt,
     Unsubscription,
@@ -72,7 +65,7 @@ def _abandon(states: dict[int, State]) -> None:
 
 
 @no_dependency("make one at the top of a module, and return it from a function of yours")
-class Publisher:
+class Publisher(KnowsHistory):
     """Broadcasts to the connections of other processes: from a Celery task, a cron job, a management command, a script.
 
     It is made without any I/O, at import time if you like, and connects when it is used first. An async program uses it
@@ -302,51 +295,8 @@ class Publisher:
         """
         return await self._control(Unsubscription.of_user(user, channels))
 
-    # What is kept.
-
-    async def position(
-        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
-    ) -> Position:
-        """Return where a channel, a user's messages or everyone's are now; like `ConnectionManager.position`.
-
-        Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked.
-        """
-        audience = kept_audience(channel, user, everyone)
-        return await self._run(lambda host: host.ask(lambda engine, rules: position_of(engine, rules, audience)))
-
-    async def history(
-        self,
-        channel: str | Unset = UNSET,
-        *,
-        user: UserId | Unset = UNSET,
-        everyone: bool = False,
-        since: Since | str | None = None,
-        limit: int | None = None,
-    ) -> Page:
-        """Read what is kept of a channel, of a user's messages or everyone's; like `ConnectionManager.history`.
-
-        Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked.
-        """
-        audience, after = kept_audience(channel, user, everyone), one_since(since)
-        return await self._run(
-            lambda host: host.ask(lambda engine, rules: read_page(engine, rules, audience, after, limit))
-        )
-
-    async def forget(
-        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
-    ) -> None:
-        """Remove what is kept of a channel, of a user's messages or everyone's; like `ConnectionManager.forget`.
-
-        Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked.
-        """
-        audience = kept_audience(channel, user, everyone)
-        await self._run(lambda host: host.ask(lambda engine, rules: forget(engine, rules, audience)))
+    async def _ask(self, question: Question[T]) -> T:
+        return await self._run(lambda host: host.ask(question))
 
     async def health(self) -> Health:
         """Tell whether messages reach the broker and come back."""

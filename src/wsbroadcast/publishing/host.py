@@ -13,6 +13,7 @@ from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
 
+from wsbroadcast.asking import Question
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import LoopEnded, LoopThread, Patience, running_loop
 from wsbroadcast.engines.contract import Engine, Health, KeepsHistory, publish_all
@@ -157,7 +158,7 @@ class Host:
             raise EngineUnavailable(f"the {self._engine.name} engine finds no broker so quickly; nothing was sent")
         return self._engine.rules if isinstance(self._engine, KeepsHistory) else None
 
-    async def ask(self, question: Callable[[Engine, HistoryRules | None], Coroutine[Any, Any, T]]) -> T:
+    async def ask(self, question: Question[T]) -> T:
         """Start if necessary, and ask the engine something about what is kept.
 
         Raises:
