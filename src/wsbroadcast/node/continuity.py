@@ -27,7 +27,7 @@ from wsbroadcast.publication import Frame, Gap, Position, Publication
 from wsbroadcast.stats import Counters
 
 
-class Deliverer(Protocol):
+class Host(Protocol):
     """What it asks of its node."""
 
     def is_ready(self, publication: Publication) -> bool:
@@ -60,7 +60,7 @@ class Continuity:
 
     def __init__(
         self,
-        node: Deliverer,
+        node: Host,
         registry: Registry[Connection],
         dispatcher: Dispatcher[Connection],
         hooks: HookChain,

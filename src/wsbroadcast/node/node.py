@@ -142,8 +142,8 @@ class Node:
             self._obey(publication)
         elif publication.position is not None and (tails := self.continuity.tails) is not None:
             tails.take(publication)
-            if tails.waits(publication):
-                await tails.wait_delivered(publication)
+            if tails.deliveries.waits(publication, tails.of(publication.audience)):
+                await tails.deliveries.wait_delivered(publication)
         else:
             self.continuity.offer(publication)
             await self._deliver_behind(publication)

@@ -241,7 +241,7 @@ class Replays:
             self._lose(cursor, "epoch")
         elif cursor.offset >= tail.delivered:
             # Else it waits for `moved`: it is settled already who gets what is being delivered, or it is ahead.
-            if cursor.offset == tail.delivered and not self._tails.is_in_flight(cursor.audience):
+            if cursor.offset == tail.delivered and not self._tails.deliveries.is_in_flight(cursor.audience):
                 self._join(cursor)
         elif not tail.has_all_after(cursor.offset):
             self._lose(cursor, tail.why_not(cursor.offset))

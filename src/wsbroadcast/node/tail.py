@@ -328,6 +328,8 @@ class Tail:
         """Return why not everything after an offset is here."""
         if offset > self.base:
             return "epoch"  # it never was
+        if self.is_shrunk:
+            return "unavailable"  # the rest is kept, and couldn't be read
         return "too_many" if len(self._entries) - self._first >= self.history.messages else "expired"
 
     def has_all_after(self, offset: int) -> bool:

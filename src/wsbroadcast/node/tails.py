@@ -7,15 +7,14 @@ import random
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from contextvars import Context
-from typing import Protocol
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.engines.contract import KeepsHistory
 from wsbroadcast.exceptions import EngineError
 from wsbroadcast.history import History, HistoryRules, Reason
-from wsbroadcast.hooks import is_delivering
 from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.node.deliveries import Deliverer, Deliveries
 from wsbroadcast.node.tail import Tail, Taken
 from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
@@ -25,9 +24,6 @@ _QUIET_SECONDS = 10.0
 
 # Audiences in one question, so that its timeout is for something that can be done in time.
 _ASKED_AT_ONCE = 1000
-
-# A tail delivers no more than this before the event loop gets its chance, although no hook waits for anything.
-_TURN_PUBLICATIONS = 64
 
 # What may wait for hooks, or for a crowd that is behind, in one tail. Beyond, there is a break.
 _MAX_WAITING = 65_536
@@ -45,34 +41,6 @@ _MAX_FAILURES = 4
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-class Deliverer(Protocol):
-    """What the tails ask of their node."""
-
-    def is_ready(self, publication: Publication) -> bool:
-        """Tell whether `deliver_now` may be called: no hook has to run, and most clients keep up."""
-
-    def deliver_now(self, publication: Publication) -> None:
-        """Hand a publication to the connections; what goes wrong is logged."""
-
-    async def deliver_paced(self, publication: Publication) -> None:
-        """Hand it over when most clients keep up, through the hooks."""
-
-    def delivered(self, audience: Audience) -> None:
-        """A publication was handed over: who waits for that place goes on."""
-
-    def withheld(self, publication: Publication) -> None:
-        """A hook has failed: nobody gets a publication, and who knows where it is is told that it is past it."""
-
-    def arrived(self, audience: Audience) -> None:
-        """There is more in a tail: listeners may read on."""
-
-    def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
-        """Something is missing that can't be read any more; the tail has begun anew behind it.
-
-        It came within so many seconds; `None` if it is told with the rest of an outage.
-        """
 
 
 class _Reading:
@@ -113,16 +81,12 @@ class Tails:
         self._counters = counters
         self._tails: dict[Audience, Tail] = {}
         self._readings: dict[Audience, _Reading] = {}
-        # The audiences whose publications a task delivers, and those of them for which it waits inside a delivery.
-        self._running: set[Audience] = set()
-        self._in_flight: set[Audience] = set()
-        # Who waits until a publication of this node is delivered, by audience and offset.
-        self._waiters: dict[Audience, dict[int, asyncio.Future[None]]] = {}
         self._refilling: dict[Audience, asyncio.Task[None]] = {}
         # Breaks since the look that runs has begun; `None` while none runs whose caller wants to know.
         self._breaks: set[Audience] | None = None
         self._tasks = Tasks()
-        self._deliveries = Tasks()
+        self.deliveries = Deliveries(node)
+        """What is on its way from here."""
         self._look: asyncio.TimerHandle | None = None
         self._throttle = Throttle()
         self._taken = 0
@@ -141,10 +105,6 @@ class Tails:
         if tail is None or position is None:
             return True
         return tail.epoch == position.epoch and tail.delivered < position.offset
-
-    def is_in_flight(self, audience: Audience) -> bool:
-        """Tell whether a publication is being delivered, so that it is settled already who gets it."""
-        return audience in self._in_flight
 
     # From the first member to the last.
 
@@ -186,96 +146,15 @@ class Tails:
         taken = tail.take(publication)
         if taken is Taken.NEXT:
             self._node.arrived(audience)
-            if audience in self._running:
+            if self.deliveries.is_running(audience):
                 self._check_waiting(audience, tail)
-            elif self._node.is_ready(publication):
-                self._node.deliver_now(publication)
-                tail.delivered = tail.top
-                self._node.delivered(audience)
             else:
-                self._run(audience, tail)
+                self.deliveries.next(publication, audience, tail)
             self._taken += 1
             if self._taken % _COUNT_AFTER == 0:
                 self._shrink()
         elif taken is Taken.SUSPECT:
             self._begin_reading(audience, tail)
-
-    def waits(self, publication: Publication) -> bool:
-        """Tell whether a publication of this node that was taken is still to be delivered, and may be waited for.
-
-        A hook that broadcasts to the audience that it is asked about doesn't wait, because its own message goes first.
-        """
-        tail, offset = self._tails.get(publication.audience), publication.offset
-        return tail is not None and tail.delivered < offset <= tail.top and not is_delivering()
-
-    async def wait_delivered(self, publication: Publication) -> None:
-        """Return when the connections have a publication that `waits`; raises what a hook raises.
-
-        Who is cancelled doesn't keep it from anybody: it is kept already.
-        """
-        audience, offset = publication.audience, publication.offset
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.setdefault(audience, {})[offset] = waiter
-        await waiter
-
-    def _run(self, audience: Audience, tail: Tail) -> None:
-        self._running.add(audience)
-        self._deliveries.spawn(self._deliver_all(audience, tail), f"deliveries to {audience.kind}")
-
-    async def _deliver_all(self, audience: Audience, tail: Tail) -> None:
-        number = 0
-        try:
-            await self._deliveries.begun()  # who puts something in goes on before a hook runs
-            while (publication := tail.next()) is not None:
-                number += 1
-                await self._deliver_one(audience, tail, publication)
-                if number % _TURN_PUBLICATIONS == 0:
-                    await asyncio.sleep(0)
-        finally:
-            self._running.discard(audience)
-            self._in_flight.discard(audience)
-            self._settle(audience, None, None)
-        self._node.delivered(audience)
-
-    async def _deliver_one(self, audience: Audience, tail: Tail, publication: Publication) -> None:
-        epoch = tail.epoch
-        failure: Exception | None = None
-        if self._node.is_ready(publication):
-            self._node.deliver_now(publication)
-        else:
-            self._in_flight.add(audience)
-            try:
-                await self._node.deliver_paced(publication)
-            except Exception as error:
-                failure = error
-                if self.is_due(publication):
-                    self._node.withheld(publication)
-            finally:
-                self._in_flight.discard(audience)
-        if tail.epoch == epoch:  # else there was a break meanwhile, and it has begun anew
-            tail.delivered = max(tail.delivered, publication.offset)
-        if not self._settle(audience, publication.offset, failure) and failure is not None:
-            logger.error("a message was not delivered", exc_info=failure)
-        self._node.delivered(audience)
-
-    def _settle(self, audience: Audience, offset: int | None, failure: Exception | None) -> bool:
-        # Whether somebody waited for that publication; without an offset nobody waits any more.
-        waiters = self._waiters.get(audience)
-        if waiters is None:
-            return False
-        if offset is None:
-            del self._waiters[audience]
-            settled = list(waiters.values())
-        else:
-            settled = [waiter for waiter in (waiters.pop(offset, None),) if waiter is not None]
-        for waiter in settled:
-            if waiter.done():
-                continue
-            if failure is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(failure)
-        return bool(settled)
 
     def _check_waiting(self, audience: Audience, tail: Tail) -> None:
         if tail.waiting > _MAX_WAITING or tail.bytes > _MAX_WAITING_BYTES:
@@ -367,7 +246,8 @@ class Tails:
                     self._break(audience, broken, seconds)
                 elif not was_unknown:
                     self._counters.heals += 1
-                self._go_on(audience, tail)
+                self._node.arrived(audience)
+                self.deliveries.go_on(audience, tail)
         finally:
             reading.attempted.set()
             if self._readings.get(audience) is reading:
@@ -378,7 +258,8 @@ class Tails:
             logger.warning("what was missed of %s can't be read (%s); trying again", audience, error)
         if failures >= _MAX_FAILURES and (reason := tail.given_up()) is not None:
             self._break(audience, reason, _now() - tail.heard_at)
-            self._go_on(audience, tail)
+            self._node.arrived(audience)
+            self.deliveries.go_on(audience, tail)
 
     async def _pause(self, reading: _Reading, seconds: float) -> None:
         reading.wanted.clear()
@@ -386,20 +267,8 @@ class Tails:
             async with asyncio.timeout(random.uniform(0, seconds)):  # noqa: S311  # jitter
                 await reading.wanted.wait()
 
-    def _go_on(self, audience: Audience, tail: Tail) -> None:
-        self._node.arrived(audience)
-        if audience in self._running:
-            return
-        while (publication := tail.next()) is not None:
-            if not self._node.is_ready(publication):
-                self._run(audience, tail)
-                return
-            self._node.deliver_now(publication)
-            tail.delivered = publication.offset
-        self._node.delivered(audience)
-
     def _break(self, audience: Audience, reason: Reason, seconds: float) -> None:
-        self._settle(audience, None, None)
+        self.deliveries.broken(audience)
         if self._breaks is not None:
             self._breaks.add(audience)
         self._node.broken(audience, reason, None if self._breaks is not None else seconds)
@@ -485,11 +354,5 @@ class Tails:
         """End; what waits may still be delivered for so many seconds."""
         if self._look is not None:
             self._look.cancel()
-        if patience and len(self._deliveries):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self._deliveries.join()
-        await self._deliveries.cancel()
+        await self.deliveries.aclose(patience)
         await self._tasks.cancel()
-        for audience in list(self._waiters):
-            self._settle(audience, None, None)
