@@ -121,6 +121,7 @@ class Incoming:
         publications: list[Publication] = []
         base = previous = stretch.base
         for entry in stretch.entries:
+            previous = previous if entry.previous is None else entry.previous
             if entry.age > history.seconds:
                 base = max(base, entry.offset)
                 publications.clear()

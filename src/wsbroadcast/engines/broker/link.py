@@ -77,9 +77,12 @@ class Entry(NamedTuple):
     envelope: bytes
     """As it was published."""
     offset: int
-    """Its place; that of the envelope before it is the offset of the entry before, or known by `Stretch.base`."""
+    """Its place; that of the envelope before it is the offset of the entry before, or known by `Stretch.base`, unless
+    `previous` says it."""
     age: float
     """How many seconds ago it was kept, by the broker's clock."""
+    previous: int | None = None
+    """The offset of the one before it, if the broker says it: that one may not be among the entries."""
 
 
 class Stretch(NamedTuple):
