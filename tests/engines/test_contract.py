@@ -90,6 +90,6 @@ class TestNATS(RealBroker):
     has_one_order = False
 
 
-class TestPostgres(RealBroker):
+class TestPostgres(HistoryContract, RealBroker):
     kind = PostgresServer
     engine = PostgresEngine

@@ -55,7 +55,7 @@ def test_note_needs_no_number_from_others() -> None:
 
 def test_note_names_a_row() -> None:
     row = uuid4()
-    assert unpack(pack_row(NAME, row)) == Note(NAME, row=row)
+    assert unpack(pack_row(NAME, row)) == Note(NAME, None, row)
     assert is_row(pack_row(NAME, row))
 
 
