@@ -14,13 +14,15 @@ from wsbroadcast.engines.broker.link import Entry, KeptParcel, Parcel, Stretch
 from wsbroadcast.engines.postgres.protocol import (
     Connection,
     PostgresError,
+    UndefinedTable,
     channel_of,
+    drop,
     is_forbidden,
     is_loss,
     pack_kept,
     said,
 )
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.logs import logger
 from wsbroadcast.publication import Position
@@ -50,13 +52,12 @@ _EPOCH = (
     "substring(uuid_send(gen_random_uuid()) FROM 14), 'base64'), '+/', '-_')"
 )
 
+# Which file the counters are in: another one if a dump was restored, whose counters go on where they once were.
+_GENERATION = "pg_relation_filenode('{counters}')"
+
 # Unlogged: after a crash of the server, and on a standby that is promoted, they are empty. So every history that may
 # have lost something gets a new epoch. The rules are logged: who only publishes must find them then, too.
 _TABLES = """
-CREATE TABLE IF NOT EXISTS {rules} (
-    id boolean PRIMARY KEY DEFAULT true CHECK (id),
-    rules text NOT NULL
-);
 CREATE UNLOGGED TABLE IF NOT EXISTS {counters} (
     name text COLLATE "C" PRIMARY KEY,
     epoch text COLLATE "C" NOT NULL DEFAULT {epoch},
@@ -73,6 +74,11 @@ CREATE UNLOGGED TABLE IF NOT EXISTS {history} (
     key bytea,
     envelope bytea,
     PRIMARY KEY (epoch, place)
+);
+CREATE TABLE IF NOT EXISTS {rules} (
+    id boolean PRIMARY KEY DEFAULT true CHECK (id),
+    rules text NOT NULL,
+    generation oid NOT NULL
 );
 CREATE INDEX IF NOT EXISTS {expires} ON {history} (expires);
 CREATE UNIQUE INDEX IF NOT EXISTS {keys} ON {history} (epoch, key) WHERE key IS NOT NULL;
@@ -111,14 +117,21 @@ DECLARE
     less int[];
     last bigint;
 BEGIN
-    WITH counted AS (
-        INSERT INTO {counters} AS c (name, top, forget_at)
-        SELECT a.name, a.count, clock_timestamp() + a.remember * interval '1 second'
-        FROM unnest(names, counts, remembers) AS a (name, count, remember)
-        ON CONFLICT (name) DO UPDATE SET top = c.top + excluded.top, forget_at = excluded.forget_at
-        RETURNING c.epoch, c.top
-    )
-    SELECT array_agg(n.epoch), array_agg(n.top) INTO epochs, tops FROM counted AS n;
+    IF cardinality(names) = 1 THEN  -- takes half the time
+        UPDATE {counters} AS c SET top = c.top + counts[1],
+            forget_at = clock_timestamp() + remembers[1] * interval '1 second'
+        WHERE c.name = names[1] RETURNING ARRAY[c.epoch], ARRAY[c.top] INTO epochs, tops;
+    END IF;
+    IF epochs IS NULL THEN
+        WITH counted AS (
+            INSERT INTO {counters} AS c (name, top, forget_at)
+            SELECT a.name, a.count, clock_timestamp() + a.remember * interval '1 second'
+            FROM unnest(names, counts, remembers) AS a (name, count, remember)
+            ON CONFLICT (name) DO UPDATE SET top = c.top + excluded.top, forget_at = excluded.forget_at
+            RETURNING c.epoch, c.top
+        )
+        SELECT array_agg(n.epoch), array_agg(n.top) INTO epochs, tops FROM counted AS n;
+    END IF;
     IF keys IS NOT NULL THEN
         SELECT array_agg((
             SELECT h.place FROM {history} AS h WHERE h.epoch = epochs[p.name_at] AND h.key = p.key
@@ -295,15 +308,22 @@ SELECT CASE WHEN octet_length(envelope) <= $3 THEN envelope END FROM {history} W
 # Writes the rules if there are some and others stand there; says what stood there, and whether our role may do what it
 # has to. Nobody waits for a lock longer than we wait for an answer.
 _OPEN = """
-WITH before AS (SELECT rules FROM {rules}), written AS (
-    INSERT INTO {rules} (rules) SELECT $1::text
+WITH before AS (SELECT rules, generation FROM {rules}), written AS (
+    INSERT INTO {rules} (rules, generation) SELECT $1::text, {generation}
     WHERE $1 IS NOT NULL AND NOT EXISTS (SELECT FROM before WHERE rules = $1)
     ON CONFLICT (id) DO UPDATE SET rules = excluded.rules
 )
-SELECT (SELECT rules FROM before), set_config('lock_timeout', $2, false), (
+SELECT (SELECT rules FROM before), (SELECT generation <> {generation} FROM before),
+    set_config('lock_timeout', $2, false), (
     SELECT bool_and(has_table_privilege(t, p))
     FROM unnest($3::text[]) AS t, unnest('{{SELECT,INSERT,UPDATE,DELETE}}'::text[]) AS p
 )
+"""
+
+# Without their counters the rows are of no history any more.
+_RENEW = """
+WITH renewed AS (UPDATE {rules} SET generation = {generation} WHERE generation <> {generation} RETURNING id)
+DELETE FROM {counters} WHERE EXISTS (SELECT FROM renewed)
 """
 
 
@@ -330,7 +350,7 @@ class HistoryTables:
         def sql(template: str) -> str:
             return template.format(**names, **numbers, epoch=_EPOCH, prefix=prefix, default=History())
 
-        names["made"] = sql(_MADE)
+        names |= {"made": sql(_MADE), "generation": sql(_GENERATION)}
 
         self.tables = [names[each] for each in ("history", "counters", "outbox")]
         """What a role has to be allowed to read and to write."""
@@ -339,14 +359,16 @@ class HistoryTables:
             map(sql, (_TABLES, _APPEND, _FLUSH, _FORGET, _TRIM, _TRIGGER))
         )
         """Makes what isn't there; an administrator may run it, too."""
-        self.permit_sql = f'GRANT USAGE, CREATE ON SCHEMA "{self.schema}" TO'
-        """What lets a role make them, but for the role."""
+        made = "" if self.schema == "public" else f'CREATE SCHEMA IF NOT EXISTS "{self.schema}"; '
+        self.permit_sql = f'{made}GRANT USAGE, CREATE ON SCHEMA "{self.schema}" TO {{role}}'
+        """What lets a role make them."""
         self.grant_sql = (
             f'GRANT USAGE ON SCHEMA "{self.schema}" TO {{role}}; GRANT SELECT, INSERT, UPDATE, DELETE ON'
             f" {', '.join(self.tables)}, {names['rules']} TO {{role}}"
         )
         """What lets a role use them."""
-        self.open_sql, self.read_sql, self.positions_sql, self.row_sql = map(sql, (_OPEN, _READ, _POSITIONS, _ROW))
+        self.open_sql, self.renew_sql = sql(_OPEN), sql(_RENEW)
+        self.read_sql, self.positions_sql, self.row_sql = sql(_READ), sql(_POSITIONS), sql(_ROW)
         self.exists_sql = sql("SELECT to_regclass('{outbox}') IS NOT NULL")
         self.append_sql = sql("SELECT * FROM {append}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)")
         self.forget_sql = sql("SELECT {forget}($1)")
@@ -517,9 +539,11 @@ class Keeper:
                 await self._make()
             text = None if rules is None else rules.to_json().decode()
             milliseconds = str(max(1, int(seconds * 1000)))
-            before, _, is_permitted = await connection.fetchrow(
+            before, is_restored, _, is_permitted = await connection.fetchrow(
                 self._tables.open_sql, text, milliseconds, self._tables.tables
             )
+            if is_restored:
+                await connection.execute(self._tables.renew_sql)
         except PostgresError as error:
             if not is_forbidden(error):
                 raise
@@ -576,11 +600,13 @@ class Reader:
 
     Args:
         tables: The tables.
+        where: The engine and its broker's address, for errors.
         lock: Of the connection; asyncpg allows one operation at a time.
     """
 
-    def __init__(self, tables: HistoryTables, lock: asyncio.Lock) -> None:
+    def __init__(self, tables: HistoryTables, where: str, lock: asyncio.Lock) -> None:
         self._tables = tables
+        self._where = where
         self._lock = lock
         self._connection: Connection = None
         # Who asks may be cancelled, and a connection is of no use after a cancelled statement.
@@ -626,7 +652,12 @@ class Reader:
                     break  # else somebody else has made an epoch meanwhile, which our statement didn't see
             found.append(rows)
 
-        await asyncio.shield(self._tasks.begin(fetch(), "engine history", Context()))
+        try:
+            await asyncio.shield(self._tasks.begin(fetch(), "engine history", Context()))
+        except Exception as error:
+            if isinstance(error, UndefinedTable):
+                drop(self._connection)  # the next link makes the tables anew
+            raise EngineUnavailable(f"{self._where} can't be read now: {said(error)}") from error
         return found[0]
 
     async def join(self) -> None:

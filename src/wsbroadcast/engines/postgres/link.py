@@ -40,11 +40,11 @@ _LOCK_PART = 1 / 2
 _SETTINGS = (
     "SELECT count(set_config(name, CASE name WHEN 'tcp_keepalives_idle' THEN '30' WHEN 'tcp_user_timeout' THEN '30s'"
     " ELSE '0' END, false)), pg_backend_pid(), current_database(), quote_ident(current_user), pg_is_in_recovery(),"
-    # How many of the things are there that a history needs.
+    # How many of the things are there that a history needs. As text[], because of name[] asyncpg would ask what it is.
     " (SELECT count(*) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
-    " WHERE n.nspname = $1 AND c.relname = ANY ($2::name[]))"
+    " WHERE n.nspname = $1 AND c.relname = ANY ($2::text[]::name[]))"
     " + (SELECT count(*) FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace"
-    " WHERE n.nspname = $1 AND p.proname = ANY ($2::name[]))"
+    " WHERE n.nspname = $1 AND p.proname = ANY ($2::text[]::name[]))"
     " FROM pg_settings WHERE name IN ('tcp_keepalives_idle', 'tcp_user_timeout', 'idle_session_timeout')"
 )
 
@@ -88,7 +88,7 @@ class PostgresLink(KeepingLink):
         self._listener = Listener(prefix, table, history)
         self._history = history
         self._keeper = Keeper(history, where)
-        self._reader = Reader(history, self._listener.lock)
+        self._reader = Reader(history, where, self._listener.lock)
         self.is_kept = False
         """Whether all that a history needs is there, once the link was open."""
         self.is_open = False

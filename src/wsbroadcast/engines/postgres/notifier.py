@@ -82,7 +82,8 @@ class Notifier:
             Exception: If the connection is lost.
         """
         kept = 0 if self._keeper is None else sum(isinstance(parcel, KeptParcel) for parcel in parcels)
-        letters = [self._letter(parcel) for parcel in parcels if not kept or not isinstance(parcel, KeptParcel)]
+        others = [parcel for parcel in parcels if not isinstance(parcel, KeptParcel)] if kept else parcels
+        letters = [self._letter(parcel) for parcel in others]
         large = [letter for letter in letters if letter.row is not None]
         async with self._lock:
             try:
