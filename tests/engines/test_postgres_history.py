@@ -23,9 +23,9 @@ from tests.support.servers import eventually
 from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, Publication
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.postgres import PostgresEngine
-from wsbroadcast.engines.postgres.history import HistoryTables
 from wsbroadcast.engines.postgres.link import _SETTINGS
 from wsbroadcast.engines.postgres.notifier import NOTIFY_ONE, SpillTable
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.history import Appended, History, HistoryRules, Replay
 from wsbroadcast.message import Message

@@ -19,10 +19,10 @@ from tests.support.postgres import Life, Node, Run, drop_database, holding, livi
 from tests.support.servers import eventually
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.postgres import PostgresEngine
-from wsbroadcast.engines.postgres.history import HistoryTables
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
 from wsbroadcast.engines.postgres.protocol import Connection
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.options import Timing
 

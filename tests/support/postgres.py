@@ -14,9 +14,9 @@ from tests.support.servers import eventually
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.link import Parcel, Place
 from wsbroadcast.engines.postgres import PostgresEngine
-from wsbroadcast.engines.postgres.history import HistoryTables
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import SpillTable
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url
 from wsbroadcast.history import Appended
 from wsbroadcast.message import Message

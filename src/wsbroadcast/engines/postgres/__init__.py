@@ -17,10 +17,11 @@ from wsbroadcast.engines.broker.health import is_bug
 from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
-from wsbroadcast.engines.postgres.history import HistoryTables, outgoing
+from wsbroadcast.engines.postgres.history import outgoing
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, SpillTable
 from wsbroadcast.engines.postgres.protocol import channel_of, pack, pack_row
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url, split_url
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.history import History

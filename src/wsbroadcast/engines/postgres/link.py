@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from wsbroadcast.concurrency import Patience, submit, wait_elsewhere
 from wsbroadcast.engines.broker.link import Inlet, KeepingLink, Parcel, Stretch
-from wsbroadcast.engines.postgres.history import HistoryTables, Keeper, Reader
+from wsbroadcast.engines.postgres.history import Keeper, Reader
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
 from wsbroadcast.engines.postgres.protocol import (
     Connection,
@@ -24,6 +24,7 @@ from wsbroadcast.engines.postgres.protocol import (
     said,
     unpack,
 )
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.options import Timing
