@@ -21,7 +21,7 @@ ROOT = Path(wsbroadcast.__file__).parent
 LAYERS = [
     {"__main__"},
     {"command"},
-    {"demo"},
+    {"demo", "testing"},
     {"__init__"},
     {"web"},
     {"manager"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"hooks"},
     {"connection"},
     {"transports"},
-    {"delivery", "publishing", "testing"},
+    {"delivery", "protocols", "publishing"},
     {"types"},
     {"engines"},
     {"history"},

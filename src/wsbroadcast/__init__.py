@@ -14,6 +14,7 @@ from wsbroadcast.exceptions import (
     EngineError,
     EngineUnavailable,
     InvalidChannel,
+    Lagged,
     LifecycleError,
     LimitExceeded,
     MessageTooLarge,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from wsbroadcast.connection import Connection, ConnectionState, Exclude
     from wsbroadcast.hooks import HOLD_BACK, Delivery, HoldBack, Hook, HookEvent
     from wsbroadcast.manager import ConnectionManager
+    from wsbroadcast.node.listening import Listener, ListenPolicy
     from wsbroadcast.transports.exit_stack import FastPath
     from wsbroadcast.types import Guard, Headers, Manager, To, Users
     from wsbroadcast.web.access import Access, Action, Authenticate, Authorize, OnDenied
@@ -61,6 +63,7 @@ _LAZY = {
     "connection": ("Connection", "ConnectionState", "Exclude"),
     "hooks": ("HOLD_BACK", "Delivery", "HoldBack", "Hook", "HookEvent"),
     "manager": ("ConnectionManager",),
+    "node.listening": ("ListenPolicy", "Listener"),
     "transports.exit_stack": ("FastPath",),
     "types": ("Guard", "Headers", "Manager", "To", "Users"),
     "web.access": ("Access", "Action", "Authenticate", "Authorize", "OnDenied"),
@@ -126,9 +129,12 @@ __all__ = [
     "Inbound",
     "InvalidChannel",
     "JSONDefault",
+    "Lagged",
     "LifecycleError",
     "LimitExceeded",
     "Limits",
+    "ListenPolicy",
+    "Listener",
     "Manager",
     "ManagerDep",
     "MemoryEngine",

@@ -24,7 +24,7 @@ from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt, unix_seconds
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.transports import SCOPE_KEY, SEEN_KEY, STEPPED_ASIDE, Ended, Event, Transport, closed_error
-from wsbroadcast.types import Manager
+from wsbroadcast.types import Excludable, Manager
 
 if TYPE_CHECKING:  # with a default, which Python has from 3.13 on
     from typing_extensions import TypeVar
@@ -411,5 +411,5 @@ def _not_a_websocket(value: object) -> str:
     return text
 
 
-Exclude = Connection | WebSocket | Iterable[Connection | WebSocket]
+Exclude = Connection | WebSocket | Excludable | Iterable[Connection | WebSocket | Excludable]
 """Who does not get a broadcast."""

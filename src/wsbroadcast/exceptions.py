@@ -82,6 +82,15 @@ class LifecycleError(WSBroadcastError, RuntimeError):
     """Raised when a manager is used where it doesn't run: after `aclose`, or in another event loop."""
 
 
+class Lagged(WSBroadcastError):
+    """Raised once by a listener that has missed messages, because it read too slowly or they were lost on the way."""
+
+    def __init__(self, missed: int | None) -> None:
+        self.missed = missed
+        """How many, if that is known."""
+        super().__init__(f"{'some' if missed is None else missed} messages were missed")
+
+
 class PermissionDenied(WSBroadcastError, WebSocketException):
     """Raised by a hook or an access check that refuses something on purpose.
 

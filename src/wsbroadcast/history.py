@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from types import MappingProxyType
@@ -197,19 +197,23 @@ class Replay(NamedTuple):
         return since.offset in (self.base, self.top.offset) or since.offset in known
 
 
-class _Last(Enum):
+class _Moment(Enum):
     """The type of `LAST`."""
 
     LAST = "last"
+    NOW = "now"
 
     def __repr__(self) -> str:
-        return "LAST"
+        return self.name
 
 
-LAST: Final = _Last.LAST
+LAST: Final = _Moment.LAST
 """As `since`: the newest message alone, for prices, flags and other states."""
 
-Since = Position | _Last
+NOW: Final = _Moment.NOW
+"""Of a client that knows where it is: nothing that was before it."""
+
+Since = Position | _Moment
 """Since when a connection wants what it missed."""
 
 SinceByAudience = Mapping[Audience, Since]
@@ -219,7 +223,7 @@ NOWHERE: SinceByAudience = MappingProxyType({})
 
 SinceOption = Since | str | Mapping[Any, Since | str | None] | None
 """What `since=` takes: a position of the only channel, or a dict of them by channel and audience. A text is a position
-as `str` writes it. `LAST` is the newest message."""
+as `str` writes it. `LAST`, or the text "last", is the newest message."""
 
 # A position of no history, for a text that is none: who sends it is told that nothing can be recovered.
 _UNKNOWN = Position("", 0)
@@ -255,9 +259,18 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
     return found
 
 
+def one_since(since: Since | str | None) -> Since | None:
+    """Check a position that a question about one audience names.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    return None if since is None else _checked_since(since)
+
+
 def _checked_since(value: object) -> Since:
     match value:
-        case _Last.LAST:
+        case _Moment.LAST | _Moment.LAST.value:
             return LAST
         case Position(str(), int()):
             return value
@@ -331,7 +344,7 @@ MAX_KEY_BYTES = 200
 
 
 def check_key(
-    key: object, rules: HistoryRules | None, publications: Sequence[Publication], transaction: object = None
+    key: object, rules: HistoryRules | None, audiences: Iterable[Audience], transaction: object = None
 ) -> None:
     """Check an idempotency key, and whether it can be kept to.
 
@@ -343,11 +356,9 @@ def check_key(
         raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes, not {key!r:.80}")
     if transaction is not None:
         raise ConfigurationError("idempotency_key and transaction don't go together: the transaction commits once")
-    for publication in publications:
-        if rules is None or rules.of(publication.audience) is None:
-            raise ConfigurationError(
-                f"idempotency_key needs a history to be remembered in: {no_history(publication.audience)}"
-            )
+    for audience in audiences:
+        if rules is None or rules.of(audience) is None:
+            raise ConfigurationError(f"idempotency_key needs a history to be remembered in: {no_history(audience)}")
 
 
 def no_history(audience: Audience) -> str:

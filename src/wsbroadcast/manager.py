@@ -11,18 +11,28 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, Unpack, overlo
 from starlette.applications import Starlette
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import EVERYONE, UNSET, Unset, UserId, as_channels
+from wsbroadcast.audience import EVERYONE, UNSET, Unset, UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import AwaitableContext, mark_coroutine_function
 from wsbroadcast.connection import Connection, Exclude
 from wsbroadcast.engines import URL, create_engine
 from wsbroadcast.engines.contract import Engine, Health
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
-from wsbroadcast.history import Histories, HistoryRules, Page, Recovery, SinceOption, kept_audience
+from wsbroadcast.history import (
+    Histories,
+    HistoryRules,
+    Page,
+    Recovery,
+    Since,
+    SinceOption,
+    kept_audience,
+    one_since,
+)
 from wsbroadcast.hooks import NOTHING, Hook, HookChain, HookDecorators
 from wsbroadcast.message import JSONDefault, check_json_default
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.core import Core
+from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive
 from wsbroadcast.publication import Dismissal, Position, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
@@ -575,6 +585,45 @@ class ConnectionManager(HookDecorators):
         """Send a message to one connection; the name and order of arguments of FastAPI's tutorial."""
         await self._core.send(websocket, message)
 
+    def listen(
+        self,
+        *channels: str,
+        user: UserId | None = None,
+        since: SinceOption = None,
+        size: int = 1024,
+        policy: ListenPolicy = "raise",
+    ) -> AbstractAsyncContextManager[Listener]:
+        """Get what is broadcast to channels in this process, without a socket.
+
+        ```
+        async with manager.listen("room:1") as messages:
+            async for message in messages:
+                print(message.channel, message.data, message.position)
+        ```
+
+        Everything that is broadcast on any node after the block is entered comes, in the order of each channel, until
+        the block or the manager ends. Of a channel with a history a listener that reads late gets the rest from there.
+        `exclude=` of a broadcast takes a listener. `on_deliver` hooks aren't asked.
+
+        Args:
+            channels: Their names.
+            user: Whose own messages come, too.
+            since: Since when it wants what was broadcast before; see `connect`. `messages.recovered` says by channel
+                whether it gets all of that.
+            size: How many messages of channels without a history may wait.
+            policy: What happens when some were missed, because they didn't fit or can't be read any more: `raise` lets
+                the iterator raise `Lagged` once, at the hole, and go on; `drop_oldest` goes on.
+
+        Raises:
+            InvalidChannel: If a name breaks a rule.
+            ConfigurationError: If an option makes no sense.
+            ValueError: If `user` is not an id, or `since` no position of these channels.
+            EngineUnavailable: If the broker forbids us one of them. One that is out of reach is not an error.
+            LifecycleError: If the manager is closed, or runs in another event loop.
+        """
+        key = None if user is None else user_key(user)
+        return self._core.listen(as_channels(channels), key, since, size, policy)
+
     # What is kept.
 
     async def position(
@@ -602,7 +651,7 @@ class ConnectionManager(HookDecorators):
         *,
         user: UserId | Unset = UNSET,
         everyone: bool = False,
-        since: Position | str | None = None,
+        since: Since | str | None = None,
         limit: int | None = None,
     ) -> Page:
         """Read what is kept of a channel.
@@ -611,7 +660,7 @@ class ConnectionManager(HookDecorators):
             channel: Which channel.
             user: A user instead, whose messages have a history of their own.
             everyone: What goes to everyone instead.
-            since: Only what came after this position, if all of that is kept.
+            since: Only what came after this position, if all of that is kept; `LAST` for the newest message alone.
             limit: At most so many messages.
 
         Returns:
@@ -621,7 +670,7 @@ class ConnectionManager(HookDecorators):
             ConfigurationError: If it has no history.
             EngineUnavailable: If the broker can't be asked.
         """
-        return await self._core.history(kept_audience(channel, user, everyone), since, limit)
+        return await self._core.history(kept_audience(channel, user, everyone), one_since(since), limit)
 
     async def forget(
         self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False

@@ -97,7 +97,7 @@ class Publication:
         self.previous = previous
         """The offset before it in its audience, if it has a position: a jump shows that one is missing."""
         self.kept_at = kept_at
-        """When it was kept, by this process's monotonic clock, if it has a position."""
+        """When it was kept, by the clock of the event loop, if it has a position."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
 
@@ -122,6 +122,10 @@ class Publication:
         """That of its position; 0 if it has none."""
         return 0 if self.position is None else self.position.offset
 
+    def withheld(self) -> Withheld:
+        """Return what a client gets in its place that knows where it is, and doesn't get it."""
+        return Withheld(self.message, self.audience, position=self.position, previous=self.previous)
+
     def with_message(self, message: Message) -> Publication:
         """Return the same publication of another message."""
         return Publication(
@@ -136,7 +140,7 @@ class Publication:
             kept_at=self.kept_at,
         )
 
-    def place(self, position: Position, previous: int, kept_at: float) -> None:
+    def place(self, position: Position, previous: int, kept_at: float = 0.0) -> None:
         """Give it its place in the history of its audience."""
         self.position, self.previous, self.kept_at = position, previous, kept_at
 
@@ -166,6 +170,18 @@ class Publication:
 
     def __repr__(self) -> str:
         return f"<Publication {self.message!r} to {self.audience!r}>"
+
+
+class Frame(Publication):
+    """Something that a protocol itself says to one connection."""
+
+    __slots__ = ()
+
+
+class Withheld(Publication):
+    """A publication that a connection doesn't get, for one that has to know that it is past it."""
+
+    __slots__ = ()
 
 
 Publications = tuple[Publication, ...]

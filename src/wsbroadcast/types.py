@@ -11,7 +11,7 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import UNSET, Audience, Unset, UserId
 from wsbroadcast.concurrency import AwaitableContext
 from wsbroadcast.engines.contract import Health
-from wsbroadcast.history import Page, Recovery, SinceOption
+from wsbroadcast.history import Page, Recovery, Since, SinceOption
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt
 from wsbroadcast.publication import Gap, Position, Receipt
@@ -36,6 +36,15 @@ To = Audience | Iterable[Audience]
 """One audience or several."""
 
 
+class Excludable(Protocol):
+    """What else than a connection may be left out of a broadcast: a listener of `ConnectionManager.listen`."""
+
+    _listens: bool
+
+    @property
+    def id(self) -> str: ...  # noqa: D102
+
+
 class PublisherOptions(TypedDict, total=False):
     """What every broadcast takes beside the message and whom it is for."""
 
@@ -57,7 +66,7 @@ class PublisherTransactionOptions(PublisherOptions, total=False):
 class BroadcastOptions(PublisherOptions, Generic[C], total=False):
     """What every broadcast of a manager takes, which has connections of its own."""
 
-    exclude: C | WebSocket | Iterable[C | WebSocket]
+    exclude: C | WebSocket | Excludable | Iterable[C | WebSocket | Excludable]
     """Connections or WebSockets that don't get it."""
 
 
@@ -199,7 +208,7 @@ class Manager(Protocol[C]):
         *,
         user: UserId | Unset = UNSET,
         everyone: bool = False,
-        since: Position | str | None = None,
+        since: Since | str | None = None,
         limit: int | None = None,
     ) -> Page: ...
     async def forget(  # noqa: D102

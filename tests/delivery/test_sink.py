@@ -13,7 +13,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast import ConnectionClosed, Message, SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.delivery.backlog import Entry
+from wsbroadcast.delivery.backlog import Entry, Place
 from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
@@ -107,6 +107,9 @@ class Wire:
     def evict(self, cause: str) -> None:
         self.evictions.append(cause)
         self.sink.end()
+
+    def fall_back(self, place: Place) -> bool:
+        return False
 
     async def app_send(self, event: MutableMapping[str, Any]) -> None:
         await self.peer.app_send(event)

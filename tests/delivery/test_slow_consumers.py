@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.asgi import eventually
 from wsbroadcast import SlowConsumer
-from wsbroadcast.delivery.backlog import Entry
+from wsbroadcast.delivery.backlog import Entry, Place
 from wsbroadcast.delivery.slow_consumers import Progress, SlowConsumers, unsent_bytes
 from wsbroadcast.stats import Counters
 
@@ -47,6 +47,9 @@ class Waiting:
         assert cause == "send_timeout"
         self.evictions += 1
         self.abort()
+
+    def fall_back(self, place: Place) -> bool:
+        return False
 
     context = Context()
 

@@ -11,6 +11,7 @@ import pytest
 from tests.support.asgi import turns
 from tests.support.fast import Transport, WebSocketsSansIOProtocol
 from wsbroadcast.audience import EVERYONE
+from wsbroadcast.delivery.backlog import Place
 from wsbroadcast.delivery.frames import FRAGMENT_BYTES, FRAMED, PIECE_BYTES, Batch
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.delivery.uvicorn import UvicornSink, find_protocol, find_transport
@@ -34,6 +35,9 @@ class Owner:
 
     def evict(self, cause: str) -> None:
         self.evicted.append(cause)
+
+    def fall_back(self, place: Place) -> bool:
+        return False
 
     async def app_send(self, event: Any) -> None:
         await self.protocol.writable.wait()

@@ -47,6 +47,8 @@ def obliging(command: list[bytes]) -> bytes:
             return b"".join(_CONFIRMATION % (len(verb), verb, len(name), name) for name in names)
         case [b"publish" | b"spublish", *_]:
             return b":0\r\n"
+        case [b"get", *_]:
+            return b"$-1\r\n"
         case [b"ping"]:
             return b"+PONG\r\n"
         case [b"sunsubscribe"]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from tests.support.brokers import Broker, BrokerMissing, NATSServer, PostgresServer, RedisServer
+from tests.support.brokers import (
+    Broker,
+    BrokerMissing,
+    JetStreamServer,
+    PostgresServer,
+    RedisServer,
+    ValkeyServer,
+)
 from tests.support.examples import EXAMPLES, load
 from wsbroadcast import Engine, MemoryEngine
 from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.redis import RedisEngine
+from wsbroadcast.engines.sqlite import SQLiteEngine
 from wsbroadcast.options import Timing
 from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract
 
@@ -44,6 +54,30 @@ class TestExample(BrokerContract):
 
     async def start_broker(self) -> None:
         await self.hub.start()
+
+
+class TestSQLite(HistoryContract, BrokerContract):
+    """The file may be taken away, and another lie in its place."""
+
+    @pytest.fixture(autouse=True)
+    def own_file(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "messages.db"
+
+    def make_engine(self) -> Engine:
+        return SQLiteEngine(self.path, timing=TIMING)
+
+    async def stop_broker(self) -> None:
+        for each in sorted(self.path.parent.glob("messages.db*")):
+            if each.is_file():
+                each.rename(each.with_name(f"away {each.name}"))
+        self.other = sqlite3.connect(self.path, isolation_level=None)
+        self.other.execute("BEGIN EXCLUSIVE")
+
+    async def start_broker(self) -> None:
+        self.other.close()
+        self.path.unlink()
+        for each in sorted(self.path.parent.glob("away messages.db*"), reverse=True):  # the file itself last
+            each.rename(each.with_name(each.name.removeprefix("away ")))
 
 
 @pytest.fixture(scope="class")
@@ -79,15 +113,22 @@ class RealBroker(BrokerContract):
         await self.server.started()
 
 
-class TestRedis(RealBroker):
+class TestRedis(HistoryContract, RealBroker):
     kind = RedisServer
     engine = RedisEngine
 
 
-class TestNATS(RealBroker):
-    kind = NATSServer
+class TestValkey(HistoryContract, RealBroker):
+    kind = ValkeyServer
+    engine = RedisEngine
+
+
+class TestNATS(HistoryContract, RealBroker):
+    kind = JetStreamServer
     engine = NATSEngine
     has_one_order = False
+    is_dense = False  # the offsets of all audiences are numbers of one stream
+    keeps_large = True  # JetStream numbers only what it keeps
 
 
 class TestPostgres(HistoryContract, RealBroker):

@@ -46,7 +46,7 @@ class Keeping(Node):
 
     def __init__(self, engine: PostgresEngine, rules: HistoryRules | None = RULES) -> None:
         super().__init__(engine)
-        engine.keep(rules)
+        engine.keep(rules, only_publishes=rules is None)  # then it learns them
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
@@ -656,11 +656,15 @@ async def test_reads_end_with_the_link(postgres_server: Endpoint, node: Keeping)
 
 
 async def test_epochs_that_two_make_at_once_are_one(postgres_server: Endpoint, prefix: str) -> None:
-    names = [Audience("channel", f"name {number}") for number in range(200)]
-    async with keeping(postgres_server.url, prefix) as one, keeping(postgres_server.url, prefix) as other:
+    names = [Audience("channel", f"name {number}") for number in range(60)]
+    patient = Timing(request_timeout=10)
+    async with (
+        keeping(postgres_server.url, prefix, timing=patient) as one,
+        keeping(postgres_server.url, prefix, timing=patient) as other,
+    ):
         found = await asyncio.gather(
-            one.engine.positions(names, [KEPT] * 200),
-            other.engine.positions(names[::-1], [KEPT] * 200),
+            one.engine.positions(names, [KEPT] * 60),
+            other.engine.positions(names[::-1], [KEPT] * 60),
             *(one.append("x", name) for name in names),
             *(other.read(audience=name) for name in names),
         )
@@ -759,9 +763,10 @@ async def test_no_history_is_no_statement(postgres_server: Endpoint, prefix: str
     """Whoever keeps nothing, where nothing is kept, runs what is needed to publish and to listen."""
     statements: list[str] = []
 
-    async def run_once() -> list[str]:
+    async def run_once(*, only_publishes: bool) -> list[str]:
         statements.clear()
         engine = PostgresEngine(postgres_server.url, prefix=prefix)
+        engine.keep(None, only_publishes=only_publishes)
         connect = type(engine._target).connect
 
         async def logged(turn: int) -> Any:
@@ -779,12 +784,16 @@ async def test_no_history_is_no_statement(postgres_server: Endpoint, prefix: str
     def is_of_history(statement: str) -> bool:
         return f"{prefix}_history" in statement
 
-    found = await run_once()
-    table = SpillTable(prefix, "public").exists_sql  # asked once, whether there are rows to remove
-    assert Counter(found) == {_SETTINGS: 2, NOTIFY_ONE: found.count(NOTIFY_ONE), table: 1}
+    def check(found: list[str]) -> None:
+        table = SpillTable(prefix, "public").exists_sql  # asked once, whether there are rows to remove
+        assert Counter(found) == {_SETTINGS: 2, NOTIFY_ONE: found.count(NOTIFY_ONE), table: 1}
+
+    check(await run_once(only_publishes=False))
+    check(await run_once(only_publishes=True))
     async with keeping(postgres_server.url, prefix):
         pass
-    now = await run_once()  # rules stand there: they are read
+    check(await run_once(only_publishes=False))
+    now = await run_once(only_publishes=True)  # rules stand there: they are read
     assert [each for each in now if is_of_history(each) and "trim" not in each] == [
         HistoryTables(prefix, "public").open_sql
     ]

@@ -12,14 +12,14 @@ from redis.crc import key_slot
 
 from tests.engines.redis_links import skip_without_shards
 from tests.support.brokers import BrokerMissing, Endpoint, RedisServer, free_port
-from tests.support.brokers.redis_groups import RedisSentinel, redis_cluster
+from tests.support.brokers.redis_groups import RedisSentinel, redis_cluster, redis_sentinel
 from wsbroadcast import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.options import SCHEMES
-from wsbroadcast.testing import EngineContract, Node, Recorder
+from wsbroadcast.testing import EngineContract, HistoryContract, Node, Recorder
 
 NEWS = Audience("channel", "news")
 NAME = "wsbroadcast:channel:news"
@@ -60,7 +60,7 @@ def cluster() -> Iterator[str]:
         pytest.skip(str(missing))
 
 
-class TestCluster(EngineContract):
+class TestCluster(HistoryContract, EngineContract):
     """A cluster does everything that a single Redis does."""
 
     node_count = 2
@@ -68,6 +68,28 @@ class TestCluster(EngineContract):
     @pytest.fixture(autouse=True)
     def _place(self, cluster: str, prefix: str) -> None:
         self.url = f"{cluster}?prefix={prefix}"
+
+    def make_engine(self) -> Engine:
+        return RedisEngine.from_url(self.url)
+
+
+@pytest.fixture(scope="module")
+def sentinel() -> Iterator[str]:
+    try:
+        with redis_sentinel() as group:
+            yield f"redis+sentinel://{group.sentinel.host}:{group.sentinel.port}/{group.service}"
+    except BrokerMissing as missing:
+        pytest.skip(str(missing))
+
+
+class TestSentinel(HistoryContract, EngineContract):
+    """So does a Redis that sentinels name."""
+
+    node_count = 2
+
+    @pytest.fixture(autouse=True)
+    def _place(self, sentinel: str, prefix: str) -> None:
+        self.url = f"{sentinel}?prefix={prefix}"
 
     def make_engine(self) -> Engine:
         return RedisEngine.from_url(self.url)

@@ -14,7 +14,7 @@ from tests.fuzz.harness import fuzz, watched
 with watched():
     from wsbroadcast.audience import Audience
     from wsbroadcast.engines.broker.envelope import BadEnvelope, decode, encode
-    from wsbroadcast.engines.nats.protocol import Reader
+    from wsbroadcast.engines.nats.protocol import Answer, Reader, chain
     from wsbroadcast.engines.postgres.protocol import unpack
     from wsbroadcast.engines.redis.protocol import ReplyReader
     from wsbroadcast.publication import Publication
@@ -32,12 +32,16 @@ STARTS = (
     b'{"v":1,"exclude":[',
 )
 
+HEADERS = (b"", b"NATS/1.0 ", b"NATS/1.0\r\nNats-Time-Stamp: ", b"NATS/1.0\r\nNats-Last-Sequence: 1\r\nNats-Sequence: ")
+
 
 def check(data: bytes) -> None:
     """An envelope is read or refused, and one that was read can be written and read again."""
     for start in STARTS:
         _check_envelope(start + data)
-    _check_stream(Reader(lambda _sid, _payload: None, lambda _line: None).feed, data)
+    _check_stream(Reader(lambda _words, _payload, _headers: None, lambda _line: None).feed, data)
+    for start in HEADERS:
+        _check_headers(start + data + b"\r\n")
     _check_stream(lambda part: list(ReplyReader().feed(part)), data)
     try:
         unpack(data.decode("utf-8", "replace"))
@@ -54,6 +58,13 @@ def _check_envelope(envelope: bytes) -> None:
     if isinstance(publication, Publication):
         assert isinstance(publication.message.data, str) is publication.message.is_text
     assert decode(encode(publication, origin), NEWS, MAX_BYTES) == (publication, origin)
+
+
+def _check_headers(headers: bytes) -> None:
+    answer = Answer(b"", headers)
+    numbers = (answer.status, answer.pending, answer.last, answer.up_to, *answer.record[:2], *(chain(headers) or ()))
+    assert min(numbers) >= 0
+    assert isinstance(answer.subject, str)
 
 
 def _check_stream(feed: Callable[[bytes], object], data: bytes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from tests.support.asgi import Peer, connected, eventually, turns
-from wsbroadcast import Audience, ConnectionManager, Delivery, Gap, MemoryEngine, Message, Publication
+from wsbroadcast import EVERYONE, Audience, ConnectionManager, Delivery, Gap, MemoryEngine, Message, Publication
 from wsbroadcast.node.lanes import Lanes
 
 NEWS, SPORT = Audience("channel", "news"), Audience("channel", "sport")
@@ -303,6 +303,7 @@ async def test_what_a_node_drops_is_one_gap_unless_there_are_no_other_nodes(
             await go.wait()
 
         manager.on_gap(gaps.append)
+        await connected(manager, 1)
         manager._core.life.node._lanes = Lanes(manager._core.life.node, max_publications=3)
         for number in range(10):
             manager.broadcast_nowait(f"{number}")
@@ -310,7 +311,9 @@ async def test_what_a_node_drops_is_one_gap_unless_there_are_no_other_nodes(
         await turns()
         go.set()
     assert caplog.text.count("are missing here") == 1
-    assert [gap.engine for gap in gaps] == ([] if engine == "memory" else ["other"])
+    assert [(gap.engine, gap.audiences) for gap in gaps] == (
+        [] if engine == "memory" else [("other", frozenset((EVERYONE,)))]
+    )
 
 
 async def test_engine_that_reports_after_the_end_is_not_heard(manager: ConnectionManager) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.options import Policy, SlowConsumer
@@ -20,6 +21,15 @@ class BacklogFull(Exception):
     """Raised when a message doesn't fit and the policy is to let the connection go."""
 
 
+class Place(NamedTuple):
+    """Where a message stands in the history of its audience, for a client that knows where it is."""
+
+    audience: Audience
+    offset: int
+    previous: int
+    """The offset before it."""
+
+
 class Entry:
     """One message as it waits: in the wire form in which it will be written, and in no other.
 
@@ -27,10 +37,17 @@ class Entry:
     will be written, and neither the text, the payload nor the frames for others beside it.
     """
 
-    __slots__ = ("channel", "data", "is_text", "key", "policy", "size")
+    __slots__ = ("channel", "data", "is_text", "key", "place", "policy", "size")
 
     def __init__(
-        self, data: bytes, size: int, *, is_text: bool, key: Key | None = None, channel: str | None = None
+        self,
+        data: bytes,
+        size: int,
+        *,
+        is_text: bool,
+        key: Key | None = None,
+        channel: str | None = None,
+        place: Place | None = None,
     ) -> None:
         self.data = data
         """What will be written."""
@@ -42,6 +59,8 @@ class Entry:
         """What it is the newest of, under the policy `conflate`."""
         self.channel = channel
         """The channel that it was broadcast to, which may have a policy of its own; `None` for other audiences."""
+        self.place = place
+        """Its place in a history, from where the connection can go on later; `None` if it can't."""
         self.policy: Policy | None = None
         """What happens if it doesn't fit; known once it has waited somewhere, for all backlogs of a node."""
 
@@ -120,6 +139,10 @@ class Backlog:
             self._forget(entry.key)  # the newer one goes to the end: what is sent keeps the order of broadcasts
         self._append(entry)
         return 0 if older is None else 1
+
+    def has_room_for(self, entry: Entry) -> bool:
+        """Tell whether a message fits without any other being dropped."""
+        return not self._is_full_for(entry)
 
     def push_turn(self, turn: Turn) -> None:
         """Append a turn; it is never dropped and never refused."""

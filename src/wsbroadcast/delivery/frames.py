@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-from wsbroadcast.delivery.backlog import Entry
+from wsbroadcast.delivery.backlog import Entry, Place
 from wsbroadcast.message import Encoding, Message
 from wsbroadcast.publication import Protocol, Publication, plain
 
@@ -111,11 +111,13 @@ class WireForm:
     Ask `wire_form` for one: there is only one of each, so it is compared by identity.
     """
 
-    __slots__ = ("_encoding", "_protocol")
+    __slots__ = ("_encoding", "_protocol", "has_positions")
 
     def __init__(self, protocol: Protocol, encoding: Encoding) -> None:
         self._protocol = protocol
         self._encoding = encoding
+        self.has_positions: bool = getattr(protocol, "has_positions", False)
+        """Whether its clients know where they are in a history."""
 
     def encode(self, publication: Publication) -> bytes:
         """Return what is written of a publication."""
@@ -131,8 +133,14 @@ class WireForm:
             message.size,
             is_text=message.is_text,
             key=None if key is None else (publication.audience, key),
-            channel=publication.audience.name if publication.audience.kind == "channel" else None,
+            channel=publication.channel,
+            place=self._place(publication),
         )
+
+    def _place(self, publication: Publication) -> Place | None:
+        if publication.position is None or not self.has_positions:
+            return None
+        return Place(publication.audience, publication.position.offset, publication.previous)
 
 
 @cache

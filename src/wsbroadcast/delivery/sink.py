@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.websockets import WebSocketDisconnect
 
+from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes
 from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
 from wsbroadcast.delivery.frames import Batch, WireForm, unframed
@@ -128,6 +129,11 @@ class Sink:
         return 0 if backlog is None else backlog.messages + (backlog.rest is not None)
 
     @property
+    def has_positions(self) -> bool:
+        """Whether the client knows where it is in a history."""
+        return self._form.has_positions
+
+    @property
     def is_half_full(self) -> bool:
         """Whether half of what may wait is waiting."""
         return self.backlog is not None and self.backlog.is_half_full
@@ -146,7 +152,15 @@ class Sink:
             return
         backlog = self.backlog or self._open_backlog()
         rest = iter(entries)
+        left_behind: set[Audience] | None = None
         for entry in rest:
+            if entry.place is not None:
+                # Who knows where it is gets the rest later, under every policy.
+                if left_behind is not None and entry.place.audience in left_behind:
+                    continue
+                if not backlog.has_room_for(entry) and self.owner.fall_back(entry.place):
+                    left_behind = {entry.place.audience, *(left_behind or ())}
+                    continue
             try:
                 dropped = backlog.push(entry)
             except BacklogFull:

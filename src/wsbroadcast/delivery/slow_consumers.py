@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, MutableMapping
 from contextvars import Context
 from typing import Any, Protocol
 
-from wsbroadcast.delivery.backlog import HIGH_WATER_PART
+from wsbroadcast.delivery.backlog import HIGH_WATER_PART, Place
 from wsbroadcast.delivery.frames import Events
 from wsbroadcast.options import SlowConsumer
 from wsbroadcast.stats import Counters
@@ -39,6 +39,9 @@ class Owner(Protocol):
 
     def evict(self, cause: str) -> None:
         """The peer doesn't take what it is sent."""
+
+    def fall_back(self, place: Place) -> bool:
+        """A message from a history doesn't fit; return whether it and what follows are sent when there is room."""
 
     @property
     def context(self) -> Context:

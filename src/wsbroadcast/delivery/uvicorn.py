@@ -16,6 +16,8 @@ from wsbroadcast.delivery.backlog import Backlog, Entry
 from wsbroadcast.delivery.frames import PIECE_BYTES, Batch, WireForm, wire_form
 from wsbroadcast.delivery.sink import Event, Send, Sink
 from wsbroadcast.delivery.slow_consumers import Owner, SlowConsumers
+from wsbroadcast.publication import Protocol as Speaks
+from wsbroadcast.publication import plain
 
 SERVER_RECEIVE = "wsbroadcast.receive"
 """The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""
@@ -39,9 +41,16 @@ class UvicornSink(Sink):
     __slots__ = ("_inbox", "_protocol", "_transport", "_writable")
 
     def __init__(
-        self, owner: Owner, slow_consumers: SlowConsumers, send: Send, protocol: Any, *, is_read_directly: bool = False
+        self,
+        owner: Owner,
+        slow_consumers: SlowConsumers,
+        send: Send,
+        protocol: Any,
+        *,
+        speaks: Speaks = plain,
+        is_read_directly: bool = False,
     ) -> None:
-        super().__init__(owner, slow_consumers, send, protocol.transport, _take_over_compression(protocol))
+        super().__init__(owner, slow_consumers, send, protocol.transport, _take_over_compression(protocol, speaks))
         self._protocol = protocol
         self._transport: asyncio.Transport = protocol.transport  # the same, and never None here
         self._writable: asyncio.Event = protocol.writable
@@ -243,7 +252,7 @@ def _inbox_of(protocol: Any) -> asyncio.Queue[Any] | None:
     return inbox if is_known and isinstance(inbox, asyncio.Queue) else None
 
 
-def _take_over_compression(protocol: Any) -> WireForm:
+def _take_over_compression(protocol: Any, speaks: Speaks) -> WireForm:
     # Where permessage-deflate was negotiated, ours are compressed once for all connections. The server's compressor for
     # this connection must then stop relying on what it sent before, because it doesn't see what we send in between. It
     # may do so at any message (RFC 7692, 7.2.1), and it saves the memory of its context.
@@ -257,8 +266,8 @@ def _take_over_compression(protocol: Any) -> WireForm:
             if not extension.local_no_context_takeover:
                 extension.local_no_context_takeover = True
                 del extension.encoder
-            return wire_form(window_bits=window_bits)
-    return wire_form()  # which every receiver takes, compression negotiated or not
+            return wire_form(speaks, window_bits)
+    return wire_form(speaks)  # which every receiver takes, compression negotiated or not
 
 
 def find_transport(receive: object) -> asyncio.Transport | None:

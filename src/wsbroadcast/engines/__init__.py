@@ -26,6 +26,9 @@ _SCHEMES = {
     "rediss": ("redis", "RedisEngine"),
     "rediss+cluster": ("redis", "RedisEngine"),
     "rediss+sentinel": ("redis", "RedisEngine"),
+    "sqlite": ("sqlite", "SQLiteEngine"),
+    "sqlite+aiosqlite": ("sqlite", "SQLiteEngine"),
+    "sqlite+pysqlite": ("sqlite", "SQLiteEngine"),
     "tls": ("nats", "NATSEngine"),
     "unix": ("redis", "RedisEngine"),
 }

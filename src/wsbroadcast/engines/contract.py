@@ -6,12 +6,12 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
-from wsbroadcast.history import Appended, History, HistoryRules, Replay
-from wsbroadcast.publication import Control, Gap, Position, Publication
+from wsbroadcast.history import LAST, Appended, History, HistoryRules, Page, Replay, Since, no_history, page_of
+from wsbroadcast.publication import Control, Forgetting, Gap, Position, Publication
 from wsbroadcast.stats import EngineStats
 
 P = TypeVar("P")
@@ -85,8 +85,13 @@ class KeepsHistory(Protocol):
     offset before it in its audience, so that a node sees where one is missing, and reads it.
     """
 
-    def keep(self, rules: HistoryRules | None) -> None:
-        """Say what is kept, before `start`; `None` for who only publishes, and learns it from what others have said.
+    def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
+        """Say what is kept, before `start`.
+
+        Args:
+            rules: What is kept. The engine writes it down beside the data, for those who only publish.
+            only_publishes: Whether nobody receives anything here: nothing is written down then, and without rules the
+                engine learns those that others have written, each time that it connects.
 
         Raises:
             ConfigurationError: If the engine can't keep it, as it was made.
@@ -263,7 +268,8 @@ async def publish(
     if history is None or not isinstance(publication, Publication):
         await engine.publish(publication)
         return None
-    return await keeps_history(engine).append(publication, history, key)
+    # Who has rules has looked whether the engine can keep to them, which takes longer than all the rest.
+    return await cast(KeepsHistory, engine).append(publication, history, key)
 
 
 async def publish_all(
@@ -284,7 +290,10 @@ async def publish_all(
         if (found := await publish(engine, publication, rules, key)) is not None:
             appended[publication.audience] = found
 
-    if len(publications) == 1 or not engine.links_nodes:
+    if len(publications) == 1:
+        await publish_one(publications[0])
+        return appended
+    if not engine.links_nodes:
         await each(publish_one, publications)
         return appended
     # In one turn, so that they go to the broker in one call.
@@ -313,7 +322,7 @@ def publish_all_nowait(engine: Engine, publications: Sequence[Publication], rule
             if history is None:
                 engine.publish_nowait(publication)
             else:
-                keeps_history(engine).append_nowait(publication, history)
+                cast(KeepsHistory, engine).append_nowait(publication, history)
         except EngineUnavailable as error:
             error.positions = {each.audience: each.position for each in publications[:number]}
             raise
@@ -344,6 +353,53 @@ def transactional(engine: Engine) -> Transactional:
     if not isinstance(engine, Transactional):
         raise ConfigurationError(f"the {engine.name} engine can't publish inside a transaction, Postgres can")
     return engine
+
+
+# What a manager and a publisher do with a history.
+
+
+async def position_of(engine: Engine, rules: HistoryRules | None, audience: Audience) -> Position:
+    """Ask where an audience is.
+
+    Raises:
+        ConfigurationError: If it has no history.
+        EngineUnavailable: If the broker can't be asked.
+    """
+    (position,) = await keeps_history(engine).positions([audience], [_history(rules, audience)])
+    return position
+
+
+async def read_page(
+    engine: Engine, rules: HistoryRules | None, audience: Audience, since: Since | None, limit: int | None
+) -> Page:
+    """Read what is kept of an audience.
+
+    Raises:
+        ConfigurationError: If it has no history.
+        EngineUnavailable: If the broker can't be asked.
+    """
+    position = since if isinstance(since, Position) else None
+    replay = await keeps_history(engine).read(audience, position, _history(rules, audience))
+    return page_of(replay, position, 1 if since is LAST else limit)
+
+
+async def forget(engine: Engine, rules: HistoryRules | None, audience: Audience) -> None:
+    """Remove what is kept of an audience, and let all nodes know.
+
+    Raises:
+        ConfigurationError: If it has no history.
+        EngineUnavailable: If the broker can't be asked.
+    """
+    _history(rules, audience)
+    await keeps_history(engine).forget(audience)
+    await engine.publish(Forgetting(audience))
+
+
+def _history(rules: HistoryRules | None, audience: Audience) -> History:
+    history = None if rules is None else rules.of(audience)
+    if history is None:
+        raise ConfigurationError(no_history(audience))
+    return history
 
 
 def keeps_history(engine: Engine) -> KeepsHistory:

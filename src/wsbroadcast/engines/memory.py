@@ -11,7 +11,6 @@ from collections import OrderedDict, deque
 from collections.abc import Coroutine, Mapping, Sequence
 from itertools import islice
 from secrets import token_urlsafe
-from time import monotonic
 from typing import Any, Self
 
 from wsbroadcast.audience import Audience
@@ -48,9 +47,8 @@ class Log:
         self._keys: OrderedDict[str, int] | None = None
         self._touched = now
 
-    def append(self, publication: Publication, history: History) -> Position:
+    def append(self, publication: Publication, history: History, now: float) -> Position:
         """Keep a publication, and give it its place."""
-        now = monotonic()
         previous = self.offset
         self.offset = previous + 1
         position = Position(self.epoch, self.offset)
@@ -80,9 +78,8 @@ class Log:
         """Tell whether nothing was published for longer than the position is remembered."""
         return now - self._touched > history.remember
 
-    def read(self, since: int | None, history: History) -> Replay:
+    def read(self, since: int | None, history: History, now: float) -> Replay:
         """Return what was kept after an offset, or all of it."""
-        now = monotonic()
         while self._kept and now - self._kept[0].kept_at > history.seconds:
             self._kept.popleft()
         publications = list(islice(self._kept, max(0, len(self._kept) - history.messages), None))
@@ -149,7 +146,7 @@ class MemoryEngine(Engine):
 
     # What is kept.
 
-    def keep(self, rules: HistoryRules | None) -> None:
+    def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
         """Say what is kept; there is nobody else to tell it."""
         self.rules = rules
 
@@ -158,7 +155,7 @@ class MemoryEngine(Engine):
         receiver, log = self._started(), self._log(publication.audience, history)
         if key is not None and (position := log.repeat(key)) is not None:
             return Appended(position, is_repeat=True)
-        position = log.append(publication, history)
+        position = log.append(publication, history, self._now())
         if key is not None:
             log.remember(key)
         await receiver.deliver(publication)
@@ -167,14 +164,16 @@ class MemoryEngine(Engine):
     def append_nowait(self, publication: Publication, history: History) -> None:
         """Keep it and deliver it to this node's connections, behind what waits for `on_deliver` hooks."""
         receiver = self._started()
-        self._log(publication.audience, history).append(publication, history)
+        self._log(publication.audience, history).append(publication, history, self._now())
         receiver.take(publication)
 
     async def read(self, audience: Audience, since: Position | None, history: History) -> Replay:
         """Return what was kept after a position, or all of it."""
         self._started()
         log = self._log(audience, history)
-        return log.read(since.offset if since is not None and 0 <= since.offset <= log.offset else None, history)
+        return log.read(
+            since.offset if since is not None and 0 <= since.offset <= log.offset else None, history, self._now()
+        )
 
     async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
         """Return the newest position of each audience."""
@@ -187,18 +186,22 @@ class MemoryEngine(Engine):
         self._started()
         self._logs.pop(audience, None)
 
+    def _now(self) -> float:
+        assert self._loop is not None
+        return self._loop.time()
+
     def _log(self, audience: Audience, history: History) -> Log:
         log = self._logs.get(audience)
         if log is None:
             self._sweep()
-            log = self._logs[audience] = Log(monotonic())
+            log = self._logs[audience] = Log(self._now())
         return log
 
     def _sweep(self) -> None:
         # New audiences pay for those that are forgotten.
         self._made += 1
         if self._made % _SWEEP == 0 and self.rules is not None:
-            now = monotonic()
+            now = self._now()
             forgotten = [
                 audience
                 for audience, log in self._logs.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
@@ -18,25 +18,25 @@ from wsbroadcast.connection import Connection, Exclude, find_connection, find_op
 from wsbroadcast.engines.contract import (
     Engine,
     each,
+    forget,
     keeps_history,
-    publish,
+    position_of,
     publish_all,
     publish_all_nowait,
     publish_in,
+    read_page,
 )
-from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, LifecycleError, kind_of
+from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, PermissionDenied, kind_of
 from wsbroadcast.history import (
-    LAST,
+    NOW,
     NOWHERE,
     Appended,
-    History,
     HistoryRules,
     Page,
     Recovery,
+    Since,
     SinceOption,
     check_key,
-    no_history,
-    page_of,
     since_of,
 )
 from wsbroadcast.hooks import HookChain
@@ -44,13 +44,13 @@ from wsbroadcast.message import JSONDefault, Message
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
+from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.node.node import Node
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.publication import (
     NOBODY,
     Control,
     Dismissal,
-    Forgetting,
     Position,
     Publication,
     Publications,
@@ -104,7 +104,9 @@ class Core:
         rules: HistoryRules | None = None,
     ) -> None:
         if rules is not None:
-            keeps_history(engine).keep(rules)
+            # The engine again, as one that keeps: to ask whether it can takes longer than to keep a message.
+            self._keeper = keeps_history(engine)
+            self._keeper.keep(rules)
         self.rules = rules
         """What is kept; `None` for nothing."""
         self.manager = manager
@@ -179,6 +181,34 @@ class Core:
         await self.life.node.membership.subscribe(connection, channels, where)
         return connection.recovered.get(channels[0]) if where and len(channels) == 1 else None
 
+    async def subscribe_if(
+        self,
+        connection: Connection,
+        channel: str,
+        since: SinceOption,
+        check: Callable[[], Awaitable[None]],
+        id_: object = None,
+    ) -> None:
+        """Subscribe a connection that speaks events to a channel; ask again before it is sent anything.
+
+        Raises:
+            PermissionDenied: If the check does; it has left the channel again.
+        """
+        where = since_of(since, (channel,)) or {Audience.channel(channel): NOW}
+        self.life.check_here()
+        membership = self.life.node.membership
+        await membership.subscribe(connection, (channel,), where, recovers=False)
+        try:
+            await check()
+        except PermissionDenied:
+            await membership.unsubscribe(connection, (channel,))
+            raise
+        await membership.continuity.recover(connection, where, id_)
+
+    def say(self, connection: Connection, message: Message) -> None:
+        """Send a connection something of its protocol's."""
+        self.life.node.continuity.say(connection, message)
+
     async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe a connection from channels."""
         connection = self._find_here(websocket)
@@ -227,10 +257,10 @@ class Core:
             TypeError: If something else is among them.
         """
         several: Iterable[Any] = exclude  # type: ignore[assignment]  # or one connection
-        if isinstance(exclude, (Connection, WebSocket, str)) or not isinstance(exclude, Iterable):
+        if isinstance(exclude, (Connection, WebSocket, Listener, str)) or not isinstance(exclude, Iterable):
             several = (exclude,)
         try:
-            found = [find_connection(one, self.manager) for one in several]
+            found = [one if isinstance(one, Listener) else find_connection(one, self.manager) for one in several]
         except TypeError:
             raise TypeError(
                 f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users pass exclude_users=…"
@@ -296,7 +326,7 @@ class Core:
             if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
                 node = await self.life.run_here()
         if idempotency_key is not None:
-            check_key(idempotency_key, self.rules, publications, transaction)
+            check_key(idempotency_key, self.rules, [each.audience for each in publications], transaction)
         if len(publications) != 1:
             return await self._broadcast_several(node, publications, transaction, idempotency_key)
         publication = publications[0]
@@ -308,9 +338,10 @@ class Core:
             publication = prepared
         if transaction is not None:
             await publish_in(self.life.engine, transaction, (publication,), self.rules)
-        elif self.rules is None:
+        elif self.rules is None or (history := self.rules.of(publication.audience)) is None:
             await self.life.engine.publish(publication)
-        elif (appended := await publish(self.life.engine, publication, self.rules, idempotency_key)) is not None:
+        else:
+            appended = await self._keeper.append(publication, history, idempotency_key)
             return Receipt(members, {publication.audience: appended.position}, is_repeat=appended.is_repeat)
         return Receipt(members)
 
@@ -387,37 +418,42 @@ class Core:
 
     # What is kept.
 
+    @asynccontextmanager
+    async def listen(
+        self, channels: tuple[str, ...], user_key: str | None, since: SinceOption, size: int, policy: ListenPolicy
+    ) -> AsyncIterator[Listener]:
+        """Listen to channels; see `ConnectionManager.listen`."""
+        listener = Listener(channels, user_key, size, policy)
+        where = since_of(since, channels, user_key)
+        node = self.life.enter()
+        try:
+            await self.life.run_here()
+            async with (
+                node.membership.demand.holding(listener.audiences),
+                node.continuity.listen(listener, where),
+            ):
+                yield listener
+        finally:
+            node.entering -= 1
+            listener.end()
+
     async def position(self, audience: Audience) -> Position:
         """Return where an audience is now; see `ConnectionManager.position`."""
-        history = self._history(audience)
         await self.life.run_here()
-        (position,) = await keeps_history(self.life.engine).positions([audience], [history])
-        return position
+        return await position_of(self.life.engine, self.rules, audience)
 
-    async def history(self, audience: Audience, since: Position | str | None, limit: int | None) -> Page:
+    async def history(self, audience: Audience, since: Since | None, limit: int | None) -> Page:
         """Read what is kept of an audience; see `ConnectionManager.history`."""
-        history = self._history(audience)
-        where = since_of(since, (audience.name,))
         await self.life.run_here()
-        position = next((each for each in where.values() if each is not LAST), None)
-        replay = await keeps_history(self.life.engine).read(audience, position, history)
-        return page_of(replay, position, limit)
+        return await read_page(self.life.engine, self.rules, audience, since, limit)
 
     async def forget(self, audience: Audience) -> None:
         """Remove what is kept of an audience; see `ConnectionManager.forget`."""
-        self._history(audience)
         node = await self.life.run_here()
-        await keeps_history(self.life.engine).forget(audience)
-        await self.life.engine.publish(Forgetting(audience))
-        if node.tails is not None:
-            node.tails.forgotten(audience)
-            await node.tails.settled(audience)
-
-    def _history(self, audience: Audience) -> History:
-        history = None if self.rules is None else self.rules.of(audience)
-        if history is None:
-            raise ConfigurationError(no_history(audience))
-        return history
+        await forget(self.life.engine, self.rules, audience)
+        if (tails := node.continuity.tails) is not None:
+            tails.forgotten(audience)
+            await tails.settled(audience)
 
     async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
         return [found for one in publications if (found := await self._prepare(node, one)) is not None]

@@ -19,15 +19,15 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied, ungrouped
-from wsbroadcast.history import NOWHERE, Recovery, SinceByAudience
+from wsbroadcast.history import NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
+from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures
-from wsbroadcast.node.replays import Replays
-from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits
+from wsbroadcast.publication import plain as plain_protocol
 from wsbroadcast.text import plain
 from wsbroadcast.transports import Ended, closed_error
 from wsbroadcast.transports.exit_stack import exit_stack_of
@@ -42,6 +42,9 @@ SUBPROTOCOL = "wsbroadcast.subprotocol"
 
 ROUTER = "wsbroadcast.router"
 """Is in its scope where the WebSocket is a router's, whose clients' messages reach others without code of the app's."""
+
+SPEAKS = "wsbroadcast.speaks"
+"""Where in its scope the protocol stands that its client speaks, unless that is `plain`."""
 
 # How often sockets are looked for that are gone without anybody noticing: one look for all connections.
 _LOOK_SECONDS = 5.0
@@ -80,8 +83,7 @@ class Membership:
         tasks: Tasks,
         engine: Engine,
         limits: Limits,
-        tails: Tails | None = None,
-        replays: Replays | None = None,
+        continuity: Continuity,
     ) -> None:
         self.core = core
         """Does what its connections are told to do."""
@@ -95,8 +97,10 @@ class Membership:
         self._tasks = tasks
         self._departures = Departures(tasks)
         self._announcements = Announcements(hooks, tasks, self._leave_channel)
-        self._demand = Demand(engine, registry, tails)
-        self._replays = replays
+        self.continuity = continuity
+        """Where its connections are in histories."""
+        self.demand = Demand(engine, registry, continuity.tails)
+        """What the engine and the tails are asked for."""
         # Set when everybody was sent away: nobody comes in any more.
         self._is_ended = False
         # The next look for sockets that are gone, while there are connections.
@@ -114,12 +118,12 @@ class Membership:
             return known
         self._check_running()
         lease = await self.admission.admit(websocket, joining)
-        audiences = self._demand.audiences(joining.user_key, joining.channels)
+        audiences = self.demand.audiences(joining.user_key, joining.channels)
         connection: Connection | None = None
         try:
             # Before it is accepted, so that messages arrive as soon as the peer sees that it is.
             if audiences:
-                await self._demand.hold(audiences)
+                await self.demand.hold(audiences)
             try:
                 await _accept(websocket, joining.subprotocol, joining.headers)
                 self._check_running()
@@ -131,7 +135,7 @@ class Membership:
                 await self._enter(connection, joining, websocket)
             finally:
                 if audiences:
-                    self._demand.release(audiences)
+                    self.demand.release(audiences)
         except BaseException:
             if connection is None:  # else the lease is the connection's, and goes with its socket
                 lease.release()
@@ -140,7 +144,7 @@ class Membership:
 
     def _make(self, websocket: WebSocket, joining: Joining, lease: Lease) -> Connection:
         connection = Connection(
-            WebSocketTransport(websocket, self._slow_consumers, self),
+            WebSocketTransport(websocket, self._slow_consumers, self, websocket.scope.get(SPEAKS, plain_protocol)),
             user=joining.user,
             user_key=joining.user_key,
             channels=joining.channels,
@@ -153,7 +157,7 @@ class Membership:
     async def _enter(self, connection: Connection, joining: Joining, websocket: WebSocket) -> None:
         self._dispatcher.flush()
         self._registry.add(connection)
-        self._hold(connection, joining.since)
+        since = self.continuity.enter(connection, joining)
         self._counters.connects += 1
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self, connection))
@@ -163,8 +167,8 @@ class Membership:
             if joining.expires_at is not None:
                 connection.renew(joining.expires_at)
             await self._announcements.connected(connection, joining.channels)
-            if joining.since:
-                await self.recover(connection, joining.since)
+            if since:
+                await self.continuity.recover(connection, since)
             if not connection.is_open:
                 raise closed_error(connection)
         except PermissionDenied as denied:
@@ -198,26 +202,6 @@ class Membership:
         if self._is_ended:
             raise LifecycleError(CLOSED)
 
-    def _hold(self, connection: Connection, since: SinceByAudience) -> None:
-        if self._replays is not None:
-            for audience in since:
-                if self._registry.is_member(connection, audience):
-                    self._replays.hold(connection, audience)
-
-    async def recover(self, connection: Connection, since: SinceByAudience) -> None:
-        """Send a connection what it missed, as far as that can be done; `connection.recovered` says what became of it.
-
-        Call it once, when nothing can keep the connection from its audiences any more.
-        """
-        recovered = dict(connection.recovered)
-        for audience, position in since.items():
-            if self._replays is None or not self._registry.is_member(connection, audience):
-                recovery = Recovery(False, "unavailable", None)
-            else:
-                recovery = await self._replays.start(connection, audience, position)
-            recovered[audience.name if audience.kind == "channel" else audience] = recovery
-        connection.recovered = recovered
-
     async def subscribe(
         self,
         connection: Connection,
@@ -239,7 +223,7 @@ class Membership:
             LimitExceeded: If they are too many, before it is subscribed to any.
         """
         self.admission.check_channels(len(connection.channels.union(channels)), connection)
-        async with self._demand.holding([Audience("channel", channel) for channel in channels]):
+        async with self.demand.holding([Audience("channel", channel) for channel in channels]):
             for channel in channels:
                 self._dispatcher.flush()  # which may end this very connection, so before looking at it
                 if not connection.is_open:
@@ -249,10 +233,10 @@ class Membership:
                 self.admission.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it, too
                 self._registry.subscribe(connection, channel)
                 wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
-                self._hold(connection, wanted)
+                self.continuity.hold(connection, wanted)
                 await self._announcements.subscribed(connection, channel)
                 if wanted and recovers:
-                    await self.recover(connection, wanted)
+                    await self.continuity.recover(connection, wanted)
                 if not connection.is_open:
                     raise closed_error(connection)
 
@@ -272,10 +256,9 @@ class Membership:
         self._dispatcher.flush()  # which may end this very connection, so before looking at it
         if channel not in connection.channels or not connection.is_open:
             return False
-        if self._replays is not None:
-            self._replays.left(connection, Audience("channel", channel))
+        self.continuity.left_channel(connection, channel)
         if self._registry.unsubscribe(connection, channel):
-            self._demand.left((Audience("channel", channel),))
+            self.demand.left((Audience("channel", channel),))
         self._slow_consumers.wake()  # as when one leaves
         return True
 
@@ -289,9 +272,8 @@ class Membership:
         last = self._registry.remove(connection)
         if last is None:
             return False
-        if self._replays is not None and self._replays.cursors:
-            self._replays.left(connection)
-        self._demand.left(last)
+        self.continuity.left(connection)
+        self.demand.left(last)
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection._enter(state, code, reason)
@@ -319,6 +301,10 @@ class Membership:
         logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
         connection._sink.discard()
         self._departures.close(connection, code, reason)
+
+    def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
+        """A connection that knows where it is has no room for what comes after a place: it gets it later."""
+        return self.continuity.fall_back(connection, audience, offset)
 
     def dismiss(self, connection: Connection, code: int, reason: str) -> None:
         """Close and remove without sending what waits, also if it is being closed already; returns at once."""

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import replace
 from time import monotonic
 
-from wsbroadcast.audience import EVERYONE, Audience
+from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, Operations
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
-from wsbroadcast.engines.contract import Engine, keeps_history
-from wsbroadcast.history import HistoryRules, Reason
+from wsbroadcast.engines.contract import Engine
+from wsbroadcast.history import HistoryRules
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
-from wsbroadcast.logs import Clock, Throttle, logger
+from wsbroadcast.logs import Clock, logger
+from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
-from wsbroadcast.node.replays import Replays
-from wsbroadcast.node.tail import batch_of
-from wsbroadcast.node.tails import Tails
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
 from wsbroadcast.stats import Counters, Stats
@@ -95,15 +91,10 @@ class Node:
         self._slow_consumers = SlowConsumers(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._slow_consumers)
         self._tasks = Tasks()
-        self.tails: Tails | None = None
-        """What is here of the histories of audiences; `None` where nothing is kept."""
-        self.replays: Replays | None = None
-        """Connections that are behind in a history."""
-        if rules is not None:
-            turn = (self.dispatcher.turn_messages, self.dispatcher.turn_bytes)
-            self.tails = Tails(self, keeps_history(engine), rules, counters, *turn)
-            self.replays = Replays(self, self.tails, self.dispatcher, counters)
-            self.dispatcher.behind = self.replays.cursors
+        self.continuity = Continuity(
+            self, self.registry, self.dispatcher, hooks, core.encode, engine, rules, counters, self._tasks
+        )
+        """Where this node and its connections are in histories."""
         self.membership = Membership(
             core,
             self.registry,
@@ -113,8 +104,7 @@ class Node:
             self._tasks,
             engine,
             limits,
-            self.tails,
-            self.replays,
+            self.continuity,
         )
         self._hooks = hooks
         self._encode = core.encode
@@ -127,7 +117,6 @@ class Node:
         self._order = asyncio.Lock()
         self._lanes = Lanes(self)
         self._once_each = OnceEach()
-        self._throttle = Throttle()
         self.outbox: Outbox
         """Broadcasts that nobody waits for."""
         self._is_closed = False
@@ -138,21 +127,30 @@ class Node:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif self.tails is not None and self.tails.history(publication.audience) is not None:
-            self._take_kept(publication, self.tails)
-        elif (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
-            self._lanes.put(publication)
+        elif self.continuity.is_kept(publication.audience):
+            self.continuity.take(publication)
         else:
-            self.deliver_now(publication)
+            self.continuity.offer(publication)
+            if (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
+                self._lanes.put(publication)
+            else:
+                self.deliver_now(publication)
 
     async def deliver(self, publication: Publication | Control) -> None:
         """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
-        waiting = self._lanes.waiting
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif publication.position is not None and self.tails is not None:
-            await self.tails.deliver(publication)
-        elif not waiting and not self._hooks.has("on_deliver"):
+        elif publication.position is not None and (tails := self.continuity.tails) is not None:
+            tails.take(publication)
+            if tails.waits(publication):
+                await tails.wait_delivered(publication)
+        else:
+            self.continuity.offer(publication)
+            await self._deliver_behind(publication)
+
+    async def _deliver_behind(self, publication: Publication) -> None:
+        waiting = self._lanes.waiting
+        if not waiting and not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif publication.audience not in waiting or is_delivering():
             await self._deliver_in_order(publication)
@@ -163,26 +161,12 @@ class Node:
     def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing. Never blocks."""
         if not self._is_closed:
-            self._tasks.spawn(self._tell_gap(gap), "on_gap hooks")
+            self._tasks.spawn(self.continuity.tell_gap(gap), "on_gap hooks")
 
     def suspect(self) -> None:
         """Look whether something is missing of what has a history."""
-        if self.tails is not None and not self._is_closed:
-            self.tails.suspect()
-
-    def _take_kept(self, publication: Publication, tails: Tails) -> None:
-        if publication.position is not None:
-            tails.take(publication)
-            return
-        self._counters.unkept += 1
-        if self._throttle.is_due("unkept"):
-            logger.warning(
-                "messages came that were published past the history of their audience, %d so far, the last to %s: who "
-                "publishes them doesn't know that it is kept, and nobody gets them again",
-                self._counters.unkept,
-                publication.audience,
-            )
-        self.deliver_now(publication)
+        if self.continuity.tails is not None and not self._is_closed:
+            self.continuity.tails.suspect()
 
     # What the manager calls.
 
@@ -203,7 +187,8 @@ class Node:
 
         It doesn't wait behind those of other nodes, which wait for most clients to keep up.
         """
-        await (self._deliver_in_order if self._links_nodes else self.deliver)(publication)
+        self.continuity.offer(publication)
+        await (self._deliver_in_order if self._links_nodes else self._deliver_behind)(publication)
 
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
@@ -246,11 +231,10 @@ class Node:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
                     await self.outbox.aclose()
+        self.continuity.end_listening()
         patience = 0.0 if self._links_nodes else self._hooks.timeout
         await self._lanes.aclose(patience)
-        if self.tails is not None and self.replays is not None:
-            await self.tails.aclose(patience)
-            await self.replays.aclose()
+        await self.continuity.aclose(patience)
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
         self._is_closed = True
         await self._tasks.join()
@@ -278,6 +262,10 @@ class Node:
             await self.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
         await self._deliver_in_order(publication)
 
+    def evict(self, connection: Connection) -> None:
+        """Let a connection go that is too far behind."""
+        self.membership.evict(connection, "backlog_full")
+
     def overrun(self, seconds: float) -> None:
         """Tell that publications were dropped, because too many wait."""
         logger.warning(
@@ -288,67 +276,22 @@ class Node:
         if self._links_nodes:
             self.gap(Gap(self._engine.name, seconds))
 
-    # What the tails and the replays call.
-
-    def delivered(self, audience: Audience) -> None:
-        """Let those go on who wait for the place up to which the members of an audience have got everything."""
-        if self.replays is not None and self.replays.cursors:
-            self.replays.moved(audience)
-
-    def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
-        """Tell the members of an audience that something is missing in its history, and can't be read any more."""
-        assert self.replays is not None
-        self.replays.broken(audience, reason)
-        if seconds is not None and not self._is_closed and self.registry.members(audience):
-            gap = Gap(self._engine.name, seconds, frozenset((audience,)))
-            self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
-
-    @property
-    def has_hooks(self) -> bool:
-        """Whether `on_deliver` hooks have to be asked."""
-        return self._hooks.has("on_deliver")
-
-    async def replay_through_hooks(self, publication: Publication, connection: Connection) -> None:
-        """Hand a publication that a connection has missed to it alone, through the hooks."""
-        delivery = Delivery(publication.message, publication.audience, [connection], self._encode, is_replay=True)
-        await self._hooks.deliver(delivery)
-        for message, some in delivery._parts():
-            if some and self.registry.is_member(connection, publication.audience):
-                self.dispatcher.flush()
-                self.dispatcher.deliver_batch(batch_of([publication.with_message(message)]), connection)
-
-    def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
-        """Take note that a connection has missed something that can't be read any more."""
-        self._counters.refused_recoveries[reason] += 1
-
     # Inside.
-
-    async def _tell_gap(self, gap: Gap) -> None:
-        await self._tasks.begun()  # the engine goes on first
-        broken = await self.tails.heal() if self.tails is not None else ()
-        if self._hooks.has("on_gap") and (audiences := self._unhealed(broken)):
-            await self._hooks.observe("on_gap", replace(gap, audiences=audiences))
-
-    def _unhealed(self, broken: Collection[Audience]) -> frozenset[Audience]:
-        registry = self.registry
-        audiences = [EVERYONE] if len(registry) else []
-        audiences += [Audience("channel", name) for name in registry.channels]
-        audiences += [Audience("user", name) for name in registry.users]
-        tails = self.tails
-        return frozenset(each for each in audiences if tails is None or tails.history(each) is None or each in broken)
 
     def _deliver(self, publication: Publication) -> None:
         self._counters.broadcasts += 1
         if publication.id is None and not publication.exclude_users:
             self.dispatcher.dispatch(publication)
+            if publication.exclude and publication.position is not None:
+                self.continuity.tell_position(publication, self._recipients(publication))
         else:
-            self._deliver_to(publication, self._recipients(publication))
+            recipients = self._recipients(publication)
+            self._deliver_to(publication, recipients)
+            self.continuity.tell_position(publication, recipients)
 
     def _recipients(self, publication: Publication) -> list[Connection]:
         recipients = self.registry.recipients(publication.audience, publication.exclude, publication.exclude_users)
-        if publication.position is not None and self.replays is not None and self.replays.cursors:
-            behind = self.replays.behind(publication.audience)
-            recipients = [recipient for recipient in recipients if recipient not in behind]
+        recipients = self.continuity.without_behind(publication, recipients)
         return recipients if publication.id is None else self._once_each.left(publication.id, recipients)
 
     def _deliver_to(self, publication: Publication, recipients: list[Connection]) -> None:
@@ -373,16 +316,21 @@ class Node:
             self.membership.dismiss_all(control.audience, control.exclude, control.code, control.reason)
         elif isinstance(control, Unsubscription):
             self.membership.unsubscribe_all(control.audience, control.channels)
-        elif self.tails is not None:
-            self.tails.forgotten(control.audience)
+        else:
+            self.continuity.forgotten(control.audience)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
+        if not self.continuity.is_due(publication):
+            return
         self._counters.broadcasts += 1
+        got: list[Connection] = []
         for message, some in delivery._parts():
             # Who has left the audience while the hooks ran gets nothing any more; who is behind gets it later.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
             if publication.id is not None:  # a hook that broadcasts was overtaken by itself
                 still_here = self._once_each.left(publication.id, still_here)
             self._deliver_to(publication.with_message(message), still_here)
+            got += still_here
+        self.continuity.tell_position(publication, got)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection
-from time import monotonic
-from typing import Protocol
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, Protocol
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
+from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.slow_consumers import NOBODYS
-from wsbroadcast.history import LAST, Reason, Recovery, Since
+from wsbroadcast.history import LAST, NOW, Reason, Recovery, Since
 from wsbroadcast.logs import logger
 from wsbroadcast.node.tail import Stretch, Tail, batch_of
 from wsbroadcast.node.tails import Tails
-from wsbroadcast.publication import MAX_OFFSET, Publication
+from wsbroadcast.publication import MAX_OFFSET, Position, Publication
 from wsbroadcast.stats import Counters
 
 # How many connections are sent something in one turn of the event loop: what is live goes between the turns.
 _TURN_CURSORS = 64
+
+
+Announce = Callable[[Recovery, Position | None], None]
 
 
 class Replayer(Protocol):
@@ -31,11 +35,13 @@ class Replayer(Protocol):
     def has_hooks(self) -> bool:
         """Whether `on_deliver` hooks have to be asked."""
 
-    async def replay_through_hooks(self, publication: Publication, connection: Connection) -> None:
+    async def replay_through_hooks(
+        self, publication: Publication, connection: Connection, is_due: Callable[[], bool]
+    ) -> None:
         """Ask the hooks about a publication that a connection missed, and hand it over; raises what a hook raises."""
 
     def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
-        """A connection has missed something that can't be read any more; it is a member where the audience is now."""
+        """A connection was promised what isn't there any more; it is a member where the audience is now."""
 
 
 class Cursor:
@@ -90,49 +96,75 @@ class Replays:
         self._dispatcher.flush()
         self.cursors.setdefault(audience, {})[connection] = Cursor(connection, audience)
 
-    async def start(self, connection: Connection, audience: Audience, since: Since) -> Recovery:
+    async def start(self, connection: Connection, audience: Audience, since: Since, announce: Announce) -> Recovery:
         """Send a connection that is held what it missed; return, before all of it is sent, whether that can be done.
 
         If it can't, the connection is a member from now on, where the audience is now.
+
+        Args:
+            connection: Which.
+            audience: In which audience.
+            since: Where it was.
+            announce: Called with what is returned, and with the position from which messages follow, before any does.
         """
         cursor = self.cursors.get(audience, {}).get(connection)
+        if cursor is None:
+            recovery, begins = Recovery(False, "unavailable", self._position(audience)), None
+        else:
+            recovery, begins = await self.locate(audience, since)
+        if begins is None:
+            if since is not NOW:
+                self._counters.refused_recoveries[recovery.reason] += 1
+            if cursor is not None:
+                self._join(cursor)
+            announce(recovery, recovery.position)
+        else:
+            assert cursor is not None
+            cursor.epoch, cursor.offset = begins
+            announce(recovery, begins)
+            if since is not NOW:
+                self._counters.recoveries += 1
+            self._schedule(cursor)
+        return recovery
+
+    def _position(self, audience: Audience) -> Position | None:
         tail = self._tails.of(audience)
-        if cursor is None or tail is None:
-            return self._refuse(cursor, tail, "unavailable")
-        if not await self._is_near(tail, audience, since):
-            return self._refuse(cursor, tail, "unavailable")
-        if since is LAST:
+        return None if tail is None else tail.delivered_position
+
+    async def locate(self, audience: Audience, since: Since) -> tuple[Recovery, Position | None]:
+        """Find out whether everything since a place can be had; return the place too, if it can.
+
+        It can be had from here for a while.
+        """
+        tail = self._tails.of(audience)
+        if tail is None or not await self._is_near(tail, audience, since):
+            return Recovery(False, "unavailable", self._position(audience)), None
+        if since is NOW:
+            offset = tail.delivered
+        elif since is LAST:
             offset = tail.before_last()
         elif since.epoch != tail.epoch or since.offset > tail.top:
-            return self._refuse(cursor, tail, "epoch")
+            return Recovery(False, "epoch", tail.delivered_position), None
         elif not await self._has(tail, audience, since.offset):
-            return self._refuse(cursor, tail, tail.why_not(since.offset))
+            return Recovery(False, tail.why_not(since.offset), tail.delivered_position), None
         else:
             offset = since.offset
-        cursor.epoch, cursor.offset = tail.epoch, offset
         tail.promised = min(tail.promised, offset)
-        self._counters.recoveries += 1
-        self._schedule(cursor)
-        return Recovery(True, "", tail.position)
+        return Recovery(True, "", tail.position), Position(tail.epoch, offset)
 
     async def _is_near(self, tail: Tail, audience: Audience, since: Since) -> bool:
         # Who is ahead may have been at a node that heard more; a history that was forgotten, too.
         if tail.is_reading:
             await self._tails.attempted(audience)
-        if since is not LAST and tail.epoch and (since.epoch != tail.epoch or since.offset > tail.top):
-            await self._tails.read_on(audience, tail)
+        is_elsewhere = isinstance(since, Position) and (since.epoch != tail.epoch or since.offset > tail.top)
+        if is_elsewhere and tail.epoch and not await self._tails.read_on(audience, tail):
+            return False
         return bool(tail.epoch) and self._tails.of(audience) is tail
 
     async def _has(self, tail: Tail, audience: Audience, offset: int) -> bool:
         if offset < tail.base and tail.is_shrunk:
             await self._tails.refill(audience, tail)
-        return tail.has(offset, monotonic())
-
-    def _refuse(self, cursor: Cursor | None, tail: Tail | None, reason: Reason) -> Recovery:
-        self._counters.refused_recoveries[reason] += 1
-        if cursor is not None:
-            self._join(cursor)
-        return Recovery(False, reason, None if tail is None else tail.delivered_position)
+        return tail.has(offset, asyncio.get_running_loop().time())
 
     def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
         """Let a member whose sink is full go on after an offset when there is room; return whether that can be done."""
@@ -169,17 +201,20 @@ class Replays:
             if cursor.epoch and not cursor.is_busy:
                 self._schedule(cursor)
 
-    def broken(self, audience: Audience, reason: Reason) -> None:
+    def broken(self, audience: Audience) -> None:
         """The tail has begun anew: who was behind has missed something, and is a member from now on."""
         for cursor in list(self.cursors.get(audience, {}).values()):
             if cursor.epoch:
-                self._lose(cursor, reason)
+                self._join(cursor)
 
     def _lose(self, cursor: Cursor, reason: Reason) -> None:
         self._join(cursor)
         self._node.lost_track(cursor.audience, cursor.connection, reason)
 
     # Step by step.
+
+    def _is_behind(self, cursor: Cursor) -> bool:
+        return self.cursors.get(cursor.audience, {}).get(cursor.connection) is cursor
 
     def _schedule(self, cursor: Cursor) -> None:
         cursor.is_busy = True
@@ -194,7 +229,7 @@ class Replays:
         for _ in range(min(_TURN_CURSORS, len(self._ready))):
             cursor = self._ready.popleft()
             cursor.is_busy = False
-            if self.cursors.get(cursor.audience, {}).get(cursor.connection) is cursor:
+            if self._is_behind(cursor):
                 self._step(cursor)
         if self._ready and not self._is_scheduled:
             self._is_scheduled = True
@@ -223,8 +258,7 @@ class Replays:
         cursor.offset = stretch.end
         batch = stretch.batch
         if batch is not None and stretch.withholds:
-            wanted = [each for each in batch.publications if not _is_withheld(each, connection)]
-            batch = batch_of(wanted) if wanted else None
+            batch = _without_withheld(batch, connection)
         if batch is not None:
             self._dispatcher.deliver_batch(batch, connection)
         self._go_on(cursor)
@@ -241,19 +275,36 @@ class Replays:
         for publication in () if stretch.batch is None else stretch.batch.publications:
             try:
                 if not _is_withheld(publication, cursor.connection):
-                    await self._node.replay_through_hooks(publication, cursor.connection)
+                    is_due = partial(self._is_behind, cursor)
+                    await self._node.replay_through_hooks(publication, cursor.connection, is_due)
             except Exception:
                 logger.exception("a message was not delivered")
-            if not cursor.connection.is_open:
+                self._tell_withheld(cursor, publication)
+            if not self._is_behind(cursor):
                 return
         cursor.offset = stretch.end
         self._go_on(cursor)
+
+    def _tell_withheld(self, cursor: Cursor, publication: Publication) -> None:
+        if cursor.connection._sink.has_positions and self._is_behind(cursor):
+            self._dispatcher.flush()
+            self._dispatcher.deliver_batch(batch_of([publication.withheld()]), cursor.connection)
 
     async def aclose(self) -> None:
         """End: nobody is sent anything more."""
         self.cursors.clear()
         self._ready.clear()
         await self._tasks.cancel()
+
+
+def _without_withheld(batch: Batch[Any], connection: Connection) -> Batch[Any] | None:
+    some: list[Publication] = []
+    for publication in batch.publications:
+        if not _is_withheld(publication, connection):
+            some.append(publication)
+        elif connection._sink.has_positions:
+            some.append(publication.withheld())
+    return batch_of(some) if some else None
 
 
 def _is_withheld(publication: Publication, connection: Connection) -> bool:

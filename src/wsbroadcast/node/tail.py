@@ -21,6 +21,9 @@ _NOTHING = Publication(Message.of(""), EVERYONE)
 # What is held at most while the history is read. What doesn't fit is in the history, and read again.
 _MAX_HELD = 4096
 
+# After so many reads that don't have it, what was held is given up.
+_MAX_READS = 3
+
 # What was trimmed is taken out of the list when it is this many, because that moves the rest.
 _TRIM = 64
 
@@ -95,7 +98,10 @@ class Tail:
         "is_reading",
         "is_shrunk",
         "promised",
+        "read",
+        "reads",
         "top",
+        "wanted_read",
     )
 
     def __init__(self, history: History, turn_messages: int = 128, turn_bytes: int = 16 * 1024) -> None:
@@ -113,18 +119,25 @@ class Tail:
         """The offset up to which the members have got everything, or had it withheld."""
         self.is_reading = False
         """Whether the history is being read, or has to be."""
+        self.reads = 0
+        """How many reads of the history have begun."""
+        self.read = 0
+        """The newest read that has come to its end."""
+        self.wanted_read = 0
+        """The read that somebody wants the outcome of, because it has what was confirmed before it began."""
         self.promised = MAX_OFFSET
         """The offset after which everything is held a while longer, for those who are on the way here."""
         self.is_shrunk = False
         """Whether some of it was forgotten that is still kept."""
         self.heard_at = 0.0
-        """When something came last, by the monotonic clock."""
+        """When something came last, by the clock of the event loop."""
         self.bytes = 0
         """Payload bytes of what is here."""
         # Those from `_first` on are here; the rest was trimmed.
         self._entries: list[Publication] = []
         self._first = 0
-        self._held: list[Publication] = []
+        # With the number of reads that had begun when it came.
+        self._held: list[tuple[Publication, int]] = []
         self._has_lost_held = False
         self._stretches: dict[tuple[int, int], Stretch] = {}
 
@@ -138,14 +151,23 @@ class Tail:
         """The position up to which the members have got everything; `None` if it isn't known."""
         return Position(self.epoch, self.delivered) if self.epoch else None
 
+    def want_read(self) -> int:
+        """Let the history be read, from now on; return the number of the read that begins after this."""
+        self.is_reading = True
+        self.wanted_read = self.reads + 1
+        return self.wanted_read
+
     # What comes.
 
     def take(self, publication: Publication) -> Taken:
         """Take a publication with a position."""
+        return self._take(publication, self.reads)
+
+    def _take(self, publication: Publication, reads: int) -> Taken:
         position = publication.position
         assert position is not None
         if self.is_reading:
-            self._hold(publication)
+            self._hold(publication, reads)
             return Taken.HELD
         offset = position.offset
         if position.epoch == self.epoch:
@@ -155,13 +177,17 @@ class Tail:
             if offset <= self.top:
                 return Taken.KNOWN
         self.is_reading = True
-        self._hold(publication)
+        self._hold(publication, reads)
         return Taken.SUSPECT
 
-    def filled(self, replay: Replay) -> Reason | None:
+    def filled(self, replay: Replay, read: int) -> Reason | None:
         """Take what was read since `position`; return why there is a break, or `None` if there is none.
 
         What was held comes next, as if it came now. Ask `is_reading` afterwards: it may have to be read again.
+
+        Args:
+            replay: What was read.
+            read: The number of the read.
         """
         self.is_reading = False
         broken: Reason | None = None
@@ -176,9 +202,10 @@ class Tail:
             self._begin(replay)
         held, self._held, has_lost = self._held, [], self._has_lost_held
         self._has_lost_held = False
-        for publication in held:
-            self.take(publication)
-        if has_lost:
+        for publication, began in held:
+            if not self._is_refuted(publication, read - began):
+                self._take(publication, began)
+        if has_lost or read < self.wanted_read:
             self.is_reading = True
         return broken
 
@@ -188,12 +215,22 @@ class Tail:
         held, self._held, self._has_lost_held = self._held, [], False
         if not held:
             return None
-        first = held[0]
+        first, _ = held[0]
         assert first.position is not None
         self._begin(Replay(Position(first.position.epoch, first.previous), (), first.previous))
-        for publication in held:
+        self.is_shrunk = True
+        for publication, _ in held:
             self.take(publication)
         return "unavailable"
+
+    def _is_refuted(self, publication: Publication, reads: int) -> bool:
+        # What came before a read began, and isn't in there: it is of a history that has ended, or forged. A broker may
+        # tell the nodes a little earlier than those who read.
+        position = publication.position
+        assert position is not None
+        if position.epoch != self.epoch:
+            return reads > 0
+        return reads > _MAX_READS and position.offset > self.top and publication.previous != self.top
 
     def _why_not(self, replay: Replay) -> Reason:
         return "too_many" if len(replay.publications) >= self.history.messages else "expired"
@@ -207,9 +244,9 @@ class Tail:
         self.bytes = sum(publication.message.size for publication in self._entries)
         self.delivered = self.top  # who is a member now has not missed what came before it was one
 
-    def _hold(self, publication: Publication) -> None:
+    def _hold(self, publication: Publication, reads: int) -> None:
         if len(self._held) < _MAX_HELD:
-            self._held.append(publication)
+            self._held.append((publication, reads))
         else:
             self._has_lost_held = True
 
@@ -267,6 +304,11 @@ class Tail:
             self.delivered = self.top  # the rest was no envelope
             return None
         return self._entries[index]
+
+    def first_after(self, offset: int) -> Publication | None:
+        """Return what came first after an offset, delivered or not; `None` if nothing did."""
+        index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
+        return self._entries[index] if index < len(self._entries) else None
 
     def has(self, offset: int, now: float) -> bool:
         """Tell whether everything after an offset is here, none of it too old; an offset that never was is not."""

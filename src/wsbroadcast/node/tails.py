@@ -7,7 +7,6 @@ import random
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from contextvars import Context
-from time import monotonic
 from typing import Protocol
 
 from wsbroadcast.audience import Audience
@@ -44,6 +43,10 @@ _LONGEST_PAUSE = 2.0
 _MAX_FAILURES = 4
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 class Deliverer(Protocol):
     """What the tails ask of their node."""
 
@@ -58,6 +61,12 @@ class Deliverer(Protocol):
 
     def delivered(self, audience: Audience) -> None:
         """A publication was handed over: who waits for that place goes on."""
+
+    def withheld(self, publication: Publication) -> None:
+        """A hook has failed: nobody gets a publication, and who knows where it is is told that it is past it."""
+
+    def arrived(self, audience: Audience) -> None:
+        """There is more in a tail: listeners may read on."""
 
     def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
         """Something is missing that can't be read any more; the tail has begun anew behind it.
@@ -126,6 +135,13 @@ class Tails:
         """Return the tail of an audience that has one here."""
         return self._tails.get(audience)
 
+    def is_due(self, publication: Publication) -> bool:
+        """Tell whether a publication may still be delivered: there was no break since it was taken."""
+        tail, position = self._tails.get(publication.audience), publication.position
+        if tail is None or position is None:
+            return True
+        return tail.epoch == position.epoch and tail.delivered < position.offset
+
     def is_in_flight(self, audience: Audience) -> bool:
         """Tell whether a publication is being delivered, so that it is settled already who gets it."""
         return audience in self._in_flight
@@ -169,6 +185,7 @@ class Tails:
             return
         taken = tail.take(publication)
         if taken is Taken.NEXT:
+            self._node.arrived(audience)
             if audience in self._running:
                 self._check_waiting(audience, tail)
             elif self._node.is_ready(publication):
@@ -183,17 +200,20 @@ class Tails:
         elif taken is Taken.SUSPECT:
             self._begin_reading(audience, tail)
 
-    async def deliver(self, publication: Publication) -> None:
-        """Deliver a publication of this node; return when the connections have it. Raises what a hook raises.
+    def waits(self, publication: Publication) -> bool:
+        """Tell whether a publication of this node that was taken is still to be delivered, and may be waited for.
 
-        Who is cancelled doesn't keep it from anybody: it is kept already. A hook that broadcasts to the audience that
-        it is asked about doesn't wait, because its own message goes first.
+        A hook that broadcasts to the audience that it is asked about doesn't wait, because its own message goes first.
         """
-        self.take(publication)
+        tail, offset = self._tails.get(publication.audience), publication.offset
+        return tail is not None and tail.delivered < offset <= tail.top and not is_delivering()
+
+    async def wait_delivered(self, publication: Publication) -> None:
+        """Return when the connections have a publication that `waits`; raises what a hook raises.
+
+        Who is cancelled doesn't keep it from anybody: it is kept already.
+        """
         audience, offset = publication.audience, publication.offset
-        tail = self._tails.get(audience)
-        if tail is None or tail.delivered >= offset or tail.top < offset or is_delivering():
-            return
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.setdefault(audience, {})[offset] = waiter
         await waiter
@@ -228,6 +248,8 @@ class Tails:
                 await self._node.deliver_paced(publication)
             except Exception as error:
                 failure = error
+                if self.is_due(publication):
+                    self._node.withheld(publication)
             finally:
                 self._in_flight.discard(audience)
         if tail.epoch == epoch:  # else there was a break meanwhile, and it has begun anew
@@ -282,17 +304,21 @@ class Tails:
             await before.attempted.wait()
         return True
 
-    async def read_on(self, audience: Audience, tail: Tail) -> None:
-        """Read what came since the top; return when that is done, or can't be done now."""
-        tail.is_reading = True
-        self._begin_reading(audience, tail)
-        await self.settled(audience)
+    async def read_on(self, audience: Audience, tail: Tail) -> bool:
+        """Read what came since the top; return when that is done, or can't be done now, and which."""
+        read = tail.want_read()
+        while tail.read < read and self._tails.get(audience) is tail:
+            tail.is_reading = True
+            self._begin_reading(audience, tail)
+            if not await self.settled(audience):
+                return False
+        return True
 
     def forgotten(self, audience: Audience) -> None:
         """Read the history of an audience anew, because it was removed; until then nobody is sent anything of it."""
         tail = self._tails.get(audience)
         if tail is not None:
-            tail.is_reading = True
+            tail.want_read()
             self._begin_reading(audience, tail)
 
     async def refill(self, audience: Audience, tail: Tail) -> None:
@@ -320,6 +346,8 @@ class Tails:
             while self._tails.get(audience) is tail and tail.is_reading:
                 reading.attempted.clear()
                 was_unknown = not tail.epoch
+                tail.reads += 1
+                number = tail.reads
                 try:
                     replay = await self._engine.read(audience, tail.position, tail.history)
                 except EngineError as error:
@@ -332,8 +360,9 @@ class Tails:
                 if self._tails.get(audience) is not tail:
                     return
                 failures, pause = 0, _FIRST_PAUSE
-                broken = tail.filled(replay)
-                seconds, tail.heard_at = monotonic() - tail.heard_at, monotonic()
+                broken = tail.filled(replay, number)
+                tail.read = number
+                seconds, tail.heard_at = _now() - tail.heard_at, _now()
                 if broken is not None:
                     self._break(audience, broken, seconds)
                 elif not was_unknown:
@@ -348,7 +377,7 @@ class Tails:
         if self._throttle.is_due("read"):
             logger.warning("what was missed of %s can't be read (%s); trying again", audience, error)
         if failures >= _MAX_FAILURES and (reason := tail.given_up()) is not None:
-            self._break(audience, reason, monotonic() - tail.heard_at)
+            self._break(audience, reason, _now() - tail.heard_at)
             self._go_on(audience, tail)
 
     async def _pause(self, reading: _Reading, seconds: float) -> None:
@@ -358,6 +387,7 @@ class Tails:
                 await reading.wanted.wait()
 
     def _go_on(self, audience: Audience, tail: Tail) -> None:
+        self._node.arrived(audience)
         if audience in self._running:
             return
         while (publication := tail.next()) is not None:
@@ -420,7 +450,7 @@ class Tails:
                 tail = self._tails.get(audience)
                 if tail is None or tail.is_reading:
                     continue
-                tail.heard_at = monotonic()
+                tail.heard_at = _now()
                 if position.epoch != tail.epoch or position.offset > tail.top:
                     tail.is_reading = True
                     self._begin_reading(audience, tail)
@@ -435,7 +465,7 @@ class Tails:
         self._shrink()
         if not self._tails:
             return
-        since = monotonic() - _QUIET_SECONDS
+        since = _now() - _QUIET_SECONDS
         quiet = [audience for audience, tail in self._tails.items() if tail.heard_at < since and not tail.is_reading]
         if quiet:
             self._tasks.spawn(self._look_in_peace(quiet), "history look")

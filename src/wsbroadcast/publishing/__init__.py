@@ -10,19 +10,40 @@ from functools import partial
 from typing import Any, Self, TypeVar, Unpack, overload
 from weakref import finalize
 
-from wsbroadcast.audience import UNSET, Unset, UserId, audiences_of, user_keys
+from wsbroadcast.audience import UNSET, Audience, Unset, UserId, audiences_of, user_keys
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import LoopThread, running_loop
 from wsbroadcast.engines import URL, create_engine
-from wsbroadcast.engines.contract import Engine, Health, publish_all_nowait, transactional
+from wsbroadcast.engines.contract import (
+    Engine,
+    Health,
+    KeepsHistory,
+    forget,
+    keeps_history,
+    position_of,
+    publish_all_nowait,
+    publish_in,
+    read_page,
+)
 from wsbroadcast.engines.memory import MemoryEngine
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
+from wsbroadcast.history import (
+    Appended,
+    Histories,
+    HistoryRules,
+    Page,
+    Since,
+    check_key,
+    kept_audience,
+    one_since,
+)
 from wsbroadcast.message import JSONDefault, Message, check_json_default
 from wsbroadcast.options import Limits, check_positive
 from wsbroadcast.publication import (
     NOBODY,
     Control,
     Dismissal,
+    Position,
     Publications,
     Receipt,
     Unsubscription,
@@ -35,6 +56,14 @@ from wsbroadcast.types import PublisherOptions, PublisherTransactionOptions, To,
 T = TypeVar("T")
 
 _LIMITS = Limits()
+
+
+_Publish = Callable[[Host], Coroutine[Any, Any, dict[Audience, Appended]]]
+
+
+def _receipt(appended: dict[Audience, Appended]) -> Receipt:
+    positions = {audience: each.position for audience, each in appended.items()}
+    return Receipt(0, positions, is_repeat=bool(appended) and all(each.is_repeat for each in appended.values()))
 
 
 def _abandon(states: dict[int, State]) -> None:
@@ -58,6 +87,8 @@ class Publisher:
         json_default: Called with what JSON doesn't know, such as an array of numpy; returns what is written instead.
         start_timeout: Seconds that a call waits for the first connection. It is an error of that call if none is there
             by then; the publisher goes on connecting.
+        history: What is kept, as the app's ConnectionManager has it. Without it the publisher learns at the broker what
+            an app has said there; messages that it publishes before any app has are not kept.
 
     Raises:
         ConfigurationError: If an option or the URL makes no sense, or the URL is `memory://`, which reaches only this
@@ -71,6 +102,7 @@ class Publisher:
         limits: Limits = _LIMITS,
         json_default: JSONDefault | None = None,
         start_timeout: float = 2.25,
+        history: Histories | None = None,
     ) -> None:
         if not isinstance(limits, Limits):
             raise ConfigurationError("limits is a Limits(…)")
@@ -83,6 +115,9 @@ class Publisher:
                 "memory:// reaches this process only, where a Publisher has no connections: give it, and the "
                 "ConnectionManager, the URL of a broker, such as redis://localhost"
             )
+        self._rules = None if history is None else HistoryRules(history)
+        if self._rules is not None or isinstance(self._engine, KeepsHistory):
+            keeps_history(self._engine).keep(self._rules, only_publishes=True)
         self._limits = limits
         self._start_timeout = start_timeout
         # By process id. A forked process neither uses what it inherits nor lets it be collected: a transport that is
@@ -119,6 +154,7 @@ class Publisher:
         exclude_users: Users = (),
         key: str | None = None,
         transaction: object = None,
+        idempotency_key: str | None = None,
     ) -> Receipt:
         """Send a message to every connection of an audience, on all nodes; to everyone if none is named.
 
@@ -135,6 +171,11 @@ class Publisher:
             key: What the message is the newest of, for slow consumers under the policy `conflate`.
             transaction: On Postgres, a database connection or session of yours: the message is sent when its
                 transaction commits, and never if it is rolled back.
+            idempotency_key: Names this message in each of its audiences, all of which have a history: if the call is
+                made again with the same key, because its outcome wasn't known, nobody gets the message twice.
+
+        Returns:
+            Receipt: Where the message is kept, if it is.
 
         Raises:
             EncodeError: If the message can't be sent as text, bytes or JSON; nobody gets it.
@@ -153,11 +194,11 @@ class Publisher:
         if transaction is not None:  # it belongs to this event loop, wherever our own connection is
             if self._state().is_closed:
                 raise LifecycleError(CLOSED)
-            for publication in publications:
-                await transactional(self._engine).publish_in(transaction, publication)
-        else:
-            await self._run(lambda host: host.publish(publications))
-        return Receipt(0)
+            if idempotency_key is not None:
+                check_key(idempotency_key, self._rules, (), transaction)
+            await publish_in(self._engine, transaction, publications, self._rules)
+            return Receipt(0)
+        return _receipt(await self._run(lambda host: host.publish(publications, idempotency_key)))
 
     @overload
     def broadcast_nowait(
@@ -200,7 +241,8 @@ class Publisher:
             raise LifecycleError("the publisher runs in another event loop, or a thread of its own: await `broadcast`")
         if host is None or not host.is_started:
             raise LifecycleError("the publisher isn't started in this event loop: await `start` or `broadcast` first")
-        publish_all_nowait(self._engine, publications)
+        rules = self._engine.rules if isinstance(self._engine, KeepsHistory) else None
+        publish_all_nowait(self._engine, publications, rules)
         return Receipt(0)
 
     @overload
@@ -236,8 +278,8 @@ class Publisher:
             LifecycleError: If the publisher is closed, or the call comes from the event loop that it runs in.
         """
         publications = self._publications(message, key, channel, user, channels, to, exclude_users)
-        self._run_threadsafe(lambda host: host.publish(publications), "broadcast_threadsafe", "broadcast")
-        return Receipt(0)
+        call: _Publish = partial(Host.publish, publications=publications)
+        return _receipt(self._run_threadsafe(call, "broadcast_threadsafe", "broadcast"))
 
     async def close_user(self, user: UserId, *, code: int = CloseCode.UNAUTHENTICATED, reason: str = "") -> Receipt:
         """Close every connection of a user, on all nodes; like `ConnectionManager.close_user`.
@@ -259,6 +301,52 @@ class Publisher:
             LifecycleError: If the publisher is closed.
         """
         return await self._control(Unsubscription.of_user(user, channels))
+
+    # What is kept.
+
+    async def position(
+        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
+    ) -> Position:
+        """Return where a channel, a user's messages or everyone's are now; like `ConnectionManager.position`.
+
+        Raises:
+            ConfigurationError: If it has no history.
+            EngineUnavailable: If the broker can't be asked.
+        """
+        audience = kept_audience(channel, user, everyone)
+        return await self._run(lambda host: host.ask(lambda engine, rules: position_of(engine, rules, audience)))
+
+    async def history(
+        self,
+        channel: str | Unset = UNSET,
+        *,
+        user: UserId | Unset = UNSET,
+        everyone: bool = False,
+        since: Since | str | None = None,
+        limit: int | None = None,
+    ) -> Page:
+        """Read what is kept of a channel, of a user's messages or everyone's; like `ConnectionManager.history`.
+
+        Raises:
+            ConfigurationError: If it has no history.
+            EngineUnavailable: If the broker can't be asked.
+        """
+        audience, after = kept_audience(channel, user, everyone), one_since(since)
+        return await self._run(
+            lambda host: host.ask(lambda engine, rules: read_page(engine, rules, audience, after, limit))
+        )
+
+    async def forget(
+        self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
+    ) -> None:
+        """Remove what is kept of a channel, of a user's messages or everyone's; like `ConnectionManager.forget`.
+
+        Raises:
+            ConfigurationError: If it has no history.
+            EngineUnavailable: If the broker can't be asked.
+        """
+        audience = kept_audience(channel, user, everyone)
+        await self._run(lambda host: host.ask(lambda engine, rules: forget(engine, rules, audience)))
 
     async def health(self) -> Health:
         """Tell whether messages reach the broker and come back."""

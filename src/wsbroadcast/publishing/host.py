@@ -13,9 +13,11 @@ from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
 
+from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import LoopEnded, LoopThread, Patience, running_loop
-from wsbroadcast.engines.contract import Engine, Health, publish_all
+from wsbroadcast.engines.contract import Engine, Health, KeepsHistory, publish_all
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError
+from wsbroadcast.history import Appended, HistoryRules, check_key
 from wsbroadcast.publication import Control, Gap, Publication
 
 T = TypeVar("T")
@@ -127,16 +129,42 @@ class Host:
         await self._engine.start(NullReceiver())
         self._has_started = True
 
-    async def publish(self, publications: Sequence[Publication | Control]) -> None:
-        """Start if necessary, and return once the engine has taken the publications.
+    async def publish(
+        self, publications: Sequence[Publication | Control], key: str | None = None
+    ) -> dict[Audience, Appended]:
+        """Start if necessary, and return once the engine has taken the publications, and where it keeps which.
 
         Raises:
             HasEnded: If the host has; nothing was sent.
             EngineError: If the broker doesn't take it; `EngineUnavailable` if to try again may help.
+            ConfigurationError: If there is a key for an audience of which nothing is kept.
+        """
+        rules = await self.rules()
+        if key is not None:
+            if rules is None and not (health := await self._engine.health()).is_ok:
+                raise EngineUnavailable(f"what is kept isn't known: {health.detail}; nothing was sent")
+            check_key(key, rules, [each.audience for each in publications])
+        return await publish_all(self._engine, publications, rules, key)
+
+    async def rules(self) -> HistoryRules | None:
+        """Start if necessary, and return what is kept, as far as it is known.
+
+        Raises:
+            HasEnded: If the host has.
+            EngineUnavailable: If the engine doesn't start so quickly.
         """
         if not (self.is_started or await self.start()):
             raise EngineUnavailable(f"the {self._engine.name} engine finds no broker so quickly; nothing was sent")
-        await publish_all(self._engine, publications)
+        return self._engine.rules if isinstance(self._engine, KeepsHistory) else None
+
+    async def ask(self, question: Callable[[Engine, HistoryRules | None], Coroutine[Any, Any, T]]) -> T:
+        """Start if necessary, and ask the engine something about what is kept.
+
+        Raises:
+            HasEnded: If the host has.
+            EngineUnavailable: If the broker can't be asked.
+        """
+        return await question(self._engine, await self.rules())
 
     async def health(self) -> Health:
         """Tell whether an echo comes back through the broker."""

@@ -4,9 +4,10 @@ import pytest
 
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in ("contract", "history", "nodes", "outages")))
 
+from wsbroadcast.testing.cluster import Cluster  # noqa: E402
 from wsbroadcast.testing.contract import EngineContract  # noqa: E402  # pytest wants to know before
 from wsbroadcast.testing.history import HistoryContract  # noqa: E402
 from wsbroadcast.testing.nodes import Node, Recorder  # noqa: E402
 from wsbroadcast.testing.outages import BrokerContract  # noqa: E402
 
-__all__ = ["BrokerContract", "EngineContract", "HistoryContract", "Node", "Recorder"]
+__all__ = ["BrokerContract", "Cluster", "EngineContract", "HistoryContract", "Node", "Recorder"]

@@ -298,7 +298,7 @@ class HistoryContract(Nodes):
             assert all(keeps_history(node.engine).rules == RULES for node in nodes)
             if not nodes[0].engine.links_nodes:
                 return
-            async with self.nodes() as others:
+            async with self.nodes(only_publish=True) as others:
                 assert keeps_history(others[0].engine).rules == RULES
                 appended = await append(others[0], "hello")
             for node in nodes:

@@ -168,14 +168,16 @@ class Nodes(ABC):
         """Return a new engine that isn't started; all that one test makes are linked by the same broker."""
 
     @asynccontextmanager
-    async def nodes(self, *audiences: Audience, rules: HistoryRules | None = None) -> AsyncIterator[list[Node]]:
-        """Run nodes that have joined these audiences, and keep what the rules say."""
+    async def nodes(
+        self, *audiences: Audience, rules: HistoryRules | None = None, only_publish: bool = False
+    ) -> AsyncIterator[list[Node]]:
+        """Run nodes that have joined these audiences, and keep what the rules say, or learn what others keep."""
         async with asyncio.timeout(12 * self.seconds), AsyncExitStack() as stack:
             nodes = []
             for _ in range(self.node_count):
                 node = Node(self.make_engine(), Recorder(), self.seconds)
-                if rules is not None:
-                    keeps_history(node.engine).keep(rules)
+                if rules is not None or only_publish:
+                    keeps_history(node.engine).keep(rules, only_publishes=only_publish)
                 await node.engine.start(node.recorder)
                 stack.push_async_callback(node.engine.aclose)
                 await node.join(*audiences)

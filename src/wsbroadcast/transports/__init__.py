@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from starlette.websockets import WebSocket
 
+from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL
+from wsbroadcast.delivery.backlog import Place
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.exceptions import ConnectionClosed
 
@@ -63,6 +65,9 @@ class Keeper(Protocol):
 
     def evict(self, connection: Any, cause: str) -> None:
         """The peer doesn't take what it is sent."""
+
+    def fall_back(self, connection: Any, audience: Audience, offset: int) -> bool:
+        """A connection has no room for what comes after a place; return whether it is sent that when it has."""
 
     def expire(self, connection: Any) -> None:
         """The moment has come at which the connection had to be renewed."""
@@ -160,6 +165,10 @@ class Ended:
 
     def evict(self, cause: str) -> None:
         """It is closed already."""
+
+    def fall_back(self, place: Place) -> bool:
+        """It is closed already."""
+        return False
 
     async def app_send(self, event: Event) -> None:
         """Nothing goes out any more."""

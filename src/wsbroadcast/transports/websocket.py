@@ -17,10 +17,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, fallback_codes, is_sendable
 from wsbroadcast.concurrency import Interruptible
+from wsbroadcast.delivery.backlog import Place
+from wsbroadcast.delivery.frames import unframed
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND, UvicornSink, find_protocol, find_transport
 from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
+from wsbroadcast.publication import Protocol as Speaks
+from wsbroadcast.publication import plain
 from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
 
 # Messages that hooks see, in the order in which they came.
@@ -184,6 +188,7 @@ class WebSocketTransport:
         websocket: The endpoint's, accepted.
         slow_consumers: Looks after what waits to be sent.
         keeper: Is told what happens.
+        speaks: What publications look like to its client.
     """
 
     __slots__ = (
@@ -199,14 +204,16 @@ class WebSocketTransport:
         "websocket",
     )
 
-    def __init__(self, websocket: WebSocket, slow_consumers: SlowConsumers, keeper: Keeper) -> None:
+    def __init__(
+        self, websocket: WebSocket, slow_consumers: SlowConsumers, keeper: Keeper, speaks: Speaks = plain
+    ) -> None:
         self.websocket = websocket
         self.keeper = keeper
         self.owner: Owner
         """The connection, from `attach` to `let_go`; then what is left of it."""
         self.context = copy_context()
         self.previous: object = websocket.scope.get(SCOPE_KEY)
-        self.sink, self.fast_path_refused = _make_sink(self, websocket, slow_consumers)
+        self.sink, self.fast_path_refused = _make_sink(self, websocket, slow_consumers, speaks)
         # Set by `attach`, where the WebSocket's `send` and `receive` were not simply its class's own.
         self._found: Found | None = None
         # Who is inside `receive`, the last first, to be interrupted when the connection ends by our side.
@@ -264,6 +271,10 @@ class WebSocketTransport:
     def evict(self, cause: str) -> None:
         """The sink found that the peer doesn't take what it is sent."""
         self.keeper.evict(self.owner, cause)
+
+    def fall_back(self, place: Place) -> bool:
+        """The sink found no room for a message from a history."""
+        return self.keeper.fall_back(self.owner, place.audience, place.previous)
 
     async def app_send(self, event: Event) -> None:
         """Send an event of the app the way it would have gone without the connection."""
@@ -408,12 +419,15 @@ class WebSocketTransport:
         return ConnectionClosed(code, reason)
 
 
-def _make_sink(transport: WebSocketTransport, websocket: WebSocket, slow_consumers: SlowConsumers) -> tuple[Sink, str]:
+def _make_sink(
+    transport: WebSocketTransport, websocket: WebSocket, slow_consumers: SlowConsumers, speaks: Speaks
+) -> tuple[Sink, str]:
+    form = unframed(speaks)
     if not is_untouched(websocket):
         # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
-        return Sink(transport, slow_consumers, websocket.send), "send is taken over"
+        return Sink(transport, slow_consumers, websocket.send, form=form), "send is taken over"
     if (own := own_send(websocket)) is not None:
-        return Sink(transport, slow_consumers, own), "send is taken over"
+        return Sink(transport, slow_consumers, own, form=form), "send is taken over"
     # Ours go to the server directly: Starlette's state then says only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
     shown = websocket.scope.get(SERVER_RECEIVE)
@@ -422,5 +436,6 @@ def _make_sink(transport: WebSocketTransport, websocket: WebSocket, slow_consume
     protocol, refused = find_protocol(receive, send if shown is None else websocket.scope.get(SERVER_SEND))
     if protocol is not None:
         is_read_directly = is_plain(websocket) and getattr(own_receive, "__self__", None) is protocol
-        return UvicornSink(transport, slow_consumers, send, protocol, is_read_directly=is_read_directly), ""
-    return Sink(transport, slow_consumers, send, find_transport(receive)), refused
+        sink = UvicornSink(transport, slow_consumers, send, protocol, speaks=speaks, is_read_directly=is_read_directly)
+        return sink, ""
+    return Sink(transport, slow_consumers, send, find_transport(receive), form), refused

@@ -140,7 +140,14 @@ class Access:
             async with core_of(manager).handshake(websocket):
                 identity = await self._admit(websocket, channel)
                 channels = () if channel is None else (channel,)
-                joining = partial(Joining.of, identity.user, channels, identity.info, expires_at=identity.expires_at)
+                joining = partial(
+                    Joining.of,
+                    identity.user,
+                    channels,
+                    identity.info,
+                    expires_at=identity.expires_at,
+                    since=None if channel is None else websocket.query_params.get("since"),
+                )
                 return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):
             raise

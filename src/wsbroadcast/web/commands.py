@@ -27,6 +27,7 @@ from wsbroadcast.exceptions import (
     ungrouped,
 )
 from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.message import Message
 from wsbroadcast.node.core import Core
 from wsbroadcast.web.access import Access
 
@@ -60,11 +61,16 @@ class Commands:
     everybody's right.
     """
 
-    def __init__(self, core: Core, access: Access, outage: Outage, *, include_sender: bool) -> None:
+    def __init__(
+        self, core: Core, access: Access, outage: Outage, *, include_sender: bool, may_publish: bool, may_roam: bool
+    ) -> None:
         self._core = core
         self._access = access
         self._outage = outage
         self._include_sender = include_sender
+        # Of clients that speak events: whether they publish, and whether that is to other channels than the path's.
+        self._may_publish = may_publish
+        self._may_roam = may_roam
 
     async def obey(self, connection: Connection, command: object) -> None:
         """Do what a client asks for, and answer.
@@ -77,6 +83,57 @@ class Commands:
         except Exception as error:
             answer = await self._answer_to(ungrouped(error, *_ANSWERED), connection)
         await connection.send(answer | _id_of(command))
+
+    async def obey_event(self, connection: Connection, command: object, path_channel: str | None) -> None:
+        """Do what a client asks for that speaks events, and answer.
+
+        Args:
+            connection: The client's.
+            command: What it has sent.
+            path_channel: The channel of the router's path.
+
+        Raises:
+            ConnectionClosed: If the connection has ended. A command that is denied may end it.
+        """
+        try:
+            answer = await self._run_event(connection, command, path_channel)
+        except Exception as error:
+            answer = await self._answer_to(ungrouped(error, *_ANSWERED), connection)
+        if answer is not None:
+            self._core.say(connection, Message.json(answer | _id_of(command)))
+
+    async def _run_event(self, connection: Connection, command: object, path_channel: str | None) -> Answer | None:
+        match command:
+            case {"type": "subscribe", "channel": str() as channel}:
+                since = command.get("since") if isinstance(command, dict) else None
+                if since is not None and not isinstance(since, str):
+                    return error_answer("invalid_command", "since is the text of a position, or last")
+                await self._subscribe_since(connection, check_channel(channel), since, _id_of(command).get("id"))
+                return None
+            case {"type": "publish", "channel": str() as channel, "data": data}:
+                name = check_channel(channel)
+                if not self._may_publish or (name != path_channel and not self._may_roam):
+                    raise PermissionDenied("not allowed")
+                await self._check_publish(connection, name)
+                message = Message.json(data)
+                exclude = () if self._include_sender else (connection,)
+                await self._core.broadcast(self._core.publications(message, name, exclude=exclude))
+                return {"type": "published", "channel": name}
+        return await self._run(connection, command)
+
+    async def _subscribe_since(self, connection: Connection, channel: str, since: str | None, id_: object) -> None:
+        if self._access._authorize is None and channel not in connection.channels:
+            raise PermissionDenied("not allowed")
+
+        async def check() -> None:
+            if self._access._authorize is not None:
+                await self._access._check(connection, "subscribe", channel)
+
+        await check()
+        try:
+            await self._core.subscribe_if(connection, channel, since, check, id_)
+        except ConfigurationError as error:  # the broker forbids us the name
+            raise EngineError(str(error)) from error
 
     async def _answer_to(self, error: Exception, connection: Connection) -> Answer:
         match error:
@@ -124,13 +181,16 @@ class Commands:
             raise
 
     async def _publish(self, connection: Connection, channel: str, data: object) -> None:
+        await self._check_publish(connection, channel)
+        exclude = () if self._include_sender else (connection,)
+        message = {"type": "message", "channel": channel, "data": data}
+        await self._core.broadcast(self._core.publications(message, channel, exclude=exclude))
+
+    async def _check_publish(self, connection: Connection, channel: str) -> None:
         if self._access._authorize is not None:
             await self._access._check(connection, "publish", channel)
         elif channel not in connection.channels:
             raise PermissionDenied("not allowed")
-        exclude = () if self._include_sender else (connection,)
-        message = {"type": "message", "channel": channel, "data": data}
-        await self._core.broadcast(self._core.publications(message, channel, exclude=exclude))
 
 
 def error_answer(code: str, text: str) -> Answer:

@@ -23,9 +23,11 @@ from wsbroadcast.exceptions import (
 )
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.message import Message
-from wsbroadcast.node.membership import ROUTER
+from wsbroadcast.node.membership import ROUTER, SPEAKS, SUBPROTOCOL
+from wsbroadcast.protocols import events
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
+from wsbroadcast.web.authentication import MAX_SUBPROTOCOLS
 from wsbroadcast.web.commands import Commands, Outage
 from wsbroadcast.web.path_channel import PathChannel, Place
 
@@ -78,7 +80,14 @@ class Endpoint:
         self._inbound = inbound
         self._accepts = accepts
         self._outage = Outage()
-        self._commands = Commands(self._core, access, self._outage, include_sender=include_sender)
+        self._commands = Commands(
+            self._core,
+            access,
+            self._outage,
+            include_sender=include_sender,
+            may_publish=inbound != "ignore",
+            may_roam=inbound == "commands",
+        )
         self._include_sender = include_sender
 
     async def open(self, websocket: WebSocket) -> None:
@@ -88,6 +97,9 @@ class Endpoint:
             if self._place is not None and name is not None:
                 self._place.see(websocket.scope, websocket.path_params)
             websocket.scope[ROUTER] = True
+            if events.SUBPROTOCOL in websocket.scope.get("subprotocols", ())[:MAX_SUBPROTOCOLS]:
+                websocket.scope[SUBPROTOCOL] = events.SUBPROTOCOL
+                websocket.scope[SPEAKS] = events.events
             connection = await self._access._connect(self.manager, websocket, name)
         except (ConnectionClosed, WebSocketException):
             return  # gone, or refused and told so
@@ -106,7 +118,10 @@ class Endpoint:
                 await connection.close(code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
 
     async def _serve(self, connection: Connection, name: str | None) -> None:
-        if self._inbound == "ignore":
+        if connection._sink.has_positions:
+            while True:
+                await self._commands.obey_event(connection, await connection.receive_json(), name)
+        elif self._inbound == "ignore":
             await connection.wait_closed()
         elif self._inbound == "commands":
             while True:

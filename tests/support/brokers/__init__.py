@@ -5,10 +5,10 @@ Use them with `with`: a broker answers inside, and is gone afterwards. What bloc
 """
 
 from tests.support.brokers.base import HOST, Broker, Endpoint, free_port
-from tests.support.brokers.nats import NATSServer
+from tests.support.brokers.nats import JetStreamServer, NATSServer, jetstream_cluster
 from tests.support.brokers.postgres import PostgresServer
 from tests.support.brokers.programs import BrokerMissing
-from tests.support.brokers.redis import RedisServer
+from tests.support.brokers.redis import RedisServer, ValkeyServer
 from tests.support.brokers.redis_groups import RedisSentinel, redis_cluster, redis_sentinel
 
 __all__ = [
@@ -16,11 +16,14 @@ __all__ = [
     "Broker",
     "BrokerMissing",
     "Endpoint",
+    "JetStreamServer",
     "NATSServer",
     "PostgresServer",
     "RedisSentinel",
     "RedisServer",
+    "ValkeyServer",
     "free_port",
+    "jetstream_cluster",
     "redis_cluster",
     "redis_sentinel",
 ]

@@ -1,4 +1,4 @@
-"""NATS, core only."""
+"""NATS, alone or with JetStream."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -67,3 +68,32 @@ class NATSServer(Broker):
             raise ConnectionError(f"expected INFO, got {line[:100]!r}")
         info: dict[str, Any] = json.loads(line.removeprefix(b"INFO "))
         return info
+
+
+class JetStreamServer(NATSServer):
+    """NATS with JetStream; what is in memory ends with the process, what is in files doesn't.
+
+    Args:
+        config: As for `NATSServer`.
+        limits: Settings of JetStream, such as `max_memory_store: 1MB`.
+    """
+
+    def __init__(self, *, config: str = "", limits: str = "") -> None:
+        super().__init__(config=config)
+        path = self.directory / "nats.conf"
+        store = json.dumps(str(self.directory / "jetstream"))
+        path.write_text(f"{path.read_text()}jetstream {{ store_dir: {store}\n{limits} }}\n")
+
+
+@contextmanager
+def jetstream_cluster() -> Iterator[list[JetStreamServer]]:
+    """Run three servers of one cluster that keep streams together; its leader may not be found yet."""
+    routes = [free_port() for _ in range(3)]
+    urls = ", ".join(json.dumps(f"nats://{HOST}:{port}") for port in routes)
+    with ExitStack() as stack:
+        servers = []
+        for number, port in enumerate(routes):
+            listen = json.dumps(f"{HOST}:{port}")
+            config = f"server_name: s{number}\ncluster {{ name: c, listen: {listen}, routes: [{urls}] }}"
+            servers.append(stack.enter_context(JetStreamServer(config=config)))
+        yield servers

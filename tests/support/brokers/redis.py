@@ -39,7 +39,7 @@ class RedisServer(Broker):
         tls: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
-        self._program = programs.redis_server_with_tls() if tls else programs.redis_server()
+        self._program = programs.redis_server_with_tls() if tls else self._find()
         self._secret = f":{quote(password, safe='')}@" if password else ""
         super().__init__(f"{'rediss' if tls else 'redis'}://{self._secret}{HOST}:{free_port()}/0")
         self._password = password
@@ -50,6 +50,9 @@ class RedisServer(Broker):
         lines = [f"{name} {value}" for name, value in (self._settings(tls) | dict(config or {})).items()]
         lines += [f"user {line}" for line in users]
         (self.directory / "redis.conf").write_text("\n".join(lines) + "\n")
+
+    def _find(self) -> Path:
+        return programs.redis_server()
 
     @property
     def unix_url(self) -> str:
@@ -114,6 +117,13 @@ class RedisServer(Broker):
         never = Retry(NoBackoff(), 0)
         with redis.Redis.from_url(self.unix_url, decode_responses=True, socket_timeout=5, retry=never) as client:
             return client.execute_command(*parts)
+
+
+class ValkeyServer(RedisServer):
+    """Valkey, where there is a Redis too."""
+
+    def _find(self) -> Path:
+        return programs.valkey_server()
 
 
 @cache

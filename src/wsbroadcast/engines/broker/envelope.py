@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from time import monotonic
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json
@@ -128,7 +127,7 @@ def decode(envelope: bytes, audience: Audience, max_bytes: int) -> tuple[Publica
     if plain is not None and len(envelope) - plain.end() <= max_bytes:
         publication = Publication(_message(envelope[plain.end() :], "json" if plain[3] else "text", None), audience)
         if plain[4] is not None:
-            publication.place(Position(plain[4].decode(), int(plain[5])), int(plain[6]), monotonic())
+            publication.place(Position(plain[4].decode(), int(plain[5])), int(plain[6]))
         return publication, Origin(plain[1].decode(), int(plain[2]))
     if len(envelope) > max_bytes + MAX_HEADER_BYTES:
         raise BadEnvelope("too_large")
@@ -177,7 +176,7 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
             audiences=_audiences(header.get("audiences", [])),
         )
         if "epoch" in header:
-            publication.place(*_place(header), monotonic())
+            publication.place(*_place(header))
         return publication
     if kind == "unsubscribe":
         return Unsubscription(audience, _channels(header.get("channels")))

@@ -27,14 +27,15 @@ class KeepingEngine(BrokerEngine):
     """An engine whose broker keeps what is published; its links are `KeepingLink`s, made with `rules`."""
 
     _rules: HistoryRules | None = None
+    _only_publishes = False
 
     @abstractmethod
     def new_link(self) -> KeepingLink:
         """Make a link that isn't open yet."""
 
-    def keep(self, rules: HistoryRules | None) -> None:
+    def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
         """Say what is kept, before `start`."""
-        self._rules = rules
+        self._rules, self._only_publishes = rules, only_publishes
 
     @property
     def rules(self) -> HistoryRules | None:

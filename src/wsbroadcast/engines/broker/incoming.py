@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from time import monotonic
 
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.envelope import BadEnvelope, Origin, decode
 from wsbroadcast.engines.broker.health import LinkHealth
 from wsbroadcast.engines.broker.interest import Interest
-from wsbroadcast.engines.broker.link import Place, Stretch
+from wsbroadcast.engines.broker.link import NOWHERE, Place, Stretch
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.contract import Receiver
@@ -103,7 +102,7 @@ class Incoming:
             return
         try:
             publication, origin = decode(envelope, audience, self._max_message_bytes)
-            is_kept = isinstance(publication, Publication) and _is_placed(publication, place)
+            is_kept = isinstance(publication, Publication) and self._is_placed(publication, place)
             if origin is not None:
                 if self._outgoing.is_forged(origin):
                     raise BadEnvelope("forged")
@@ -115,13 +114,20 @@ class Incoming:
         else:
             self._receiver.take(publication)
 
+    def _is_placed(self, publication: Publication, place: Place | None) -> bool:
+        if place is NOWHERE:
+            publication.position = None
+        elif place is not None:
+            publication.place(place.position, place.previous)
+        publication.kept_at = self._loop.time()
+        return publication.position is not None
+
     def replay(self, audience: Audience, stretch: Stretch, history: History) -> Replay:
         """Read a stretch of what a broker has kept; what is no good envelope is left out, as it was when it came."""
-        name, now, epoch = self._names.of(audience), monotonic(), stretch.top.epoch
+        name, now, epoch = self._names.of(audience), self._loop.time(), stretch.top.epoch
         publications: list[Publication] = []
         base = previous = stretch.base
         for entry in stretch.entries:
-            previous = previous if entry.previous is None else entry.previous
             if entry.age > history.seconds:
                 base = max(base, entry.offset)
                 publications.clear()
@@ -130,7 +136,8 @@ class Incoming:
                     publication, _ = decode(entry.envelope, audience, self._max_message_bytes)
                     if not isinstance(publication, Publication):
                         raise BadEnvelope("schema")
-                    publication.place(Position(epoch, entry.offset), previous, now - entry.age)
+                    before = previous if entry.previous is None else entry.previous
+                    publication.place(Position(epoch, entry.offset), before, now - entry.age)
                     publications.append(publication)
                 except BadEnvelope as bad:
                     self._drop(str(bad), name, len(entry.envelope))
@@ -155,9 +162,3 @@ class Incoming:
         self._counters.bad_envelopes[reason] += 1
         if self._throttle.is_due("bad envelope"):  # a broken publisher usually sends many
             logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)
-
-
-def _is_placed(publication: Publication, place: Place | None) -> bool:
-    if place is not None:
-        publication.place(place.position, place.previous, monotonic())
-    return publication.position is not None

@@ -9,7 +9,7 @@ import struct
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.publication import Position
@@ -71,18 +71,21 @@ class Place(NamedTuple):
     """The offset of the one before it; 0 if there was none."""
 
 
+NOWHERE: Final = Place(Position("", 0), 0)
+"""The place of what isn't kept, where a broker says beside each envelope what is: its header isn't believed then."""
+
+
 class Entry(NamedTuple):
     """An envelope as a broker has kept it."""
 
     envelope: bytes
     """As it was published."""
     offset: int
-    """Its place; that of the envelope before it is the offset of the entry before, or known by `Stretch.base`, unless
-    `previous` says it."""
+    """Its place; that of the envelope before it is the offset of the entry before, or known by `Stretch.base`."""
     age: float
     """How many seconds ago it was kept, by the broker's clock."""
     previous: int | None = None
-    """The offset of the one before it, if the broker says it: that one may not be among the entries."""
+    """The offset of the envelope before it, if that may be missing among the entries."""
 
 
 class Stretch(NamedTuple):
@@ -105,7 +108,8 @@ class Inlet(Protocol):
         Args:
             name: Under which it came.
             envelope: The envelope.
-            place: Where it was kept, if the broker says that beside it; else it may stand in the envelope.
+            place: Where it was kept, if the broker says that beside it, or `NOWHERE`; else it may stand in the
+                envelope.
         """
 
     def missed(self, why: str, since: float | None = None) -> None:
@@ -197,12 +201,17 @@ class KeepingLink(Link):
     with what to do, if rules were given and the broker can't keep anything.
 
     Args:
-        rules: What is kept; `None` for a node that only publishes, or keeps nothing.
+        rules: What is kept; `None` if that isn't known, or nothing is.
+        only_publishes: Whether nobody receives anything here.
     """
 
-    def __init__(self, rules: HistoryRules | None) -> None:
+    def __init__(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
         self.rules = rules
-        """What is kept. `open` writes it down at the broker; without it `open` reads what others have written."""
+        """What is kept. `open` fills it in if it `learns`."""
+        self.writes = rules is not None and not only_publishes
+        """Whether `open` writes the rules down at the broker."""
+        self.learns = rules is None and only_publishes
+        """Whether `open` reads the rules that others have written."""
 
     @abstractmethod
     async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:

@@ -12,10 +12,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import iscoroutinefunction
 from typing import Any
 
-from wsbroadcast.engines.broker.link import Host, Inlet, Link, Parcel, reset
-from wsbroadcast.engines.nats.protocol import PING, PONG, REFUSAL, Reader, pub, sub, unsub
+from wsbroadcast.engines.broker.link import (
+    NOWHERE,
+    Host,
+    Inlet,
+    KeepingLink,
+    KeptParcel,
+    Parcel,
+    Place,
+    Stretch,
+    reset,
+)
+from wsbroadcast.engines.nats.history import Log
+from wsbroadcast.engines.nats.protocol import PING, PONG, REFUSAL, Answer, OnMessage, Reader, pub, sub, unsub
 from wsbroadcast.engines.nats.target import Target
+from wsbroadcast.engines.nats.upkeep import Keeping
 from wsbroadcast.exceptions import ConfigurationError, MessageTooLarge, MissingDependency
+from wsbroadcast.history import Appended, History
+from wsbroadcast.publication import Position
 
 # What a server refuses without closing the connection.
 _DENIED = re.compile(r"-ERR 'Permissions Violation for (Publish|Subscription) to \"([^\"]+)\"")
@@ -29,14 +43,14 @@ class Conversation(asyncio.Protocol):
 
     Args:
         transport: Where we are let in.
-        on_message: Called with the id of a subscription and a payload.
+        on_message: Called with a message, as `Reader` does.
         on_line: Called with a line that is neither.
     """
 
     def __init__(
         self,
         transport: asyncio.WriteTransport,
-        on_message: Callable[[bytes, bytes], None],
+        on_message: OnMessage,
         on_line: Callable[[str], None],
     ) -> None:
         self._transport = transport
@@ -47,6 +61,16 @@ class Conversation(asyncio.Protocol):
         self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """Done when the connection is lost; the result is why."""
         transport.set_protocol(self)
+
+    def send(self, commands: Iterable[bytes]) -> None:
+        """Send commands that are answered some other way.
+
+        Raises:
+            Exception: Why the connection is lost.
+        """
+        if self.lost.done():
+            raise self.lost.result()
+        self._transport.write(b"".join(commands))
 
     async def confirmed(self, commands: Iterable[bytes]) -> None:
         """Send commands and return when the server has processed them all.
@@ -96,7 +120,7 @@ class Conversation(asyncio.Protocol):
             self._on_line(line.decode(errors="replace"))
 
 
-class NATSLink(Link):
+class NATSLink(KeepingLink):
     """One connection for both directions, to one of the servers.
 
     Nothing waits in it: what is published is written at once, what arrives is handed over at once, in the order of the
@@ -107,9 +131,13 @@ class NATSLink(Link):
     Args:
         target: The servers, and how to get in.
         connect_timeout: Seconds that `open` is given.
+        keeping: How the engine keeps; `None` if it has nothing to do with histories.
     """
 
-    def __init__(self, target: Target, connect_timeout: float) -> None:
+    def __init__(self, target: Target, connect_timeout: float, keeping: Keeping | None = None) -> None:
+        super().__init__(None if keeping is None else keeping.rules)
+        self._keeping = keeping
+        self._log: Log | None = None
         self._target = target
         self._connect_timeout = connect_timeout
         self._login: Login | None = None
@@ -119,7 +147,7 @@ class NATSLink(Link):
         self._talk: Conversation | None = None
         self._inlet: Inlet | None = None
         # What arrived before there was an inlet.
-        self._early: list[Parcel] = []
+        self._early: list[tuple[str, bytes, Place]] = []
         # A subscription is a number on the wire, never used twice: what is on its way when it ends finds no name.
         self._sids: dict[str, bytes] = {}
         self._names: dict[bytes, str] = {}
@@ -158,15 +186,22 @@ class NATSLink(Link):
         self._note(login.info)
         self._talk.data_received(read)
         await self._talk.confirmed(())  # it is really we who read and write now
+        if self._keeping is not None:
+            self._log = Log(self._keeping, self._talk, lambda name: self._denial("publish", name))
+            await self._log.open(login.info.get("version"))
+            self.rules = self.rules or self._keeping.learned
 
     async def read(self, inlet: Inlet) -> None:
         """Hand what arrives to the inlet until the connection is lost."""
         talk = self._opened()
         self._inlet = inlet
         early, self._early = self._early, []
-        for parcel in early:
-            inlet.take(*parcel)
-        await asyncio.wait([talk.lost])
+        for each in early:
+            inlet.take(*each)
+        if self._log is None:
+            await asyncio.wait([talk.lost])
+        else:
+            await self._log.watch(inlet)
         raise talk.lost.result()
 
     async def subscribe(self, names: Sequence[str]) -> None:
@@ -191,13 +226,15 @@ class NATSLink(Link):
             del self._names[sid]
         await self._opened().confirmed(map(unsub, sids))
 
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
         """Publish in this order, in one write; returns once the server has taken them.
 
         Returns:
-            For each parcel what the server refused it with, or `None`.
+            For each parcel what the server refused it with, where it is kept, or `None`.
         """
         limit = self.max_envelope_bytes
+        if self._log is not None and any(isinstance(parcel, KeptParcel) for parcel in parcels):
+            return await self._publish_kept(self._log, parcels)
         denied = await self._ask("Publish", [pub(*parcel) for parcel in parcels if len(parcel.envelope) <= limit])
         return [
             MessageTooLarge(len(envelope), limit)
@@ -205,6 +242,30 @@ class NATSLink(Link):
             else (self._denial("publish", name) if name in denied else None)
             for name, envelope in parcels
         ]
+
+    async def _publish_kept(self, log: Log, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
+        denied: set[str] = set()
+
+        async def ask(commands: Iterable[bytes]) -> None:
+            denied.update(await self._ask("Publish", commands))
+
+        results = await log.publish(parcels, self.max_envelope_bytes, ask)
+        return [
+            self._denial("publish", name) if result is None and name in denied else result
+            for (name, _), result in zip(parcels, results, strict=True)
+        ]
+
+    async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
+        """Read what JetStream has kept under a name."""
+        return await self._kept().read_kept(name, since, history)
+
+    async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
+        """Read the newest position under each name; for 500 names it is one question, and all go out one by one."""
+        return await self._kept().read_positions(names, self.max_envelope_bytes)
+
+    async def forget(self, name: str) -> None:
+        """Remove what JetStream has kept under a name; the epoch of this name changes."""
+        await self._kept().forget(name)
 
     async def read_limits(self) -> None:
         """Ask the server what it takes, over another connection: it tells nobody that `max_payload` was changed."""
@@ -234,6 +295,11 @@ class NATSLink(Link):
             raise ConnectionError("the connection isn't open")
         return self._talk
 
+    def _kept(self) -> Log:
+        if self._log is None:
+            raise ConfigurationError("the NATS engine wasn't told that there are histories: call keep() before start()")
+        return self._log
+
     async def _ask(self, what: str, commands: Iterable[bytes]) -> set[str]:
         # A server complains before it answers the PING.
         denied = self._denied[what] = set[str]()
@@ -243,19 +309,24 @@ class NATSLink(Link):
             del self._denied[what]
         return denied
 
-    def _take(self, sid: bytes, envelope: bytes) -> None:
-        name = self._names.get(sid)
+    def _take(self, words: list[bytes], envelope: bytes, headers: bytes) -> None:
+        name = self._names.get(words[2])
         if name is None:
+            if self._log is not None:
+                self._log.hear(words[1], words[2], Answer(envelope, headers))
             return
+        place = self._log.place(name, headers) if headers and self._log is not None else NOWHERE
         if self._inlet is None:
-            self._early.append(Parcel(name, envelope))
+            self._early.append((name, envelope, place))
         else:
-            self._inlet.take(name, envelope)
+            self._inlet.take(name, envelope, place)
 
     def _hear(self, line: str) -> None:
         if line.startswith("INFO "):
             self._note(json.loads(line.removeprefix("INFO ")))
-        elif (match := _DENIED.match(line)) and match[1] in self._denied:
+        elif (match := _DENIED.match(line)) and self._log is not None and self._log.deny(match[2]):
+            pass
+        elif match and match[1] in self._denied:
             self._denied[match[1]].add(match[2])
         elif line.startswith("-ERR"):
             kind = ConfigurationError if match or REFUSAL.search(line) else ConnectionError
@@ -272,6 +343,8 @@ class NATSLink(Link):
 
     def _denial(self, verb: str, name: str) -> ConfigurationError:
         where, pattern = self._target.address, f"{name.partition('.')[0]}.>"
+        if self._keeping is not None and name.startswith("$JS."):
+            return self._keeping.stream.denial(f"nats at {where}", self._target.who, name)
         return ConfigurationError(
             f"nats at {where} doesn't let {self._target.who} {verb} to {name!r:.120}: grant {verb} on {pattern!r}"
         )

@@ -6,7 +6,10 @@ https://docs.nats.io/reference/reference-protocols/nats-protocol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import NamedTuple
 
 PING = b"PING\r\n"
 PONG = b"PONG\r\n"
@@ -25,6 +28,23 @@ def pub(name: str, payload: bytes) -> bytes:
     return b"PUB %b %d\r\n%b\r\n" % (name.encode(), len(payload), payload)
 
 
+def request(name: str, reply: bytes, payload: bytes) -> bytes:
+    """Return the command that publishes a payload, and says where to answer."""
+    return b"PUB %b %b %d\r\n%b\r\n" % (name.encode(), reply, len(payload), payload)
+
+
+def head_of(headers: Mapping[str, str]) -> bytes:
+    """Return headers as they stand before a payload."""
+    lines = "".join(f"{header}: {value}\r\n" for header, value in headers.items())
+    return b"NATS/1.0\r\n%b\r\n" % lines.encode()
+
+
+def request_with(name: str, reply: bytes, head: bytes, payload: bytes) -> bytes:
+    """Return the command that publishes a payload with headers; with an empty `reply` nobody answers."""
+    where = b"%b %b" % (name.encode(), reply)
+    return b"HPUB %b %d %d\r\n%b%b\r\n" % (where, len(head), len(head) + len(payload), head, payload)
+
+
 def sub(name: str, sid: bytes) -> bytes:
     """Return the command that begins a subscription, to which every message of it will refer."""
     return b"SUB %b %b\r\n" % (name.encode(), sid)
@@ -35,15 +55,20 @@ def unsub(sid: bytes) -> bytes:
     return b"UNSUB %b\r\n" % sid
 
 
+OnMessage = Callable[[list[bytes], bytes, bytes], None]
+"""What is called with a message."""
+
+
 class Reader:
     """Makes messages and lines of what arrives, however it is cut.
 
     Args:
-        on_message: Called with the id of the subscription and the payload; headers are left out.
+        on_message: Called with the words of its first line, the payload, and the headers as they are, empty without
+            any. Of the words the second is the name, the third the id of the subscription.
         on_line: Called with any other line, without its end.
     """
 
-    def __init__(self, on_message: Callable[[bytes, bytes], None], on_line: Callable[[bytes], None]) -> None:
+    def __init__(self, on_message: OnMessage, on_line: Callable[[bytes], None]) -> None:
         self._on_message = on_message
         self._on_line = on_line
         # The beginning of what isn't complete, and how long it has to become before another look is worthwhile.
@@ -85,8 +110,133 @@ class Reader:
             if len(data) < stop + 2:
                 self._needed = stop + 2 - start
                 break
+            headers = b""
             if words[0] == b"HMSG":
-                payload += int(words[-2])
-            self._on_message(words[2], data[payload:stop])
+                headers = data[payload : (payload := payload + int(words[-2]))]
+            self._on_message(words, data[payload:stop], headers)
             start = stop + 2
         return start
+
+
+# What JetStream says of a message that it keeps.
+# https://docs.nats.io/nats-concepts/jetstream/headers
+
+
+# The first line that a stream writes, behind the headers of who has published: those may say anything.
+_STREAM = b"\r\nNats-Stream: "
+_SEQUENCE = re.compile(rb"\r\nNats-Sequence: ([0-9]{1,18})\r\n")
+_LAST_SEQUENCE = re.compile(rb"\r\nNats-Last-Sequence: ([0-9]{1,18})\r\n")
+_SUBJECT = re.compile(rb"\r\nNats-Subject: ([^\r\n]+)\r\n")
+_TIME = re.compile(rb"\r\nNats-Time-Stamp: ([0-9TZ:.+-]{1,40})\r\n")
+_PENDING = re.compile(rb"\r\nNats-Num-Pending: ([0-9]{1,18})\r\n")
+_UP_TO = re.compile(rb"\r\nNats-UpTo-Sequence: ([0-9]{1,18})\r\n")
+_MOMENT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z")
+
+
+class Record(NamedTuple):
+    """A message that a stream keeps."""
+
+    sequence: int
+    time: int
+    """In nanoseconds since 1970."""
+    payload: bytes
+
+
+class Answer(NamedTuple):
+    """A message that answers a question, or one of several."""
+
+    payload: bytes
+    headers: bytes
+
+    @property
+    def status(self) -> int:
+        """What it says instead of a message: 204 for the end, 404, 503; 0 if it is a message."""
+        if not self.headers.startswith(b"NATS/1.0 "):
+            return 0
+        return int(status) if (status := self.headers[9:12]).isdigit() else 0
+
+    @property
+    def sequence(self) -> int:
+        """Its number in the stream; 0 if it has none."""
+        return _number(_SEQUENCE, self.headers)
+
+    @property
+    def subject(self) -> str:
+        """Under which name the stream keeps it; empty if it doesn't say."""
+        found = _find(_SUBJECT, self.headers)
+        return "" if found is None else found[1].decode(errors="replace")
+
+    @property
+    def time(self) -> int:
+        """When the stream took it, in nanoseconds since 1970; 0 if it doesn't say."""
+        found = _find(_TIME, self.headers)
+        return 0 if found is None else nanoseconds(found[1].decode())
+
+    @property
+    def record(self) -> Record:
+        """It as the message that the stream keeps."""
+        return Record(self.sequence, self.time, self.payload)
+
+    @property
+    def pending(self) -> int:
+        """How many there are after it."""
+        return _number(_PENDING, self.headers)
+
+    @property
+    def last(self) -> int:
+        """The number of the last one that was sent, at the end of several."""
+        return _number(_LAST_SEQUENCE, self.headers)
+
+    @property
+    def up_to(self) -> int:
+        """The newest number that the server knew that answered; 0 if it doesn't say."""
+        return _number(_UP_TO, self.headers)
+
+
+def chain(headers: bytes, stream: bytes = _STREAM) -> tuple[int, int] | None:
+    """Return the numbers of a message and of the one before it under its name; `None` if they make no sense.
+
+    Args:
+        headers: The headers.
+        stream: The line that names the stream which must have written them.
+    """
+    start = headers.rfind(stream)
+    if start < 0:
+        return None
+    sequence, last = _SEQUENCE.search(headers, start), _LAST_SEQUENCE.search(headers, start)
+    if sequence is None or last is None:
+        return None
+    offset, previous = int(sequence[1]), int(last[1])
+    return (offset, previous) if previous < offset else None
+
+
+def nanoseconds(moment: str) -> int:
+    """Read a moment as Go writes it; 0 if it is none."""
+    found = _MOMENT.fullmatch(moment)
+    if found is None:
+        return 0
+    try:
+        seconds = _seconds(found[1])
+    except ValueError:
+        return 0
+    return seconds * 10**9 + int((found[2] or "").ljust(9, "0"))
+
+
+@lru_cache(maxsize=1024)  # what is read at once was taken in a few seconds
+def _seconds(moment: str) -> int:
+    return int(datetime.fromisoformat(f"{moment}+00:00").timestamp())
+
+
+def moment_of(nanoseconds: int) -> str:
+    """Write a moment so that Go reads it."""
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+
+
+def _number(pattern: re.Pattern[bytes], headers: bytes) -> int:
+    found = _find(pattern, headers)
+    return 0 if found is None else int(found[1])
+
+
+def _find(pattern: re.Pattern[bytes], headers: bytes) -> re.Match[bytes] | None:
+    return pattern.search(headers, max(0, headers.rfind(_STREAM)))

@@ -97,7 +97,16 @@ class PostgresEngine(KeepingEngine):
         """Make a link that isn't open yet."""
         connect = partial(self._target.connect, next(self._turns))
         where = f"postgres at {self.address}"
-        return PostgresLink(connect, self._prefix, self._table, where, self._timing, self._history, self._rules)
+        return PostgresLink(
+            connect,
+            self._prefix,
+            self._table,
+            where,
+            self._timing,
+            self._history,
+            self._rules,
+            only_publishes=self._only_publishes,
+        )
 
     @property
     def history_sql(self) -> str:

@@ -165,7 +165,14 @@ class Keeper:
         self._trimmed = ""
 
     async def open(
-        self, connection: Connection, role: str, rules: HistoryRules | None, is_made: bool, seconds: float
+        self,
+        connection: Connection,
+        role: str,
+        rules: HistoryRules | None,
+        seconds: float,
+        *,
+        is_made: bool,
+        writes: bool,
     ) -> HistoryRules | None:
         """Use this connection; make the tables if rules are given, and return the rules that hold.
 
@@ -173,8 +180,9 @@ class Keeper:
             connection: The one that publishes.
             role: Ours, as SQL has it.
             rules: What is kept, if it is known here.
-            is_made: Whether the tables are there.
             seconds: How long a statement may wait for a lock.
+            is_made: Whether the tables are there.
+            writes: Whether the rules are written down.
 
         Raises:
             ConfigurationError: If the server is too old, or our role may not.
@@ -183,7 +191,7 @@ class Keeper:
         try:
             if not is_made:
                 await self._make()
-            before, is_permitted = await self._write(rules, seconds)
+            before, is_permitted = await self._write(rules if writes else None, seconds)
         except PostgresError as error:
             if not is_forbidden(error):
                 raise
@@ -193,7 +201,7 @@ class Keeper:
             raise self._not_permitted(f"{role} may not use its tables", self._tables.grant_sql.format(role=role))
         if before is not None and rules is None:
             return HistoryRules.from_json(before.encode())
-        if before is not None and rules is not None:
+        if before is not None and rules is not None and writes:
             self._tables.compare(rules, before, self._where)
         return rules
 

@@ -60,7 +60,8 @@ class PostgresLink(KeepingLink):
         where: The engine and its broker's address, for logs and errors.
         timing: How long to wait for Postgres.
         history: Where is kept what is kept.
-        rules: What is kept; `None` for a node that only publishes, or keeps nothing.
+        rules: What is kept; `None` if that isn't known, or nothing is.
+        only_publishes: Whether nobody receives anything here.
     """
 
     max_envelope_bytes = MAX_ENVELOPE_BYTES
@@ -74,8 +75,10 @@ class PostgresLink(KeepingLink):
         timing: Timing,
         history: HistoryTables,
         rules: HistoryRules | None = None,
+        *,
+        only_publishes: bool = False,
     ) -> None:
-        super().__init__(rules)
+        super().__init__(rules, only_publishes=only_publishes)
         self._timing = timing
         self._connect = connect
         self._prefix = prefix
@@ -111,7 +114,7 @@ class PostgresLink(KeepingLink):
         (listening, pid), (publishing, _) = opened  # type: ignore[misc]  # no exception is left
         self._notifier.open(publishing, role=self._role, takes_unicode=self.takes_unicode)
         await self._listener.open(listening)
-        if self.rules is not None or self.is_kept:
+        if self.rules is not None or (self.learns and self.is_kept):
             await self._open_history(listening, publishing)
         await self._check_round_trip(listening, is_pooled=pid != listening.get_server_pid())
         self.is_open = True
@@ -135,7 +138,9 @@ class PostgresLink(KeepingLink):
     async def _open_history(self, listening: Connection, publishing: Connection) -> None:
         self._reader.open(listening)
         seconds = self._timing.request_timeout * _LOCK_PART
-        self.rules = await self._keeper.open(publishing, self._role, self.rules, self.is_kept, seconds)
+        self.rules = await self._keeper.open(
+            publishing, self._role, self.rules, seconds, is_made=self.is_kept, writes=self.writes
+        )
         self.is_kept = True
         self._notifier.keep(self._keeper)
 
@@ -330,10 +335,10 @@ class Listener:
             del self._held_back[name]
 
     async def _read_row(self, note: Note, since: float, inlet: Inlet) -> bytes | None:
-        sql: str = self._table.read_sql
-        where: tuple[object, ...] = (note.row,)
-        if note.place is not None:
-            sql, where = self._history.row_sql, note.place.position
+        sql: str = self._history.row_sql
+        where: tuple[object, ...] = note.place.position
+        if note.row is not None:
+            sql, where = self._table.read_sql, (note.row,)
         try:
             async with self.lock:
                 found = await self._connection.fetchrow(sql, *where, MAX_ENVELOPE_BYTES)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 from zlib import crc32
 
-from wsbroadcast.engines.broker.link import Parcel, Place, reset
+from wsbroadcast.engines.broker.link import NOWHERE, Parcel, Place, reset
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MissingDependency
 from wsbroadcast.publication import EPOCH, MAX_OFFSET, Position
 
@@ -46,7 +46,7 @@ class Note(NamedTuple):
     """`None` if it was too large for a notification: then it is in a table."""
     row: UUID | None = None
     """Where in the table for large envelopes; `None` if it is kept."""
-    place: Place | None = None
+    place: Place = NOWHERE
     """Where it is kept, if it is."""
 
 
@@ -113,7 +113,7 @@ def unpack(payload: str) -> Note:
     name, _, rest = payload.partition(" ")
     form, _, body = rest.partition(" ")
     kind, _, number = form.partition(":")
-    place = _place(number) if ":" in number else None
+    place = _place(number) if ":" in number else NOWHERE
     match kind:
         case "text":
             return Note(name, body.encode(), None, place)
@@ -121,7 +121,7 @@ def unpack(payload: str) -> Note:
             return Note(name, b64decode(body, validate=True), None, place)
         case "table":
             return Note(name, None, UUID(hex=body))
-        case "row" if place is not None:
+        case "row" if place is not NOWHERE:
             return Note(name, None, None, place)
     raise ValueError("neither text nor base64 nor in a table")
 

@@ -6,10 +6,12 @@ from typing import Any, Self
 from urllib.parse import unquote
 
 from wsbroadcast.engines import URL
-from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, BrokerEngine, truth
+from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, truth
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES
-from wsbroadcast.engines.broker.link import Link
+from wsbroadcast.engines.broker.history import KeepingEngine
+from wsbroadcast.engines.broker.link import KeepingLink
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
+from wsbroadcast.engines.redis.history import Written
 from wsbroadcast.engines.redis.link import ClusterLink, ServerLink
 from wsbroadcast.engines.redis.options import split_url, target_from_client, target_from_url
 from wsbroadcast.exceptions import ConfigurationError
@@ -17,15 +19,16 @@ from wsbroadcast.options import Timing
 from wsbroadcast.text import plain
 
 
-class RedisEngine(BrokerEngine):
-    """Links nodes through the pub/sub of Redis or Valkey, version 5 or later; nothing is stored there.
+class RedisEngine(KeepingEngine):
+    """Links nodes through the pub/sub of Redis or Valkey, version 5 or later; only what has a history is stored there.
 
     An audience is a channel, `prefix:channel:news`. The order of the messages to an audience is the same on every node.
     The number of a database means nothing to pub/sub: apps that share a Redis are kept apart by `prefix` alone.
 
     The user we connect as needs `&prefix:* +publish +subscribe +unsubscribe`; with sentinels `+role` too, and at them
     `+sentinel|get-master-addr-by-name`; in a cluster `&prefix:* +spublish +ssubscribe +sunsubscribe +ping
-    +cluster|slots`. Two options need more: a database `+select`, and `client_name` `+client|setname`.
+    +cluster|slots`. Two options need more: a database `+select`, and `client_name` `+client|setname`. A history needs
+    `~prefix:* +del +eval +evalsha +get +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange`.
 
     Redis cuts off a node for which too much waits, by default 32 MiB (`client-output-buffer-limit`), which shows as a
     gap. A single message as large as that would cut off all of them.
@@ -76,6 +79,7 @@ class RedisEngine(BrokerEngine):
             timing=timing,
         )
         self._prefix = plain(prefix)
+        self._written = Written(self._prefix)
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -98,7 +102,16 @@ class RedisEngine(BrokerEngine):
                 theirs.append(option)
         return cls(f"{place}?{'&'.join(theirs)}", **ours)
 
-    def new_link(self) -> Link:
+    def new_link(self) -> KeepingLink:
         """Make a link that isn't open yet."""
         kind = ClusterLink if self._target.kind == "cluster" else ServerLink
-        return kind(self._target, self._prefix, self._timing, self._max_message_bytes + MAX_HEADER_BYTES + 1)
+        most = self._max_message_bytes + MAX_HEADER_BYTES + 1
+        return kind(
+            self._target,
+            self._prefix,
+            self._timing,
+            most,
+            self._rules,
+            self._written,
+            only_publishes=self._only_publishes,
+        )

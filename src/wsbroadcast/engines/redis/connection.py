@@ -32,7 +32,7 @@ from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavai
 _WRONG_SERVER = {"ASK", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "READONLY", "TRYAGAIN"}
 
 # Answers of a server that does nothing now, and is the right one.
-_BUSY = {"BUSY", "MISCONF", "NOREPLICAS", "OOM"}
+_BUSY = {"BUSY", "MISCONF", "NOREPLICAS", "NOSCRIPT", "OOM"}
 
 # Answers of a server that doesn't let us.
 _REFUSED = {"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"}
@@ -56,15 +56,14 @@ class Wire(asyncio.Protocol, ABC):
         """The server, for errors."""
         self._access = access
         self._host = host
-        self._needs = needs
+        self.needs = needs
+        """The permissions that we need, as in `ACL SETUSER`."""
         self._lost = lost
         self._replies = ReplyReader()
         # redis-py's, which knows nothing of what happens after it has authenticated.
         self._connection: Any = None
         self._transport: asyncio.Transport | None = None
         self._error: Exception | None = None
-        # The call that waits for answers.
-        self._waiting: asyncio.Future[Any] | None = None
 
     async def open(self) -> None:
         """Connect and authenticate.
@@ -129,7 +128,7 @@ class Wire(asyncio.Protocol, ABC):
             return ConnectionError(f"Redis at {self.where} answers {text}")
         if code in _REFUSED or not code:
             user = f"the user {self._access.user!r}"
-            return ConfigurationError(f"Redis at {self.where} refuses {user} ({text}), who needs {self._needs}")
+            return ConfigurationError(f"Redis at {self.where} refuses {user} ({text}), who needs {self.needs}")
         if code in _BUSY:
             return EngineUnavailable(f"Redis at {self.where} answers {text}; nothing was sent")
         return EngineError(f"Redis at {self.where} answers {text}")
@@ -152,26 +151,15 @@ class Wire(asyncio.Protocol, ABC):
     def _take(self, reply: Reply) -> None:
         """Take one reply."""
 
-    async def _send(self, commands: bytes) -> Any:
-        # Returns what `_take` makes the result of `_waiting`.
+    @abstractmethod
+    def _refuse(self, error: Exception) -> None:
+        """Tell everybody who waits for answers that none will come, or none but this."""
+
+    def _write(self, commands: bytes) -> None:
         if self._error is not None:
             raise self._error
         assert self._transport is not None
-        self._waiting = asyncio.get_running_loop().create_future()
-        try:
-            self._transport.write(commands)
-            return await self._waiting
-        finally:
-            self._waiting = None
-
-    def _answer(self, result: Any) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(result)
-
-    def _refuse(self, error: Exception) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_exception(error)
-            self._waiting.exception()  # looked at, in case who waits is being cancelled
+        self._transport.write(commands)
 
     def _end(self, error: Exception) -> None:
         if self._transport is not None:
@@ -187,25 +175,39 @@ class Asker(Wire):
 
     def __init__(self, access: Access, host: Host | None, needs: str, lost: Callable[[Exception], None]) -> None:
         super().__init__(access, host, needs, lost)
+        # How many answers each question has, and who waits for them; the oldest first. Who was cancelled stays, because
+        # the answers come all the same.
+        self._questions: deque[tuple[int, asyncio.Future[list[Reply]]]] = deque()
+        # To the oldest question.
         self._answers: list[Reply] = []
-        self._expected = 0
 
     async def ask(self, *commands: bytes) -> list[Reply]:
-        """Send commands in one go; return their answers, errors too. Never called concurrently.
+        """Send commands in one go; return their answers, errors too. Questions needn't wait for each other.
 
         Raises:
             Exception: If the connection is lost.
         """
-        self._answers, self._expected = [], len(commands)
-        answers: list[Reply] = await self._send(b"".join(commands))
-        return answers
+        self._write(b"".join(commands))
+        answered: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
+        self._questions.append((len(commands), answered))
+        return await answered
 
     def _take(self, reply: Reply) -> None:
-        if len(self._answers) == self._expected:
+        if not self._questions:
             raise ValueError(f"Redis at {self.where} sent an answer that nobody asked for")
         self._answers.append(reply)
-        if len(self._answers) == self._expected:
-            self._answer(self._answers)
+        if len(self._answers) == self._questions[0][0]:
+            _, answered = self._questions.popleft()
+            answers, self._answers = self._answers, []
+            if not answered.done():
+                answered.set_result(answers)
+
+    def _refuse(self, error: Exception) -> None:
+        while self._questions:
+            _, answered = self._questions.popleft()
+            if not answered.done():
+                answered.set_exception(error)
+                answered.exception()  # looked at, in case who waits is being cancelled
 
 
 class Subscriber(Wire):
@@ -235,6 +237,8 @@ class Subscriber(Wire):
         self._unsubscribe = letter + b"unsubscribe"
         self.inlet: Inlet | None = None
         """Where messages go."""
+        # The call that waits for confirmations.
+        self._waiting: asyncio.Future[None] | None = None
         # Which confirmations are to come: of each command those of its names, or one error for all of them.
         self._awaited = b""
         self._unconfirmed: deque[set[bytes]] = deque()
@@ -257,11 +261,8 @@ class Subscriber(Wire):
 
     async def ping(self) -> None:
         """Return when the server has answered."""
-        if self._error is not None:
-            raise self._error
-        assert self._transport is not None
         self._pong.clear()
-        self._transport.write(pack("PING"))
+        self._write(pack("PING"))
         await self._pong.wait()
 
     async def _change(self, verb: bytes, groups: Iterable[Sequence[str]]) -> None:
@@ -271,10 +272,13 @@ class Subscriber(Wire):
         self._awaited, self._first_error = verb, None
         self._unconfirmed = deque(set(command[1:]) for command in commands)
         try:
-            await self._send(b"".join(pack(*command) for command in commands))
+            self._write(b"".join(pack(*command) for command in commands))
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
         except ErrorReply as error:
             raise self.explain(error) from None
         finally:
+            self._waiting = None
             self._unconfirmed.clear()
 
     def _take(self, reply: Reply) -> None:
@@ -311,8 +315,14 @@ class Subscriber(Wire):
     def _end_command(self) -> None:
         # Not at the first error: what the others are answered would be taken for answers to the next question.
         self._unconfirmed.popleft()
-        if not self._unconfirmed:
-            if self._first_error is None:
-                self._answer(None)
-            else:
-                self._refuse(self._first_error)
+        if self._unconfirmed:
+            return
+        if self._first_error is not None:
+            self._refuse(self._first_error)
+        elif self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _refuse(self, error: Exception) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(error)
+            self._waiting.exception()  # looked at, in case who waits is being cancelled

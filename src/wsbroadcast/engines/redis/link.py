@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import random
+from abc import abstractmethod
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from wsbroadcast.concurrency import Patience
-from wsbroadcast.engines.broker.link import Host, Inlet, Link, Parcel
+from wsbroadcast.engines.broker.history import new_epoch
+from wsbroadcast.engines.broker.link import Host, Inlet, KeepingLink, KeptParcel, Link, Parcel, Stretch
 from wsbroadcast.engines.redis.connection import Asker, Subscriber, Wire
+from wsbroadcast.engines.redis.history import Keeper, Written
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
 from wsbroadcast.engines.redis.target import Access, Target, key_slot
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
+from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.options import Timing
+from wsbroadcast.publication import Position
+
+T = TypeVar("T")
 
 # A sentinel or a node of a cluster that hasn't answered after this part of the time to connect is left out: there are
 # others.
@@ -29,7 +39,7 @@ class Answer(NamedTuple):
     replies: list[Reply]
 
 
-class RedisLink(Link):
+class RedisLink(KeepingLink):
     """What the links of Redis have in common: some connections, all of them lost when one is.
 
     Args:
@@ -38,11 +48,23 @@ class RedisLink(Link):
         timing: How long to wait for Redis.
         max_envelope_bytes: The largest envelope that we will publish. Redis takes 512 MiB, but by default it cuts off
             every subscriber for whom more than 32 MiB wait, so a single envelope of 31 MiB would cost all nodes a gap.
+        rules: What is kept; `None` if that isn't known, or nothing is.
+        written: What is known of the rules that stand at the broker.
+        only_publishes: Whether nobody receives anything here.
     """
 
     def __init__(
-        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
+        self,
+        target: Target,
+        prefix: str,
+        timing: Timing,
+        max_envelope_bytes: int,
+        rules: HistoryRules | None,
+        written: Written,
+        *,
+        only_publishes: bool = False,
     ) -> None:
+        super().__init__(rules, only_publishes=only_publishes)
         self.max_envelope_bytes = min(max_envelope_bytes, Link.max_envelope_bytes)
         self.timing = timing
         """How long to wait for Redis."""
@@ -50,16 +72,110 @@ class RedisLink(Link):
         """Where we connect."""
         self.probe = f"{prefix}:probe"
         """The name by which is tried whether we may publish and subscribe; no audience has it."""
-        self._needs = target.permissions(prefix)
+        self._prefix = prefix
+        # What this node writes down, and what is known of the others.
+        self._ours = rules if self.writes else None
+        self._written = written
+        self._needs = target.permissions(prefix, keeps=rules is not None)
         self._wires: list[Wire] = []
         self._loss: Exception | None = None
         self._lost = asyncio.Event()
 
     def new_pair(self, host: Host | None, *, is_sharded: bool = False) -> Pair:
         """Make a pair of connections that isn't open yet; the link is lost when one of them is."""
-        pair = Pair(self.target.access, host, self._needs, self._lose, is_sharded=is_sharded)
-        self._wires += pair.wires
-        return pair
+        asker = Asker(self.target.access, host, self._needs, self._lose)
+        listener = Subscriber(self.target.access, host, self._needs, self._lose, is_sharded=is_sharded)
+        self._wires += asker, listener
+        return Pair(asker, listener, self._prefix, "SPUBLISH" if is_sharded else "PUBLISH")
+
+    @abstractmethod
+    def pair_of(self, name: str) -> Pair:
+        """Return the connections to the server that has this name.
+
+        Raises:
+            ConnectionError: If there is none.
+        """
+
+    async def open_pairs(self, probes: Mapping[Pair, str | None]) -> None:
+        """Connect, and see whether we may do everything that we will do; read or write the rules.
+
+        Args:
+            probes: A name for each like those that will be used, of no audience; `None` to take it on trust.
+
+        Raises:
+            ConfigurationError: If a server refuses us.
+        """
+        await together(*(self._open(pair, probe) for pair, probe in probes.items()))
+        if self._ours is None and self.rules is not None:
+            for wire in self._wires:
+                wire.needs = self.target.permissions(self._prefix, keeps=True)
+            await together(*(pair.keeper.learn() for pair in probes))
+
+    async def _open(self, pair: Pair, probe: str | None) -> None:
+        is_holder = pair is self.pair_of(self._written.key)
+        questions = self._written.questions(self._ours) if is_holder and (self.writes or self.learns) else []
+        answers = await pair.open(probe, questions, keeps=self._ours is not None)
+        if questions:
+            self.rules = self._written.take(answers, self._ours, pair.keeper)
+
+    # What is kept.
+
+    async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
+        """Ask the server that has the name."""
+        return await self._asked(self.pair_of(name).keeper.read(name, since, history))
+
+    async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
+        """Ask all servers at the same time, each with one write."""
+        asked: dict[Pair, list[int]] = defaultdict(list)
+        for at, name in enumerate(names):
+            asked[self.pair_of(name)].append(at)
+        answers = await self._asked(
+            together(
+                *(
+                    pair.keeper.positions([names[at] for at in mine], [histories[at] for at in mine])
+                    for pair, mine in asked.items()
+                )
+            )
+        )
+        found = dict(zip(chain.from_iterable(asked.values()), chain.from_iterable(answers), strict=True))
+        return [found[at] for at in range(len(names))]
+
+    async def forget(self, name: str) -> None:
+        """Tell the server that has the name."""
+        await self._asked(self.pair_of(name).keeper.forget(name))
+
+    async def _asked(self, question: Awaitable[T]) -> T:
+        try:
+            return await question
+        except ConnectionError as error:
+            self._lose(error)  # a server that isn't the right one any more: the next link finds out which is
+            raise
+
+    # Being lost.
+
+    async def watch(self, pair: Pair) -> None:
+        """Look again and again whether a server is what it was.
+
+        Raises:
+            Exception: If it isn't, or doesn't answer.
+        """
+        seconds = self.timing.request_timeout
+        while True:
+            await asyncio.sleep(self.timing.probe_interval)
+            try:
+                async with Patience(seconds):
+                    await self.look_at(pair)
+            except TimeoutError:
+                raise TimeoutError(f"Redis at {pair.asker.where} doesn't answer within {seconds:g} s") from None
+
+    async def look_at(self, pair: Pair) -> None:
+        """Look at a server once."""
+        if self.rules is None:
+            return
+        with suppress(EngineUnavailable):  # it answers; what it doesn't do now, it does later
+            await pair.keeper.learn()
+        if self._ours is not None and pair is self.pair_of(self._written.key):
+            await pair.asker.ask(self._written.again(self._ours))
 
     async def ask_all(self, access: Access, needs: str, *commands: bytes) -> list[Answer]:
         """Ask every host of the target at the same time; return the answers of those that know the first command.
@@ -128,27 +244,30 @@ class RedisLink(Link):
 class ServerLink(RedisLink):
     """Publishes and receives at one server."""
 
-    def __init__(
-        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
-    ) -> None:
-        super().__init__(target, prefix, timing, max_envelope_bytes)
-        self._pair: Pair | None = None
+    _pair: Pair | None = None
 
     async def open(self) -> None:
         """Find the server, connect, and see whether we may do everything that we will do."""
-        if self.target.kind == "sentinel":
-            pair = self.new_pair(await self._find_master())
-            await pair.open(self.probe)
+        is_sentinel = self.target.kind == "sentinel"
+        pair = self._pair = self.new_pair(
+            await self._find_master() if is_sentinel else next(iter(self.target.hosts), None)
+        )
+        await self.open_pairs({pair: self.probe})
+        if is_sentinel:
             await _check_master(pair.asker)
-        else:
-            pair = self.new_pair(next(iter(self.target.hosts), None))
-            await pair.open(self.probe)
-        self._pair = pair
+
+    def pair_of(self, name: str) -> Pair:
+        """Return the connections to the server."""
+        return self._opened
 
     async def read(self, inlet: Inlet) -> None:
         """Hand over what arrives until one of the two connections is lost."""
-        self._opened.listener.inlet = inlet
-        await self.wait_lost()
+        pair = self._opened
+        pair.listener.inlet = inlet
+        if self.rules is None:
+            await self.wait_lost()
+        else:
+            await together(self.wait_lost(), self.watch(pair))
 
     async def subscribe(self, names: Sequence[str]) -> None:
         """Subscribe with one command, and wait for each confirmation."""
@@ -158,7 +277,7 @@ class ServerLink(RedisLink):
         """Unsubscribe with one command, and wait for each confirmation."""
         await self._opened.listener.unsubscribe([names])
 
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
         """Publish in one write, and wait for the answers."""
         return await self._opened.publish(parcels)
 
@@ -199,74 +318,79 @@ def _ignore(error: Exception) -> None:
 # Two connections to one Redis server, one to publish and one to receive.
 
 
-T = TypeVar("T")
-
-
 class Pair:
     """Both connections, and the commands that go over them.
 
     Args:
-        access: How to get in.
-        host: Where; `None` for a unix socket.
-        needs: The permissions that we need, as in `ACL SETUSER`.
-        lost: Called with the reason when one of them has ended.
-        is_sharded: Use the commands of sharded pub/sub.
+        asker: Publishes.
+        listener: Receives.
+        prefix: What the names begin with.
+        verb: The command that publishes.
     """
 
-    def __init__(
-        self,
-        access: Access,
-        host: Host | None,
-        needs: str,
-        lost: Callable[[Exception], None],
-        *,
-        is_sharded: bool = False,
-    ) -> None:
-        self.asker = Asker(access, host, needs, lost)
-        self.listener = Subscriber(access, host, needs, lost, is_sharded=is_sharded)
-        verb = b"SPUBLISH" if is_sharded else b"PUBLISH"
-        self._head = b"*3\r\n$%d\r\n%b\r\n" % (len(verb), verb)
+    def __init__(self, asker: Asker, listener: Subscriber, prefix: str, verb: str) -> None:
+        self.asker = asker
+        self.listener = listener
+        self.keeper = Keeper(asker, prefix, verb)
+        """What the server keeps."""
+        self._head = b"*3\r\n$%d\r\n%b\r\n" % (len(verb), verb.encode())
 
-    @property
-    def wires(self) -> tuple[Wire, Wire]:
-        """Both connections."""
-        return self.asker, self.listener
-
-    async def open(self, probe: str | None) -> None:
+    async def open(self, probe: str | None, questions: Sequence[bytes], *, keeps: bool) -> Sequence[Reply]:
         """Connect, and see whether we may do everything that we will do.
 
         Args:
             probe: A name like those that will be used, of no audience; `None` to take it on trust.
+            questions: What else to ask the server at once; the answers are returned.
+            keeps: Whether something is kept.
 
         Raises:
             ConfigurationError: If the server refuses us.
         """
         await together(self.asker.open(), self.listener.open())
-        if probe is None:
-            return
-        (answer,) = await self.asker.ask(self._packed(Parcel(probe, b"")))
-        if isinstance(answer, ErrorReply):
-            raise self.asker.explain(answer)
-        await self.listener.subscribe([[probe]])
-        await self.listener.unsubscribe([[probe]])
+        trial = [] if probe is None else [self._packed(Parcel(probe, b""))]
+        kept = self.keeper.trial(probe) if keeps else []
+        commands = [*trial, *kept, *questions]
+        answers = deque(await self.asker.ask(*commands) if commands else [])
+        for answer in [answers.popleft() for _ in trial]:
+            if isinstance(answer, ErrorReply):
+                raise self.asker.explain(answer)
+        self.keeper.take_trial([answers.popleft() for _ in kept])
+        if probe is not None:
+            await self.listener.subscribe([[probe]])
+            await self.listener.unsubscribe([[probe]])
+        return list(answers)
 
-    async def publish(self, parcels: Iterable[Parcel]) -> list[Exception | None]:
-        """Publish in one write; return for each parcel what it was refused with.
+    async def publish(self, parcels: Sequence[Parcel]) -> list[Exception | Appended | None]:
+        """Publish in one write; return for each parcel where it is kept, or what it was refused with.
 
         Raises:
             Exception: If the connection is lost, or this is the wrong server by now.
         """
-        answers = await self.asker.ask(*map(self._packed, parcels))
-        return [None if type(answer) is int else self._refusal(answer) for answer in answers]
+        explain: Callable[[ErrorReply], Exception] = self.asker.explain
+        if KeptParcel in map(type, parcels):
+            await self.keeper.ready()
+            answers, explain = await self.asker.ask(*self._mixed(parcels)), self.keeper.explain
+        else:
+            answers = await self.asker.ask(*map(self._packed, parcels))
+        return [None if type(answer) is int else self._outcome(answer, explain) for answer in answers]
 
     def _packed(self, parcel: Parcel) -> bytes:
         name, envelope = parcel.name.encode(), parcel.envelope
         return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (self._head, len(name), name, len(envelope), envelope)
 
-    def _refusal(self, answer: Reply) -> Exception:
+    def _mixed(self, parcels: Sequence[Parcel]) -> Iterator[bytes]:
+        fresh, is_first = new_epoch().encode(), True
+        for number, parcel in enumerate(parcels):
+            if isinstance(parcel, KeptParcel):
+                yield self.keeper.append(parcel, b"%b%d" % (fresh, number), is_first=is_first)
+                is_first = False
+            else:
+                yield self._packed(parcel)
+
+    def _outcome(self, answer: Reply, explain: Callable[[ErrorReply], Exception]) -> Exception | Appended:
         if not isinstance(answer, ErrorReply):
-            raise ValueError(f"Redis at {self.asker.where} answers a publish with {type(answer).__name__}")
-        error = self.asker.explain(answer)
+            return self.keeper.appended(answer)
+        error = explain(answer)
         if isinstance(error, ConnectionError):
             raise error
         return error
@@ -311,13 +435,10 @@ class ClusterLink(RedisLink):
     of the supervisor sees only one node, so every connection to receive is tried by itself.
     """
 
-    def __init__(
-        self, target: Target, prefix: str, timing: Timing, max_envelope_bytes: int = Link.max_envelope_bytes
-    ) -> None:
-        super().__init__(target, prefix, timing, max_envelope_bytes)
-        self._firsts: list[int] = []
-        self._slots: list[Slots] = []
-        self._pairs: dict[Host, Pair] = {}
+    # Ranges of slots in their order, where each begins, and the connections to who serves them; once it is open.
+    _slots: Sequence[Slots] = ()
+    _firsts: Sequence[int] = ()
+    _pairs: Mapping[Host, Pair] = MappingProxyType({})
 
     async def open(self) -> None:
         """Learn who serves which slots, connect to each, and see whether we may do everything that we will do."""
@@ -331,14 +452,19 @@ class ClusterLink(RedisLink):
         self._pairs = pairs
         # Enough names that nearly every node serves one.
         names = [f"{self.probe}:{number}" for number in range(8 * len(pairs))]
-        probes = {self._pair_of(name): name for name in names}
-        await together(*(pair.open(probes.get(pair)) for pair in pairs.values()))
+        probes = {self.pair_of(name): name for name in names}
+        await self.open_pairs({pair: probes.get(pair) for pair in pairs.values()})
 
     async def read(self, inlet: Inlet) -> None:
         """Hand over what arrives until one of the connections is lost."""
         for pair in self._pairs.values():
             pair.listener.inlet = inlet
-        await together(self.wait_lost(), *(self._ping(pair.listener) for pair in self._pairs.values()))
+        await together(self.wait_lost(), *map(self.watch, self._pairs.values()))
+
+    async def look_at(self, pair: Pair) -> None:
+        """See whether the connection to receive is alive, too."""
+        await pair.listener.ping()
+        await super().look_at(pair)
 
     async def subscribe(self, names: Sequence[str]) -> None:
         """Subscribe with one command for each slot, and wait for each confirmation."""
@@ -351,31 +477,22 @@ class ClusterLink(RedisLink):
         """Unsubscribe with one command for each slot, and wait for each confirmation."""
         await together(*(pair.listener.unsubscribe(groups) for pair, groups in self._grouped(names)))
 
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
         """Publish in one write for each node, and wait for the answers."""
         positions: dict[Pair, list[int]] = defaultdict(list)
         for position, parcel in enumerate(parcels):
-            positions[self._pair_of(parcel.name)].append(position)
-        refusals: list[Exception | None] = [None] * len(parcels)
+            positions[self.pair_of(parcel.name)].append(position)
+        outcomes: list[Exception | Appended | None] = [None] * len(parcels)
 
         async def publish(pair: Pair, mine: list[int]) -> None:
-            for position, refusal in zip(mine, await pair.publish(parcels[at] for at in mine), strict=True):
-                refusals[position] = refusal
+            for position, outcome in zip(mine, await pair.publish([parcels[at] for at in mine]), strict=True):
+                outcomes[position] = outcome
 
         await together(*(publish(pair, mine) for pair, mine in positions.items()))
-        return refusals
+        return outcomes
 
-    async def _ping(self, listener: Subscriber) -> None:
-        seconds = self.timing.request_timeout
-        while True:
-            await asyncio.sleep(self.timing.probe_interval)
-            try:
-                async with Patience(seconds):
-                    await listener.ping()
-            except TimeoutError:
-                raise TimeoutError(f"Redis at {listener.where} doesn't answer within {seconds:g} s") from None
-
-    def _pair_of(self, name: str) -> Pair:
+    def pair_of(self, name: str) -> Pair:
+        """Return the connections to the node that serves the name's slot."""
         slot = key_slot(name.encode())
         at = bisect_right(self._firsts, slot) - 1
         if at < 0 or slot > self._slots[at].last:
@@ -389,7 +506,7 @@ class ClusterLink(RedisLink):
             by_slot[key_slot(name.encode())].append(name)
         by_pair: dict[Pair, list[list[str]]] = defaultdict(list)
         for group in by_slot.values():
-            by_pair[self._pair_of(group[0])].append(group)
+            by_pair[self.pair_of(group[0])].append(group)
         return list(by_pair.items())
 
 

@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+# The commands that keep what is published, most of them inside of scripts.
+_TO_KEEP = "+del +eval +evalsha +get +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange"
+
+
 class Access:
     """How redis-py gets into a server: over TCP, TLS or a unix socket, as which user.
 
@@ -158,11 +162,12 @@ class Target:
         hosts = ",".join(str(host) for host in self.hosts) or self.access.path
         return f"{hosts}/{self.service}" if self.service else hosts
 
-    def permissions(self, prefix: str) -> str:
-        """What our user needs at a server, as in `ACL SETUSER`; no keys."""
+    def permissions(self, prefix: str, *, keeps: bool = False) -> str:
+        """What our user needs at a server, as in `ACL SETUSER`; keys only where something is kept."""
         rules = {
             "server": "+publish +subscribe +unsubscribe",
             "sentinel": "+publish +subscribe +unsubscribe +role",
             "cluster": "+spublish +ssubscribe +sunsubscribe +ping +cluster|slots",
         }
-        return f"&{prefix}:* {rules[self.kind]}{self.access.permissions}"
+        kept = f" ~{prefix}:* {_TO_KEEP}" if keeps else ""
+        return f"&{prefix}:* {rules[self.kind]}{self.access.permissions}{kept}"

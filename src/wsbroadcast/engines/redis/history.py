@@ -1,0 +1,441 @@
+"""What Redis keeps of what is published: in one step numbered, kept and sent, by a script.
+
+Each name has two keys in its slot. The *position* is a hash: the epoch `e`, the offset of the newest envelope `s`, and
+the generation `g` of the server that made the epoch. The *stream* holds the newest envelopes, each with the id
+`<offset>-<milliseconds since 1970, by the server>`. The position outlives the stream, because who comes back to a quiet
+name has missed nothing.
+
+A server's generation is its replication id, which changes with every start and every promotion. What was confirmed
+before may be lost then, so the epoch changes too: offsets alone can't show that the newest are others by now.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from hashlib import sha1
+
+from wsbroadcast.engines.broker.history import new_epoch
+from wsbroadcast.engines.broker.link import Entry, Keep, KeptParcel, Stretch
+from wsbroadcast.engines.redis.connection import Asker
+from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
+from wsbroadcast.history import Appended, History, HistoryRules
+from wsbroadcast.logs import logger
+from wsbroadcast.publication import Position
+
+# Larger numbers Lua doesn't count exactly, and Redis doesn't take as a time.
+_MOST = 2**53
+
+# How much one call of the script that reads returns, about: nobody else is served meanwhile.
+_PAGE_BYTES = 4 * 1024 * 1024
+
+# Positions that are asked for at once, so that what is published meanwhile waits for some of them only.
+_ASK_POSITIONS = 500
+
+# Names whose commands are remembered, because an append needs one each time; past this many, the memory is emptied.
+_REMEMBERED = 8192
+
+_INFO = pack("INFO", "replication")
+
+# What is kept while a link tries whether anything is.
+_SHORT = History(messages=1, seconds=1, remember=1)
+
+# What a server puts before and after an error that was raised inside a script.
+_AROUND = re.compile(
+    r"^(ERR Error running script \(call to f_[0-9a-f]+\): @user_script: *\d+: )?(@user_script: *\d+: )?-?"
+    r"| script: ([0-9a-f]{40}, )?on @user_script:\d+\.$"
+)
+
+# What a server says inside a script instead of NOPERM.
+_FORBIDDEN = re.compile(r"^(ERR )?(ACL failure in script: |(?=The user executing the script can't ))")
+
+# How a script begins. ARGV: the generation as it was last seen, milliseconds to remember the position; the last is a
+# fresh epoch. The server is asked for its generation where the one we know differs from what stands here: either may be
+# the old one.
+_SETTLE = """
+local call, stream, position = redis.call, KEYS[1], KEYS[2]
+local known = call('HMGET', position, 'e', 'g', 's')
+local epoch, top = known[1], known[3] or '0'
+if not epoch or known[2] ~= ARGV[1] then
+  local generation = string.match(call('INFO', 'replication'), 'master_replid:(%x+)')
+  if not epoch or known[2] ~= generation then
+    epoch, top = ARGV[#ARGV], '0'
+    call('HSET', position, 'e', epoch, 'g', generation, 's', top)
+    call('PEXPIRE', position, ARGV[2])
+    call('DEL', stream)
+  end
+end
+"""
+
+# KEYS: stream, position, and for an idempotency key where its position is remembered. ARGV goes on with: milliseconds
+# to keep the stream, PUBLISH or SPUBLISH, the name, how many envelopes are kept (0: not this one), the envelope up to
+# the last brace of its header, and the rest of it. Returns `<epoch>:<offset>`, and behind that `:1` for a repeat.
+# The first command that writes is refused if memory is short, and those after it aren't: all or nothing. The name is no
+# key: it has the slot of the keys, and while that moves to another node a name among the keys would stop everything.
+_APPEND = (
+    _SETTLE
+    + """
+if KEYS[3] then
+  local before = call('GET', KEYS[3])
+  if before and string.match(before, '^(.+):') == epoch then return before .. ':1' end
+end
+local offset = string.format('%.0f', top + 1)
+local place = epoch .. ':' .. offset
+local id, refusal
+call('HSET', position, 's', offset)
+call('PEXPIRE', position, ARGV[2])
+if ARGV[6] ~= '0' then
+  local now = call('TIME')
+  id = offset .. '-' .. now[1] .. string.sub(now[2] + 1000000, 2, 4)
+  local kept = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[6], id, 'd', ARGV[7] .. ARGV[8])
+  if type(kept) == 'table' then id, refusal = nil, kept else call('PEXPIRE', stream, ARGV[3]) end
+end
+if not refusal then
+  local sent = redis.pcall(ARGV[4], ARGV[5], ARGV[7] .. ',"epoch":"' .. epoch ..
+    '","offset":' .. offset .. ',"previous":' .. top .. ARGV[8])
+  if type(sent) == 'table' then refusal = sent end
+end
+if refusal then
+  call('HSET', position, 's', top)
+  if id then call('XDEL', stream, id) end
+  return refusal
+end
+if KEYS[3] then call('SET', KEYS[3], place, 'PX', 300000) end
+return place
+"""
+)
+
+# A position that somebody asks for is remembered on: connections that stay in a quiet channel know it, too.
+_POSITION = (
+    _SETTLE
+    + """
+if call('PTTL', position) < ARGV[2] / 2 then call('PEXPIRE', position, ARGV[2]) end
+"""
+)
+
+# ARGV goes on with: the lowest and the highest id, and how many. Returns beside the position the time, the places
+# `<offset>-<milliseconds>-<size>` of the envelopes, the newest first, the envelopes in one text, and whether there is
+# more: one text, because a list of many would be read from its beginning with each piece that comes.
+_READ = (
+    _POSITION
+    + """
+local now, places, envelopes, bytes = call('TIME'), {}, {}, 0
+local left, high = tonumber(ARGV[5]), ARGV[4]
+while left > 0 and bytes < PAGE do
+  local some = call('XREVRANGE', stream, high, ARGV[3], 'COUNT', math.min(left, 16))
+  for _, entry in ipairs(some) do
+    local envelope = entry[2][2]
+    places[#places + 1] = entry[1] .. '-' .. #envelope
+    envelopes[#envelopes + 1] = envelope
+    bytes = bytes + #envelope
+  end
+  left = left - 16
+  if #some < 16 then left = 0 else high = string.format('%.0f', string.match(some[16][1], '%d+') - 1) end
+end
+local ms = now[1] .. string.sub(now[2] + 1000000, 2, 4)
+return {epoch, top, ms, table.concat(places, ' '), table.concat(envelopes), left > 0 and 1 or 0}
+""".replace("PAGE", str(_PAGE_BYTES))
+)
+
+_POSITION += "return epoch .. ':' .. top\n"
+
+
+class Script:
+    """A script, and how it is called.
+
+    Args:
+        text: Its text.
+    """
+
+    def __init__(self, text: str) -> None:
+        text = re.sub(r"\n *", "\n", text)  # it travels
+        # By its text the first time in each batch, else after a restart or a SCRIPT FLUSH the server wouldn't know it.
+        self._calls = ("EVALSHA", sha1(text.encode()).hexdigest()), ("EVAL", text)  # noqa: S324  # what Redis calls it
+
+    def call(self, keys: Sequence[str], *arguments: str | bytes, is_first: bool) -> bytes:
+        """Return the command."""
+        return pack(*self._calls[is_first], b"%d" % len(keys), *keys, *arguments)
+
+    def head(self, keys: Sequence[str], *arguments: str | bytes, more: int, is_first: bool) -> bytes:
+        """Return the beginning of the command, behind which so many more arguments are written."""
+        begun = self.call(keys, *arguments, is_first=is_first)
+        return b"*%d%b" % (len(keys) + len(arguments) + more + 3, begun[begun.index(b"\r") :])
+
+
+APPEND, POSITION, READ = Script(_APPEND), Script(_POSITION), Script(_READ)
+
+
+_Begun = dict[str, tuple[History, bytes]]
+
+
+class Keeper:
+    """What one server keeps.
+
+    Args:
+        asker: The connection to it.
+        prefix: What the names begin with.
+        verb: The command that publishes.
+    """
+
+    def __init__(self, asker: Asker, prefix: str, verb: str) -> None:
+        self._asker = asker
+        self._prefix = prefix
+        self._verb = verb
+        # The server's, as it was last seen; empty before `learn`.
+        self._generation = ""
+        # How an append begins, by its name; the second for the first of a batch.
+        self._known: tuple[_Begun, _Begun] = {}, {}
+
+    async def learn(self) -> None:
+        """Find out the generation of the server.
+
+        Raises:
+            ConfigurationError: If it says none.
+            ConnectionError: If it is a replica, which takes nothing.
+        """
+        (answer,) = await self._asker.ask(_INFO)
+        self._take_generation(answer)
+
+    def _take_generation(self, answer: Reply) -> None:
+        if isinstance(answer, ErrorReply):
+            error = self.explain(answer)
+            if isinstance(error, ConfigurationError):
+                raise ConfigurationError(f"{error}; history= needs +info, to see whether what was kept may be lost")
+            raise error
+        found = re.search(rb"\bmaster_replid:([0-9a-f]{40})\b", answer if isinstance(answer, bytes) else b"")
+        if found is None:
+            raise ConfigurationError(
+                f"Redis at {self._asker.where} says no master_replid in INFO replication, by which history= sees "
+                "whether what was kept may be lost: connect to the server itself, or leave history= out"
+            )
+        assert isinstance(answer, bytes)
+        if re.search(rb"\brole:slave\b", answer):
+            raise ConnectionError(f"Redis at {self._asker.where} is a replica, which keeps nothing of ours")
+        generation = found[1].decode()
+        if generation != self._generation:
+            self._generation = generation
+            self._known = {}, {}
+
+    def trial(self, probe: str | None) -> list[bytes]:
+        """Return commands that show whether the server keeps anything, under a name of no audience."""
+        if probe is None:
+            return [_INFO]
+        parcel, fresh = KeptParcel(probe, b'{"v":1}\n', Keep(_SHORT)), new_epoch()
+        appends = [self.append(parcel, fresh.encode(), is_first=is_first) for is_first in (True, False)]
+        return [_INFO, *appends, self._read(probe, None, "+", 1, fresh, _SHORT)]
+
+    def take_trial(self, answers: Sequence[Reply]) -> None:
+        """Take the answers.
+
+        Raises:
+            ConfigurationError: If it keeps nothing; not if it only takes nothing now.
+        """
+        for answer in answers[:1]:
+            self._take_generation(answer)
+        for answer in answers[1:]:
+            if isinstance(answer, ErrorReply):
+                error = self.explain(answer)
+                if not isinstance(error, EngineError):
+                    raise error
+                if not isinstance(error, EngineUnavailable):
+                    raise ConfigurationError(f"{error}: history= needs scripts and streams, from Redis 5 on")
+
+    # Appending.
+
+    async def ready(self) -> None:
+        """Find out what has to be known before anything is asked."""
+        if not self._generation:
+            await self.learn()
+
+    def append(self, parcel: KeptParcel, fresh: bytes, *, is_first: bool) -> bytes:
+        """Return the command that keeps a parcel.
+
+        Args:
+            parcel: The parcel.
+            fresh: An epoch that no history has yet.
+            is_first: Whether nothing was kept before in the same batch.
+        """
+        name, envelope = parcel
+        history, key = parcel.keep
+        end = envelope.index(b"\n") - 1
+        size = len(envelope) - end
+        known = self._known[is_first].get(name)
+        if key is not None or size - 2 > history.max_kept_bytes:
+            messages = history.messages if size - 2 <= history.max_kept_bytes else 0
+            begun = self._begun(parcel, messages, is_first=is_first)
+        elif known is not None and known[0] is history:
+            begun = known[1]
+        else:
+            begun = self._begun(parcel, history.messages, is_first=is_first)
+            if len(self._known[is_first]) >= _REMEMBERED:
+                self._known[is_first].clear()
+            self._known[is_first][name] = history, begun
+        # What differs from one parcel to the next.
+        return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
+            *(begun, end, envelope[:end]),
+            *(size, envelope[end:], len(fresh), fresh),
+        )
+
+    def _begun(self, parcel: KeptParcel, messages: int, *, is_first: bool) -> bytes:
+        name = parcel.name
+        history, key = parcel.keep
+        return APPEND.head(
+            self._keys(name) if key is None else (*self._keys(name), f"{self._prefix}:key:{{{name}}}:{key}"),
+            *(self._generation, _ms(history.remember), _ms(history.seconds), self._verb, name),
+            str(min(messages, _MOST)),
+            more=3,
+            is_first=is_first,
+        )
+
+    def appended(self, answer: Reply) -> Appended:
+        """Take the answer."""
+        if isinstance(answer, bytes):
+            epoch, _, rest = answer.decode().partition(":")
+            offset, _, repeat = rest.partition(":")
+            if offset:
+                return Appended(Position(epoch, int(offset)), repeat == "1")
+        raise ValueError(f"Redis at {self._asker.where} answers a publish with {type(answer).__name__}")
+
+    # Reading.
+
+    async def read(self, name: str, since: int | None, history: History) -> Stretch:
+        """Read what was kept under a name after an offset, and how far it goes back without a hole."""
+        await self.ready()
+        found: list[Entry] = []
+        top, high, has_more = None, "+", True
+        while has_more:
+            few = history.messages - len(found)
+            (answer,) = await self._asker.ask(self._read(name, since, high, few, new_epoch(), history))
+            position, entries, has_more = self._page(answer)
+            if top is None:
+                top = position
+            elif position.epoch != top.epoch:
+                return await self.read(name, since, history)  # it was forgotten meanwhile
+            found += entries
+            high = str(found[-1].offset - 1) if found else ""
+        assert top is not None
+        base = top.offset
+        for entry in found:
+            if entry.offset != base:
+                break  # the one after it was too large to be kept, or more than the last few were removed
+            base -= 1
+        return Stretch(top, found[::-1], base)
+
+    def _read(self, name: str, since: int | None, high: str, few: int, fresh: str, history: History) -> bytes:
+        low = "-" if since is None else str(since + 1)
+        most = str(min(few, _MOST))
+        known = self._generation, _ms(history.remember)
+        return READ.call(self._keys(name), *known, low, high, most, fresh, is_first=True)
+
+    def _page(self, answer: Reply) -> tuple[Position, list[Entry], bool]:
+        match answer:
+            case ErrorReply():
+                raise self.explain(answer)
+            case [bytes(epoch), bytes(offset), bytes(now), bytes(places), bytes(envelopes), int(has_more)]:
+                pass
+            case _:
+                raise ValueError(f"Redis at {self._asker.where} answers a read with {type(answer).__name__}")
+        entries, end, time = [], 0, int(now)
+        for place in places.split():
+            at, kept, size = place.split(b"-")
+            begin, end = end, end + int(size)
+            entries.append(Entry(envelopes[begin:end], int(at), (time - int(kept)) / 1000, int(at) - 1))
+        return Position(epoch.decode(), int(offset)), entries, bool(has_more)
+
+    async def positions(self, names: Sequence[str], histories: Sequence[History]) -> list[Position]:
+        """Read the newest position under each name."""
+        await self.ready()
+        found: list[Position] = []
+        for start in range(0, len(names), _ASK_POSITIONS):
+            fresh = new_epoch()
+            some = zip(names[start : start + _ASK_POSITIONS], histories[start:], strict=False)
+            commands = [
+                POSITION.call(
+                    self._keys(name), self._generation, _ms(history.remember), f"{fresh}{at}", is_first=not at
+                )
+                for at, (name, history) in enumerate(some)
+            ]
+            for answer in await self._asker.ask(*commands):
+                if isinstance(answer, ErrorReply):
+                    raise self.explain(answer)
+                found.append(self.appended(answer).position)
+        return found
+
+    async def forget(self, name: str) -> None:
+        """Remove what is kept under a name; who asks next makes a new epoch."""
+        (answer,) = await self._asker.ask(pack("DEL", *self._keys(name)))
+        if isinstance(answer, ErrorReply):
+            raise self.explain(answer)
+
+    def explain(self, answer: ErrorReply) -> Exception:
+        """Say what an error means to us, as `Asker.explain`; it may be one from inside a script."""
+        error = ErrorReply(_FORBIDDEN.sub("NOPERM ", _AROUND.sub("", str(answer))))
+        if error.code in ("ASK", "TRYAGAIN"):  # not MOVED, which tells that we don't know any more who serves what
+            return EngineUnavailable(f"Redis at {self._asker.where} is moving a slot to another node; nothing was sent")
+        return self._asker.explain(error)
+
+    def _keys(self, name: str) -> tuple[str, str]:
+        # The name in braces gives them the name's slot; no name has braces itself.
+        return f"{self._prefix}:history:{{{name}}}", f"{self._prefix}:position:{{{name}}}"
+
+
+def _ms(seconds: float) -> str:
+    return str(int(min(seconds * 1000, _MOST)) or 1)
+
+
+class Written:
+    """The rules that stand at the broker; the same for all links of an engine.
+
+    Args:
+        prefix: What the names begin with.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.key = f"{prefix}:histories"
+        """Where they stand."""
+        # Those of others, as they were read last.
+        self._others: HistoryRules | None = None
+        # What the log was told of last.
+        self._told: object = None
+
+    def questions(self, rules: HistoryRules | None) -> list[bytes]:
+        """Return commands that read what stands there, and write ours."""
+        question = pack("GET", self.key)
+        return [question] if rules is None else [question, pack("SET", self.key, rules.to_json())]
+
+    def again(self, rules: HistoryRules) -> bytes:
+        """Return the command that writes ours where nothing stands any more."""
+        return pack("SET", self.key, rules.to_json(), "NX")
+
+    def take(self, answers: Sequence[Reply], rules: HistoryRules | None, keeper: Keeper) -> HistoryRules | None:
+        """Take the answers; return ours, or else those of others.
+
+        Raises:
+            ConfigurationError: If we have some, and may not write them.
+        """
+        for answer in answers:
+            if isinstance(answer, ErrorReply):
+                error = keeper.explain(answer)
+                if rules is not None and not isinstance(error, EngineError):
+                    raise error
+                logger.info("who keeps what, in %s, can't be read or written (%s); that needs +get", self.key, error)
+                return rules or self._others  # of a server that isn't ready yet, those of before
+        found, self._others = answers[0], None
+        if not isinstance(found, bytes) or (rules is not None and found == rules.to_json()):
+            return rules
+        try:
+            others = self._others = HistoryRules.from_json(found)
+        except ConfigurationError as error:
+            self._warn(found, f"{error}; who only publishes keeps nothing until it is removed")
+            return rules
+        if rules is not None:
+            self._warn(
+                found, f"other nodes keep something else: {others} there, {rules} here; the last to start is believed"
+            )
+        return rules or others
+
+    def _warn(self, found: bytes, text: str) -> None:
+        if found != self._told:
+            self._told = found
+            logger.warning("%s in Redis: %s", self.key, text)

@@ -1,0 +1,464 @@
+"""A file of SQLite: every publication is a row, which all nodes read in the order of its commit. Blocks."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_urlsafe
+from typing import NamedTuple
+
+from wsbroadcast.engines.broker.link import Entry, KeptParcel, Parcel, Place, Stretch
+from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.history import Appended, History, HistoryRules
+from wsbroadcast.logs import logger
+from wsbroadcast.publication import Position
+
+# Rows that a node reads at once.
+READ_ROWS = 1000
+
+# How long a row stays that is no longer kept, for nodes that are late.
+LATE_SECONDS = 60.0
+
+# Rows that go with each append: to take out many at once would keep others from writing.
+_SWEPT_ROWS = 200
+
+# Names that have been quiet, and lose their rows at once.
+_SWEPT_NAMES = 20
+
+# Names whose next trim is remembered; past this many, the memory is emptied.
+_REMEMBERED = 8192
+
+# Between two looks of one node at rows and positions whose time is over.
+_SWEEP_SECONDS = 5.0
+
+# How long to wait for another writer when the file is opened: there is a next time.
+_OPEN_SECONDS = 0.25
+_OPEN_PAUSE_SECONDS = 0.01
+
+# How many names are asked for in one statement.
+_ASKED_NAMES = 500
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS wsbroadcast_messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL,
+    place INTEGER,
+    epoch TEXT,
+    previous INTEGER,
+    kept INTEGER NOT NULL,
+    at REAL NOT NULL,
+    key TEXT,
+    envelope BLOB NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS wsbroadcast_kept ON wsbroadcast_messages (name, place) WHERE kept = 1;
+CREATE UNIQUE INDEX IF NOT EXISTS wsbroadcast_keys ON wsbroadcast_messages (name, key) WHERE key IS NOT NULL;
+CREATE INDEX IF NOT EXISTS wsbroadcast_left ON wsbroadcast_messages (id) WHERE kept = 0;
+CREATE TABLE IF NOT EXISTS wsbroadcast_places (
+    name TEXT PRIMARY KEY, epoch TEXT NOT NULL, place INTEGER NOT NULL, quiet_at REAL, forget_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS wsbroadcast_quiet ON wsbroadcast_places (quiet_at) WHERE quiet_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS wsbroadcast_facts (fact TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MOUNTS = Path("/proc/self/mountinfo")
+
+# File systems whose locks or shared memory don't hold between machines.
+_NETWORK = (
+    "9p",
+    "afs",
+    "ceph",
+    "cifs",
+    "fuse.sshfs",
+    "fuse.glusterfs",
+    "lustre",
+    "ncpfs",
+    "nfs",
+    "nfs4",
+    "smb3",
+    "smbfs",
+)
+
+
+class Row(NamedTuple):
+    """One publication, as it is read live."""
+
+    id: int
+    name: str
+    envelope: bytes
+    place: Place | None
+
+
+class Identity(NamedTuple):
+    """Which file a path stands for."""
+
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Identity | None:
+        """Look; `None` if there is none."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        return cls(stat.st_dev, stat.st_ino)
+
+
+def file_system(path: Path, mounts: str) -> str:
+    """Return the type of the file system that a path is on, of a text like `/proc/self/mountinfo`; empty if unknown."""
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        fields = left.split()
+        if len(fields) < 5 or not right:
+            continue
+        point = fields[4].encode().decode("unicode_escape")
+        is_below = point == "/" or f"{path}/".startswith(f"{point.rstrip('/')}/")
+        if is_below and len(point) >= len(best):
+            best, kind = point, right.split()[0]
+    return kind
+
+
+def check_local(path: Path) -> None:
+    """Check that a file is on this machine, where that can be known.
+
+    Raises:
+        ConfigurationError: If it isn't.
+    """
+    try:
+        kind = file_system(path.resolve(), _MOUNTS.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return
+    if kind in _NETWORK:
+        raise ConfigurationError(
+            f"{path} is on a network file system ({kind}), where SQLite's locks and shared memory don't hold: put it "
+            "on a disk of this machine, or use redis://, nats:// or postgresql:// for several machines"
+        )
+
+
+class Store:
+    """A connection to the file, for one thread at a time.
+
+    Args:
+        path: Where the file is; it is made if there is none.
+        busy_seconds: How long to wait for another writer.
+
+    Raises:
+        ConfigurationError: If it can't be used: a directory that isn't there, no permission, another kind of file.
+    """
+
+    def __init__(self, path: Path, busy_seconds: float) -> None:
+        self.path = path
+        self.is_new = not path.exists()
+        """Whether this has made the file."""
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        except FileNotFoundError:
+            raise ConfigurationError(f"there is no directory for {path}: make it, or give another path") from None
+        except PermissionError:
+            raise ConfigurationError(f"{path} may not be read and written by this user") from None
+        except IsADirectoryError:
+            raise ConfigurationError(f"{path} is a directory: name a file in it") from None
+        self.identity = Identity.of(path)
+        """Which file it is."""
+        self._busy_seconds = busy_seconds
+        self._sql = sqlite3.connect(path, timeout=_OPEN_SECONDS, isolation_level=None, check_same_thread=False)
+        # When there is something to take out again, under each name too.
+        self._sweep_at = self._sweep_quiet_at = 0.0
+        self._trim_at: dict[str, float] = {}
+        self.is_over = False
+        """Whether nothing may be written any more."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the path still stands for the file that is open."""
+        return self.identity is not None and Identity.of(self.path) == self.identity
+
+    def close(self) -> None:
+        """Close it."""
+        self._sql.close()
+
+    def interrupt(self) -> None:
+        """Write nothing any more, and break off what runs; from any thread."""
+        self.is_over = True
+        self._sql.interrupt()
+
+    # Set up.
+
+    def open_to_write(self) -> None:
+        """Make the tables, and new epochs if the machine or the file is another than last time."""
+        check_local(self.path)
+        (mode,) = self._set_wal()
+        if mode != "wal":
+            raise ConfigurationError(f"{self.path} can't have a write-ahead log here (journal_mode is {mode})")
+        self._sql.execute("PRAGMA synchronous = NORMAL")
+        with self._writing():
+            for statement in _SCHEMA.split(";\n"):
+                if statement.strip():
+                    self._sql.execute(statement)
+            self._settle_generation()
+        self._sql.execute(f"PRAGMA busy_timeout = {round(1000 * self._busy_seconds)}")
+
+    def _set_wal(self) -> tuple[str]:
+        # For this statement SQLite doesn't wait for others, who may just be doing the same.
+        deadline = time.monotonic() + _OPEN_SECONDS
+        while True:
+            try:
+                found: tuple[str] = self._sql.execute("PRAGMA journal_mode = WAL").fetchone()
+                return found
+            except sqlite3.OperationalError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_OPEN_PAUSE_SECONDS)
+            except sqlite3.DatabaseError as error:
+                raise ConfigurationError(f"{self.path} is not an SQLite file ({error})") from error
+
+    def _settle_generation(self) -> None:
+        # A power cut may take the last commits, and a copy goes on from an earlier state: what was confirmed may be
+        # gone then. Neither happens without another boot or another inode.
+        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else str(round(time.time() - time.monotonic(), -2))
+        generation = f"{boot} {self.identity}"
+        known = self._fact("generation")
+        if known != generation:
+            self._set_fact("generation", generation)
+            if known is not None:
+                self._sql.execute("DELETE FROM wsbroadcast_places")
+                self._sql.execute("UPDATE wsbroadcast_messages SET kept = 0, key = NULL WHERE kept = 1")
+
+    def _fact(self, fact: str) -> str | None:
+        found = self._sql.execute("SELECT value FROM wsbroadcast_facts WHERE fact = ?", (fact,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def _set_fact(self, fact: str, value: str) -> None:
+        self._sql.execute(
+            "INSERT INTO wsbroadcast_facts VALUES (?, ?) ON CONFLICT (fact) DO UPDATE SET value = excluded.value",
+            (fact, value),
+        )
+
+    def write_rules(self, prefix: str, rules: HistoryRules) -> None:
+        """Write down what is kept, and warn if something else stands there."""
+        text = rules.to_json().decode()
+        with self._writing():
+            known = self._fact(f"rules {prefix}")
+            self._set_fact(f"rules {prefix}", text)
+        if known is not None and known != text:
+            logger.warning(
+                "%s: another node keeps other histories than this one, which holds from now on for who only publishes: "
+                "%s, not %s",
+                self.path,
+                text,
+                known,
+            )
+
+    def read_rules(self, prefix: str) -> HistoryRules | None:
+        """Read what others have written."""
+        text = self._fact(f"rules {prefix}")
+        return None if text is None else HistoryRules.from_json(text.encode())
+
+    # Write.
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._sql.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            if self.is_over or not self.is_there:
+                raise EngineUnavailable(f"{self.path} was given up, or removed or replaced")
+            self._sql.execute("COMMIT")
+        except BaseException:
+            if self._sql.in_transaction:
+                self._sql.execute("ROLLBACK")
+            raise
+
+    def append(self, parcels: Sequence[Parcel], now: float) -> list[Appended | None]:
+        """Write parcels in one transaction; return where those are that are kept."""
+        with self._writing():
+            batch = _Batch(self._sql, now)
+            results = [batch.add(parcel) for parcel in parcels]
+            batch.write()
+            for name, history in batch.histories.items():
+                self._trim(name, batch.positions[name].offset - history.messages, now)
+            self._sweep(now)
+        return results
+
+    # What is no longer kept goes a part at a time, because others wait meanwhile, and late, because a node may be.
+
+    def _trim(self, name: str, oldest: int, now: float) -> None:
+        if oldest > 0 and now >= self._trim_at.get(name, 0.0):
+            where = "name = ? AND kept = 1 AND place <= ? ORDER BY place"
+            left_at = self._delete(where, (name, oldest), now - LATE_SECONDS)
+            if len(self._trim_at) >= _REMEMBERED:
+                self._trim_at.clear()
+            self._trim_at[name] = (now if left_at is None else left_at) + LATE_SECONDS
+
+    def _sweep(self, now: float) -> None:
+        if now >= self._sweep_at:
+            left_at = self._delete("kept = 0 ORDER BY id", (), now - LATE_SECONDS)
+            self._sweep_at = (now if left_at is None else left_at) + LATE_SECONDS
+        if now >= self._sweep_quiet_at:
+            self._sweep_quiet_at = now + _SWEEP_SECONDS
+            quiet = self._sql.execute(
+                "SELECT name FROM wsbroadcast_places WHERE quiet_at < ? LIMIT ?", (now - LATE_SECONDS, _SWEPT_NAMES)
+            ).fetchall()
+            for row in quiet:
+                if self._delete("name = ? AND kept = 1 ORDER BY place", row, now) is None:
+                    self._sql.execute("UPDATE wsbroadcast_places SET quiet_at = NULL WHERE name = ?", row)
+            self._sql.execute(
+                "DELETE FROM wsbroadcast_places WHERE name IN (SELECT name FROM wsbroadcast_places "
+                "WHERE forget_at < ? LIMIT ?)",
+                (now, _SWEPT_ROWS),
+            )
+
+    def _delete(self, where: str, values: tuple[object, ...], before: float) -> float | None:
+        # From the oldest on, those that were written before a moment; returns when the first that is left was written.
+        some = f"SELECT id FROM wsbroadcast_messages WHERE {where} LIMIT ?"  # noqa: S608  # our own words
+        self._sql.execute(
+            f"DELETE FROM wsbroadcast_messages WHERE id IN ({some}) AND at < ?",  # noqa: S608  # our own words
+            (*values, _SWEPT_ROWS, before),
+        )
+        left = self._sql.execute(
+            f"SELECT at FROM wsbroadcast_messages WHERE {where} LIMIT 1",  # noqa: S608  # our own words
+            values,
+        ).fetchone()
+        return None if left is None else float(left[0])
+
+    def make_places(self, names: Iterable[str], forget_at: float) -> None:
+        """Give epochs to names that have none."""
+        with self._writing():
+            self._sql.executemany(
+                "INSERT INTO wsbroadcast_places VALUES (?, ?, 0, NULL, ?) ON CONFLICT DO NOTHING",
+                [(name, token_urlsafe(9), forget_at) for name in names],
+            )
+
+    def forget(self, name: str) -> None:
+        """Remove what is kept under a name; nodes that are late still get it live."""
+        with self._writing():
+            self._sql.execute(
+                "UPDATE wsbroadcast_messages SET kept = 0, key = NULL WHERE name = ? AND kept = 1", (name,)
+            )
+            self._sql.execute(
+                "UPDATE wsbroadcast_places SET epoch = ?, place = 0 WHERE name = ?", (token_urlsafe(9), name)
+            )
+
+    # Read.
+
+    def newest(self) -> int:
+        """Return the id of the newest row there ever was."""
+        found = self._sql.execute("SELECT seq FROM sqlite_sequence WHERE name = 'wsbroadcast_messages'").fetchone()
+        return 0 if found is None else int(found[0])
+
+    def after(self, last: int) -> list[Row]:
+        """Read rows that were committed after one."""
+        rows = self._sql.execute(
+            "SELECT id, name, envelope, epoch, place, previous FROM wsbroadcast_messages "
+            "WHERE id > ? ORDER BY id LIMIT ?",
+            (last, READ_ROWS),
+        ).fetchall()
+        return [
+            Row(id_, name, envelope, None if place is None else Place(Position(epoch, place), previous))
+            for id_, name, envelope, epoch, place, previous in rows
+        ]
+
+    def positions(self, names: Sequence[str]) -> dict[str, Position]:
+        """Read where those of the names are that have a place."""
+        found: dict[str, Position] = {}
+        for start in range(0, len(names), _ASKED_NAMES):
+            some = names[start : start + _ASKED_NAMES]
+            marks = ",".join("?" * len(some))
+            rows = self._sql.execute(
+                f"SELECT name, epoch, place FROM wsbroadcast_places WHERE name IN ({marks})",  # noqa: S608  # marks alone
+                some,
+            )
+            found |= {name: Position(epoch, place) for name, epoch, place in rows}
+        return found
+
+    def kept(self, name: str, since: int, history: History, now: float) -> Stretch | None:
+        """Read what is kept under a name; `None` if it has no place yet."""
+        # One statement, so that both are of one moment.
+        rows = self._sql.execute(
+            "SELECT places.epoch, places.place, messages.place, messages.at, messages.envelope "
+            "FROM wsbroadcast_places AS places LEFT JOIN wsbroadcast_messages AS messages "
+            "ON messages.name = places.name AND messages.kept = 1 AND messages.place > ? "
+            "AND messages.place > places.place - ? "
+            "WHERE places.name = ? ORDER BY messages.place",
+            (since, history.messages, name),
+        ).fetchall()
+        if not rows:
+            return None
+        epoch, top = rows[0][:2]
+        entries = [Entry(envelope, place, now - at) for _, _, place, at, envelope in rows if place is not None]
+        base = top
+        for entry in reversed(entries):
+            if entry.offset != base:
+                break  # the one after it was too large to be kept
+            base -= 1
+        return Stretch(Position(epoch, top), entries, max(base, min(since, top)))
+
+
+class _Batch:
+    """Parcels that are written in one transaction, in their order."""
+
+    def __init__(self, sql: sqlite3.Connection, now: float) -> None:
+        self._sql = sql
+        self._now = now
+        self._rows: list[tuple[object, ...]] = []
+        self._keys: dict[tuple[str, str], Position] = {}
+        self.positions: dict[str, Position] = {}
+        """The newest position under each name."""
+        self.histories: dict[str, History] = {}
+        """How much is kept under each name."""
+
+    def add(self, parcel: Parcel) -> Appended | None:
+        """Add a parcel; return where it is, if it is kept."""
+        if not isinstance(parcel, KeptParcel):
+            self._rows.append((parcel.name, None, None, None, 0, self._now, None, parcel.envelope))
+            return None
+        name, (history, key) = parcel.name, parcel.keep
+        if key is not None and (known := self._repeat(name, key)) is not None:
+            return Appended(known, is_repeat=True)
+        before = self.positions.get(name) or self._find(name)
+        position = self.positions[name] = Position(before.epoch, before.offset + 1)
+        self.histories[name] = history
+        if key is not None:
+            self._keys[name, key] = position
+        is_kept = len(parcel.envelope) <= history.max_kept_bytes + _header_size(parcel.envelope)
+        place = (position.offset, position.epoch, before.offset)
+        self._rows.append((name, *place, int(is_kept), self._now, key, parcel.envelope))
+        return Appended(position)
+
+    def _repeat(self, name: str, key: str) -> Position | None:
+        if (name, key) in self._keys:
+            return self._keys[name, key]
+        found = self._sql.execute(
+            "SELECT epoch, place FROM wsbroadcast_messages WHERE name = ? AND key = ?", (name, key)
+        ).fetchone()
+        return None if found is None else Position(*found)
+
+    def _find(self, name: str) -> Position:
+        found = self._sql.execute("SELECT epoch, place FROM wsbroadcast_places WHERE name = ?", (name,)).fetchone()
+        return Position(token_urlsafe(9), 0) if found is None else Position(*found)
+
+    def write(self) -> None:
+        """Write the rows, and where the names are then."""
+        self._sql.executemany(
+            "INSERT INTO wsbroadcast_messages (name, place, epoch, previous, kept, at, key, envelope) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            self._rows,
+        )
+        self._sql.executemany(
+            "INSERT INTO wsbroadcast_places VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) "
+            "DO UPDATE SET place = excluded.place, quiet_at = excluded.quiet_at, forget_at = excluded.forget_at",
+            [
+                (name, *self.positions[name], self._now + history.seconds, self._now + history.remember)
+                for name, history in self.histories.items()
+            ],
+        )
+
+
+def _header_size(envelope: bytes) -> int:
+    return envelope.index(b"\n") + 1

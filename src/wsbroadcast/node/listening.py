@@ -1,0 +1,187 @@
+"""Listeners: what is broadcast to channels, as an async iterator in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping
+from secrets import token_urlsafe
+from typing import Literal, Self
+
+from wsbroadcast.audience import Audience
+from wsbroadcast.exceptions import ConfigurationError, Lagged
+from wsbroadcast.history import Recovery
+from wsbroadcast.node.tail import Tail
+from wsbroadcast.node.tails import Tails
+from wsbroadcast.options import check_count
+from wsbroadcast.publication import Position, Publication
+
+ListenPolicy = Literal["raise", "drop_oldest"]
+"""What happens to a listener that has missed something: it is told by `Lagged`, or goes on."""
+
+# Broadcasts to several audiences that are remembered, so that a listener to two of them gets each once.
+_REMEMBERED = 1024
+
+
+class Listener:
+    """Gets what is broadcast to channels, and to a user, in this process: `async for publication in listener`.
+
+    Of a channel with a history it gets everything, however late it reads, as long as the history has it. Of others so
+    many wait for it as `size` says. It is never waited for. What hooks of `on_deliver` do to a message is for
+    connections: a listener gets it as it was broadcast.
+
+    Args:
+        channels: Their names.
+        user_key: Whose own messages it gets, too.
+        size: How many messages of channels without a history may wait.
+        policy: What happens when some were missed.
+
+    Raises:
+        ConfigurationError: If an option makes no sense.
+    """
+
+    _listens = True
+
+    def __init__(self, channels: tuple[str, ...], user_key: str | None, size: int, policy: ListenPolicy) -> None:
+        check_count("size", size)
+        if policy not in ("raise", "drop_oldest"):
+            raise ConfigurationError(f"policy must be raise or drop_oldest, not {policy!r:.80}")
+        self._id = token_urlsafe(12)
+        self.channels = channels
+        """The channels that it listens to."""
+        self.user_key = user_key
+        """Whose messages it gets; the text of a user."""
+        self.recovered: dict[str | Audience, Recovery] = {}
+        """Whether it gets everything since the positions that it named, by channel."""
+        self.audiences = [Audience("channel", channel) for channel in channels]
+        """What it listens to."""
+        if user_key is not None:
+            self.audiences.append(Audience("user", user_key))
+        self._size = size
+        self._policy = policy
+        self._tails: Tails | None = None
+        # Where it is, in each audience with a history.
+        self._places: dict[Audience, Position] = {}
+        self._waiting: deque[Publication] = deque()
+        self._missed = 0
+        self._has_broken = False
+        self._got: OrderedDict[str, None] = OrderedDict()
+        self._wake: asyncio.Future[None] | None = None
+        self._is_ended = False
+
+    @property
+    def id(self) -> str:
+        """Unique among all nodes; `exclude=` takes the listener itself."""
+        return self._id
+
+    # What the node does with it.
+
+    def begin(self, tails: Tails | None, places: Mapping[Audience, Position]) -> None:
+        """Begin to listen, at these places of the audiences that have a history."""
+        self._tails = tails
+        self._places.update(places)
+        self.wake()
+
+    def offer(self, publication: Publication) -> None:
+        """Take a publication to an audience without a history."""
+        if len(self._waiting) >= self._size:
+            self._missed += 1
+            if self._policy == "raise":
+                return  # what waits comes before the hole
+            self._waiting.popleft()
+        self._waiting.append(publication)
+        self.wake()
+
+    def arrived(self, audience: Audience, tail: Tail) -> None:
+        """There is more in a tail; a listener that has no place there begins before what has come now."""
+        if audience not in self._places and self._tails is not None:
+            self._places[audience] = Position(tail.epoch, tail.delivered)
+        self.wake()
+
+    def wake(self) -> None:
+        """Look whether something has come."""
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def broken(self, audience: Audience, position: Position | None) -> None:
+        """Something is missing in an audience that can't be read any more; it goes on at this place."""
+        self._has_broken = True
+        if position is not None:
+            self._places[audience] = position
+        self.wake()
+
+    def end(self) -> None:
+        """The node ends."""
+        self._is_ended = True
+        self.wake()
+
+    # What the application does with it.
+
+    def __aiter__(self) -> Self:
+        """Iterate until the block or the manager ends."""
+        return self
+
+    async def __anext__(self) -> Publication:
+        """Wait for the next publication. A read that is cancelled loses nothing.
+
+        Raises:
+            Lagged: Once for each hole, under the policy `raise`; the next call goes on behind it.
+            RuntimeError: If another task waits already.
+        """
+        if self._wake is not None:
+            raise RuntimeError("another task reads from this listener already")
+        while True:
+            publication = self._next()
+            if publication is not None:
+                return publication
+            if self._is_ended:
+                raise StopAsyncIteration
+            self._wake = asyncio.get_running_loop().create_future()
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+
+    def _next(self) -> Publication | None:
+        if self._has_broken:
+            self._has_broken = False
+            self._tell(None)
+        for candidate in self._candidates():
+            if candidate.id is not None:
+                if candidate.id in self._got:
+                    continue
+                self._got[candidate.id] = None
+                if len(self._got) > _REMEMBERED:
+                    self._got.popitem(last=False)
+            if self.id not in candidate.exclude and self.user_key not in candidate.exclude_users:
+                return candidate
+        return None
+
+    def _candidates(self) -> Iterable[Publication]:
+        while self._waiting:
+            yield self._waiting.popleft()
+        if self._missed:
+            missed, self._missed = self._missed, 0
+            self._tell(missed)
+        if self._tails is None:
+            return
+        for audience in self._places:
+            while (publication := self._read_on(self._tails, audience)) is not None:
+                yield publication
+
+    def _read_on(self, tails: Tails, audience: Audience) -> Publication | None:
+        tail, place = tails.of(audience), self._places[audience]
+        if tail is None or tail.epoch != place.epoch:
+            return None
+        if place.offset < tail.base:
+            missed = tail.base - place.offset
+            self._places[audience] = place._replace(offset=tail.base)
+            self._tell(missed)
+        publication = tail.first_after(self._places[audience].offset)
+        if publication is not None:
+            self._places[audience] = place._replace(offset=publication.offset)
+        return publication
+
+    def _tell(self, missed: int | None) -> None:
+        if self._policy == "raise":
+            raise Lagged(missed)

@@ -1,0 +1,284 @@
+"""Clients of a router that speak events: they know where they are, and say it when they come back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+
+from tests.support.asgi import Peer, eventually, turns
+from wsbroadcast import ConnectionManager, History, SlowConsumer, create_router
+from wsbroadcast.protocols.events import SUBPROTOCOL
+
+KEPT = {"room:*": History(messages=20)}
+
+Answer = dict[str, Any]
+
+
+class EventPeer(Peer):
+    """A peer that reads JSON."""
+
+    @property
+    def events(self) -> list[Answer]:
+        return [json.loads(message) for message in self.messages]
+
+    async def wait_events(self, count: int) -> list[Answer]:
+        await self.wait_messages(count)
+        return self.events
+
+    def ask(self, **command: object) -> None:
+        self.say(json.dumps(command))
+
+    def of(self, kind: str) -> list[Answer]:
+        return [event for event in self.events if event["type"] == kind]
+
+
+@asynccontextmanager
+async def serving(manager: ConnectionManager, **options: Any) -> AsyncIterator[Callable[..., EventPeer]]:
+    """Run an app with a router; yield what makes a client of it."""
+    app = FastAPI()
+    app.include_router(create_router(manager, "/ws/{channel}", **options))
+    tasks = []
+
+    def client(channel: str, since: object = None, subprotocols: tuple[str, ...] = (SUBPROTOCOL,)) -> EventPeer:
+        peer = EventPeer(path=f"/ws/{channel}", subprotocols=subprotocols)
+        peer.scope["query_string"] = b"" if since is None else f"since={since}".encode()
+        tasks.append(asyncio.create_task(app(peer.scope, peer.receive, peer.send)))
+        return peer
+
+    async with manager:
+        yield client
+    for task in tasks:
+        await task
+
+
+async def test_client_is_told_who_and_where_it_is() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        peer = client("room:1")
+        hello, subscribed = await peer.wait_events(2)
+        assert peer.subprotocol == SUBPROTOCOL
+        assert hello == {"type": "hello", "id": manager.connections[0].id}
+        at = await manager.position("room:1")
+        assert subscribed == {"type": "subscribed", "channel": "room:1", "position": str(at)}
+        receipts = [await manager.broadcast(data, channel="room:1") for data in ("text", b"\xff\0", {"a": "ü"})]
+        positions = [str(receipt.position) for receipt in receipts]
+        await manager.broadcast("all")
+        await manager.connections[0].send([1])
+        assert (await peer.wait_events(7))[2:] == [
+            {"type": "message", "channel": "room:1", "data": "text", "position": positions[0]},
+            {"type": "message", "channel": "room:1", "data": "/wA=", "encoding": "base64", "position": positions[1]},
+            {"type": "message", "channel": "room:1", "data": {"a": "ü"}, "position": positions[2]},
+            {"type": "message", "to": "everyone", "data": "all"},
+            {"type": "message", "to": "connection", "data": [1]},
+        ]
+
+
+async def test_client_that_comes_back_goes_on_where_it_was() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        receipts = [await manager.broadcast(number, channel="room:1") for number in range(6)]
+        since = receipts[2].position
+        peer = client("room:1", since)
+        _, subscribed, *messages = await peer.wait_events(5)
+        assert subscribed == {
+            "type": "subscribed",
+            "channel": "room:1",
+            "position": str(since),
+            "recovered": True,
+        }
+        assert [message["data"] for message in messages] == [3, 4, 5]
+        assert messages[-1]["position"] == str(receipts[-1].position)
+
+
+@pytest.mark.parametrize("since", ["", "x", "%00", "epoch:1", "epoch:999999999999999999999", "x" * 10_000])
+async def test_client_whose_position_is_none_is_told(since: str) -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        receipt = await manager.broadcast("old", channel="room:1")
+        peer = client("room:1", since)
+        _, subscribed = await peer.wait_events(2)
+        assert subscribed == {
+            "type": "subscribed",
+            "channel": "room:1",
+            "position": str(receipt.position),
+            "recovered": False,
+            "reason": "epoch",
+        }
+        await manager.broadcast("live", channel="room:1")
+        assert [event["data"] for event in (await peer.wait_events(3))[2:]] == ["live"]
+
+
+async def test_plain_clients_of_the_same_router_stay_plain() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        first = await manager.broadcast("1", channel="room:1")
+        await manager.broadcast("2", channel="room:1")
+        plain, late = client("room:1", subprotocols=()), client("room:1", first.position, subprotocols=())
+        await eventually(lambda: len(manager.connections) == 2)
+        await manager.broadcast({"a": 1}, channel="room:1")
+        assert await plain.wait_messages(1) == ['{"a":1}']
+        assert await late.wait_messages(2) == ["2", '{"a":1}']
+
+
+async def test_subscribing_since() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager, inbound="commands", authorize=lambda connection, action, channel: True) as client:
+        receipts = [await manager.broadcast(number, channel="room:2") for number in range(4)]
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.ask(type="subscribe", channel="room:2", since=str(receipts[1].position), id=7)
+        answer, *messages = (await peer.wait_events(5))[2:]
+        position = str(receipts[1].position)
+        assert answer == {
+            "type": "subscribed",
+            "channel": "room:2",
+            "position": position,
+            "recovered": True,
+            "id": 7,
+        }
+        assert [message["data"] for message in messages] == [2, 3]
+        peer.ask(type="subscribe", channel="plain", id="x")
+        assert (await peer.wait_events(6))[-1] == {"type": "subscribed", "channel": "plain", "id": "x"}
+        peer.ask(type="subscribe", channel="room:3", since="last")
+        assert (await peer.wait_events(7))[-1]["recovered"] is True
+        peer.ask(type="subscribe", channel="room:4", since=5)
+        assert (await peer.wait_events(8))[-1]["code"] == "invalid_command"
+        peer.ask(type="unsubscribe", channel="room:2", id=8)
+        assert (await peer.wait_events(9))[-1] == {"type": "unsubscribed", "channel": "room:2", "id": 8}
+        await manager.broadcast("gone", channel="room:2")
+        await turns()
+        assert len(peer.events) == 9
+
+
+async def test_right_that_is_taken_back_while_it_subscribes_sends_nothing() -> None:
+    manager = ConnectionManager(history=KEPT)
+    asked: list[str] = []
+
+    def authorize(connection: object, action: str, channel: str | None) -> bool:
+        asked.append(f"{action} {channel}")
+        return asked.count("subscribe room:2") < 2
+
+    async with serving(manager, inbound="commands", authorize=authorize) as client:
+        receipts = [await manager.broadcast(number, channel="room:2") for number in range(4)]
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.ask(type="subscribe", channel="room:2", since=str(receipts[0].position))
+        assert (await peer.wait_events(3))[-1]["code"] == "forbidden"
+        await manager.broadcast("secret", channel="room:2")
+        await turns()
+        assert len(peer.events) == 3
+
+
+@pytest.mark.parametrize("inbound", ["broadcast", "handle", "ignore", "commands"])
+async def test_rights_are_those_of_inbound(inbound: str) -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager, inbound=inbound) as client:
+        peer, other = client("room:1"), client("room:1")
+        await peer.wait_events(2)
+        await other.wait_events(2)
+        peer.ask(type="publish", channel="room:1", data={"a": 1}, id=1)
+        peer.ask(type="publish", channel="room:2", data="x", id=2)
+        peer.ask(type="subscribe", channel="room:2", id=3)
+        peer.ask(nonsense=1, id=4)
+        peer.say("5")
+        await eventually(lambda: len(peer.of("error")) >= (4 if inbound != "ignore" else 5))
+        codes = {answer.get("id"): answer["code"] for answer in peer.of("error")}
+        expected = {2: "forbidden", 3: "forbidden", 4: "invalid_command", None: "invalid_command"}
+        assert codes == (expected if inbound != "ignore" else {1: "forbidden", **expected})
+        if inbound != "ignore":
+            assert peer.of("published") == [{"type": "published", "channel": "room:1", "id": 1}]
+            (message,) = [event for event in (await other.wait_events(3)) if event["type"] == "message"]
+            assert message["data"] == {"a": 1}
+
+
+async def test_broken_json_closes_with_1007() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.say("{")
+        assert await peer.wait_close() == 1007
+
+
+async def test_withheld_message_is_told_by_its_position() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        peer = client("room:1")
+        await peer.wait_events(2)
+        (connection,) = manager.connections
+        one = await manager.broadcast("1", channel="room:1", exclude=connection)
+        assert (await peer.wait_events(3))[-1] == {
+            "type": "position",
+            "channel": "room:1",
+            "position": str(one.position),
+        }
+
+        @manager.on_deliver
+        def withhold(delivery: Any) -> None:
+            if delivery.message.data == "3":
+                raise RuntimeError("refused")
+            delivery.recipients.clear()
+
+        await manager.broadcast("2", channel="room:1")
+        with pytest.raises(RuntimeError, match="refused"):
+            await manager.broadcast("3", channel="room:1")
+        events = await peer.wait_events(5)
+        assert [event["type"] for event in events[3:]] == ["position", "position"]
+        assert events[-1]["position"] == str(await manager.position("room:1"))
+
+
+async def test_new_epoch_is_told_to_clients_that_stayed() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        peer = client("room:1")
+        await manager.broadcast("1", channel="room:1")
+        await peer.wait_events(2)
+        await manager.forget("room:1")
+        await eventually(lambda: peer.of("gap"))
+        at = await manager.position("room:1")
+        assert peer.of("gap") == [{"type": "gap", "channel": "room:1", "reason": "epoch", "position": str(at)}]
+        receipt = await manager.broadcast("2", channel="room:1")
+        await eventually(lambda: peer.events[-1].get("position") == str(receipt.position))
+
+
+async def test_slow_client_is_sent_the_rest_when_it_reads_again() -> None:
+    manager = ConnectionManager(
+        history={"room:*": History(messages=1000)}, slow_consumer=SlowConsumer(max_backlog_messages=16)
+    )
+    async with serving(manager) as client:
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.stall()
+        for number in range(300):
+            manager.broadcast_nowait(number, channel="room:1")
+            await asyncio.sleep(0)
+        await turns()
+        assert manager.stats().backlog_messages <= 16
+        peer.resume()
+        await eventually(lambda: len(peer.of("message")) == 300)
+        assert [event["data"] for event in peer.of("message")] == list(range(300))
+        assert manager.stats().dropped == manager.stats().evicted == {}
+
+
+async def test_slow_client_that_misses_more_than_is_kept_is_told() -> None:
+    manager = ConnectionManager(history=KEPT, slow_consumer=SlowConsumer(max_backlog_messages=16))
+    async with serving(manager) as client:
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.stall()
+        for number in range(300):
+            manager.broadcast_nowait(number, channel="room:1")
+            await asyncio.sleep(0)
+        peer.resume()
+        await eventually(lambda: peer.of("gap"))
+        (gap,) = peer.of("gap")
+        assert gap["reason"] == "too_many"
+        await manager.broadcast("live", channel="room:1")
+        await eventually(lambda: peer.events[-1].get("data") == "live")
+        assert manager.stats().refused_recoveries == {"too_many": 1}
