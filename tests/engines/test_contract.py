@@ -131,6 +131,6 @@ class TestNATS(HistoryContract, RealBroker):
     keeps_large = True  # JetStream numbers only what it keeps
 
 
-class TestPostgres(RealBroker):
+class TestPostgres(HistoryContract, RealBroker):
     kind = PostgresServer
     engine = PostgresEngine

@@ -22,6 +22,7 @@ from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
 from wsbroadcast.engines.postgres.protocol import Connection
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.options import Timing
 
@@ -79,7 +80,7 @@ async def test_names_of_others_are_filtered(life: Life) -> None:
 
 async def test_unsubscribed_name_forgets_what_was_held_back(life: Life) -> None:
     await life.link.subscribe([life.name("news"), *(life.name(f"{number}") for number in range(50))])
-    async with life.link._listener._lock:  # nothing can be read
+    async with life.link._listener.lock:  # nothing can be read
         await life.publish(("news", LARGE), ("news", b"old"), ("1", b"x"))
         await life.arrives("1", b"x")
         await life.link.unsubscribe([life.name("news")])
@@ -170,7 +171,7 @@ async def test_more_than_can_be_held_back_is_missed(life: Life, monkeypatch: pyt
 async def test_what_is_held_back_when_the_link_is_lost_is_missed_from_its_arrival_on(life: Life, run: Run) -> None:
     await life.link.subscribe([life.name("news"), life.name("other")])
     loop = asyncio.get_running_loop()
-    async with life.link._listener._lock:  # nothing can be read
+    async with life.link._listener.lock:  # nothing can be read
         began = loop.time()
         await life.publish(("news", LARGE), ("news", b"behind it"))
         await life.publish(("other", b"x"))
@@ -187,7 +188,7 @@ async def test_what_is_held_back_when_the_link_is_lost_is_missed_from_its_arriva
 
 async def test_row_that_is_gone_is_missed_from_its_arrival_on(life: Life) -> None:
     await life.link.subscribe([life.name("news"), life.name("other")])
-    async with life.link._listener._lock:
+    async with life.link._listener.lock:
         began = asyncio.get_running_loop().time()
         await life.publish(("news", LARGE), ("other", b"x"))
         await life.arrives("other", b"x")
@@ -428,7 +429,7 @@ async def test_full_queue_of_notifications_is_unavailable_and_emptied(prefix: st
         errors = await notifier.publish(parcels)
         assert [type(error) for error in errors] == [EngineUnavailable] * len(parcels)
         assert "took nothing, because its queue of notifications is full" in str(errors[0])
-        assert errors[0] is not None
+        assert isinstance(errors[0], EngineUnavailable)
         assert isinstance(errors[0].__cause__, asyncpg.ProgramLimitExceededError)
         assert connection.statements[-1] == "SELECT pg_notification_queue_usage()"
     with pytest.raises(EngineUnavailable):
@@ -480,7 +481,8 @@ def pooled(url: str, prefix: str, *, forgets: bool, pid: int | None = -1, connec
         return Pooled(await asyncpg.connect(url), forgets=forgets, pid=pid)
 
     timing = Timing(connect_timeout=connect_timeout)
-    return PostgresLink(connect, prefix, SpillTable(prefix, "public"), "postgres at pooler:6432", timing)
+    table, history = SpillTable(prefix, "public"), HistoryTables(prefix, "public")
+    return PostgresLink(connect, prefix, table, "postgres at pooler:6432", timing, history)
 
 
 async def test_pooler_in_transaction_mode_is_refused(postgres_server: Endpoint, prefix: str) -> None:

@@ -6,8 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsbroadcast.engines.broker.link import Parcel
-from wsbroadcast.engines.postgres.protocol import MAX_NOTE_BYTES, Note, channel_of, is_row, pack, pack_row, unpack
+from wsbroadcast.engines.broker.link import Parcel, Place
+from wsbroadcast.engines.postgres.protocol import (
+    MAX_NOTE_BYTES,
+    Note,
+    channel_of,
+    is_row,
+    pack,
+    pack_kept,
+    pack_row,
+    unpack,
+)
+from wsbroadcast.publication import Position
 
 NAME = "wsbroadcast:channel:a%2E%3E*"
 
@@ -23,6 +33,20 @@ def test_note_brings_every_byte_or_is_none(envelope: bytes, takes_unicode: bool)
     assert unpack(note) == Note(NAME, envelope)
     assert len(note.encode()) <= MAX_NOTE_BYTES
     assert "\0" not in note
+    assert takes_unicode or note.isascii()
+
+
+@given(envelope=envelopes, takes_unicode=st.booleans(), offset=st.integers(1, 2**63 - 1))
+def test_note_of_what_is_kept_brings_its_place(envelope: bytes, takes_unicode: bool, offset: int) -> None:
+    form, body = pack_kept(Parcel(NAME, envelope), takes_unicode=takes_unicode)
+    place = Place(Position("kX2dh0Qb7a_Z", offset), offset - 1)
+    if form is None or body is None:
+        assert len(envelope) * 4 / 3 > MAX_NOTE_BYTES - 100
+        assert unpack(f"{NAME} row:kX2dh0Qb7a_Z:{offset}") == Note(NAME, None, None, place)
+        return
+    note = f"{NAME} {form}:kX2dh0Qb7a_Z:{offset} {body}"  # as the server writes it
+    assert unpack(note) == Note(NAME, envelope, None, place)
+    assert len(note.encode()) <= MAX_NOTE_BYTES
     assert takes_unicode or note.isascii()
 
 
@@ -55,7 +79,7 @@ def test_note_needs_no_number_from_others() -> None:
 
 def test_note_names_a_row() -> None:
     row = uuid4()
-    assert unpack(pack_row(NAME, row)) == Note(NAME, row=row)
+    assert unpack(pack_row(NAME, row)) == Note(NAME, None, row)
     assert is_row(pack_row(NAME, row))
 
 
@@ -74,6 +98,13 @@ def test_note_that_names_no_row_is_not_taken_for_one(note: str) -> None:
         "a:everyone base64 %%%",
         "a:everyone base64 YQ",
         "a:everyone table 7",
+        "a:everyone row",
+        "a:everyone row:7",
+        "a:everyone row:e:0",
+        "a:everyone text::1 x",
+        "a:everyone text:e:-1 x",
+        "a:everyone text:e:9223372036854775808 x",
+        f"a:everyone text:{'e' * 65}:1 x",
     ],
 )
 def test_note_of_another_form_is_refused(payload: str) -> None:

@@ -16,7 +16,9 @@ from wsbroadcast.engines.broker.link import Parcel, Place
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import SpillTable
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url
+from wsbroadcast.history import Appended
 from wsbroadcast.message import Message
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Publication
@@ -59,7 +61,7 @@ class Life:
     def name(self, channel: str) -> str:
         return f"{self.prefix}:channel:{channel}"
 
-    async def publish(self, *parcels: tuple[str, bytes]) -> list[Exception | None]:
+    async def publish(self, *parcels: tuple[str, bytes]) -> list[Exception | Appended | None]:
         """Publish envelopes to channels."""
         return list(await self.link.publish([Parcel(self.name(to), envelope) for to, envelope in parcels]))
 
@@ -115,7 +117,8 @@ def new_link(url: str, prefix: str, schema: str = "public", **options: Any) -> P
     """Make a link as the engine does."""
     target = read_url(url, options)
     where = f"postgres at {target.address}"
-    return PostgresLink(partial(target.connect, 0), prefix, SpillTable(prefix, schema), where, Timing())
+    tables = SpillTable(prefix, schema), where, Timing(), HistoryTables(prefix, schema)
+    return PostgresLink(partial(target.connect, 0), prefix, *tables)
 
 
 @asynccontextmanager

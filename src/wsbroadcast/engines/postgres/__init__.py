@@ -11,16 +11,20 @@ from uuid import uuid4
 
 from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines import URL
-from wsbroadcast.engines.broker import DEFAULT_TIMING, BrokerEngine, truth
+from wsbroadcast.engines.broker import DEFAULT_TIMING, truth
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.broker.health import is_bug
-from wsbroadcast.engines.broker.link import Parcel
+from wsbroadcast.engines.broker.history import KeepingEngine
+from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
+from wsbroadcast.engines.postgres.history import outgoing
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, SpillTable
 from wsbroadcast.engines.postgres.protocol import channel_of, pack, pack_row
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url, split_url
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
+from wsbroadcast.history import History
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Publication
 from wsbroadcast.text import plain
@@ -28,18 +32,20 @@ from wsbroadcast.text import plain
 _NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"
 
 
-class PostgresEngine(BrokerEngine):
+class PostgresEngine(KeepingEngine):
     """Links nodes by LISTEN and NOTIFY; two connections for each node.
 
     It can publish inside a transaction of the app's own: what is rolled back was never sent. A message that doesn't fit
     into a notification goes through a table, which is made when the first one needs it.
+
+    What is kept is kept in unlogged tables, which a node makes at its start: a crash of the server empties them.
 
     LISTEN needs a session: through PgBouncer, name its port for session mode, or the server itself.
 
     Args:
         url: A URL of libpq or of SQLAlchemy; several hosts are tried until one is a primary.
         prefix: What the channels of Postgres and the table's name begin with; apps that share a database take one each.
-        schema: The schema of the table.
+        schema: The schema of the tables.
         fail_fast: Whether `start` raises if Postgres can't be reached, instead of beginning degraded.
         max_message_bytes: The largest payload that is taken from Postgres, in bytes.
         timing: How long to wait for Postgres.
@@ -72,6 +78,7 @@ class PostgresEngine(BrokerEngine):
         )
         self._prefix = plain(prefix)
         self._table = SpillTable(self._prefix, schema)
+        self._history = HistoryTables(self._prefix, schema)
         self._turns = count()
 
     @classmethod
@@ -89,9 +96,24 @@ class PostgresEngine(BrokerEngine):
     def new_link(self) -> PostgresLink:
         """Make a link that isn't open yet."""
         connect = partial(self._target.connect, next(self._turns))
-        return PostgresLink(connect, self._prefix, self._table, f"postgres at {self.address}", self._timing)
+        where = f"postgres at {self.address}"
+        return PostgresLink(
+            connect,
+            self._prefix,
+            self._table,
+            where,
+            self._timing,
+            self._history,
+            self._rules,
+            only_publishes=self._only_publishes,
+        )
 
-    async def publish_in(self, transaction: object, publication: Publication) -> None:
+    @property
+    def history_sql(self) -> str:
+        """What makes the tables and functions that a history needs, for an administrator whose apps may make none."""
+        return self._history.create_sql
+
+    async def publish_in(self, transaction: object, publication: Publication, history: History | None = None) -> None:
         """Publish as a part of a transaction that the app has begun: it is sent if and when that is committed.
 
         It goes over the app's connection, so it also works while the engine's own are lost; only the first message of
@@ -100,11 +122,15 @@ class PostgresEngine(BrokerEngine):
         Args:
             transaction: An asyncpg or psycopg connection, or a session or connection of SQLAlchemy.
             publication: What to publish.
+            history: How much is kept of its audience. It gets its place when the transaction is committed: until then
+                nobody waits for that, and what is rolled back leaves no hole. With the isolation of REPEATABLE READ or
+                SERIALIZABLE the commit fails, as always there, if somebody else has published to the audience since
+                the transaction began: try the transaction again.
 
         Raises:
             ConfigurationError: If the transaction is something else, or in another database, where nobody listens.
             MessageTooLarge: If it is larger than Postgres takes, or than `max_message_bytes`.
-            EngineUnavailable: If the table isn't there and can't be made now.
+            EngineUnavailable: If the tables aren't there and can't be made now.
             Exception: Whatever the driver of the transaction raises.
         """
         running = Transaction(transaction)
@@ -114,18 +140,38 @@ class PostgresEngine(BrokerEngine):
         if len(envelope) > MAX_ENVELOPE_BYTES:
             overhead = len(envelope) - publication.message.size
             raise MessageTooLarge(publication.message.size, MAX_ENVELOPE_BYTES - overhead)
-        link = self._postgres_link
-        parcel = Parcel(self.names.of(publication.audience), envelope)
-        note = pack(parcel, takes_unicode=link is not None and link.takes_unicode)
-        channel = channel_of(parcel.name, self._prefix)
-        if note is None:
-            channel, note = self._prefix, await self._spill(running, parcel)
-        values = {"channel": channel, "note": note}
-        row = await running.fetch(_NOTIFY, values)
+        link, name = self._postgres_link, self.names.of(publication.audience)
+        if history is None:
+            row = await self._notify_in(running, Parcel(name, envelope))
+        else:
+            row = await self._append_in(running, KeptParcel(name, envelope, Keep(history)))
         if link is not None and link.database is not None and (row is None or row[0] != link.database):
             raise ConfigurationError(
                 f"the transaction is in the database {row and row[0]!r}, and nobody listens there: roll it back"
             )
+
+    async def _notify_in(self, running: Transaction, parcel: Parcel) -> tuple[Any, ...] | None:
+        note = pack(parcel, takes_unicode=self._takes_unicode)
+        channel = channel_of(parcel.name, self._prefix)
+        if note is None:
+            channel, note = self._prefix, await self._spill(running, parcel)
+        return await running.fetch(_NOTIFY, {"channel": channel, "note": note})
+
+    async def _append_in(self, running: Transaction, parcel: KeptParcel) -> tuple[Any, ...] | None:
+        link = self._postgres_link
+        if (link is None or not link.is_kept) and await running.fetch(self._history.exists_sql, {}) != (True,):
+            raise EngineUnavailable(
+                f"the tables of the history aren't there yet: a node with history= makes them when it reaches "
+                f"postgres at {self.address}; nothing was sent"
+            )
+        return await running.fetch(
+            self._history.outbox_sql, outgoing(parcel, self._prefix, takes_unicode=self._takes_unicode)
+        )
+
+    @property
+    def _takes_unicode(self) -> bool:
+        link = self._postgres_link
+        return link is not None and link.takes_unicode
 
     @property
     def _postgres_link(self) -> PostgresLink | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from wsbroadcast.concurrency import Patience, submit, wait_elsewhere
-from wsbroadcast.engines.broker.link import Inlet, Link, Parcel
+from wsbroadcast.engines.broker.link import Inlet, KeepingLink, Parcel, Stretch
+from wsbroadcast.engines.postgres.history import Keeper, Reader
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
 from wsbroadcast.engines.postgres.protocol import (
     Connection,
@@ -23,22 +24,33 @@ from wsbroadcast.engines.postgres.protocol import (
     said,
     unpack,
 )
+from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
+from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.options import Timing
+from wsbroadcast.publication import Position
 
 # A notification to ourselves takes this part of the time to connect, at most.
 _ROUND_TRIP_PART = 1 / 2
+
+# Who waits for somebody else's lock is refused after this part of the time to publish: the connection isn't to blame.
+_LOCK_PART = 1 / 2
 
 # A node that is gone without a word must not keep its session, whose unread notifications fill the server's queue; and
 # one that only listens is idle on purpose. From pg_settings, because older servers lack one or the other.
 _SETTINGS = (
     "SELECT count(set_config(name, CASE name WHEN 'tcp_keepalives_idle' THEN '30' WHEN 'tcp_user_timeout' THEN '30s'"
-    " ELSE '0' END, false)), pg_backend_pid(), current_database(), quote_ident(current_user), pg_is_in_recovery()"
+    " ELSE '0' END, false)), pg_backend_pid(), current_database(), quote_ident(current_user), pg_is_in_recovery(),"
+    # How many of the things are there that a history needs. As text[], because of name[] asyncpg would ask what it is.
+    " (SELECT count(*) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
+    " WHERE n.nspname = $1 AND c.relname = ANY ($2::text[]::name[]))"
+    " + (SELECT count(*) FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace"
+    " WHERE n.nspname = $1 AND p.proname = ANY ($2::text[]::name[]))"
     " FROM pg_settings WHERE name IN ('tcp_keepalives_idle', 'tcp_user_timeout', 'idle_session_timeout')"
 )
 
 
-class PostgresLink(Link):
+class PostgresLink(KeepingLink):
     """A connection to listen and one to publish, so that neither waits for a large envelope of the other.
 
     Args:
@@ -47,6 +59,9 @@ class PostgresLink(Link):
         table: Where large envelopes go.
         where: The engine and its broker's address, for logs and errors.
         timing: How long to wait for Postgres.
+        history: Where is kept what is kept.
+        rules: What is kept; `None` if that isn't known, or nothing is.
+        only_publishes: Whether nobody receives anything here.
     """
 
     max_envelope_bytes = MAX_ENVELOPE_BYTES
@@ -58,7 +73,12 @@ class PostgresLink(Link):
         table: SpillTable,
         where: str,
         timing: Timing,
+        history: HistoryTables,
+        rules: HistoryRules | None = None,
+        *,
+        only_publishes: bool = False,
     ) -> None:
+        super().__init__(rules, only_publishes=only_publishes)
         self._timing = timing
         self._connect = connect
         self._prefix = prefix
@@ -69,7 +89,12 @@ class PostgresLink(Link):
         self._role = ""
         self._is_aborted = False
         self._notifier = Notifier(prefix, table, where)
-        self._listener = Listener(prefix, table)
+        self._listener = Listener(prefix, table, history)
+        self._history = history
+        self._keeper = Keeper(history, where)
+        self._reader = Reader(history, where, self._listener.lock)
+        self.is_kept = False
+        """Whether all that a history needs is there, once the link was open."""
         self.is_open = False
         """Whether it was opened and isn't aborted."""
         self.database: str | None = None
@@ -87,8 +112,10 @@ class PostgresLink(Link):
             if isinstance(each, BaseException):
                 raise each
         (listening, pid), (publishing, _) = opened  # type: ignore[misc]  # no exception is left
-        await self._listener.open(listening)
         self._notifier.open(publishing, role=self._role, takes_unicode=self.takes_unicode)
+        await self._listener.open(listening)
+        if self.rules is not None or (self.learns and self.is_kept):
+            await self._open_history(listening, publishing)
         await self._check_round_trip(listening, is_pooled=pid != listening.get_server_pid())
         self.is_open = True
 
@@ -99,11 +126,23 @@ class PostgresLink(Link):
             drop(connection)
             raise EngineUnavailable("the link was given up")
         connection.add_termination_listener(self._listener.lost)
-        _, pid, self.database, self._role, is_standby = await connection.fetchrow(_SETTINGS)
+        schema, parts = self._history.schema, self._history.parts
+        found = await connection.fetchrow(_SETTINGS, schema, parts)
+        _, pid, self.database, self._role, is_standby, count = found
+        self.is_kept = count == len(parts)
         if is_standby:
             raise EngineUnavailable(f"{self._where} is a hot standby, which has no LISTEN")
         self.takes_unicode = connection.get_settings().server_encoding == "UTF8"
         return connection, pid
+
+    async def _open_history(self, listening: Connection, publishing: Connection) -> None:
+        self._reader.open(listening)
+        seconds = self._timing.request_timeout * _LOCK_PART
+        self.rules = await self._keeper.open(
+            publishing, self._role, self.rules, seconds, is_made=self.is_kept, writes=self.writes
+        )
+        self.is_kept = True
+        self._notifier.keep(self._keeper)
 
     async def _check_round_trip(self, listening: Connection, *, is_pooled: bool) -> None:
         # A queue that is full, a NOTIFY that is forbidden, a LISTEN that is forgotten: better known now than at the
@@ -141,9 +180,21 @@ class PostgresLink(Link):
         """Let them through no more, and listen no longer to channels that none of ours is on."""
         await self._listener.unsubscribe(names)
 
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
-        """Publish in one statement; what is too large for a note goes into the table, in the same statement."""
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
+        """Publish in one statement; what is too large for a note goes into a table."""
         return await self._notifier.publish(parcels)
+
+    async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
+        """Read by the connection that listens: it doesn't wait for what is published."""
+        return await self._reader.read(name, since, history)
+
+    async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
+        """Read by the connection that listens."""
+        return await self._reader.positions(names, histories)
+
+    async def forget(self, name: str) -> None:
+        """Remove rows and counter, so that the next who asks makes another epoch."""
+        await self._reader.forget(name)
 
     async def create_table(self) -> None:
         """Make the table for large envelopes, before somebody else's transaction needs it.
@@ -168,6 +219,7 @@ class PostgresLink(Link):
         for connection in connections:
             drop(connection)
         await asyncio.sleep(0)  # then the sockets are closed
+        await self._reader.join()
 
 
 # Notes that wait for a large envelope of the same name, at most.
@@ -183,14 +235,16 @@ class Listener:
     Args:
         prefix: The engine's prefix.
         table: Where large envelopes are.
+        history: Where large envelopes are that are kept.
     """
 
-    def __init__(self, prefix: str, table: SpillTable) -> None:
+    def __init__(self, prefix: str, table: SpillTable, history: HistoryTables) -> None:
         self._prefix = prefix
         self._table = table
+        self._history = history
         self._connection: Connection = None
-        # asyncpg allows one operation at a time on a connection.
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
+        """Of the connection, because asyncpg allows one operation at a time."""
         self._inlet: Inlet | None = None
         self._names: set[str] = set()
         # How many of our names are on each channel that we listen to.
@@ -224,7 +278,7 @@ class Listener:
             self._names.add(name)
             channel = channel_of(name, self._prefix)
             if channel not in self._channels:
-                async with self._lock:
+                async with self.lock:
                     await self._connection.add_listener(channel, self._on_notification)
             self._channels[channel] += 1
 
@@ -239,7 +293,7 @@ class Listener:
             self._channels[channel] -= 1
             if not self._channels[channel]:
                 del self._channels[channel]
-                async with self._lock:
+                async with self.lock:
                     await self._connection.remove_listener(channel, self._on_notification)
 
     async def read(self, inlet: Inlet) -> None:
@@ -267,24 +321,27 @@ class Listener:
 
     async def _read_first(self, name: str, notes: deque[tuple[float, Note]], inlet: Inlet) -> None:
         since, note = notes[0]
-        assert note.row is not None
-        envelope = await self._read_row(note.row, since, inlet)
+        envelope = await self._read_row(note, since, inlet)
         if self._held_back.get(name) is not notes:
             return  # unsubscribed while it was read
         notes.popleft()
         if envelope is not None:
-            inlet.take(name, envelope)
-        while notes and notes[0][1].row is None:
-            inlet.take(name, notes.popleft()[1].envelope)
+            inlet.take(name, envelope, note.place)
+        while notes and (envelope := notes[0][1].envelope) is not None:
+            inlet.take(name, envelope, notes.popleft()[1].place)
         if notes:
             self._to_read.put_nowait(name)  # behind the other names that wait
         else:
             del self._held_back[name]
 
-    async def _read_row(self, row: UUID, since: float, inlet: Inlet) -> bytes | None:
+    async def _read_row(self, note: Note, since: float, inlet: Inlet) -> bytes | None:
+        sql: str = self._history.row_sql
+        where: tuple[object, ...] = note.place.position
+        if note.row is not None:
+            sql, where = self._table.read_sql, (note.row,)
         try:
-            async with self._lock:
-                found = await self._connection.fetchrow(self._table.read_sql, row, MAX_ENVELOPE_BYTES)
+            async with self.lock:
+                found = await self._connection.fetchrow(sql, *where, MAX_ENVELOPE_BYTES)
         except PostgresError as error:
             if is_loss(error, self._connection):
                 raise
@@ -315,8 +372,8 @@ class Listener:
         notes = self._held_back.get(name)
         if notes is not None:
             self._hold_back(before, note, notes, inlet)
-        elif note.row is None:
-            inlet.take(name, note.envelope)
+        elif note.envelope is not None:
+            inlet.take(name, note.envelope, note.place)
         else:
             self._held_back[name] = deque([(before, note)])
             self._to_read.put_nowait(name)

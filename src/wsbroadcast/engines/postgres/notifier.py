@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
-from wsbroadcast.engines.broker.link import Parcel
+from wsbroadcast.engines.broker.link import KeptParcel, Parcel
+from wsbroadcast.engines.postgres.history import Batch, Keeper
 from wsbroadcast.engines.postgres.protocol import (
     Connection,
     PostgresError,
@@ -26,6 +27,7 @@ from wsbroadcast.engines.postgres.protocol import (
     said,
 )
 from wsbroadcast.exceptions import ConfigurationError, EngineError
+from wsbroadcast.history import Appended
 from wsbroadcast.logs import logger
 from wsbroadcast.text import plain
 
@@ -55,6 +57,8 @@ class Notifier:
         self._connection: Connection = None
         self._role = ""
         self._takes_unicode = False
+        # Keeps what is to be kept; `None` where nothing is.
+        self._keeper: Keeper | None = None
         # asyncpg allows one operation at a time on a connection.
         self._lock = asyncio.Lock()
 
@@ -64,26 +68,35 @@ class Notifier:
         self._role = role
         self._takes_unicode = takes_unicode
 
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | None]:
+    def keep(self, keeper: Keeper) -> None:
+        """Take parcels that are to be kept, too."""
+        self._keeper = keeper
+
+    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
         """Publish parcels, and once in a while remove rows that everybody has read.
 
         Returns:
-            For each parcel what it was refused with, or `None`.
+            For each parcel what it was refused with, where it is kept, or `None`.
 
         Raises:
             Exception: If the connection is lost.
         """
-        letters = [self._letter(parcel) for parcel in parcels]
+        kept = 0 if self._keeper is None else sum(isinstance(parcel, KeptParcel) for parcel in parcels)
+        others = [parcel for parcel in parcels if not isinstance(parcel, KeptParcel)] if kept else parcels
+        letters = [self._letter(parcel) for parcel in others]
         large = [letter for letter in letters if letter.row is not None]
         async with self._lock:
             try:
-                errors = await self._publish(letters, large)
+                results = await (self._append(parcels, letters, large) if kept else self._publish(letters, large))
             except PostgresError as error:
-                if is_loss(error, self._connection):
+                # Of the history's tables: the next link makes them anew.
+                if is_loss(error, self._connection) or isinstance(error, UndefinedTable):
                     raise
-                return [await self._refused(error)] * len(letters)
+                return [await self._refused(error)] * len(parcels)
             await self._clean_up(len(large))
-        return errors
+            if self._keeper is not None:
+                await self._keeper.trim()
+        return results
 
     async def notify(self, channel: str, note: str) -> None:
         """Send one notification as it is.
@@ -114,7 +127,29 @@ class Notifier:
         row = uuid4()
         return _Letter(self._prefix, pack_row(parcel.name, row), row, parcel.envelope)
 
-    async def _publish(self, letters: list[_Letter], large: list[_Letter]) -> list[Exception | None]:
+    async def _append(
+        self, parcels: Sequence[Parcel], letters: list[_Letter], large: list[_Letter]
+    ) -> list[Exception | Appended | None]:
+        # Rows without a note do no harm, should the second statement be refused.
+        refused: ConfigurationError | None = None
+        if large:
+            try:
+                await self._with_table(self._table.spill_sql, *_rows(large))
+            except ConfigurationError as error:
+                refused = error
+        assert self._keeper is not None
+        sent = iter(letters)
+        between = [None if isinstance(parcel, KeptParcel) else next(sent) for parcel in parcels]
+        is_refused = [refused is not None and one is not None and one.row is not None for one in between]
+        notes = [
+            None if one is None or is_out else (one.channel, one.note)
+            for one, is_out in zip(between, is_refused, strict=True)
+        ]
+        batch = Batch(parcels, notes, self._prefix, takes_unicode=self._takes_unicode)
+        results = await self._keeper.append(batch)
+        return [refused if is_out else result for result, is_out in zip(results, is_refused, strict=True)]
+
+    async def _publish(self, letters: list[_Letter], large: list[_Letter]) -> list[Exception | Appended | None]:
         if not large:
             await self._publish_small(letters)
             return [None] * len(letters)
@@ -136,12 +171,14 @@ class Notifier:
 
     async def _publish_large(self, letters: list[_Letter], large: list[_Letter]) -> None:
         channels, notes = [one.channel for one in letters], [one.note for one in letters]
-        rows, envelopes = [one.row for one in large], [one.envelope for one in large]
+        await self._with_table(self._table.publish_sql, *_rows(large), channels, notes)
+
+    async def _with_table(self, statement: str, *values: object) -> None:
         try:
-            await self._connection.execute(self._table.publish_sql, channels, notes, rows, envelopes)
+            await self._connection.execute(statement, *values)
         except UndefinedTable:
             await self._create_table()
-            await self._connection.execute(self._table.publish_sql, channels, notes, rows, envelopes)
+            await self._connection.execute(statement, *values)
         except PostgresError as error:
             if not is_forbidden(error):
                 raise
@@ -191,6 +228,10 @@ class Notifier:
         self._table.end_clean_up(is_behind=is_behind, has_more=has_more)
 
 
+def _rows(large: list[_Letter]) -> tuple[list[UUID | None], list[bytes]]:
+    return [one.row for one in large], [one.envelope for one in large]
+
+
 # The table for envelopes that are too large for a notification of Postgres.
 
 
@@ -212,10 +253,11 @@ NOTIFY_ONE = "SELECT pg_notify($1, $2)"
 
 # One statement, so one transaction and one turn of the global lock that a commit with notifications takes. Rows of a
 # sub-select come in its order, so that is the order of the notifications; the count spares a row of result for each.
-NOTIFY = (
+_NOTIFY = (
     "SELECT count(pg_notify(channel, note)) FROM (SELECT channel, note"
-    " FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS notes (channel, note, place) ORDER BY place) AS ordered"
+    " FROM unnest({}::text[], {}::text[]) WITH ORDINALITY AS notes (channel, note, place) ORDER BY place) AS ordered"
 )
+NOTIFY = _NOTIFY.format("$1", "$2")
 
 
 class SpillTable:
@@ -256,12 +298,14 @@ class SpillTable:
             f" (SELECT count(*) FROM {self.name}) > (SELECT count(*) FROM gone)"
         )
         """Takes how many rows more than usual to remove; tells whether there is more to remove, and more at all."""
-        self.publish_sql = (
-            f"WITH spilled AS (INSERT INTO {self.name} (id, expires, envelope)"  # noqa: S608
+        self.spill_sql = (
+            f"INSERT INTO {self.name} (id, expires, envelope)"  # noqa: S608
             f" SELECT id, clock_timestamp() + interval '{KEPT_SECONDS} s', envelope"
-            f" FROM unnest($3::uuid[], $4::bytea[]) AS rows (id, envelope)) {NOTIFY}"
+            f" FROM unnest($1::uuid[], $2::bytea[]) AS rows (id, envelope)"
         )
-        """Takes channels, texts, ids and envelopes."""
+        """Takes ids and envelopes."""
+        self.publish_sql = f"WITH spilled AS ({self.spill_sql}) {_NOTIFY.format('$3', '$4')}"
+        """Takes ids, envelopes, channels and texts."""
         self.exists_sql = f"SELECT to_regclass('{self.name}') IS NOT NULL"
         """Tells whether the table is there, which is not an error in the server's log if it isn't."""
         self.insert_sql = (

@@ -5,7 +5,10 @@ r"""What a notification of Postgres carries: a name, and an envelope as text or 
     wsbroadcast:channel:news table 6f1d0c9aa1b04d0f8c6e5d1f6f0a7c55
 
 The number after the colon keeps two equal envelopes apart, because Postgres merges equal notifications of one
-transaction; a program that sends a single one may leave it out.
+transaction; a program that sends a single one may leave it out. Of what is kept its epoch and its offset stand there:
+
+    wsbroadcast:channel:news text:kX2dh0Qb7a_Z:42 {"v":1,"node":"kX2…","seq":43}\nhello
+    wsbroadcast:channel:news row:kX2dh0Qb7a_Z:43
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import Any, NamedTuple, TypeAlias
 from uuid import UUID
 from zlib import crc32
 
-from wsbroadcast.engines.broker.link import Parcel, reset
+from wsbroadcast.engines.broker.link import NOWHERE, Parcel, Place, reset
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MissingDependency
+from wsbroadcast.publication import EPOCH, MAX_OFFSET, Position
 
 MAX_NOTE_BYTES = 7_500
 """The longest notification that is sent. Postgres takes 7,999 bytes, a build of it with smaller pages takes less."""
@@ -28,6 +32,9 @@ MAX_NOTE_BYTES = 7_500
 # channel: more of them spare a node what it doesn't want, fewer are sooner listened to after an outage.
 _CHANNELS = 8
 
+# What a form, an epoch of the server's and an offset take, with what is between them.
+_PLACE_BYTES = 8 + 12 + 19 + 3
+
 _numbers = count()
 
 
@@ -35,9 +42,12 @@ class Note(NamedTuple):
     """A notification that was understood."""
 
     name: str
-    envelope: bytes = b""
+    envelope: bytes | None = b""
+    """`None` if it was too large for a notification: then it is in a table."""
     row: UUID | None = None
-    """Where the envelope is, if it was too large for a notification."""
+    """Where in the table for large envelopes; `None` if it is kept."""
+    place: Place = NOWHERE
+    """Where it is kept, if it is."""
 
 
 def channel_of(name: str, prefix: str) -> str:
@@ -68,6 +78,22 @@ def pack(parcel: Parcel, *, takes_unicode: bool) -> str | None:
     return start + text if len(start) + size <= MAX_NOTE_BYTES else None
 
 
+def pack_kept(parcel: Parcel, *, takes_unicode: bool) -> tuple[str | None, str | None]:
+    """Return the form and the body of the notification of a parcel that the server gives a place, or two `None`s.
+
+    The arguments are those of `pack`.
+    """
+    name, envelope = parcel
+    if len(envelope) > MAX_NOTE_BYTES:
+        return None, None
+    form, size = "text", len(envelope)
+    body = _as_text(envelope, takes_unicode)
+    if body is None:
+        form, body = "base64", b64encode(envelope).decode()
+        size = len(body)
+    return (form, body) if len(name) + size + _PLACE_BYTES <= MAX_NOTE_BYTES else (None, None)
+
+
 def pack_row(name: str, row: UUID) -> str:
     """Return the notification that says in which row the envelope is."""
     return f"{name} table {row.hex}"
@@ -86,14 +112,26 @@ def unpack(payload: str) -> Note:
     """
     name, _, rest = payload.partition(" ")
     form, _, body = rest.partition(" ")
-    match form.partition(":")[0]:
+    kind, _, number = form.partition(":")
+    place = _place(number) if ":" in number else NOWHERE
+    match kind:
         case "text":
-            return Note(name, body.encode())
+            return Note(name, body.encode(), None, place)
         case "base64":
-            return Note(name, b64decode(body, validate=True))
+            return Note(name, b64decode(body, validate=True), None, place)
         case "table":
-            return Note(name, row=UUID(hex=body))
-    raise ValueError("neither text nor base64 nor table")
+            return Note(name, None, UUID(hex=body))
+        case "row" if place is not NOWHERE:
+            return Note(name, None, None, place)
+    raise ValueError("neither text nor base64 nor in a table")
+
+
+def _place(text: str) -> Place:
+    epoch, _, number = text.partition(":")
+    offset = int(number) if number.isdecimal() and len(number) < 20 else 0
+    if not EPOCH.fullmatch(epoch) or not 0 < offset <= MAX_OFFSET:
+        raise ValueError("no epoch and offset")
+    return Place(Position(epoch, offset), offset - 1)  # no number is left out here
 
 
 def _as_text(envelope: bytes, takes_unicode: bool) -> str | None:
