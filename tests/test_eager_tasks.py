@@ -105,6 +105,7 @@ async def test_hook_that_acts_on_a_lost_connection_breaks_into_no_delivery(manag
 async def test_gap_hook_runs_when_what_reports_the_gap_goes_on(manager: ConnectionManager) -> None:
     seen: list[str] = []
     manager.on_gap(lambda gap: seen.append("hook"))
+    await manager.connect(Peer().websocket)
     manager._core.life.node.gap(Gap("test", 1.0))
     seen.append("goes on")
     await eventually(lambda: len(seen) == 2)

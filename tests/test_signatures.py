@@ -159,7 +159,7 @@ def test_results_may_be_what_a_route_returns() -> None:
 
 def test_signature_shows_what_the_source_says() -> None:
     assert list(inspect.signature(MANAGER.connect).parameters) == [
-        *("websocket", "user", "channels", "info", "subprotocol", "headers", "expires_at")
+        *("websocket", "user", "channels", "info", "subprotocol", "headers", "expires_at", "since")
     ]
     assert str(inspect.signature(ConnectionManager.disconnect)).startswith("(self, websocket: 'WebSocket | Connection'")
     assert str(inspect.signature(Identity)).startswith("(user: str | int | uuid.UUID | None, info: Any = None")

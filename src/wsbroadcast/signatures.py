@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from functools import partial, wraps
+from functools import partial, update_wrapper, wraps
 from types import FunctionType, MethodType, NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -101,11 +101,26 @@ def no_dependency(instead: str, **instead_of_methods: str) -> Callable[[T], T]:
             if name == "__init__":
                 _refuse(function, f"{marked.__name__} is not a dependency: {instead}", skip=1)
             elif not name.startswith("_"):
+                if name not in vars(marked):  # it may be the method of several classes, each with its own text
+                    function = _copy(function, marked)
                 text = instead_of_methods.get(name, "FastAPI would take its arguments from the query; call it yourself")
                 _refuse(function, f"{marked.__name__}.{name} is not a dependency: {text}", skip=1)
         return marked
 
     return mark
+
+
+def _copy(function: FunctionType, owner: type) -> FunctionType:
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    update_wrapper(copy, function)
+    del copy.__wrapped__  # type: ignore[attr-defined]  # it stands for itself
+    copy.__dict__.update(function.__dict__)
+    copy.__qualname__ = f"{owner.__qualname__}.{function.__name__}"
+    setattr(owner, function.__name__, copy)
+    return copy
 
 
 def _refuse(function: Any, error: str, skip: int) -> None:

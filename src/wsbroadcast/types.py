@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypedDict, TypeVar, Unpack, overload
 
 from starlette.websockets import WebSocket
 
@@ -199,6 +199,14 @@ class Manager(Protocol[C]):
     @overload
     def broadcast_threadsafe(self, message: object, *, to: To, **options: Unpack[BroadcastOptions[C]]) -> Receipt: ...
 
+    def listen(  # noqa: D102
+        self,
+        *channels: str,
+        user: UserId | None = None,
+        since: SinceOption = None,
+        size: int = 1024,
+        policy: Literal["raise", "drop_oldest"] = "raise",
+    ) -> AbstractAsyncContextManager[Any]: ...
     async def position(  # noqa: D102
         self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
     ) -> Position: ...

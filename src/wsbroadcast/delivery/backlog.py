@@ -37,17 +37,13 @@ class Entry:
     will be written, and neither the text, the payload nor the frames for others beside it.
     """
 
-    __slots__ = ("channel", "data", "is_text", "key", "place", "policy", "size")
+    __slots__ = ("channel", "data", "is_text", "key", "policy", "size")
+
+    place: Place | None = None
+    """Its place in a history, from where the connection can go on later; `None` if it can't."""
 
     def __init__(
-        self,
-        data: bytes,
-        size: int,
-        *,
-        is_text: bool,
-        key: Key | None = None,
-        channel: str | None = None,
-        place: Place | None = None,
+        self, data: bytes, size: int, *, is_text: bool, key: Key | None = None, channel: str | None = None
     ) -> None:
         self.data = data
         """What will be written."""
@@ -59,10 +55,14 @@ class Entry:
         """What it is the newest of, under the policy `conflate`."""
         self.channel = channel
         """The channel that it was broadcast to, which may have a policy of its own; `None` for other audiences."""
-        self.place = place
-        """Its place in a history, from where the connection can go on later; `None` if it can't."""
         self.policy: Policy | None = None
         """What happens if it doesn't fit; known once it has waited somewhere, for all backlogs of a node."""
+
+
+class PlacedEntry(Entry):
+    """One that a connection can be sent later, because its client knows where it is in a history."""
+
+    __slots__ = ("place",)
 
 
 class Turn:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar
 
-from wsbroadcast.delivery.backlog import Entry, Place
+from wsbroadcast.delivery.backlog import Entry, Place, PlacedEntry
 from wsbroadcast.message import Encoding, Message
 from wsbroadcast.publication import Protocol, Publication, plain
 
@@ -128,19 +128,17 @@ class WireForm:
         """Return a publication as it waits in backlogs."""
         message = publication.seen_by(self._protocol)
         key = publication.message.key
-        return Entry(
+        is_placed = self.has_positions and publication.position is not None
+        entry = (PlacedEntry if is_placed else Entry)(
             message._wire(self._encoding),
             message.size,
             is_text=message.is_text,
             key=None if key is None else (publication.audience, key),
             channel=publication.channel,
-            place=self._place(publication),
         )
-
-    def _place(self, publication: Publication) -> Place | None:
-        if publication.position is None or not self.has_positions:
-            return None
-        return Place(publication.audience, publication.position.offset, publication.previous)
+        if isinstance(entry, PlacedEntry):
+            entry.place = Place(publication.audience, publication.offset, publication.previous)
+        return entry
 
 
 @cache
