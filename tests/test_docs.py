@@ -533,11 +533,49 @@ def named_origins(client: TestClient, block: Namespace) -> None:
     assert refused(client, origin="http://testserver") == 403
 
 
+def say(client: TestClient, block: Namespace, channel: str, *texts: str) -> list[str]:
+    """Broadcast to a channel; return the positions."""
+    assert client.portal is not None
+    found = [client.portal.call(partial(block["manager"].broadcast, text, channel=channel)) for text in texts]
+    return [str(receipt.position) for receipt in found]
+
+
+def events_with_positions(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws/room:1", subprotocols=["wsbroadcast.v1"]) as ada:
+        assert [ada.receive_json()["type"] for _ in range(2)] == ["hello", "subscribed"]
+        first, last = say(client, block, "room:1", "1", "2")
+        assert [ada.receive_json()["position"] for _ in range(2)] == [first, last]
+    with client.websocket_connect(f"/ws/room:1?since={first}", subprotocols=["wsbroadcast.v1"]) as ada:
+        assert ada.receive_json()["type"] == "hello"
+        assert ada.receive_json()["recovered"] is True
+        assert ada.receive_json()["data"] == "2"
+
+
+def comes_back(client: TestClient, block: Namespace) -> None:
+    first, _ = say(client, block, "feed", "1", "2")
+    with client.websocket_connect(f"/feed?since={first}") as ada:
+        assert ada.receive_text() == "2"
+    with client.websocket_connect("/feed?since=nonsense") as ada:
+        assert ada.receive_text() == "reload"
+
+
+def snapshot_and_follow(client: TestClient, block: Namespace) -> None:
+    since = client.get("/prices").json()["since"]
+    say(client, block, "prices", "72")
+    with client.websocket_connect(f"/ws/prices?since={since}") as ada:
+        assert ada.receive_text() == "72"
+    with client.websocket_connect("/ws/prices?since=last") as ada:
+        assert ada.receive_text() == "72"
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
     "docs/behind-a-proxy.md#the-server": named_origins,
     "docs/explanation.md#order": order,
+    "docs/history.md#come-back": comes_back,
+    "docs/history.md#snapshot-and-follow": snapshot_and_follow,
+    "docs/history.md#turn-it-on": events_with_positions,
     "docs/how-to-authenticate.md#a-dependency-that-says-who-it-is": authenticate,
     "docs/how-to-authenticate.md#a-jwt": json_web_token,
     "docs/how-to-authenticate.md#a-session-cookie": session_cookie,
