@@ -225,8 +225,8 @@ def _warn_of_several_workers() -> None:
     if sign:
         logger.warning(
             "%s, and memory:// doesn't link them: a broadcast reaches only the connections of the process it is made "
-            "in. Give the ConnectionManager sqlite:///messages.db, which links the processes of one machine, or the URL "
-            "of a broker, such as redis://localhost; or run one worker",
+            "in. Give the ConnectionManager sqlite:///messages.db, which links the processes of one machine, or the "
+            "URL of a broker, such as redis://localhost; or run one worker",
             sign,
         )
 
