@@ -21,8 +21,8 @@ from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, History
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.sqlite import SQLiteEngine
-from wsbroadcast.engines.sqlite.link import bells_of
-from wsbroadcast.engines.sqlite.store import LATE_SECONDS, Store, check_local, file_system
+from wsbroadcast.engines.sqlite.file import bells_of, check_local, file_system
+from wsbroadcast.engines.sqlite.store import LATE_SECONDS, Store
 from wsbroadcast.history import HistoryRules
 from wsbroadcast.options import Timing
 from wsbroadcast.testing import Node, Recorder
@@ -270,7 +270,7 @@ broken
 def test_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = tmp_path / "mountinfo"
     mounts.write_text("22 1 0:20 / / rw - nfs server:/x rw\n")
-    monkeypatch.setattr("wsbroadcast.engines.sqlite.store._MOUNTS", mounts)
+    monkeypatch.setattr("wsbroadcast.engines.sqlite.file._MOUNTS", mounts)
     with pytest.raises(ConfigurationError, match=r"network file system \(nfs\)"):
         check_local(tmp_path / "messages.db")
     mounts.unlink()

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
 
 from wsbroadcast.asking import Question
-from wsbroadcast.audience import UNSET, Audience, audiences_of, user_keys
+from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL
-from wsbroadcast.concurrency import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
-from wsbroadcast.connection import Connection, Exclude, find_connection, find_open
+from wsbroadcast.connection import Connection, find_connection, find_open
 from wsbroadcast.engines.contract import (
     Engine,
-    each,
-    keeps_history,
-    publish_all,
-    publish_all_nowait,
-    publish_in,
 )
-from wsbroadcast.exceptions import EncodeError, EngineError, LifecycleError, PermissionDenied, kind_of
+from wsbroadcast.exceptions import EncodeError, EngineError, PermissionDenied, kind_of
 from wsbroadcast.history import (
     NOW,
     NOWHERE,
-    Appended,
     HistoryRules,
     Recovery,
     SinceOption,
-    check_key,
     since_of,
 )
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.message import JSONDefault, Message
 from wsbroadcast.node.admission import Joining
+from wsbroadcast.node.broadcasting import Broadcasting
 from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.listening import Listener, ListenPolicy
@@ -48,9 +40,7 @@ from wsbroadcast.publication import (
     Control,
     Dismissal,
     Publication,
-    Publications,
     Receipt,
-    publications_of,
 )
 from wsbroadcast.stats import Counters
 from wsbroadcast.text import plain
@@ -58,9 +48,6 @@ from wsbroadcast.transports import SEEN_KEY
 from wsbroadcast.types import Manager
 
 T = TypeVar("T")
-
-_NOT_RUNNING = "the manager isn't running"
-_RUN_IT = "start the app with manager.lifespan, a router made by create_router, or `async with manager`"
 
 
 def _no_websocket(value: object) -> str:
@@ -72,7 +59,7 @@ def _no_websocket(value: object) -> str:
     return f"{text}: connect(websocket, user=…, channels=[…])"
 
 
-class Core:
+class Core(Broadcasting):
     """The operations of one manager, in whichever event loop it runs.
 
     Args:
@@ -100,22 +87,12 @@ class Core:
         counters: Counters,
         rules: HistoryRules | None = None,
     ) -> None:
-        if rules is not None:
-            # The engine again, as one that keeps: to ask whether it can takes longer than to keep a message.
-            self._keeper = keeps_history(engine)
-            self._keeper.keep(rules)
-        self.rules = rules
-        """What is kept; `None` for nothing."""
-        self.manager = manager
-        """Whose operations these are."""
-        self._hooks = hooks
         self._limits = limits
         self._slow_consumer = slow_consumer
-        self._json_default = json_default
         self.counters = counters
         """What was counted, on all nodes that the manager has been."""
+        super().__init__(manager, engine, hooks, limits.max_outbound_bytes, json_default, rules)
         self.life = Lifecycle(engine, self._new_node)
-        """Where it runs."""
 
     def _new_node(self, engine: Engine) -> Node:
         node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules)
@@ -247,171 +224,11 @@ class Core:
         self.counters.sends += 1
         self.life.node.dispatcher.dispatch(Publication(encoded, audience))
 
-    def ids(self, exclude: Exclude) -> frozenset[str]:
-        """Return the ids of connections; those that aren't known here are left out.
-
-        Raises:
-            TypeError: If something else is among them.
-        """
-        several: Iterable[Any] = exclude  # type: ignore[assignment]  # or one connection
-        if isinstance(exclude, (Connection, WebSocket, Listener, str)) or not isinstance(exclude, Iterable):
-            several = (exclude,)
-        try:
-            found = [one if isinstance(one, Listener) else find_connection(one, self.manager) for one in several]
-        except TypeError:
-            raise TypeError(
-                f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users pass exclude_users=…"
-            ) from None
-        return frozenset(connection.id for connection in found if connection is not None)
-
     def _find_here(self, websocket: WebSocket | Connection) -> Connection | None:
         connection = find_connection(websocket, self.manager)
         if connection is not None and connection.is_open:
             self.life.check_here()
         return connection
-
-    # Messages.
-
-    def encode(self, message: object, key: str | None = None) -> Message:
-        """Encode a message within the limit.
-
-        Raises:
-            EncodeError: If it can't be sent as text, bytes or JSON, or is too large.
-        """
-        return Message.of(message, key, json_default=self._json_default)._within(self._limits.max_outbound_bytes)
-
-    def publications(
-        self,
-        message: object,
-        channel: object = UNSET,
-        user: object = UNSET,
-        channels: object = UNSET,
-        to: object = UNSET,
-        exclude: Exclude = (),
-        exclude_users: object = (),
-        key: str | None = None,
-    ) -> Publications:
-        """Build what the arguments of a broadcast say: one publication for each audience.
-
-        Raises:
-            EncodeError: If the message can't be sent as text, bytes or JSON, or is too large.
-            ValueError: If an argument isn't valid.
-        """
-        audiences = audiences_of(channel, user, channels, to)
-        ids = self.ids(exclude) if exclude != () else NOBODY
-        users = user_keys(exclude_users) if exclude_users != () else NOBODY
-        return publications_of(self.encode(message, key), audiences, ids, users)
-
-    async def broadcast(
-        self,
-        publications: Publications,
-        transaction: object = None,
-        idempotency_key: str | None = None,
-        *,
-        node: Node | None = None,
-    ) -> Receipt:
-        """Publish to all nodes.
-
-        Args:
-            publications: Those of one broadcast.
-            transaction: See `ConnectionManager.broadcast`.
-            idempotency_key: See there.
-            node: What the manager is here, if that is known. It is where the manager is closed, too.
-        """
-        if node is None:
-            node = self.life.node
-            if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
-                node = await self.life.run_here()
-        if idempotency_key is not None:
-            check_key(idempotency_key, self.rules, [each.audience for each in publications], transaction)
-        if len(publications) != 1:
-            return await self._broadcast_several(node, publications, transaction, idempotency_key)
-        publication = publications[0]
-        members = node.registry.count(publication.audience, publication.exclude, publication.exclude_users)
-        if self._hooks.has("on_broadcast") or not node.dispatcher.is_clear:
-            prepared = await self._prepare(node, publication)
-            if prepared is None:
-                return Receipt(members, is_held_back=True)
-            publication = prepared
-        if transaction is not None:
-            await publish_in(self.life.engine, transaction, (publication,), self.rules)
-        elif self.rules is None or (history := self.rules.of(publication.audience)) is None:
-            await self.life.engine.publish(publication)
-        else:
-            appended = await self._keeper.append(publication, history, idempotency_key)
-            return Receipt(members, {publication.audience: appended.position}, is_repeat=appended.is_repeat)
-        return Receipt(members)
-
-    async def broadcast_local(self, publications: Publications) -> Receipt:
-        """Send to the connections of this node only."""
-        node = await self.life.run_here()
-        members = node.count(publications)
-        prepared = await self._prepare_all(node, publications)
-        node = await self.life.run_here()
-        await each(node.deliver_local, prepared)
-        return Receipt(members, is_held_back=not prepared and bool(publications))
-
-    def broadcast_nowait(self, publications: Publications) -> Receipt:
-        """Publish to all nodes without awaiting anything."""
-        if not self.life.is_started or self.life.loop is not running_loop():
-            self.life.settle_here()
-            if self.life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
-                raise LifecycleError("the engine has to start, and broadcast_nowait can't: await `broadcast`")
-            without_waiting(self.life.run_here(), "the engine has to start")
-        members = self.life.node.count(publications)
-        prepared: Sequence[Publication] = publications
-        if self._hooks.has("on_broadcast"):
-            prepared = without_waiting(self._transform_all(publications), "an on_broadcast hook has to wait")
-        publish_all_nowait(self.life.engine, prepared, self.rules)
-        return Receipt(members, is_held_back=not prepared and bool(publications))
-
-    def broadcast_threadsafe(self, publications: Publications) -> Receipt:
-        """Publish from a thread, which is blocked until the engine has taken it."""
-        while True:
-            loop = self.life.loop
-            if loop is None or not loop.is_running():
-                raise LifecycleError(f"{_NOT_RUNNING}, so a thread can't reach it: {_RUN_IT}")
-            if running_loop() is loop:
-                raise LifecycleError(
-                    "broadcast_threadsafe would block its own event loop: await `broadcast`, or call `broadcast_soon`, "
-                    "which works in both"
-                )
-            try:
-                return wait_in_thread(submit(self.broadcast(publications), loop), loop)
-            except LifecycleError as error:
-                if self.life.loop is loop or isinstance(error, LoopEnded):
-                    raise
-                # Another event loop has taken the manager from that one, before anything was sent.
-
-    def broadcast_soon(self, publications: Publications) -> None:
-        """Publish later, in the order of the calls; from any thread."""
-        node = self.life.node  # before the look at the loop
-        loop = self.life.loop
-        if loop is None or not loop.is_running() or not self.life.is_started:
-            raise LifecycleError(f"{_NOT_RUNNING}: {_RUN_IT}")
-        try:
-            node.outbox.put(publications, partial(loop.call_soon_threadsafe, node.begin_sending))
-        except RuntimeError as error:
-            if isinstance(error, LifecycleError):
-                raise
-            raise LoopEnded from None
-
-    async def _broadcast_several(
-        self, node: Node, publications: Publications, transaction: object, idempotency_key: str | None
-    ) -> Receipt:
-        members = node.count(publications)
-        prepared = await self._prepare_all(node, publications)
-        appended: Mapping[Audience, Appended] = {}
-        if transaction is None:
-            appended = await publish_all(self.life.engine, prepared, self.rules, idempotency_key)
-        else:
-            await publish_in(self.life.engine, transaction, prepared, self.rules)
-        return Receipt(
-            members,
-            {audience: each.position for audience, each in appended.items()},
-            is_held_back=not prepared and bool(publications),
-            is_repeat=bool(appended) and all(each.is_repeat for each in appended.values()),
-        )
 
     # What is kept.
 
@@ -438,26 +255,3 @@ class Core:
         """Ask the engine about a history."""
         await self.life.run_here()
         return await question(self.life.engine, self.rules)
-
-    async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
-        return [found for one in publications if (found := await self._prepare(node, one)) is not None]
-
-    async def _transform_all(self, publications: Publications) -> list[Publication]:
-        return [found for one in publications if (found := await self._transform(one)) is not None]
-
-    async def _prepare(self, node: Node, publication: Publication) -> Publication | None:
-        loop = asyncio.get_running_loop()
-        if self._hooks.has("on_broadcast"):
-            transformed = await self._transform(publication)
-            if transformed is None:
-                return None
-            publication = transformed
-        if not node.dispatcher.is_clear:
-            await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
-        if self.life.loop is not loop:  # it was closed, or another event loop took it
-            raise self.life.elsewhere()
-        return publication
-
-    async def _transform(self, publication: Publication) -> Publication | None:
-        message = await self._hooks.transform(publication.message, publication.audience, self.encode)
-        return None if message is None else publication.with_message(message)

@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from types import TracebackType
 
+from starlette.exceptions import WebSocketException
+from starlette.websockets import WebSocketDisconnect
+
+from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, ConnectionState
+from wsbroadcast.exceptions import ungrouped
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.node.admission import Lease
+
+
+class EndpointGuard:
+    """Ends a connection with the ASGI call of its endpoint, on that call's exit stack.
+
+    Args:
+        end: Ends it, with an error of the endpoint's if there is one.
+        connection: Which.
+    """
+
+    __slots__ = ("_connection", "_end")
+
+    def __init__(
+        self, end: Callable[[Connection, BaseException | None], Awaitable[None]], connection: Connection
+    ) -> None:
+        self._end = end
+        self._connection = connection
+
+    async def __call__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End it; an error of the endpoint's goes on."""
+        await self._end(self._connection, error)
+
+
+def code_of(error: BaseException) -> int:
+    """Return the code with which a connection is closed whose endpoint has failed."""
+    if isinstance(error, Exception):
+        error = ungrouped(error, WebSocketException, WebSocketDisconnect)
+    code = error.code if isinstance(error, WebSocketException) else CloseCode.INTERNAL_ERROR
+    return code if is_sendable(code) else CloseCode.INTERNAL_ERROR
 
 
 class Departures:

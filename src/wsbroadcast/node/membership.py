@@ -5,27 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from contextvars import Context, copy_context
-from types import TracebackType
 
-from starlette.exceptions import WebSocketException
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from wsbroadcast.audience import EVERYONE, Audience
-from wsbroadcast.close_codes import ABNORMAL, CloseCode, check_sendable, is_sendable
+from wsbroadcast.close_codes import ABNORMAL, CloseCode, check_sendable
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, ConnectionState, Operations, find_known, is_known
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
-from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied, ungrouped
+from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
 from wsbroadcast.history import NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
 from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
-from wsbroadcast.node.departures import Announcements, Departures
+from wsbroadcast.node.departures import Announcements, Departures, EndpointGuard, code_of
 from wsbroadcast.options import Limits
 from wsbroadcast.publication import plain as plain_protocol
 from wsbroadcast.text import plain
@@ -48,22 +46,6 @@ SPEAKS = "wsbroadcast.speaks"
 
 # How often sockets are looked for that are gone without anybody noticing: one look for all connections.
 _LOOK_SECONDS = 5.0
-
-
-class EndpointGuard:
-    """Ends a connection with the ASGI call of its endpoint, on that call's exit stack."""
-
-    __slots__ = ("_connection", "_membership")
-
-    def __init__(self, membership: Membership, connection: Connection) -> None:
-        self._membership = membership
-        self._connection = connection
-
-    async def __call__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End it; an error of the endpoint's goes on."""
-        await self._membership.endpoint_ended(self._connection, error)
 
 
 class Membership:
@@ -160,7 +142,7 @@ class Membership:
         since = self.continuity.enter(connection, joining)
         self._counters.connects += 1
         if (stack := exit_stack_of(websocket.scope)) is not None:
-            stack.push_async_exit(EndpointGuard(self, connection))
+            stack.push_async_exit(EndpointGuard(self.endpoint_ended, connection))
         if self._look is None:
             self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_around, context=Context())
         try:
@@ -354,7 +336,7 @@ class Membership:
 
     async def endpoint_ended(self, connection: Connection, error: BaseException | None) -> None:
         """Its endpoint is done: send what was handed over, then close, whatever the server would do."""
-        await self.close(connection, CloseCode.NORMAL if error is None else _code_of(error), "")
+        await self.close(connection, CloseCode.NORMAL if error is None else code_of(error), "")
         await connection._sink.drained()  # a close of the app's own, in another task
 
     async def close_all(self, code: int, reason: str) -> None:
@@ -413,13 +395,6 @@ class Membership:
         if not self._hooks.may_wait("on_message"):
             return observing
         return self._tasks.begin(observing, "on_message hooks", copy_context())
-
-
-def _code_of(error: BaseException) -> int:
-    if isinstance(error, Exception):
-        error = ungrouped(error, WebSocketException, WebSocketDisconnect)
-    code = error.code if isinstance(error, WebSocketException) else CloseCode.INTERNAL_ERROR
-    return code if is_sendable(code) else CloseCode.INTERNAL_ERROR
 
 
 async def _accept(websocket: WebSocket, subprotocol: str | None, headers: Headers | None) -> None:

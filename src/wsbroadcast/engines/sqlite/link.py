@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import os
 import socket
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from secrets import token_hex
 from typing import TypeVar
 
 from wsbroadcast.engines.broker.link import Inlet, KeepingLink, Parcel, Stretch
+from wsbroadcast.engines.sqlite.file import Bell, bells_of
 from wsbroadcast.engines.sqlite.store import READ_ROWS, Store
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.history import Appended, History, HistoryRules
@@ -31,74 +28,8 @@ _LOOK_SECONDS_WITHOUT_BELLS = 0.02
 # How often to look whether the file is still the one at the path.
 _IDENTITY_SECONDS = 0.5
 
-# The longest path of a socket, in bytes (unix(7)); macOS has four less.
-_MAX_SOCKET_PATH = 103
-
 # The largest that SQLite stores by default, with room for the header.
 MAX_ENVELOPE_BYTES = 500_000_000
-
-
-def bells_of(path: Path) -> Path:
-    """Return the directory in which the nodes at a file have their sockets: beside it, if that isn't too long."""
-    beside = path.with_name(f"{path.name}-bells")
-    if len(os.fsencode(beside)) + 1 + 24 <= _MAX_SOCKET_PATH:
-        return beside
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
-    runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return Path(runtime) / f"wsbroadcast-{name}"
-
-
-class Bell:
-    """A datagram socket that others send a byte to when they have written something.
-
-    Args:
-        directory: Where the sockets of all nodes are.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        directory.mkdir(mode=0o700, exist_ok=True)
-        self.path = directory / f"{os.getpid()}-{token_hex(4)}"
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
-        self.socket.bind(os.fspath(self.path))
-        self._others: list[str] = []
-        self._seen_at = 0
-
-    def ring(self) -> None:
-        """Tell all other nodes; one that has been told already and hasn't looked yet needs no more."""
-        for other in self._look():
-            try:
-                self.socket.sendto(b"!", other)
-            except BlockingIOError:
-                pass  # it is awake anyway
-            except (ConnectionRefusedError, FileNotFoundError):
-                with contextlib.suppress(OSError):
-                    os.unlink(other)  # its process was killed
-            except OSError:
-                pass
-
-    def _look(self) -> list[str]:
-        try:
-            changed_at = os.stat(self._directory).st_mtime_ns
-            if changed_at != self._seen_at:
-                self._others = [each.path for each in os.scandir(self._directory) if each.path != os.fspath(self.path)]
-                self._seen_at = changed_at
-        except OSError:
-            self._others = []
-        return self._others
-
-    def answer(self) -> None:
-        """Take all bytes that have come."""
-        with contextlib.suppress(BlockingIOError, OSError):
-            while self.socket.recv(64):
-                pass
-
-    def close(self) -> None:
-        """Be told nothing any more."""
-        self.socket.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
 
 
 class SQLiteLink(KeepingLink):

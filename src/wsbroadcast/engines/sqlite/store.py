@@ -12,6 +12,7 @@ from secrets import token_urlsafe
 from typing import NamedTuple
 
 from wsbroadcast.engines.broker.link import Entry, KeptParcel, Parcel, Place, Stretch
+from wsbroadcast.engines.sqlite.file import Identity, check_local
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.logs import logger
@@ -65,23 +66,6 @@ CREATE TABLE IF NOT EXISTS wsbroadcast_facts (fact TEXT PRIMARY KEY, value TEXT 
 """
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_MOUNTS = Path("/proc/self/mountinfo")
-
-# File systems whose locks or shared memory don't hold between machines.
-_NETWORK = (
-    "9p",
-    "afs",
-    "ceph",
-    "cifs",
-    "fuse.sshfs",
-    "fuse.glusterfs",
-    "lustre",
-    "ncpfs",
-    "nfs",
-    "nfs4",
-    "smb3",
-    "smbfs",
-)
 
 
 class Row(NamedTuple):
@@ -91,54 +75,6 @@ class Row(NamedTuple):
     name: str
     envelope: bytes
     place: Place | None
-
-
-class Identity(NamedTuple):
-    """Which file a path stands for."""
-
-    device: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> Identity | None:
-        """Look; `None` if there is none."""
-        try:
-            stat = path.stat()
-        except OSError:
-            return None
-        return cls(stat.st_dev, stat.st_ino)
-
-
-def file_system(path: Path, mounts: str) -> str:
-    """Return the type of the file system that a path is on, of a text like `/proc/self/mountinfo`; empty if unknown."""
-    best, kind = "", ""
-    for line in mounts.splitlines():
-        left, _, right = line.partition(" - ")
-        fields = left.split()
-        if len(fields) < 5 or not right:
-            continue
-        point = fields[4].encode().decode("unicode_escape")
-        is_below = point == "/" or f"{path}/".startswith(f"{point.rstrip('/')}/")
-        if is_below and len(point) >= len(best):
-            best, kind = point, right.split()[0]
-    return kind
-
-
-def check_local(path: Path) -> None:
-    """Check that a file is on this machine, where that can be known.
-
-    Raises:
-        ConfigurationError: If it isn't.
-    """
-    try:
-        kind = file_system(path.resolve(), _MOUNTS.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return
-    if kind in _NETWORK:
-        raise ConfigurationError(
-            f"{path} is on a network file system ({kind}), where SQLite's locks and shared memory don't hold: put it "
-            "on a disk of this machine, or use redis://, nats:// or postgresql:// for several machines"
-        )
 
 
 class Store:

@@ -1,0 +1,280 @@
+"""The ways in which a manager broadcasts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.requests import HTTPConnection
+from starlette.websockets import WebSocket
+
+from wsbroadcast.audience import UNSET, Audience, audiences_of, user_keys
+from wsbroadcast.concurrency import LoopEnded, running_loop, submit, wait_in_thread, without_waiting
+from wsbroadcast.connection import Connection, Exclude, find_connection
+from wsbroadcast.engines.contract import (
+    Engine,
+    each,
+    keeps_history,
+    publish_all,
+    publish_all_nowait,
+    publish_in,
+)
+from wsbroadcast.exceptions import LifecycleError, kind_of
+from wsbroadcast.history import (
+    Appended,
+    HistoryRules,
+    check_key,
+)
+from wsbroadcast.hooks import HookChain
+from wsbroadcast.message import JSONDefault, Message
+from wsbroadcast.node.lifecycle import Lifecycle
+from wsbroadcast.node.listening import Listener
+from wsbroadcast.node.node import Node
+from wsbroadcast.publication import (
+    NOBODY,
+    Publication,
+    Publications,
+    Receipt,
+    publications_of,
+)
+from wsbroadcast.types import Manager
+
+T = TypeVar("T")
+
+_NOT_RUNNING = "the manager isn't running"
+_RUN_IT = "start the app with manager.lifespan, a router made by create_router, or `async with manager`"
+
+
+def _no_websocket(value: object) -> str:
+    text = f"connect takes the WebSocket of an endpoint, not {kind_of(value)}"
+    if isinstance(value, Connection):
+        return f"{text}: it is connected"
+    if isinstance(value, HTTPConnection):
+        return f"{text}: write @app.websocket(…) instead of @app.get(…), and websocket: WebSocket"
+    return f"{text}: connect(websocket, user=…, channels=[…])"
+
+
+class Broadcasting:
+    """The ways to broadcast.
+
+    Args:
+        manager: Whose.
+        engine: Links it to other nodes.
+        hooks: Run around broadcasts.
+        max_bytes: The largest message.
+        json_default: Writes what JSON doesn't know.
+        rules: What is kept; `None` for nothing.
+
+    Raises:
+        ConfigurationError: If the engine can't keep it.
+    """
+
+    def __init__(
+        self,
+        manager: Manager[Connection],
+        engine: Engine,
+        hooks: HookChain,
+        max_bytes: int,
+        json_default: JSONDefault | None,
+        rules: HistoryRules | None,
+    ) -> None:
+        self.manager = manager
+        """Whose operations these are."""
+        self.life: Lifecycle
+        """Where it runs."""
+        self.rules = rules
+        """What is kept; `None` for nothing."""
+        if rules is not None:
+            # The engine again, as one that keeps: to ask whether it can takes longer than to keep a message.
+            self._keeper = keeps_history(engine)
+            self._keeper.keep(rules)
+        self._hooks = hooks
+        self._max_bytes = max_bytes
+        self._json_default = json_default
+
+    def ids(self, exclude: Exclude) -> frozenset[str]:
+        """Return the ids of connections; those that aren't known here are left out.
+
+        Raises:
+            TypeError: If something else is among them.
+        """
+        several: Iterable[Any] = exclude  # type: ignore[assignment]  # or one connection
+        if isinstance(exclude, (Connection, WebSocket, Listener, str)) or not isinstance(exclude, Iterable):
+            several = (exclude,)
+        try:
+            found = [one if isinstance(one, Listener) else find_connection(one, self.manager) for one in several]
+        except TypeError:
+            raise TypeError(
+                f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users pass exclude_users=…"
+            ) from None
+        return frozenset(connection.id for connection in found if connection is not None)
+
+    # Messages.
+
+    def encode(self, message: object, key: str | None = None) -> Message:
+        """Encode a message within the limit.
+
+        Raises:
+            EncodeError: If it can't be sent as text, bytes or JSON, or is too large.
+        """
+        return Message.of(message, key, json_default=self._json_default)._within(self._max_bytes)
+
+    def publications(
+        self,
+        message: object,
+        channel: object = UNSET,
+        user: object = UNSET,
+        channels: object = UNSET,
+        to: object = UNSET,
+        exclude: Exclude = (),
+        exclude_users: object = (),
+        key: str | None = None,
+    ) -> Publications:
+        """Build what the arguments of a broadcast say: one publication for each audience.
+
+        Raises:
+            EncodeError: If the message can't be sent as text, bytes or JSON, or is too large.
+            ValueError: If an argument isn't valid.
+        """
+        audiences = audiences_of(channel, user, channels, to)
+        ids = self.ids(exclude) if exclude != () else NOBODY
+        users = user_keys(exclude_users) if exclude_users != () else NOBODY
+        return publications_of(self.encode(message, key), audiences, ids, users)
+
+    async def broadcast(
+        self,
+        publications: Publications,
+        transaction: object = None,
+        idempotency_key: str | None = None,
+        *,
+        node: Node | None = None,
+    ) -> Receipt:
+        """Publish to all nodes.
+
+        Args:
+            publications: Those of one broadcast.
+            transaction: See `ConnectionManager.broadcast`.
+            idempotency_key: See there.
+            node: What the manager is here, if that is known. It is where the manager is closed, too.
+        """
+        if node is None:
+            node = self.life.node
+            if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
+                node = await self.life.run_here()
+        if idempotency_key is not None:
+            check_key(idempotency_key, self.rules, [each.audience for each in publications], transaction)
+        if len(publications) != 1:
+            return await self._broadcast_several(node, publications, transaction, idempotency_key)
+        publication = publications[0]
+        members = node.registry.count(publication.audience, publication.exclude, publication.exclude_users)
+        if self._hooks.has("on_broadcast") or not node.dispatcher.is_clear:
+            prepared = await self._prepare(node, publication)
+            if prepared is None:
+                return Receipt(members, is_held_back=True)
+            publication = prepared
+        if transaction is not None:
+            await publish_in(self.life.engine, transaction, (publication,), self.rules)
+        elif self.rules is None or (history := self.rules.of(publication.audience)) is None:
+            await self.life.engine.publish(publication)
+        else:
+            appended = await self._keeper.append(publication, history, idempotency_key)
+            return Receipt(members, {publication.audience: appended.position}, is_repeat=appended.is_repeat)
+        return Receipt(members)
+
+    async def broadcast_local(self, publications: Publications) -> Receipt:
+        """Send to the connections of this node only."""
+        node = await self.life.run_here()
+        members = node.count(publications)
+        prepared = await self._prepare_all(node, publications)
+        node = await self.life.run_here()
+        await each(node.deliver_local, prepared)
+        return Receipt(members, is_held_back=not prepared and bool(publications))
+
+    def broadcast_nowait(self, publications: Publications) -> Receipt:
+        """Publish to all nodes without awaiting anything."""
+        if not self.life.is_started or self.life.loop is not running_loop():
+            self.life.settle_here()
+            if self.life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
+                raise LifecycleError("the engine has to start, and broadcast_nowait can't: await `broadcast`")
+            without_waiting(self.life.run_here(), "the engine has to start")
+        members = self.life.node.count(publications)
+        prepared: Sequence[Publication] = publications
+        if self._hooks.has("on_broadcast"):
+            prepared = without_waiting(self._transform_all(publications), "an on_broadcast hook has to wait")
+        publish_all_nowait(self.life.engine, prepared, self.rules)
+        return Receipt(members, is_held_back=not prepared and bool(publications))
+
+    def broadcast_threadsafe(self, publications: Publications) -> Receipt:
+        """Publish from a thread, which is blocked until the engine has taken it."""
+        while True:
+            loop = self.life.loop
+            if loop is None or not loop.is_running():
+                raise LifecycleError(f"{_NOT_RUNNING}, so a thread can't reach it: {_RUN_IT}")
+            if running_loop() is loop:
+                raise LifecycleError(
+                    "broadcast_threadsafe would block its own event loop: await `broadcast`, or call `broadcast_soon`, "
+                    "which works in both"
+                )
+            try:
+                return wait_in_thread(submit(self.broadcast(publications), loop), loop)
+            except LifecycleError as error:
+                if self.life.loop is loop or isinstance(error, LoopEnded):
+                    raise
+                # Another event loop has taken the manager from that one, before anything was sent.
+
+    def broadcast_soon(self, publications: Publications) -> None:
+        """Publish later, in the order of the calls; from any thread."""
+        node = self.life.node  # before the look at the loop
+        loop = self.life.loop
+        if loop is None or not loop.is_running() or not self.life.is_started:
+            raise LifecycleError(f"{_NOT_RUNNING}: {_RUN_IT}")
+        try:
+            node.outbox.put(publications, partial(loop.call_soon_threadsafe, node.begin_sending))
+        except RuntimeError as error:
+            if isinstance(error, LifecycleError):
+                raise
+            raise LoopEnded from None
+
+    async def _broadcast_several(
+        self, node: Node, publications: Publications, transaction: object, idempotency_key: str | None
+    ) -> Receipt:
+        members = node.count(publications)
+        prepared = await self._prepare_all(node, publications)
+        appended: Mapping[Audience, Appended] = {}
+        if transaction is None:
+            appended = await publish_all(self.life.engine, prepared, self.rules, idempotency_key)
+        else:
+            await publish_in(self.life.engine, transaction, prepared, self.rules)
+        return Receipt(
+            members,
+            {audience: each.position for audience, each in appended.items()},
+            is_held_back=not prepared and bool(publications),
+            is_repeat=bool(appended) and all(each.is_repeat for each in appended.values()),
+        )
+
+    # What is kept.
+
+    async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
+        return [found for one in publications if (found := await self._prepare(node, one)) is not None]
+
+    async def _transform_all(self, publications: Publications) -> list[Publication]:
+        return [found for one in publications if (found := await self._transform(one)) is not None]
+
+    async def _prepare(self, node: Node, publication: Publication) -> Publication | None:
+        loop = asyncio.get_running_loop()
+        if self._hooks.has("on_broadcast"):
+            transformed = await self._transform(publication)
+            if transformed is None:
+                return None
+            publication = transformed
+        if not node.dispatcher.is_clear:
+            await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
+        if self.life.loop is not loop:  # it was closed, or another event loop took it
+            raise self.life.elsewhere()
+        return publication
+
+    async def _transform(self, publication: Publication) -> Publication | None:
+        message = await self._hooks.transform(publication.message, publication.audience, self.encode)
+        return None if message is None else publication.with_message(message)
