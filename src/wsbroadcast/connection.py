@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from secrets import token_urlsafe
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, Self
 from uuid import UUID
 
 from pydantic_core import from_json
@@ -413,3 +413,23 @@ def _not_a_websocket(value: object) -> str:
 
 Exclude = Connection | WebSocket | Excludable | Iterable[Connection | WebSocket | Excludable]
 """Who does not get a broadcast."""
+
+
+# What `connect` returns.
+
+_AWAIT = "an `await` is missing: connection = await manager.connect(websocket)"
+
+
+class Connecting(AwaitableContext[Connection]):
+    """What `connect` returns: await it for the connection, or use it with `async with`."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"this has no {name}, because {_AWAIT}" if not name.startswith("__") else name)
+
+    def send(self, value: Any) -> Any:
+        """Resume it."""
+        if value is not None:
+            raise TypeError(_AWAIT)
+        return super().send(value)

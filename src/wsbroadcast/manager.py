@@ -6,16 +6,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, Unpack, overload
 
 from starlette.applications import Starlette
 from starlette.websockets import WebSocket
 
-from wsbroadcast.asking import KnowsHistory, Question
+from wsbroadcast.asking import KnowsHistory, Question, T
 from wsbroadcast.audience import EVERYONE, UNSET, Unset, UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.concurrency import AwaitableContext, mark_coroutine_function
-from wsbroadcast.connection import Connection, Exclude
+from wsbroadcast.concurrency import mark_coroutine_function
+from wsbroadcast.connection import Connecting, Connection, Exclude
 from wsbroadcast.engines import URL, create_engine
 from wsbroadcast.engines.contract import Engine, Health
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
@@ -37,28 +37,8 @@ from wsbroadcast.stats import Counters, Stats
 from wsbroadcast.transports.exit_stack import give_exit_stack
 from wsbroadcast.types import BroadcastOptions, Headers, To, TransactionOptions, Users
 
-T = TypeVar("T")
-
 _Options: TypeAlias = BroadcastOptions[Connection]
 _TransactionOptions: TypeAlias = TransactionOptions[Connection]
-
-
-_AWAIT = "an `await` is missing: connection = await manager.connect(websocket)"
-
-
-class Connecting(AwaitableContext[Connection]):
-    """What `connect` returns: await it for the connection, or use it with `async with`."""
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> NoReturn:
-            raise AttributeError(f"this has no {name}, because {_AWAIT}" if not name.startswith("__") else name)
-
-    def send(self, value: Any) -> Any:
-        """Resume it."""
-        if value is not None:
-            raise TypeError(_AWAIT)
-        return super().send(value)
 
 
 @no_dependency(

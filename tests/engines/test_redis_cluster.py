@@ -18,7 +18,7 @@ from tests.support.servers import eventually
 from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, Message, Publication
 from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.redis import RedisEngine
-from wsbroadcast.engines.redis.link import ClusterLink
+from wsbroadcast.engines.redis.cluster import ClusterLink
 from wsbroadcast.options import Timing
 from wsbroadcast.testing import Recorder
 

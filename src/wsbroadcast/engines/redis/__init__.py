@@ -11,8 +11,9 @@ from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES
 from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.broker.link import KeepingLink
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
+from wsbroadcast.engines.redis.cluster import ClusterLink
 from wsbroadcast.engines.redis.history import Written
-from wsbroadcast.engines.redis.link import ClusterLink, ServerLink
+from wsbroadcast.engines.redis.link import ServerLink
 from wsbroadcast.engines.redis.options import split_url, target_from_client, target_from_url
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.options import Timing

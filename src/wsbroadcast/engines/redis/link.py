@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from abc import abstractmethod
-from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from wsbroadcast.concurrency import Patience
@@ -19,7 +16,7 @@ from wsbroadcast.engines.broker.link import Host, Inlet, KeepingLink, KeptParcel
 from wsbroadcast.engines.redis.connection import Asker, Subscriber, Wire
 from wsbroadcast.engines.redis.history import Keeper, Written
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
-from wsbroadcast.engines.redis.target import Access, Target, key_slot
+from wsbroadcast.engines.redis.target import Access, Target
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.options import Timing
@@ -418,116 +415,3 @@ async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
     if failures:
         raise failures[0]
     return [task.result() for task in tasks]
-
-
-class Slots(NamedTuple):
-    """A range of the cluster's hash slots, and who serves it."""
-
-    first: int
-    last: int
-    host: Host
-
-
-class ClusterLink(RedisLink):
-    """Publishes and receives each name at the node that serves its hash slot, so its order is the same for everybody.
-
-    It is lost as a whole when a connection is, or when a slot moves: the next one learns who serves what now. The echo
-    of the supervisor sees only one node, so every connection to receive is tried by itself.
-    """
-
-    # Ranges of slots in their order, where each begins, and the connections to who serves them; once it is open.
-    _slots: Sequence[Slots] = ()
-    _firsts: Sequence[int] = ()
-    _pairs: Mapping[Host, Pair] = MappingProxyType({})
-
-    async def open(self) -> None:
-        """Learn who serves which slots, connect to each, and see whether we may do everything that we will do."""
-        # Without a name the second command does nothing, and is unknown where there is no sharded pub/sub.
-        answers = await self.ask_all(self.target.access, self._needs, pack("CLUSTER", "SLOTS"), pack("SUNSUBSCRIBE"))
-        is_sharded = not any(isinstance(answer.replies[1], ErrorReply) for answer in answers)
-        answer = random.choice(answers)  # noqa: S311  # each time another: one may be behind the others
-        self._slots = sorted(_slots(answer))
-        self._firsts = [each.first for each in self._slots]
-        pairs = {each.host: self.new_pair(each.host, is_sharded=is_sharded) for each in self._slots}
-        self._pairs = pairs
-        # Enough names that nearly every node serves one.
-        names = [f"{self.probe}:{number}" for number in range(8 * len(pairs))]
-        probes = {self.pair_of(name): name for name in names}
-        await self.open_pairs({pair: probes.get(pair) for pair in pairs.values()})
-
-    async def read(self, inlet: Inlet) -> None:
-        """Hand over what arrives until one of the connections is lost."""
-        for pair in self._pairs.values():
-            pair.listener.inlet = inlet
-        await together(self.wait_lost(), *map(self.watch, self._pairs.values()))
-
-    async def look_at(self, pair: Pair) -> None:
-        """See whether the connection to receive is alive, too."""
-        await pair.listener.ping()
-        await super().look_at(pair)
-
-    async def subscribe(self, names: Sequence[str]) -> None:
-        """Subscribe with one command for each slot, and wait for each confirmation."""
-        grouped = self._grouped(names)
-        refusals = await together(*(_refusal(pair.listener.subscribe(groups)) for pair, groups in grouped))
-        for refusal in filter(None, refusals):
-            raise refusal
-
-    async def unsubscribe(self, names: Sequence[str]) -> None:
-        """Unsubscribe with one command for each slot, and wait for each confirmation."""
-        await together(*(pair.listener.unsubscribe(groups) for pair, groups in self._grouped(names)))
-
-    async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
-        """Publish in one write for each node, and wait for the answers."""
-        positions: dict[Pair, list[int]] = defaultdict(list)
-        for position, parcel in enumerate(parcels):
-            positions[self.pair_of(parcel.name)].append(position)
-        outcomes: list[Exception | Appended | None] = [None] * len(parcels)
-
-        async def publish(pair: Pair, mine: list[int]) -> None:
-            for position, outcome in zip(mine, await pair.publish([parcels[at] for at in mine]), strict=True):
-                outcomes[position] = outcome
-
-        await together(*(publish(pair, mine) for pair, mine in positions.items()))
-        return outcomes
-
-    def pair_of(self, name: str) -> Pair:
-        """Return the connections to the node that serves the name's slot."""
-        slot = key_slot(name.encode())
-        at = bisect_right(self._firsts, slot) - 1
-        if at < 0 or slot > self._slots[at].last:
-            raise ConnectionError(f"no node of the cluster {self.target.address} serves the slot {slot}")
-        return self._pairs[self._slots[at].host]
-
-    def _grouped(self, names: Sequence[str]) -> list[tuple[Pair, list[list[str]]]]:
-        # A command takes names of one slot only.
-        by_slot: dict[int, list[str]] = defaultdict(list)
-        for name in names:
-            by_slot[key_slot(name.encode())].append(name)
-        by_pair: dict[Pair, list[list[str]]] = defaultdict(list)
-        for group in by_slot.values():
-            by_pair[self.pair_of(group[0])].append(group)
-        return list(by_pair.items())
-
-
-async def _refusal(subscribing: Coroutine[Any, Any, None]) -> ConfigurationError | None:
-    # Returned, because an error would end what the other nodes are asked, and their answers would come all the same.
-    try:
-        await subscribing
-    except ConfigurationError as refusal:
-        return refusal
-    return None
-
-
-def _slots(answer: Answer) -> list[Slots]:
-    # https://redis.io/docs/latest/commands/cluster-slots/: first and last slot, the master, its replicas.
-    found = []
-    for each in answer.replies[0] if isinstance(answer.replies[0], list) else ():
-        match each:
-            case [int(first), int(last), [name, int(port), *_], *_]:
-                # Without a name it is the one that was asked.
-                known = name.decode() if isinstance(name, bytes) else ""
-                found.append(Slots(first, last, Host(known if known not in ("", "?") else answer.host.name, port)))
-    if not found:
-        raise ConnectionError(f"the cluster at {answer.host} serves no slots yet")
-    return found
