@@ -216,6 +216,8 @@ class Story:
         self.published: list[tuple[str, Position]] = []
         self.wrong: Counter[str] = Counter()
         """What must not be."""
+        self.holes: list[tuple[str, Position, Position, str]] = []
+        """Where something was lost in silence: the channel, the places around it, and what the client got before."""
         self.seen: Counter[str] = Counter()
         """What happened, so that a test knows that something did."""
 
@@ -347,6 +349,7 @@ class Client:
         for channel, log in self.log.items():
             at: Position | None = None
             asked: Position | None = None
+            before = ""
             for kind, value in log:
                 if kind == "came":
                     asked = value
@@ -366,7 +369,9 @@ class Client:
                         self.story.wrong["doubled or out of order"] += 1
                     elif self.story.between(channel, at, position.offset):
                         self.story.wrong["lost in silence"] += 1
+                        self.story.holes.append((channel, at, position, before))
                     at = position
+                before = kind
 
 
 async def publish(
