@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 from typing import Any
 
 import pytest
 
-from tests.support.chaos import Client, Story, publish
+from tests.support import chaos
+from tests.support.chaos import ClusterWorld, Story
 from wsbroadcast import Delivery, History, Publication, SlowConsumer
 from wsbroadcast.node.tail import Tail, Taken
 from wsbroadcast.testing import Cluster
@@ -20,66 +20,14 @@ CLIENTS = 60 if FULL else 30
 SEEDS = range(10) if FULL else range(3)
 MESSAGES = 60
 
-CHANNELS = ("a", "b", "c")
 
-
-async def run(cluster: Cluster, seed: int, *, seconds: float = SECONDS) -> Story:
-    """Let clients, publishers and faults do what they do for a while; return what came of it."""
-    story = Story(MESSAGES)
-    loop = asyncio.get_running_loop()
-    ends = loop.time() + seconds
-    clients = [Client(story, cluster.managers, CHANNELS, seed * 1000 + number) for number in range(CLIENTS)]
-
-    def is_over() -> bool:
-        return loop.time() >= ends
-
-    async with asyncio.TaskGroup() as tasks:
-        for client in clients:
-            tasks.create_task(client.live(is_over))
-        for number in range(3):
-            tasks.create_task(publish(story, cluster.managers, CHANNELS, seed * 10 + number, is_over))
-        tasks.create_task(break_things(cluster, seed, is_over))
-    cluster.hub.lost = cluster.hub.doubled = 0.0
-    for channel in CHANNELS:  # what follows shows what was lost before it
-        for _ in range(2):
-            receipt = await cluster[0].broadcast("last", channel=channel)
-            assert receipt.position is not None
-            story.note(channel, receipt.position, "last")
-    for client in clients:
-        await caught_up(client, story)
-        client.check()
-    return story
-
-
-async def caught_up(client: Client, story: Story) -> None:
-    async with asyncio.timeout(20):
-        while True:
-            client.read()
-            tops = {channel: max(story.offsets[channel, at.epoch]) for channel, at in client.at.items()}
-            if len(tops) == len(CHANNELS) and all(client.at[channel].offset >= top for channel, top in tops.items()):
-                return
-            await asyncio.sleep(0.005)
-
-
-async def break_things(cluster: Cluster, seed: int, is_over: Any) -> None:
-    choose = random.Random(seed + 1)
-    while not is_over():
-        await asyncio.sleep(choose.uniform(0.05, 0.2))
-        number = choose.randrange(len(cluster))
-        cluster.partition(number)
-        await asyncio.sleep(choose.choice((0, 0.001, choose.uniform(0, 0.2))))
-        cluster.heal(number)
-        if choose.random() < 0.1:
-            await cluster.restart_broker()
-        if choose.random() < 0.1:
-            await cluster[0].forget(choose.choice(CHANNELS))
+async def run(cluster: Cluster, seed: int, **options: Any) -> Story:
+    world = ClusterWorld(cluster)
+    return await chaos.run(world, seed, messages=MESSAGES, seconds=SECONDS, clients=CLIENTS, **options)
 
 
 def made(seed: int, **options: Any) -> Cluster:
-    cluster = Cluster(3, seed=seed, history=History(messages=MESSAGES), **options)
-    cluster.hub.lost = cluster.hub.doubled = 0.03
-    cluster.delay(0.002)
-    return cluster
+    return Cluster(3, seed=seed, history=History(messages=MESSAGES), **options)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -112,10 +60,7 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(seed: int) -> Non
 
 async def _wrong_of(seed: int) -> dict[str, int]:
     async with made(seed) as cluster:
-        try:
-            story = await run(cluster, seed)
-        except TimeoutError:
-            return {"never caught up": 1}
+        story = await run(cluster, seed, patience=0.5)
     return story.wrong
 
 

@@ -811,6 +811,44 @@ async def test_others_keep_their_epoch_when_one_audience_is_forgotten(jetstream:
             assert (await append(late, "late")).position.epoch == after.epoch
 
 
+async def test_what_is_about_to_be_removed_is_no_part_of_the_new_history(
+    jetstream: JetStreamServer, prefix: str
+) -> None:
+    async with (
+        running(jetstream.url, prefix, NEWS) as node,
+        running(jetstream.url, prefix) as late,
+        administering(jetstream, prefix) as admin,
+    ):
+        secret = (await append(node, "secret")).position
+        # As `forget` begins; whoever reads now finds what it removes next.
+        record = (await admin.keep("forgotten.channel.news", b"another"))["seq"]
+        empty = Position(f"{secret.epoch}-another", 0)
+        for each in (node, late):
+            assert await position(each) == empty
+            for since in (None, secret, empty):
+                replay = await read(each, since)
+                assert (replay.top, texts(replay), replay.base) == (empty, [], 0)
+        after = (await append(node, "after")).position
+        assert after.epoch == empty.epoch
+        assert after.offset > record
+        kept = (await received(node, 2))[-1]
+        assert (kept.position, kept.previous) == (after, 0)
+        for each in (node, late):
+            replay = await read(each, empty)
+            assert (replay.top, texts(replay), replay.is_complete(empty)) == (after, ["after"], True)
+
+
+async def test_append_that_is_confirmed_after_its_history_was_forgotten_is_in_none(
+    jetstream: JetStreamServer, prefix: str
+) -> None:
+    async with running(jetstream.url, prefix, NEWS) as node, running(jetstream.url, prefix) as other:
+        for _ in range(20):
+            appended, _ = await asyncio.gather(append(node, "before or after"), engine_of(other).forget(NEWS))
+            top = await position(node)
+            assert (appended.position == top) == (texts(await read(node)) == ["before or after"])
+            assert appended.position == top or appended.position.epoch != top.epoch
+
+
 async def test_key_of_a_forgotten_audience_is_forgotten(jetstream: JetStreamServer, prefix: str) -> None:
     async with running(jetstream.url, prefix) as node:
         first = await append(node, "first", key="k")

@@ -1,4 +1,4 @@
-"""Clients with random lives at several nodes, and what each of them must be able to say of what it got."""
+"""Clients with random lives at several nodes, what fails meanwhile, and what each client must be able to say of it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,203 @@ import asyncio
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 from tests.support.asgi import Peer
+from tests.support.brokers import Endpoint
+from tests.support.proxy import FaultProxy
 from wsbroadcast import Connection, ConnectionManager, EngineError, Position
+from wsbroadcast.engines.broker.history import KeepingEngine
+from wsbroadcast.engines.broker.link import NOWHERE, Inlet, KeepingLink, Place
 from wsbroadcast.node.membership import SPEAKS
 from wsbroadcast.protocols.events import events
+from wsbroadcast.testing import Cluster
+
+CHANNELS = ("a", "b", "c")
 
 # How many messages fewer than a history has may have come since, for a refusal to count as needless: a node may be
 # behind the publisher that the test counts by.
 _SLACK = 8
+
+# For so many seconds clients may come to where everything ends, once nothing fails any more.
+_PATIENCE = 20.0
+
+
+class World:
+    """Nodes, and what may happen to them."""
+
+    restarts = 0.0
+    """How probable a restart of the broker is, each time a node was cut off; there is one in the middle anyway."""
+
+    def __init__(self, managers: Sequence[ConnectionManager]) -> None:
+        self.managers = managers
+
+    def cut(self, number: int, *, briefly: bool) -> None:
+        """Cut a node off from its broker; briefly means that it may come back at once."""
+        raise NotImplementedError
+
+    def heal(self, number: int) -> None:
+        """Let it back."""
+        raise NotImplementedError
+
+    async def restart(self) -> None:
+        """Let the broker be away for a moment, or another take its place."""
+        raise NotImplementedError
+
+    def calm(self) -> None:
+        """Let everything arrive once, from now on."""
+        raise NotImplementedError
+
+
+class ClusterWorld(World):
+    """A cluster in memory, whose broker forgets everything now and then."""
+
+    restarts = 0.1
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__(cluster.managers)
+        self._cluster = cluster
+        cluster.hub.lost = cluster.hub.doubled = 0.03
+        cluster.delay(0.002)
+
+    def cut(self, number: int, *, briefly: bool) -> None:
+        self._cluster.partition(number)
+
+    def heal(self, number: int) -> None:
+        self._cluster.heal(number)
+
+    async def restart(self) -> None:
+        await self._cluster.restart_broker()
+
+    def calm(self) -> None:
+        self._cluster.hub.lost = self._cluster.hub.doubled = 0.0
+
+
+class Line:
+    """What is between an engine and its broker: it loses some of what is live, doubles some, and breaks on command.
+
+    Args:
+        engine: An engine that isn't started.
+        seed: Of what is lost and doubled.
+    """
+
+    def __init__(self, engine: KeepingEngine, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._new_link = engine.new_link
+        self.share = 0.03
+        """Of what is kept so much is lost on the way, and as much comes twice."""
+        self.is_cut = False
+        """Whether the link breaks with the next message, and none can be opened."""
+        self.lost = self.doubled = 0
+        engine.new_link = self._make  # type: ignore[method-assign]
+
+    def _make(self) -> KeepingLink:
+        link = self._new_link()
+        open_, read = link.open, link.read
+
+        async def opened() -> None:
+            self._check()
+            await open_()
+
+        link.open = opened  # type: ignore[method-assign]
+        link.read = lambda inlet: read(_End(self, inlet))  # type: ignore[method-assign]
+        return link
+
+    def _check(self) -> None:
+        if self.is_cut:
+            raise ConnectionResetError("the line is cut")
+
+    def times(self, envelope: bytes, place: Place | None) -> int:
+        """Return how often an envelope arrives."""
+        self._check()
+        is_kept = place not in (None, NOWHERE) or b',"offset":' in envelope.partition(b"\n")[0]
+        chance = self._random.random() if is_kept else 1.0
+        self.lost += chance < self.share
+        self.doubled += self.share <= chance < 2 * self.share
+        return 0 if chance < self.share else 2 if chance < 2 * self.share else 1
+
+
+class _End:
+    """The end of a line: an inlet."""
+
+    def __init__(self, line: Line, inlet: Inlet) -> None:
+        self._line = line
+        self._inlet = inlet
+        self.missed = inlet.missed
+
+    def take(self, name: str, envelope: bytes, place: Place | None = None) -> None:
+        for _ in range(self._line.times(envelope, place)):
+            self._inlet.take(name, envelope, place)
+
+
+class BrokerWorld(World):
+    """Nodes at a real broker, each over a proxy if it is reached over a socket that we know."""
+
+    def __init__(
+        self,
+        managers: Sequence[ConnectionManager],
+        lines: Sequence[Line],
+        proxies: Sequence[FaultProxy],
+        restart: Callable[[], Awaitable[object]],
+    ) -> None:
+        super().__init__(managers)
+        self.lines = lines
+        self._proxies = proxies
+        self._restart = restart
+
+    def cut(self, number: int, *, briefly: bool) -> None:
+        if not self._proxies:
+            self.lines[number].is_cut = True
+        else:
+            if not briefly:
+                self._proxies[number].refuse()
+            self._proxies[number].reset()
+
+    def heal(self, number: int) -> None:
+        self.lines[number].is_cut = False
+        if self._proxies:
+            self._proxies[number].heal()
+
+    async def restart(self) -> None:
+        await self._restart()
+
+    def calm(self) -> None:
+        for line in self.lines:
+            line.share = 0.0
+
+
+@asynccontextmanager
+async def nodes_at(
+    endpoint: Endpoint | None,
+    make_engine: Callable[[str], KeepingEngine],
+    restart: Callable[[], Awaitable[object]],
+    *,
+    count: int = 3,
+    seed: int = 0,
+    **options: Any,
+) -> AsyncIterator[BrokerWorld]:
+    """Run nodes at a broker that loses and doubles messages.
+
+    Args:
+        endpoint: Where the broker is; `None` if there is no socket to put a proxy before.
+        make_engine: Makes a node's engine, for a URL if there is an endpoint.
+        restart: Restarts the broker.
+        count: How many nodes.
+        seed: Of what is lost and doubled.
+        options: Of the managers.
+    """
+    async with AsyncExitStack() as stack:
+        proxies = [] if endpoint is None else [FaultProxy(endpoint) for _ in range(count)]
+        for proxy in proxies:
+            await stack.enter_async_context(proxy)
+        engines = [make_engine(proxy.url) for proxy in proxies] or [make_engine("") for _ in range(count)]
+        lines = [Line(engine, seed * 10 + number) for number, engine in enumerate(engines)]
+        managers = [ConnectionManager(engine, **options) for engine in engines]
+        for manager in managers:
+            await stack.enter_async_context(manager)
+        yield BrokerWorld(managers, lines, proxies, restart)
 
 
 class Story:
@@ -30,6 +216,8 @@ class Story:
         self.published: list[tuple[str, Position]] = []
         self.wrong: Counter[str] = Counter()
         """What must not be."""
+        self.holes: list[tuple[str, Position, Position, str]] = []
+        """Where something was lost in silence: the channel, the places around it, and what the client got before."""
         self.seen: Counter[str] = Counter()
         """What happened, so that a test knows that something did."""
 
@@ -66,12 +254,7 @@ class Client:
     async def live(self, is_over: Callable[[], bool]) -> None:
         """Come, stay, stall, leave, come back at another node."""
         while not is_over():
-            try:
-                await self.come(self.random.choice(self.managers))
-            except EngineError:
-                self.story.seen["not let in"] += 1
-                await asyncio.sleep(0.01)
-                continue
+            await self.come_in()
             await asyncio.sleep(self.random.uniform(0.01, 0.4))
             if self.random.random() < 0.2 and self.peer is not None:
                 self.peer.stall()
@@ -80,7 +263,18 @@ class Client:
             if self.random.random() < 0.7:
                 await self.leave()
                 await asyncio.sleep(self.random.choice((0, 0, 0.001, self.random.uniform(0, 0.3))))
-        await self.come(self.random.choice(self.managers))
+        await self.come_in()
+
+    async def come_in(self) -> None:
+        """Try to come, at one node or another, until one lets it in."""
+        while True:
+            try:
+                await self.come(self.random.choice(self.managers))
+            except EngineError:
+                self.story.seen["not let in"] += 1
+                await asyncio.sleep(0.01)
+            else:
+                return
 
     async def come(self, manager: ConnectionManager) -> None:
         """Connect since where it is, unless it is connected."""
@@ -155,6 +349,7 @@ class Client:
         for channel, log in self.log.items():
             at: Position | None = None
             asked: Position | None = None
+            before = ""
             for kind, value in log:
                 if kind == "came":
                     asked = value
@@ -174,7 +369,9 @@ class Client:
                         self.story.wrong["doubled or out of order"] += 1
                     elif self.story.between(channel, at, position.offset):
                         self.story.wrong["lost in silence"] += 1
+                        self.story.holes.append((channel, at, position, before))
                     at = position
+                before = kind
 
 
 async def publish(
@@ -198,3 +395,89 @@ async def publish(
         except EngineError:
             story.seen["not published"] += 1
         await asyncio.sleep(choose.uniform(0, 0.004))
+
+
+async def run(
+    world: World, seed: int, *, messages: int, seconds: float, clients: int, patience: float = _PATIENCE
+) -> Story:
+    """Let clients, publishers and faults do what they do for a while; return what came of it.
+
+    Args:
+        world: The nodes.
+        seed: Of all lives and faults.
+        messages: How many messages the histories have.
+        seconds: How long it lasts, without restarts of the broker.
+        clients: How many there are.
+        patience: For how many seconds they may come to where everything ends, once nothing fails any more.
+    """
+    story = Story(messages)
+    some = [Client(story, world.managers, CHANNELS, seed * 1000 + number) for number in range(clients)]
+    async with asyncio.TaskGroup() as tasks:
+        breaking = tasks.create_task(_break_things(story, world, seed, seconds))
+        for client in some:
+            tasks.create_task(client.live(breaking.done))
+        for number in range(3):
+            tasks.create_task(publish(story, world.managers, CHANNELS, seed * 10 + number, breaking.done))
+    world.calm()
+    await _come_to_the_end(story, world.managers[0], some, patience)
+    for client in some:
+        client.check()
+    return story
+
+
+async def _break_things(story: Story, world: World, seed: int, seconds: float) -> None:
+    choose = random.Random(seed + 1)
+    loop = asyncio.get_running_loop()
+    for half in range(2):
+        if half:
+            await world.restart()
+        ends = loop.time() + seconds / 2
+        while loop.time() < ends:
+            await asyncio.sleep(choose.uniform(0.05, 0.2))
+            number = choose.randrange(len(world.managers))
+            seconds_away = choose.choice((0, 0.001, choose.uniform(0, 0.2)))
+            world.cut(number, briefly=not seconds_away)
+            await asyncio.sleep(seconds_away)
+            world.heal(number)
+            story.seen["cut"] += 1
+            if choose.random() < world.restarts:
+                await world.restart()
+            if choose.random() < 0.1:
+                with suppress(EngineError):
+                    await world.managers[0].forget(choose.choice(CHANNELS))
+                    story.seen["forgotten"] += 1
+
+
+async def _come_to_the_end(
+    story: Story, manager: ConnectionManager, clients: Sequence[Client], patience: float
+) -> None:
+    """Wait until every client is where the histories are; who doesn't come there is wrong."""
+    ends = asyncio.get_running_loop().time() + patience
+    for channel in CHANNELS * 2:  # what follows shows what was lost before it
+        await _publish_last(story, manager, channel)
+    while True:
+        behind = Counter[str]()
+        for channel in CHANNELS:
+            top = await manager.position(channel)
+            for client in clients:
+                client.read()
+                behind[channel] += client.at.get(channel) != top
+        if not behind.total():
+            return
+        if asyncio.get_running_loop().time() > ends:
+            story.wrong["never came to the end"] += behind.total()
+            return
+        await asyncio.sleep(0.01)
+
+
+async def _publish_last(story: Story, manager: ConnectionManager, channel: str) -> None:
+    async with asyncio.timeout(_PATIENCE):
+        while True:
+            try:
+                receipt = await manager.broadcast("last", channel=channel)
+            except EngineError:
+                await asyncio.sleep(0.02)
+                continue
+            assert receipt.position is not None
+            story.note(channel, receipt.position, "last")
+            return

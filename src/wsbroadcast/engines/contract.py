@@ -125,6 +125,8 @@ class KeepsHistory(Protocol):
     def read(self, audience: Audience, since: Position | None, history: History) -> Coroutine[Any, Any, Replay]:
         """Read what came after a position, or the newest that there is of what is kept.
 
+        If the position is of another epoch, that is the newest that there is, whatever the offset.
+
         What it returns is not older than anything that was confirmed to a publisher before the call. It makes the epoch
         if there is none. It reads nothing that is older than `history.seconds`, and the newest `history.messages` only;
         `Replay.is_complete` tells whether that is everything after the position.

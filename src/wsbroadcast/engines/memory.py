@@ -171,9 +171,8 @@ class MemoryEngine(Engine):
         """Return what was kept after a position, or all of it."""
         self._started()
         log = self._log(audience, history)
-        return log.read(
-            since.offset if since is not None and 0 <= since.offset <= log.offset else None, history, self._now()
-        )
+        is_its_own = since is not None and since.epoch == log.epoch and 0 <= since.offset <= log.offset
+        return log.read(since.offset if is_its_own and since is not None else None, history, self._now())
 
     async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
         """Return the newest position of each audience."""

@@ -58,6 +58,9 @@ class KeepingEngine(BrokerEngine):
         name = self.names.of(audience)
         offset = None if since is None or not 0 <= since.offset <= MAX_OFFSET else since.offset
         stretch = await self._ask(lambda link: link.read_kept(name, offset, history))
+        if since is not None and offset and since.epoch != stretch.top.epoch:
+            # Another history has begun: its offsets have nothing to do with that one's.
+            stretch = await self._ask(lambda link: link.read_kept(name, None, history))
         return self._started().replay(audience, stretch, history)
 
     async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:

@@ -32,6 +32,9 @@ _AUDIENCES = 500
 _PAUSE = 0.01
 _KEY_TRIES = 50
 
+# Behind the epoch of an audience in the position of what was kept in the one before. No history has such an epoch.
+_FORMER = "-former"
+
 _PLAIN_KEY = re.compile(r"[!-~]{1,128}")
 
 _Result = Exception | Appended | None
@@ -128,10 +131,14 @@ class Log:
             keeping.note(offset, headers)
         elif Answer(b"", headers).time > keeping.time:  # an older number, and a younger message
             self._upkeep.alarm()
-        return Place(self._position(name, offset), previous)
+        begin = self._upkeep.begin_of(name[self._cut :])
+        return Place(self._position(name, offset), 0 if previous < begin <= offset else previous)
 
     def _position(self, name: str, offset: int) -> Position:
-        return Position(self._upkeep.epoch_of(name[self._cut :]), offset)
+        rest = name[self._cut :]
+        epoch = self._upkeep.epoch_of(rest)
+        # What was kept before the history was forgotten may come to us, or be confirmed, after we know of that.
+        return Position(f"{epoch}{_FORMER}" if 0 < offset < self._upkeep.begin_of(rest) else epoch, offset)
 
     # What is appended.
 
@@ -243,10 +250,13 @@ class Log:
                 break
             else:
                 await asyncio.sleep(_PAUSE)  # another replica has answered, or something came in between
+        begin = self._upkeep.begin_of(name[self._cut :])
+        former = sum(each.sequence < begin for each in found)  # it is forgotten, and about to be removed
+        found, top = found[former:], 0 if top < begin else top
         now = self._upkeep.now()
         entries = [Entry(each.payload, each.sequence, max(0, now - each.time) / 10**9) for each in found]
         # Everything is there after the first one that is, and before it only where nothing can have been.
-        is_all = start == 1 and len(found) <= history.messages and self._is_all(name, len(found))
+        is_all = former > 0 or (start == 1 and len(found) <= history.messages and self._is_all(name, len(found)))
         return Stretch(self._position(name, top), entries, 0 if is_all or not found else found[0].sequence)
 
     def _is_all(self, name: str, count: int) -> bool:
@@ -261,7 +271,12 @@ class Log:
         tops: dict[str, int] = {}
         for some in _parts(names, limit // 4):
             tops |= (await self._read(some))[0]
-        return [self._position(name, tops.get(self._subject(name[self._cut :]), 0)) for name in names]
+        return [self._top(name, tops) for name in names]
+
+    def _top(self, name: str, tops: Mapping[str, int]) -> Position:
+        rest = name[self._cut :]
+        top = tops.get(self._subject(rest), 0)
+        return self._position(name, 0 if top < self._upkeep.begin_of(rest) else top)
 
     async def forget(self, name: str) -> None:
         """Give an audience an epoch of its own, then remove what came before it."""

@@ -298,6 +298,11 @@ class Upkeep:
             return None
         return mark
 
+    def begin_of(self, rest: str) -> int:
+        """Return the number behind which the epoch of an audience begins: smaller ones are about to be removed."""
+        mark = self.forgotten(rest) if self._forgotten else None
+        return mark.sequence if mark is not None and mark.is_first else 0
+
     def is_over(self, mark: Mark) -> bool:
         """Tell whether what came after a record may have expired."""
         return 0 < self._max_age < self.now() - mark.time
