@@ -20,7 +20,7 @@ from tests.engines.test_postgres_transaction import KINDS, Begin, Regret, asyncp
 from tests.support.brokers import Endpoint, PostgresServer
 from tests.support.postgres import Node, Run, drop_database, holding, until
 from tests.support.servers import eventually
-from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, Publication
+from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, Publication, Publisher
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import _SETTINGS
@@ -133,6 +133,39 @@ async def test_commit_keeps_and_rollback_leaves_no_hole(postgres_server: Endpoin
     assert [each.offset for each in came] == list(range(1, len(messages) + 3))
     assert await node.texts(before.position) == [*messages, "after"]
     assert (await node.read(before.position)).is_complete(before.position)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+async def test_publisher_in_a_transaction_keeps_what_the_nodes_keep(
+    postgres_server: Endpoint, prefix: str, run: Run, kind: str
+) -> None:
+    begin: Begin = KINDS[kind]
+    user = Audience("user", "ada")  # of whom nothing is kept
+    early = Publisher(PostgresEngine(postgres_server.url, prefix=prefix))
+    async with early, begin(postgres_server.url) as transaction:
+        await early.broadcast("before anybody keeps", channel="news", transaction=transaction)
+    publisher = Publisher(PostgresEngine(postgres_server.url, prefix=prefix))
+    async with keeping(postgres_server.url, prefix) as node:
+        await node.append("first")
+        async with begin(postgres_server.url) as transaction:
+            for each in "second", LARGE:
+                await publisher.broadcast(each, to=[NEWS, user], transaction=transaction)
+        assert [each.message.data for each in (await node.came(3))] == ["first", "second", LARGE]
+        assert await node.texts(Position((await node.position()).epoch, 0)) == ["first", "second", LARGE]
+    await publisher.aclose()
+
+
+async def test_publisher_whose_transaction_may_not_read_what_is_kept_is_told_what_to_run(
+    postgres_server: Endpoint, prefix: str, role: str
+) -> None:
+    publisher = Publisher(PostgresEngine(role, prefix=prefix))
+    administrator = postgres_server.url.rpartition("/")[0] + "/" + role.rpartition("/")[2]
+    async with keeping(administrator, prefix) as node, asyncpg_connection(role) as transaction:
+        with pytest.raises(ConfigurationError, match="GRANT USAGE ON SCHEMA"):
+            await publisher.broadcast("kept?", channel="news", transaction=transaction)
+        assert await transaction.fetchval("SELECT 1") == 1, "the transaction goes on"
+        assert await node.texts(None) == []
+    await publisher.aclose()
 
 
 async def test_open_transaction_delays_nobody(postgres_server: Endpoint, node: Keeping) -> None:

@@ -19,6 +19,7 @@ import sqlalchemy.orm
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint
 from tests.support.postgres import NEWS, Node, holding
+from tests.support.servers import eventually
 from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.contract import Transactional
@@ -292,13 +293,21 @@ async def test_message_that_the_nodes_would_drop_is_refused_before_any_sql(
         await node.receives("x" * 1000)
 
 
-async def test_engine_that_is_not_started_needs_the_table_to_be_there(postgres_server: Endpoint, prefix: str) -> None:
+async def test_engine_that_is_not_started_makes_the_table(postgres_server: Endpoint, prefix: str) -> None:
+    out_of_reach = PostgresEngine("postgresql://127.0.0.1:1/postgres", prefix=prefix)
     engine = PostgresEngine(postgres_server.url, prefix=prefix)
     async with asyncpg_connection(postgres_server.url) as connection:
-        await engine.publish_in(connection, Publication(Message.of("Grüße"), NEWS))
+        await out_of_reach.publish_in(connection, Publication(Message.of("Grüße"), NEWS))
         with pytest.raises(EngineUnavailable, match="out of reach, to make the table"):
-            await engine.publish_in(connection, Publication(Message.of(LARGE), NEWS))
-        assert await connection.fetchval("SELECT 1") == 1  # the transaction is as usable as before
+            await out_of_reach.publish_in(connection, Publication(Message.of(LARGE), NEWS))
+        await engine.publish_in(connection, Publication(Message.of(LARGE), NEWS))
+        await out_of_reach.publish_in(connection, Publication(Message.of(LARGE), NEWS))
+
+        async def nothing_is_left_open() -> bool:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND query LIKE $1"
+            return not await connection.fetchval(query, f"%{prefix}%")
+
+        await eventually(nothing_is_left_open)
 
 
 async def test_table_that_cannot_be_made_is_told(postgres_server: Endpoint, prefix: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from functools import partial
 from itertools import count
@@ -24,12 +25,15 @@ from wsbroadcast.engines.postgres.protocol import channel_of, pack, pack_row
 from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url, split_url
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
-from wsbroadcast.history import History
+from wsbroadcast.history import History, HistoryRules
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Publication
 from wsbroadcast.text import plain
 
 _NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"
+
+# For which a transaction's publisher goes by what it has read of the nodes' rules.
+_LEARN_SECONDS = 10.0
 
 
 class PostgresEngine(KeepingEngine):
@@ -80,6 +84,8 @@ class PostgresEngine(KeepingEngine):
         self._table = SpillTable(self._prefix, schema)
         self._history = HistoryTables(self._prefix, schema)
         self._turns = count()
+        # What others keep, as a transaction has read it, and when.
+        self._learned: tuple[float, HistoryRules | None] | None = None
 
     @classmethod
     def from_url(cls, url: str) -> Self:
@@ -117,18 +123,20 @@ class PostgresEngine(KeepingEngine):
         """Publish as a part of a transaction that the app has begun: it is sent if and when that is committed.
 
         It goes over the app's connection, so it also works while the engine's own are lost; only the first message of
-        all that is too large for a notification needs them, to make the table.
+        all that is too large for a notification needs one of them, to make the table.
 
         Args:
             transaction: An asyncpg or psycopg connection, or a session or connection of SQLAlchemy.
             publication: What to publish.
-            history: How much is kept of its audience. It gets its place when the transaction is committed: until then
+            history: How much is kept of its audience; who only publishes, and wasn't told, reads in the transaction
+                what the nodes keep, at most every 10 s. It gets its place when the transaction is committed: until then
                 nobody waits for that, and what is rolled back leaves no hole. With the isolation of REPEATABLE READ or
                 SERIALIZABLE the commit fails, as always there, if somebody else has published to the audience since
                 the transaction began: try the transaction again.
 
         Raises:
-            ConfigurationError: If the transaction is something else, or in another database, where nobody listens.
+            ConfigurationError: If the transaction is something else, or in another database, where nobody listens; or
+                if its role may not read what is kept.
             MessageTooLarge: If it is larger than Postgres takes, or than `max_message_bytes`.
             EngineUnavailable: If the tables aren't there and can't be made now.
             Exception: Whatever the driver of the transaction raises.
@@ -141,6 +149,9 @@ class PostgresEngine(KeepingEngine):
             overhead = len(envelope) - publication.message.size
             raise MessageTooLarge(publication.message.size, MAX_ENVELOPE_BYTES - overhead)
         link, name = self._postgres_link, self.names.of(publication.audience)
+        if history is None and self._only_publishes and self._rules is None:
+            rules = await self._learn_in(running)
+            history = None if rules is None else rules.of(publication.audience)
         if history is None:
             row = await self._notify_in(running, Parcel(name, envelope))
         else:
@@ -156,6 +167,23 @@ class PostgresEngine(KeepingEngine):
         if note is None:
             channel, note = self._prefix, await self._spill(running, parcel)
         return await running.fetch(_NOTIFY, {"channel": channel, "note": note})
+
+    async def _learn_in(self, running: Transaction) -> HistoryRules | None:
+        now = time.monotonic()
+        if self._learned is None or now - self._learned[0] >= _LEARN_SECONDS:
+            # An error of SQL would end the app's transaction, so it is asked first.
+            found = await running.fetch(self._history.may_learn_sql, {})
+            rules = None
+            if found == (False,):
+                raise ConfigurationError(
+                    f"postgres at {self.address}: nodes keep a history, and the transaction's role may not use its "
+                    f"tables; an administrator has to run: {self._history.grant_sql.format(role='<the role>')}"
+                )
+            if found == (True,):
+                row = await running.fetch(self._history.learn_sql, {})
+                rules = None if row is None else HistoryRules.from_json(row[0].encode())
+            self._learned = now, rules
+        return self._learned[1]
 
     async def _append_in(self, running: Transaction, parcel: KeptParcel) -> tuple[Any, ...] | None:
         link = self._postgres_link
@@ -189,21 +217,25 @@ class PostgresEngine(KeepingEngine):
 
     async def _create_table(self) -> None:
         # Not in the app's transaction, where it would be locked for everybody until that ends.
-        link = self._postgres_link
-        if link is None:
-            raise EngineUnavailable(
-                f"postgres at {self.address} is out of reach, to make the table that a message over 7.5 kB needs;"
-                " nothing was sent"
-            )
+        link = opened = self._postgres_link
         try:
             async with Patience(self._timing.request_timeout):
+                if link is None:  # an outage, or a publisher that has published in transactions only
+                    link = self.new_link()
+                    await link.open()
                 await link.create_table()
         except ConfigurationError:
             raise
         except Exception as error:
             if is_bug(error):
                 raise
-            raise EngineUnavailable(f"postgres at {self.address} is out of reach; nothing was sent") from error
+            raise EngineUnavailable(
+                f"postgres at {self.address} is out of reach, to make the table that a message over 7.5 kB needs;"
+                " nothing was sent"
+            ) from error
+        finally:
+            if opened is None and link is not None:
+                await link.abort()
 
 
 ACCEPTED = (

@@ -341,6 +341,9 @@ class HistoryTables:
         """What lets a role use them."""
         self.open_sql, self.renew_sql = sql(_OPEN), sql(_RENEW)
         self.read_sql, self.positions_sql, self.row_sql = sql(_READ), sql(_POSITIONS), sql(_ROW)
+        self.may_learn_sql = sql("SELECT has_table_privilege(to_regclass('{rules}'), 'SELECT')")
+        """Null if nobody keeps anything."""
+        self.learn_sql = sql("SELECT rules FROM {rules}")
         self.exists_sql = sql("SELECT to_regclass('{outbox}') IS NOT NULL")
         self.append_sql = sql("SELECT * FROM {append}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)")
         self.forget_sql = sql("SELECT {forget}($1)")
