@@ -1,4 +1,7 @@
-"""For tests of engines: the suite that defines a right one. Wants pytest and pytest-asyncio."""
+"""For tests of apps: a client, and nodes that fail as they are told to. For tests of engines: what a right one does.
+
+Wants pytest, and the contracts of engines pytest-asyncio.
+"""
 
 import pytest
 
