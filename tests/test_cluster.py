@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,6 +25,10 @@ from wsbroadcast.testing import Cluster
 from wsbroadcast.testing.hub import HubEngine
 
 KEPT = History(messages=10, seconds=60)
+
+sets_the_clock = pytest.mark.skipif(
+    os.environ.get("WSBROADCAST_TEST_LOOP") == "uvloop", reason="the clock of uvloop can't be set"
+)
 
 
 @pytest.fixture
@@ -148,6 +153,7 @@ async def test_broker_is_restarted(cluster: Cluster, keeps: bool) -> None:
     assert [manager.stats().engine.gaps for manager in cluster] == [1, 1, 1]
 
 
+@sets_the_clock
 async def test_messages_are_delayed_and_keep_their_order() -> None:
     async with Cluster(2) as cluster:
         peer, _ = await come(cluster[1])
@@ -166,6 +172,7 @@ async def test_messages_are_delayed_and_keep_their_order() -> None:
         await sending
 
 
+@sets_the_clock
 async def test_publisher_that_is_cut_off_before_the_answer_is_told_that_it_may_have_been_sent(cluster: Cluster) -> None:
     peer, _ = await come(cluster[1])
     for channel in ("news", "plain"):
@@ -182,6 +189,7 @@ async def test_publisher_that_is_cut_off_before_the_answer_is_told_that_it_may_h
     assert await peer.wait_messages(1) == ["sent"]
 
 
+@sets_the_clock
 async def test_clock_makes_what_is_kept_old_and_is_set_right_at_the_end() -> None:
     loop = asyncio.get_running_loop()
     before = loop.time()
@@ -199,6 +207,7 @@ async def test_clock_makes_what_is_kept_old_and_is_set_right_at_the_end() -> Non
     assert "time" not in vars(loop)
 
 
+@sets_the_clock
 async def test_what_follows_from_what_is_due_happens_too(cluster: Cluster) -> None:
     ticks: list[float] = []
     loop = asyncio.get_running_loop()
@@ -217,6 +226,7 @@ async def test_what_follows_from_what_is_due_happens_too(cluster: Cluster) -> No
     ticking.cancel()
 
 
+@sets_the_clock
 async def test_clocks_of_two_clusters_are_undone_one_after_the_other() -> None:
     loop = asyncio.get_running_loop()
     before = loop.time()

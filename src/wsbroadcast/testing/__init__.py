@@ -12,5 +12,6 @@ from wsbroadcast.testing.contract import EngineContract  # noqa: E402  # pytest 
 from wsbroadcast.testing.history import HistoryContract  # noqa: E402
 from wsbroadcast.testing.nodes import Node, Recorder  # noqa: E402
 from wsbroadcast.testing.outages import BrokerContract  # noqa: E402
+from wsbroadcast.testing.peer import Peer, Refused  # noqa: E402
 
-__all__ = ["BrokerContract", "Cluster", "EngineContract", "HistoryContract", "Node", "Recorder"]
+__all__ = ["BrokerContract", "Cluster", "EngineContract", "HistoryContract", "Node", "Peer", "Recorder", "Refused"]
