@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocketDisconnect
 
+import wsbroadcast.testing
 from wsbroadcast import (
     ConfigurationError,
     ConnectionDep,
@@ -466,3 +469,13 @@ async def test_peer_speaks_events_and_comes_back() -> None:
             assert (await peer.receive_json())["recovered"]
             assert (await peer.receive_json())["data"] == "2"
             await peer.expect_nothing(0.01)
+
+
+def test_peer_and_cluster_want_no_plugin_of_pytest() -> None:
+    code = "import sys; from wsbroadcast.testing import Cluster, Peer; print('pytest_asyncio' in sys.modules)"
+    code += "; import pytest, wsbroadcast.testing as t; print('wsbroadcast.testing.contract' in sys.modules, dir(t))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False\nFalse ")
+    assert "'EngineContract'" in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'Peers'"):
+        wsbroadcast.testing.Peers  # noqa: B018
