@@ -178,7 +178,7 @@ class HubEngine(Engine):
     async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
         """Keep it, and send it to all nodes."""
         self._check_publish()
-        log = self._hub.log(publication.audience)
+        log = self._log(publication.audience)
         known = None if key is None else log.repeat(key)
         position = known or log.append(publication, history, self._hub.now())
         if known is None:
@@ -191,13 +191,13 @@ class HubEngine(Engine):
     def append_nowait(self, publication: Publication, history: History) -> None:
         """Keep it, and send it to all nodes."""
         self._check_publish()
-        self._hub.log(publication.audience).append(publication, history, self._hub.now())
+        self._log(publication.audience).append(publication, history, self._hub.now())
         self._hub.send(publication)
 
     async def read(self, audience: Audience, since: Position | None, history: History) -> Replay:
         """Return what is kept."""
         await self._travel()
-        log = self._hub.log(audience)
+        log = self._log(audience)
         is_its_own = since is not None and since.epoch == log.epoch and 0 <= since.offset <= log.offset
         replay = log.read(since.offset if is_its_own and since is not None else None, history, self._hub.now())
         await self._travel()
@@ -206,7 +206,7 @@ class HubEngine(Engine):
     async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
         """Return where audiences are."""
         await self._travel()
-        logs = [self._hub.log(audience) for audience in audiences]
+        logs = [self._log(audience) for audience in audiences]
         return [Position(log.epoch, log.offset) for log in logs]
 
     async def forget(self, audience: Audience) -> None:
@@ -222,6 +222,9 @@ class HubEngine(Engine):
         """Tell whether it reaches the hub."""
         is_ok = self._receiver is not None and not self.is_cut
         return Health(self.name, is_ok, "" if is_ok else "cut off" if self.is_cut else "not started")
+
+    def _log(self, audience: Audience) -> Log:
+        return self._hub.log(audience)
 
     async def _travel(self) -> None:
         self._check()
