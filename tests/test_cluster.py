@@ -173,6 +173,32 @@ async def test_messages_are_delayed_and_keep_their_order() -> None:
 
 
 @sets_the_clock
+async def test_delay_is_that_of_the_moment_of_sending() -> None:
+    async with Cluster(2) as cluster:
+        peer, _ = await come(cluster[1])
+        for seconds in (10, 20):
+            cluster.delay(seconds)
+            cluster[0].broadcast_nowait(str(seconds), channel="news")
+        await cluster.advance(15)
+        assert await peer.wait_messages(1) == ["10"]
+        await cluster.advance(10)
+        assert await peer.wait_messages(2) == ["10", "20"]
+
+
+async def test_messages_that_are_lost_or_doubled_on_the_way_are_healed(cluster: Cluster) -> None:
+    peer, _ = await come(cluster[1])
+    cluster.hub.lost = 1.0
+    await cluster[0].broadcast("lost", channel="news")
+    cluster.hub.lost, cluster.hub.doubled = 0.0, 1.0
+    await cluster[0].broadcast("doubled", channel="news")
+    cluster.hub.doubled = 0.0
+    await cluster[0].broadcast("last", channel="news")
+    assert await peer.wait_messages(3) == ["lost", "doubled", "last"]
+    await turns()
+    assert len(peer.messages) == 3
+
+
+@sets_the_clock
 async def test_publisher_that_is_cut_off_before_the_answer_is_told_that_it_may_have_been_sent(cluster: Cluster) -> None:
     peer, _ = await come(cluster[1])
     for channel in ("news", "plain"):
@@ -283,10 +309,14 @@ async def test_cluster_that_does_not_run_says_so() -> None:
 
     await check()
     async with cluster:
-        with pytest.raises(LifecycleError, match="runs already"):
+        await cluster[0].broadcast("1")
+        with pytest.raises(LifecycleError, match="make another one"):
             await cluster.__aenter__()
         await cluster[0].broadcast("1")
     await check()
+    with pytest.raises(LifecycleError, match="make another one"):
+        async with cluster:
+            pass
 
 
 async def test_cluster_whose_start_fails_leaves_nothing_behind() -> None:

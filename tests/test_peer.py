@@ -411,6 +411,17 @@ async def test_app_that_breaks_the_protocol_is_told() -> None:
             await asyncio.sleep(0)
 
 
+async def test_app_that_goes_on_after_its_close_is_told() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close", "code": 1000})
+        await send({"type": "websocket.send", "text": "more"})
+
+    with pytest.raises(RuntimeError, match=r"the app sends websocket\.send after the end"):
+        async with Peer(app):
+            pass
+
+
 async def test_peer_that_is_not_connected_says_what_to_write() -> None:
     peer = Peer(app_of(echo))
     with pytest.raises(LifecycleError, match=r'async with Peer\(app, "/ws"\) as peer'):

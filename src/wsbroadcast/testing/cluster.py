@@ -42,15 +42,15 @@ class Cluster:
         self.managers = [ConnectionManager(engine, **options) for engine in self._engines]
         """One for each node."""
         self._killed: set[int] = set()
-        self._is_running = False
+        self._was_started = self._is_running = False
         # What the event loop's clock was before it was first set forward, and by how much it is.
         self._clock: tuple[asyncio.AbstractEventLoop, Any] | None = None
         self._set_forward = 0.0
 
     async def __aenter__(self) -> Self:
-        if self._is_running:
-            raise LifecycleError("the cluster runs already")
-        self._is_running = True
+        if self._was_started:
+            raise LifecycleError("this cluster was started before: make another one")
+        self._was_started = self._is_running = True
         try:
             for manager in self.managers:
                 await manager.start()
@@ -198,7 +198,7 @@ class Cluster:
 
     def _check_running(self) -> None:
         if not self._is_running:
-            raise LifecycleError("the cluster doesn't run: this wants `async with cluster`")
+            raise LifecycleError("the cluster doesn't run: `async with Cluster(…) as cluster` runs one")
 
 
 def _seconds(value: float) -> float:

@@ -127,9 +127,8 @@ class HubEngine(Engine):
         loop, self._timer = asyncio.get_running_loop(), None
         now = max(loop.time(), self._arriving[0][0])  # timers may be early by the resolution of the clock
         while self._arriving and self._arriving[0][0] <= now:
-            _, publication = self._arriving.popleft()
-            if self._receiver is not None:
-                self._receiver.take(publication)
+            assert self._receiver is not None  # else nothing is on its way
+            self._receiver.take(self._arriving.popleft()[1])
         if self._arriving:
             self._timer = loop.call_at(self._arriving[0][0], self._take)
 
