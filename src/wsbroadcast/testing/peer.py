@@ -26,6 +26,8 @@ class Refused(AssertionError):
 
     def __init__(self, path: str, status: int, text: str, code: int | None, reason: str) -> None:
         why = repr(text) if code is None else f"close code {code}, {reason!r}"
+        if code == CloseCode.NORMAL and not reason:
+            why = f"close code {code}, as of a path that Starlette doesn't know"
         super().__init__(f"the app refused {path} with HTTP status {status}: {why}")
         self.status = status
         """The HTTP status; 403 if the app has closed the WebSocket before it accepted it, as servers make of that."""
