@@ -25,6 +25,7 @@ from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.sqlite import SQLiteEngine
 from wsbroadcast.options import Timing
 from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract
+from wsbroadcast.testing.hub import Hub, HubEngine
 
 hub = load(EXAMPLES / "08_engine.py")
 
@@ -35,6 +36,19 @@ TIMING = Timing(linger=0.02)
 class TestMemory(HistoryContract, EngineContract):
     def make_engine(self) -> Engine:
         return MemoryEngine()
+
+
+class TestHub(HistoryContract, EngineContract):
+    """The engine of `wsbroadcast.testing.Cluster`."""
+
+    node_count = 3
+
+    @pytest.fixture(autouse=True)
+    def own_hub(self) -> None:
+        self.linked = Hub()
+
+    def make_engine(self) -> Engine:
+        return HubEngine(self.linked)
 
 
 class TestExample(BrokerContract):

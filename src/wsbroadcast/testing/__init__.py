@@ -1,13 +1,44 @@
-"""For tests of engines: the suite that defines a right one. Wants pytest and pytest-asyncio."""
+"""For tests of apps: a client, and nodes that fail as they are told to. For tests of engines: what a right one does.
 
-import pytest
+The contracts of engines want pytest and pytest-asyncio; they are imported when they are asked for.
+"""
 
-pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in ("contract", "history", "nodes", "outages")))
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
-from wsbroadcast.testing.cluster import Cluster  # noqa: E402
-from wsbroadcast.testing.contract import EngineContract  # noqa: E402  # pytest wants to know before
-from wsbroadcast.testing.history import HistoryContract  # noqa: E402
-from wsbroadcast.testing.nodes import Node, Recorder  # noqa: E402
-from wsbroadcast.testing.outages import BrokerContract  # noqa: E402
+from wsbroadcast.testing.cluster import Cluster
+from wsbroadcast.testing.peer import Peer, Refused
 
-__all__ = ["BrokerContract", "Cluster", "EngineContract", "HistoryContract", "Node", "Recorder"]
+if TYPE_CHECKING:
+    from wsbroadcast.testing.contract import EngineContract
+    from wsbroadcast.testing.history import HistoryContract
+    from wsbroadcast.testing.nodes import Node, Recorder
+    from wsbroadcast.testing.outages import BrokerContract
+
+_LAZY = {
+    "BrokerContract": "outages",
+    "EngineContract": "contract",
+    "HistoryContract": "history",
+    "Node": "nodes",
+    "Recorder": "nodes",
+}
+
+if find_spec("pytest") is not None:
+    import pytest
+
+    pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in _LAZY.values()))
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+__all__ = ["BrokerContract", "Cluster", "EngineContract", "HistoryContract", "Node", "Peer", "Recorder", "Refused"]

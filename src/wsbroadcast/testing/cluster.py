@@ -1,243 +1,74 @@
-"""Several nodes in one process, linked by a broker in memory that fails as it is told to."""
+"""Several nodes of an app in one process, for tests of what happens between them."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from math import isfinite
 from typing import Any, Self
 
-from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import ABNORMAL
-from wsbroadcast.engines.contract import Engine, Health, Receiver
-from wsbroadcast.engines.memory import Log
-from wsbroadcast.exceptions import EngineUnavailable, LifecycleError
-from wsbroadcast.history import Appended, History, HistoryRules, Replay
+from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 from wsbroadcast.manager import ConnectionManager, core_of
-from wsbroadcast.publication import Control, Gap, Position, Publication
+from wsbroadcast.testing.hub import Hub, HubEngine
 
-
-class Hub:
-    """A broker in this process.
-
-    Args:
-        seed: Of what is lost and doubled by chance.
-    """
-
-    def __init__(self, seed: int = 0) -> None:
-        self.engines: list[HubEngine] = []
-        """Those that run."""
-        self.delay = 0.0
-        """Seconds that everything takes to arrive."""
-        self.lost = 0.0
-        """The share of live publications that don't arrive at a node."""
-        self.doubled = 0.0
-        """The share that arrives twice."""
-        self.rules: HistoryRules | None = None
-        """What the nodes have said that they keep."""
-        self._random = random.Random(seed)  # noqa: S311  # not for secrets
-        self._logs: dict[Audience, Log] = {}
-
-    def log(self, audience: Audience) -> Log:
-        """Return the history of an audience."""
-        log = self._logs.get(audience)
-        if log is None:
-            log = self._logs[audience] = Log(self.now())
-        return log
-
-    def now(self) -> float:
-        """Return the time by the clock of the event loop."""
-        return asyncio.get_running_loop().time()
-
-    def forget(self, audience: Audience | None = None) -> None:
-        """Forget the history of an audience, or everything, as a broker does that loses its memory."""
-        if audience is None:
-            self._logs.clear()
-        else:
-            self._logs.pop(audience, None)
-
-    def send(self, publication: Publication | Control) -> None:
-        """Let a publication arrive at every node that wants it and isn't cut off."""
-        for engine in self.engines:
-            if not engine.is_cut and publication.audience in engine.wanted:
-                times = 1
-                if isinstance(publication, Publication):
-                    chance = self._random.random()
-                    times = 0 if chance < self.lost else 2 if chance < self.lost + self.doubled else 1
-                for _ in range(times):
-                    engine.arrive(publication, self.delay)
-
-
-class HubEngine(Engine):
-    """The engine of one node at a hub."""
-
-    name = "hub"
-    rules: HistoryRules | None = None
-
-    def __init__(self, hub: Hub) -> None:
-        self._hub = hub
-        self._receiver: Receiver | None = None
-        self._learns = False
-        self._cut_at = 0.0
-        self._arriving: deque[Publication | Control] = deque()
-        self.wanted: set[Audience] = set()
-        """What it is subscribed to."""
-        self.is_cut = False
-        """Whether it can't reach the hub."""
-
-    @classmethod
-    def from_url(cls, url: str) -> Self:
-        """It is made for a hub, not for a URL."""
-        raise LifecycleError("a HubEngine is made for a Hub")
-
-    async def start(self, receiver: Receiver) -> None:
-        """Join the hub."""
-        if self._receiver is not None:
-            raise LifecycleError("the hub engine is started already: each manager needs one of its own")
-        self._receiver = receiver
-        self._hub.engines.append(self)
-        if self.rules is not None:
-            self._hub.rules = self.rules
-        elif self._learns:
-            self.rules = self._hub.rules
-
-    async def aclose(self) -> None:
-        """Leave the hub."""
-        self._receiver = None
-        self.wanted.clear()
-        self._arriving.clear()
-        if self in self._hub.engines:
-            self._hub.engines.remove(self)
-
-    def arrive(self, publication: Publication | Control, delay: float) -> None:
-        """Let a publication come to this node, in the order of the calls."""
-        self._arriving.append(publication)
-        asyncio.get_running_loop().call_later(delay, self._take)
-
-    def _take(self) -> None:
-        if self._arriving and self._receiver is not None:
-            publication = self._arriving.popleft()
-            if not self.is_cut:
-                self._receiver.take(publication)
-
-    def cut(self) -> None:
-        """Lose the connection: what is on its way is lost, and nothing comes or goes."""
-        if not self.is_cut:
-            self.is_cut, self._cut_at = True, self._hub.now()
-
-    def heal(self) -> None:
-        """Have the connection back."""
-        if self.is_cut:
-            self.is_cut = False
-            if self._receiver is not None:
-                self._receiver.gap(Gap(self.name, self._hub.now() - self._cut_at))
-
-    def subscribe(self, audiences: Iterable[Audience]) -> None:
-        """Want publications to these audiences."""
-        self.wanted.update(audiences)
-
-    def unsubscribe(self, audiences: Iterable[Audience]) -> None:
-        """No longer want them."""
-        self.wanted.difference_update(audiences)
-
-    async def publish(self, publication: Publication | Control) -> None:
-        """Send it to all nodes."""
-        await self._travel()
-        self._hub.send(publication)
-
-    def publish_nowait(self, publication: Publication | Control) -> None:
-        """Send it to all nodes."""
-        self._check()
-        self._hub.send(publication)
-
-    def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
-        """Say what is kept."""
-        self.rules, self._learns = rules, only_publishes and rules is None
-
-    async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
-        """Keep it, and send it to all nodes."""
-        await self._travel()
-        log = self._hub.log(publication.audience)
-        if key is not None and (position := log.repeat(key)) is not None:
-            return Appended(position, is_repeat=True)
-        position = log.append(publication, history, self._hub.now())
-        if key is not None:
-            log.remember(key)
-        self._hub.send(publication)
-        await self._travel()
-        return Appended(position)
-
-    def append_nowait(self, publication: Publication, history: History) -> None:
-        """Keep it, and send it to all nodes."""
-        self._check()
-        self._hub.log(publication.audience).append(publication, history, self._hub.now())
-        self._hub.send(publication)
-
-    async def read(self, audience: Audience, since: Position | None, history: History) -> Replay:
-        """Return what is kept."""
-        await self._travel()
-        log = self._hub.log(audience)
-        is_its_own = since is not None and since.epoch == log.epoch and 0 <= since.offset <= log.offset
-        replay = log.read(since.offset if is_its_own and since is not None else None, history, self._hub.now())
-        await self._travel()
-        return replay
-
-    async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
-        """Return where audiences are."""
-        await self._travel()
-        logs = [self._hub.log(audience) for audience in audiences]
-        return [Position(log.epoch, log.offset) for log in logs]
-
-    async def forget(self, audience: Audience) -> None:
-        """Remove what is kept of an audience."""
-        await self._travel()
-        self._hub.forget(audience)
-
-    async def health(self) -> Health:
-        """Tell whether it reaches the hub."""
-        is_ok = self._receiver is not None and not self.is_cut
-        return Health(self.name, is_ok, "" if is_ok else "cut off" if self.is_cut else "not started")
-
-    async def _travel(self) -> None:
-        self._check()
-        await asyncio.sleep(self._hub.delay)
-        self._check()
-
-    def _check(self) -> None:
-        if self._receiver is None:
-            raise EngineUnavailable("the hub engine is not started")
-        if self.is_cut:
-            raise EngineUnavailable("the hub is out of reach: this node is cut off")
+# In so many steps the clock is set forward, so that what follows from what is due happens in between.
+_STEPS = 100
 
 
 class Cluster:
     """Nodes of an app in one process, each a `ConnectionManager`: `async with Cluster(3, history=…) as cluster`.
 
+    `cluster[0]` is the first node; the nodes may be given hooks and apps before the block. They are linked by a broker
+    in memory, and run from the beginning of the block to its end.
+
     Args:
         count: How many nodes.
         seed: Of what is lost and doubled by chance.
         options: Those of every `ConnectionManager`, but for the engine.
+
+    Raises:
+        ConfigurationError: If the count is not a positive number, or an option makes no sense.
     """
 
     def __init__(self, count: int = 2, *, seed: int = 0, **options: Any) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigurationError(f"a cluster has one node or more, not {count!r:.80}")
+        if "engine" in options:
+            raise ConfigurationError("the nodes of a cluster have an engine of its own: leave engine= out")
         self.hub = Hub(seed)
-        """The broker between them."""
+        """The broker between them. Its `lost` and `doubled` are the shares of live messages that fare so."""
         self._engines = [HubEngine(self.hub) for _ in range(count)]
         self.managers = [ConnectionManager(engine, **options) for engine in self._engines]
         """One for each node."""
         self._killed: set[int] = set()
+        self._was_started = self._is_running = False
+        # What the event loop's clock was before it was first set forward, and by how much it is.
+        self._clock: tuple[asyncio.AbstractEventLoop, Any] | None = None
         self._set_forward = 0.0
 
     async def __aenter__(self) -> Self:
-        for manager in self.managers:
-            await manager.start()
+        if self._was_started:
+            raise LifecycleError("this cluster was started before: make another one")
+        self._was_started = self._is_running = True
+        try:
+            for manager in self.managers:
+                await manager.start()
+        except BaseException:
+            await self._end()
+            raise
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        for number, manager in enumerate(self.managers):
-            if number not in self._killed:
+        await self._end()
+
+    async def _end(self) -> None:
+        self._is_running = False
+        try:
+            for manager in self.managers:
                 await manager.aclose()
+        finally:
+            self._undo_clock()
 
     def __getitem__(self, number: int) -> ConnectionManager:
         return self.managers[number]
@@ -248,53 +79,129 @@ class Cluster:
     def __iter__(self) -> Iterator[ConnectionManager]:
         return iter(self.managers)
 
+    # What fails.
+
     def partition(self, *numbers: int) -> None:
-        """Cut nodes off from the broker; those that are named none means all."""
+        """Cut nodes off from the broker; without a number all of them.
+
+        What is on its way to them is lost. Their clients stay, and `broadcast` raises `EngineUnavailable` there.
+
+        Raises:
+            ValueError: If there is no such node, or it was killed.
+            LifecycleError: If the cluster doesn't run.
+        """
         for engine in self._chosen(numbers):
             engine.cut()
 
     def heal(self, *numbers: int) -> None:
-        """Let nodes reach the broker again; all, if none is named."""
+        """Let nodes reach the broker again; without a number all of them. `on_gap` runs there.
+
+        Raises:
+            ValueError: If there is no such node, or it was killed.
+            LifecycleError: If the cluster doesn't run.
+        """
         for engine in self._chosen(numbers):
             engine.heal()
 
     async def kill(self, number: int) -> None:
-        """End a node as `kill -9` does: nobody is told, its connections are lost."""
+        """End a node as `kill -9` does: other nodes hear nothing from it, and its clients see no close frame.
+
+        Its `on_disconnect` hooks run all the same, cut off from the broker.
+
+        Raises:
+            ValueError: If there is no such node, or it was killed.
+            LifecycleError: If the cluster doesn't run.
+        """
+        (engine,) = self._chosen((number,))
         self._killed.add(number)
-        engine, manager = self._engines[number], self.managers[number]
         engine.cut()
-        node = core_of(manager).life.node
+        manager = self.managers[number]
+        life = core_of(manager).life
         for connection in manager.connections:
-            node.membership.lost(connection, ABNORMAL, "")
-        await manager.aclose()
+            life.node.membership.lost(connection, ABNORMAL, "")
+        while life.is_started:  # an app's lifespan may have started it once more
+            await manager.aclose()
 
     async def restart_broker(self, *, keeps: bool = False) -> None:
-        """Cut all nodes off, and let the broker forget what it kept, unless it is told not to."""
+        """Cut all nodes off for a moment, and let the broker forget what it kept.
+
+        Args:
+            keeps: Whether it remembers all of it, as a broker with a disk.
+
+        Raises:
+            LifecycleError: If the cluster doesn't run.
+        """
         self.partition()
         if not keeps:
             self.hub.forget()
+        await asyncio.sleep(0)
         self.heal()
 
     def delay(self, seconds: float) -> None:
-        """Let everything between the nodes and the broker take so long from now on."""
-        self.hub.delay = seconds
-
-    async def advance(self, seconds: float) -> None:
-        """Set the clock of the event loop forward: whatever is due by then happens now.
+        """Let messages come so much later to every node, and answers of the broker, from now on.
 
         Raises:
-            LifecycleError: If the event loop's clock can't be set, as uvloop's.
+            ValueError: If it is not a number of seconds.
         """
+        self.hub.delay = _seconds(seconds)
+
+    # What the time is.
+
+    async def advance(self, seconds: float) -> None:
+        """Set the clock of the event loop forward, so that what is due by then happens now.
+
+        Timers, timeouts and the age of what is kept go by this clock; `expires_at` goes by that of the system. A
+        timeout that runs meanwhile, such as one of the test, runs out too. The end of the block sets the clock right.
+
+        Raises:
+            ValueError: If it is not a number of seconds.
+            LifecycleError: If the cluster doesn't run, or in an event loop whose clock can't be set, such as uvloop's.
+        """
+        seconds = _seconds(seconds)
+        self._check_running()
+        self._set_clock()
+        begin = self._set_forward
+        for step in range(1, _STEPS + 1):
+            self._set_forward = begin + seconds * step / _STEPS
+            for _ in range(3):  # a timer's callback, the task that it wakes, and what that has handed over
+                await asyncio.sleep(0)
+
+    def _set_clock(self) -> None:
         loop = asyncio.get_running_loop()
-        if not self._set_forward:
-            real = loop.time
-            try:
-                loop.time = lambda: real() + self._set_forward  # type: ignore[method-assign]
-            except AttributeError:
-                raise LifecycleError("the clock of this event loop can't be set: use asyncio's own") from None
-        self._set_forward += seconds
-        for _ in range(3):
-            await asyncio.sleep(0)
+        if self._clock is not None:
+            return
+        if not isinstance(loop, asyncio.BaseEventLoop):
+            kind = f"{type(loop).__module__}.{type(loop).__qualname__}"
+            raise LifecycleError(f"the clock of {kind} can't be set: run this test in asyncio's own event loop")
+        real = loop.time
+        self._clock = loop, vars(loop).get("time")
+        loop.time = lambda: real() + self._set_forward  # type: ignore[method-assign]
+
+    def _undo_clock(self) -> None:
+        if self._clock is not None:
+            loop, before = self._clock
+            self._clock, self._set_forward = None, 0.0
+            if before is None:
+                del loop.time
+            else:
+                loop.time = before  # type: ignore[method-assign]
 
     def _chosen(self, numbers: Sequence[int]) -> list[HubEngine]:
-        return [self._engines[number] for number in numbers] if numbers else self._engines
+        self._check_running()
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self):
+                raise ValueError(f"there is no node {number!r:.80}: they are 0 to {len(self) - 1}")
+            if number in self._killed:
+                raise ValueError(f"node {number} was killed")
+        chosen = numbers or [number for number in range(len(self)) if number not in self._killed]
+        return [self._engines[number] for number in chosen]
+
+    def _check_running(self) -> None:
+        if not self._is_running:
+            raise LifecycleError("the cluster doesn't run: `async with Cluster(…) as cluster` runs one")
+
+
+def _seconds(value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
+        raise ValueError(f"a number of seconds, 0 or more, not {value!r:.80}")
+    return value

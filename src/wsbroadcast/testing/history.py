@@ -60,6 +60,19 @@ class HistoryContract(Nodes):
             if self.is_dense:
                 assert [each.offset for each in positions] == list(range(1, 51))
 
+    async def test_who_joins_late_sees_what_is_before_the_first_message(self) -> None:
+        """The offset before a publication is that of the audience, whether it came to this node or not."""
+        async with self.keeping() as nodes:
+            unseen = [(await append(node, "unseen")).position for node in nodes * 2]
+            for node in nodes:
+                await node.join(NEWS)
+            seen = (await append(nodes[0], "seen")).position
+            for node in nodes:
+                recorder = node.recorder
+                assert await recorder.wait_until(lambda: "seen" in recorder.data(NEWS), self.seconds)  # noqa: B023
+                came = recorder.publications[-1]
+                assert (came.position, came.previous) == (seen, unseen[-1].offset)
+
     async def test_appends_at_the_same_time_are_an_unbroken_chain(self) -> None:
         """Of what is appended at once, on every node and to two audiences, each node gets everything in one order."""
         async with self.keeping(NEWS, SPORT) as nodes:
@@ -93,6 +106,31 @@ class HistoryContract(Nodes):
             for node in nodes:
                 came = await self._kept(node, NEWS, 60)
                 assert [each.message.data for each in came] == [str(number) for number in range(60)]
+
+    async def test_what_arrives_is_kept(self) -> None:
+        """What comes can be read at once; of an `append` that is cancelled it is kept and sent, or neither."""
+        async with self.keeping(NEWS) as nodes:
+            at = await position(nodes[0], NEWS)
+            for number in range(18):
+                task = asyncio.create_task(append(nodes[0], f"cancelled {number}"))
+                for _ in range(number % 6):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+            last = (await append(nodes[0], "last")).position
+            for node in nodes:
+                replay = await read(node, at)
+                assert replay.is_complete(at)
+                assert replay.top == last
+                assert await self._kept(node, NEWS, len(replay.publications)) == list(replay.publications)
+            for number in range(20):
+                recorder = nodes[number % len(nodes)].recorder
+                count = len(recorder.publications)
+                appending = asyncio.create_task(append(nodes[0], f"{number}"))
+                assert await recorder.wait_until(lambda: len(recorder.publications) > count, self.seconds)  # noqa: B023
+                came = recorder.publications[-1]
+                assert came in (await read(nodes[number % len(nodes)], None)).publications
+                await appending
 
     async def test_audience_without_publications_has_a_position(self) -> None:
         """It is the same on all nodes, has an epoch and the offset 0, and who is there has missed nothing."""
