@@ -676,8 +676,14 @@ def test_shell_commands_of_the_how_to_are_understood() -> None:
     (block,) = blocks_of("docs/how-to.md", "sh")
     commands = [line.rpartition("python -m wsbroadcast ")[2] for line in block.source.splitlines()[1:]]
     parsed = [_parser().parse_args(shlex.split(command.partition(" < ")[0])) for command in commands]
-    assert [one.texts for one in parsed] == [["hello"], ['{"maintenance": "in 10 minutes"}'], [], []]
-    assert [one.channel or one.user for one in parsed] == ["news", None, "log", "42"]
+    assert [one.texts for one in parsed] == [
+        ["hello"],
+        ['{"maintenance": "in 10 minutes"}'],
+        [],
+        [],
+        ["the report is out"],
+    ]
+    assert [one.channel or one.user for one in parsed] == ["news", None, "log", "42", "news"]
 
 
 # The pages among each other, and against the code.
