@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
@@ -22,8 +23,8 @@ import redis
 
 from tests.support.brokers import Endpoint, RedisServer, free_port
 from tests.support.strict import STRICT
-from wsbroadcast import __version__
-from wsbroadcast.command import main
+from wsbroadcast import EVERYONE, USERS, ConnectionManager, History, __version__
+from wsbroadcast.command import _parser, main
 from wsbroadcast.demo.server import url_of
 
 
@@ -385,6 +386,15 @@ def test_publish_does_without_a_stderr(
         (["--engine", "redis://localhost", "--channel", "a", "--everyone", "text"], "not allowed with argument"),
         (["--engine", "redis://localhost", "--everyone", "--json", "--binary"], "not allowed with argument"),
         (["--engine", "redis://localhost", "--everyone", "--binary", "text"], "so give no text"),
+        (
+            ["--engine", "redis://localhost", "--user", "1", "--history", "a*=5,5", "text"],
+            "a pattern of --history is for",
+        ),
+        (
+            ["--engine", "redis://localhost", "--everyone", "--idempotency-key", "k"],
+            "--idempotency-key names one message",
+        ),
+        (["--engine", "redis://localhost", "--everyone", "--idempotency-key=k", "1", "2"], "names one message"),
         (["--everyone", "text"], "name the broker: --engine URL, or $WSBROADCAST_ENGINE"),
         (["--engine", "", "--everyone", "text"], "name the broker: --engine URL, or $WSBROADCAST_ENGINE"),
     ],
@@ -490,3 +500,123 @@ def test_publish_notices_at_once_that_a_line_was_not_sent(own_redis: Callable[..
         assert process.wait(10) == 1
     assert errors.startswith(b"published 1 message\nwsbroadcast: line 2: ")
     assert errors.count(b"\n") == 2
+
+
+# publish, and what is kept
+
+
+@pytest.fixture(params=["redis", "sqlite"])
+def keeping(request: pytest.FixtureRequest, prefix: str, tmp_path: Path) -> str:
+    """The URL of an engine that keeps."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/messages.db"
+    return f"{request.getfixturevalue('redis_server').url}?prefix={prefix}"
+
+
+def kept(url: str, history: Any, **audience: Any) -> list[Any]:
+    """What an app reads, and the position behind it."""
+
+    async def read() -> list[Any]:
+        async with ConnectionManager(url, history=history) as manager:
+            page = await manager.history(**audience)
+            return [*(each.data for each in page.messages), str(page.position)]
+
+    return asyncio.run(read())
+
+
+@pytest.mark.parametrize(
+    ("history", "audience", "options"),
+    [
+        (["--history", "2,60"], {"channel": "news"}, ["--channel", "news"]),
+        (["--history", "9,60", "--history", "n*=2,60", "--history=x=1,1"], {"channel": "news"}, ["--channel", "news"]),
+        (["--history", "2,200000"], {"user": 42}, ["--user", "42"]),
+        (["--history", "2,.5e2"], {"everyone": True}, ["--everyone"]),
+    ],
+)
+def test_publish_keeps_what_it_is_told_to(
+    keeping: str, capsys: pytest.CaptureFixture[str], history: list[str], audience: dict[str, Any], options: list[str]
+) -> None:
+    assert main(["publish", "--engine", keeping, "--verbose", *history, *options, "1", "2", "3"]) == 0
+    places = re.findall(r"^published; kept at (\S+)$", capsys.readouterr().err, re.MULTILINE)
+    everything = {"*": History(), USERS: History(), EVERYONE: History()}
+    assert kept(keeping, everything, **audience)[-3:] == ["2", "3", places[2]]
+
+
+def test_publish_keeps_what_the_app_has_said_at_the_broker(
+    keeping: str, standard_input: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"news": History(messages=2), USERS: History()}
+    assert kept(keeping, said, channel="news")[:-1] == []
+    standard_input(b"1\n2\n3\n")
+    assert main(["publish", "--engine", keeping, "--channel", "news", "--verbose"]) == 0
+    *_, last, count = capsys.readouterr().err.splitlines()
+    assert kept(keeping, said, channel="news") == ["2", "3", last.removeprefix("published; kept at ")]
+    assert count == "published 3 messages"
+    assert main(["publish", "--engine", keeping, "--channel", "weather", "--verbose", "sun"]) == 0
+    assert capsys.readouterr().err == "published; nothing is kept\n"
+    assert main(["publish", "--engine", keeping, "--user", "42", "psst"]) == 0
+    assert kept(keeping, said, user=42)[:-1] == ["psst"]
+    # What a publisher is told itself is its own: the app's word stands.
+    assert main(["publish", "--engine", keeping, "--everyone", "--history", "5,60", "text"]) == 0
+    assert main(["publish", "--engine", keeping, "--channel", "news", "4"]) == 0
+    assert kept(keeping, said, channel="news")[:-1] == ["3", "4"]
+
+
+def test_publish_sends_a_key_once(keeping: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["publish", "--engine", keeping, "--channel", "news", "--verbose", "--history", "100,300"]
+    for key in ("a", "a", "b"):
+        assert main([*command, "--idempotency-key", key, "text"]) == 0
+    first, again, other = capsys.readouterr().err.splitlines()
+    place = first.removeprefix("published; kept at ")
+    assert again == f"published before; kept at {place}"
+    assert other.startswith("published; kept at ")
+    assert kept(keeping, History(), channel="news") == ["text", "text", other.removeprefix("published; kept at ")]
+
+
+def test_publish_says_why_a_key_can_not_be_kept_to(keeping: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["publish", "--engine", keeping, "--channel", "news", "text"]
+    assert main([*command, "--idempotency-key", "a"]) == 1
+    assert capsys.readouterr().err.endswith("say what is kept, as in --history 100,300\n")
+    assert main([*command, "--history", "1,1", "--idempotency-key", "x" * 201]) == 1
+    assert capsys.readouterr().err.startswith("wsbroadcast: idempotency_key is a text of 1 to 200 bytes, not 'xxx")
+
+
+def test_publish_keeps_nothing_of_what_fits_no_pattern(keeping: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["publish", "--engine", keeping, "--channel", "news", "--verbose", "--history", "x*=5,60", "text"]) == 0
+    assert capsys.readouterr().err == "published; nothing is kept\n"
+
+
+def test_publish_understands_histories() -> None:
+    options = ["--history=2,.5e2", "--history", "room:*=100,300", "--history=a=b=1,200000"]
+    histories = _parser().parse_args(["publish", "--channel", "news", *options]).history
+    assert histories == [
+        ("", History(2, 50.0)),
+        ("room:*", History(100, 300.0)),
+        ("a=b", History(1, 200_000.0, remember=200_000.0)),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "10", "=1,2", "x=1,2,3", "1.5,60", "10,a minute", "10;60", "room:*"])
+def test_publish_refuses_what_is_no_history(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["publish", "--engine", "redis://localhost", "--channel", "news", f"--history={text}", "text"])
+    assert ended.value.code == 2
+    expected = f"expected [PATTERN=]MESSAGES,SECONDS, such as 100,300 or 'room:*=100,300', not {text!r}"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("0,5", "History.messages must be a whole number greater than 0, not 0"),
+        ("a=b=5,-1", "History.seconds must be a positive number, not -1.0"),
+        ("5,nan", "History.seconds must be a positive number, not nan"),
+        ("5,inf", "History.seconds must be a positive number, not inf"),
+    ],
+)
+def test_publish_refuses_a_history_that_makes_no_sense(
+    capsys: pytest.CaptureFixture[str], text: str, error: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["publish", "--engine", "redis://localhost", "--channel", "news", f"--history={text}", "text"])
+    assert f"{error}, in {text!r}" in capsys.readouterr().err

@@ -29,6 +29,7 @@ from starlette.websockets import WebSocketDisconnect
 import wsbroadcast
 from tests.support import users as users_of_an_app
 from tests.support.asgi import Peer
+from tests.support.asgi import eventually as until
 from tests.support.brokers import Endpoint
 from tests.support.examples import announce, talk_in_rooms_and_hear_news
 from tests.support.servers import eventually
@@ -568,6 +569,28 @@ def snapshot_and_follow(client: TestClient, block: Namespace) -> None:
         assert ada.receive_text() == "72"
 
 
+def channels_by_path(client: TestClient, block: Namespace) -> None:
+    with in_two_rooms(client, "/"):
+        pass
+
+
+def watch(client: TestClient, block: Namespace) -> None:
+    cache = block["cache"]
+    cache.update(tea=1, milk=2)
+    assert client.put("/products/tea").status_code == 204
+    assert client.portal is not None
+    client.portal.call(until, lambda: cache == {"milk": 2})
+
+
+def snapshot(client: TestClient, block: Namespace) -> None:
+    found = client.get("/tasks").json()
+    assert found["tasks"] == ["milk"]
+    client.post("/tasks", params={"title": "tea"})
+    with client.websocket_connect(f"/follow?since={found['position']}") as page:
+        client.post("/tasks", params={"title": "jam"})
+        assert [page.receive_text(), page.receive_text()] == ["tea", "jam"]
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
@@ -600,6 +623,9 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#send-something-else-to-some-of-the-recipients": by_role,
     "docs/how-to.md#choose-what-happens-to-slow-consumers": prices,
     "docs/how-to.md#see-what-is-going-on": stats,
+    "docs/from-broadcaster.md#from-encodebroadcaster": channels_by_path,
+    "docs/listen.md#listen": watch,
+    "docs/listen.md#snapshot-and-follow": snapshot,
     "docs/servers.md#uvicorn": echo,
     "docs/scale-out.md#two-workers": scale_out,
     "docs/scale-out.md#background-tasks": local_ticks,
@@ -694,6 +720,18 @@ async def test_publisher_of_the_how_to_reaches_an_app(
         await eventually(is_there)
 
 
+MAINS = [block for block in BLOCKS if block.page == "docs/listen.md" and "async def main" in block.source]
+
+
+@pytest.mark.parametrize("block", MAINS, ids=lambda block: block.name)
+def test_program_about_listening_finds_what_it_says(block: Block) -> None:
+    run_test(block.run()["main"])
+
+
+def test_there_are_programs_about_listening() -> None:
+    assert len(MAINS) == 3
+
+
 async def test_process_that_publishes_prices_ends_when_it_is_told_to(
     redis_server: Endpoint, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -714,8 +752,14 @@ def test_shell_commands_of_the_how_to_are_understood() -> None:
     (block,) = blocks_of("docs/how-to.md", "sh")
     commands = [line.rpartition("python -m wsbroadcast ")[2] for line in block.source.splitlines()[1:]]
     parsed = [_parser().parse_args(shlex.split(command.partition(" < ")[0])) for command in commands]
-    assert [one.texts for one in parsed] == [["hello"], ['{"maintenance": "in 10 minutes"}'], [], []]
-    assert [one.channel or one.user for one in parsed] == ["news", None, "log", "42"]
+    assert [one.texts for one in parsed] == [
+        ["hello"],
+        ['{"maintenance": "in 10 minutes"}'],
+        [],
+        [],
+        ["the report is out"],
+    ]
+    assert [one.channel or one.user for one in parsed] == ["news", None, "log", "42", "news"]
 
 
 # The pages among each other, and against the code.

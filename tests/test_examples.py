@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.metadata
+import itertools
+import json
+import os
 import re
+import sys
+import threading
+import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 from starlette.testclient import TestClient, WebSocketTestSession
 
+from tests.support.asgi import eventually
 from tests.support.brokers import free_port
 from tests.support.examples import EXAMPLES, announce, load, talk_in_rooms_and_hear_news
+from tests.support.standins import standins
 from tests.support.web import close_of, denied
+from wsbroadcast import Publisher
 
 PATHS = sorted(EXAMPLES.glob("*.py"))
 
@@ -185,6 +198,219 @@ def private_channels(client: TestClient) -> None:
             assert close_of(socket)[0] == 4401
 
 
+def snapshot(client: TestClient) -> None:
+    def write(number: int, title: str) -> None:
+        assert client.put(f"/tasks/{number}", params={"title": title}).status_code == 204
+
+    assert "wsbroadcast.v1" in client.get("/").text  # the page: tests/integration/test_pages.py
+    write(1, "milk")
+    found = client.get("/tasks").json()
+    assert found["tasks"] == [{"id": 1, "title": "milk"}]
+    write(2, "tea")
+    with client.websocket_connect(f"/follow?since={found['position']}") as plain:
+        assert plain.receive_json() == {"id": 2, "title": "tea"}
+    path = f"/follow?since={found['position']}"
+    with client.websocket_connect(path, subprotocols=["wsbroadcast.v1"]) as page:
+        assert [page.receive_json()["type"] for _ in range(2)] == ["hello", "subscribed"]
+        write(1, "bread")
+        first, second = page.receive_json(), page.receive_json()
+        assert (first["data"], second["data"]) == ({"id": 2, "title": "tea"}, {"id": 1, "title": "bread"})
+    with client.websocket_connect(f"/follow?since={second['position']}", subprotocols=["wsbroadcast.v1"]) as page:
+        assert page.receive_json()["type"] == "hello"
+        assert page.receive_json()["recovered"] is True
+        write(3, "jam")
+        assert page.receive_json()["data"] == {"id": 3, "title": "jam"}
+
+
+def last_price(client: TestClient) -> None:
+    def quote(name: str, price: float) -> None:
+        assert client.put(f"/prices/{name}", params={"price": price}).status_code == 204
+
+    for price in (70, 71, 72):
+        quote("oil", price)
+    quote("gold", 4000)
+    with client.websocket_connect("/prices?name=oil&name=tea&name=gold") as late:
+        assert sorted([late.receive_text(), late.receive_text()]) == ['{"gold":4000.0}', '{"oil":72.0}']
+        quote("tea", 5)
+        quote("oil", 73)
+        assert [late.receive_json(), late.receive_json()] == [{"tea": 5.0}, {"oil": 73.0}]
+    assert client.put("/prices/silver", params={"price": 1}).status_code == 422
+
+
+class Inbox(BaseHTTPRequestHandler):
+    """Another service, that takes every second post."""
+
+    got: ClassVar[list[tuple[str, str]]] = []
+    count = itertools.count()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        is_down = next(self.count) % 2 == 0
+        if not is_down:
+            self.got.append((body, self.headers["idempotency-key"]))
+        self.send_response(503 if is_down else 204)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def inbox() -> Iterator[list[tuple[str, str]]]:
+    Inbox.got.clear()
+    port = int(os.environ["WEBHOOK_URL"].rpartition(":")[2])
+    with ThreadingHTTPServer(("127.0.0.1", port), Inbox) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield Inbox.got
+        server.shutdown()
+        thread.join()
+
+
+def webhooks(client: TestClient) -> None:
+    def order(client: TestClient, *items: str) -> None:
+        for item in items:
+            assert client.post("/orders", params={"item": item}).status_code == 204
+
+    def is_posted(*items: str) -> bool:
+        return [json.loads(body)["item"] for body, _ in got] == list(items)
+
+    def wait(*items: str) -> None:
+        deadline = time.monotonic() + 20
+        while not is_posted(*items):
+            assert time.monotonic() < deadline, got
+            time.sleep(0.01)
+
+    order(client, "tea")  # nobody is there yet to take it
+    with inbox() as got:
+        wait("tea")
+        order(client, "milk", "jam")
+        wait("tea", "milk", "jam")
+        saved = Path("webhooks.position")
+        while saved.read_text() != got[-1][1]:
+            time.sleep(0.01)
+    client.__exit__()  # the app ends; what is ordered elsewhere is kept, because the app has said so
+    with Publisher("sqlite:///webhooks.db") as publisher:
+        for item in ("bread", "butter"):
+            publisher.broadcast_threadsafe({"item": item}, channel="orders")
+    with inbox() as got:
+        with TestClient(load(EXAMPLES / "14_webhooks.py").app):
+            wait("bread", "butter")
+        assert len({key for _, key in got}) == 2
+        saved.write_text("nonsense")
+        with TestClient(load(EXAMPLES / "14_webhooks.py").app) as again:
+            order(again, "eggs")
+            wait("bread", "butter", "tea", "milk", "jam", "bread", "butter", "eggs")  # all that is kept
+
+
+def graphql(client: TestClient) -> None:
+    example = sys.modules["example_15_graphql"]
+    assert client.portal is not None
+
+    async def talk() -> None:
+        say, messages = example.Mutation().say, example.Subscription().messages
+        live = messages("tea")
+        hearing = asyncio.ensure_future(anext(live))
+        await eventually(lambda: example.manager._core.life.node.continuity._listeners)
+        first = await say("tea", "one")
+        assert await hearing == example.Message("one", first)
+        await live.aclose()
+        second = await say("tea", "two")
+        async with aclosing(messages("tea", since=first)) as later:
+            assert await anext(later) == example.Message("two", second)
+        room = await example.Query().room("tea")
+        assert (room.messages, room.position) == (
+            [example.Message("one", first), example.Message("two", second)],
+            second,
+        )
+        with pytest.raises(ValueError, match="too much was missed"):
+            await anext(messages("tea", since="nonsense"))
+        assert not example.manager._core.life.node.continuity._listeners
+
+    client.portal.call(talk)
+
+
+def documents(client: TestClient) -> None:
+    def until(socket: WebSocketTestSession, last: bytes) -> list[bytes]:
+        got: list[bytes] = []
+        while not got or got[-1] != last:
+            message = socket.receive_bytes()
+            if not message.startswith((b"\0\0", b"\0\1")):  # what one of the copies has, or lacks
+                got.append(message)
+        return got
+
+    example = load(EXAMPLES / "16_documents.py")
+    elsewhere = TestClient(example.app)  # as another worker would
+    with (
+        elsewhere,
+        client.websocket_connect("/documents/notes") as ada,
+        elsewhere.websocket_connect("/documents/notes") as eva,
+    ):
+        ada.send_text("not of this protocol")
+        ada.send_bytes(b"")
+        ada.send_bytes(b"\0\2hello")
+        assert until(eva, b"\0\2hello") == [b"\0\2hello"]
+        eva.send_bytes(b"\0\2hi")
+        assert until(ada, b"\0\2hi") == [b"\0\2hello", b"\0\2hi"]
+        ada.send_bytes(b"\1cursor")
+        assert until(eva, b"\1cursor") == [b"\0\2hi", b"\1cursor"], "each update is sent once"
+        with elsewhere.websocket_connect("/documents/notes") as bob:
+            bob.send_bytes(b"\0\0hi")
+            while bob.receive_bytes() != b"\0\1hello":
+                pass
+        for nonsense in (b"\0", b"\0\7"):
+            with client.websocket_connect("/documents/notes") as mallory:
+                mallory.send_bytes(nonsense)
+                while (message := mallory.receive())["type"] != "websocket.close":
+                    pass
+                assert message["code"] == 1007
+        assert elsewhere.portal is not None
+        elsewhere.portal.call(catch_up, example)
+
+
+async def catch_up(example: ModuleType) -> None:
+    """A copy that missed more than is kept asks the others for it."""
+    copy = example.Doc()
+    copy.apply_update(b"mine")
+    async with example.manager.listen("x", size=1) as behind, example.manager.listen("x") as hears:
+        others = example.Others("x", copy, behind)
+        for message in (b"\1first", b"\1second", b"\1last"):
+            await example.manager.broadcast(message, channel="x")
+        assert [(await anext(hears)).data for _ in range(3)] == [b"\1first", b"\1second", b"\1last"]
+        assert await others.recv() == b"\1first"
+        reading = asyncio.ensure_future(others.recv())
+        assert (await anext(hears)).data == b"\0\0mine"
+        await example.manager.broadcast(b"\1more", channel="x")
+        assert await reading == b"\1more"
+
+
+def broadcaster(client: TestClient) -> None:
+    with client.websocket_connect("/") as ada:
+        with client.websocket_connect("/") as bob:
+            ada.send_text("hello")
+            assert ada.receive_text() == bob.receive_text() == "hello"
+        ada.send_text("alone")
+        assert ada.receive_text() == "alone"
+    assert client.portal is not None
+    client.portal.call(come_from_broadcaster, sys.modules["example_17_broadcaster"])
+
+
+async def come_from_broadcaster(example: ModuleType) -> None:
+    async with example.Broadcast("memory://") as broadcast, broadcast.subscribe("b") as other:
+        async with broadcast.subscribe("a") as subscriber:
+            await broadcast.publish("a", {"n": 1})
+            await broadcast.publish(channel="b", message="two")
+            assert await subscriber.get() == example.Event("a", {"n": 1})
+            waiting = asyncio.ensure_future(subscriber.get())
+            await asyncio.sleep(0)
+        with pytest.raises(example.Unsubscribed):
+            await waiting
+        assert [event async for event in subscriber] == []
+        assert await anext(other) == example.Event("b", "two")
+    with pytest.raises(ValueError, match="no engine for a URL with the scheme 'kafka'"):
+        example.Broadcast("kafka://localhost")
+
+
 EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "01_chat": chat,
     "02_router": router,
@@ -197,16 +423,30 @@ EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "09_scale_out": scale_out,
     "10_login": login,
     "11_private_channels": private_channels,
+    "12_snapshot": snapshot,
+    "13_last_price": last_price,
+    "14_webhooks": webhooks,
+    "15_graphql": graphql,
+    "16_documents": documents,
+    "17_broadcaster": broadcaster,
 }
 
 # Examples that want more than the extra `demo`, and don't run in this process alone.
 EXTRAS = {"09_scale_out": "demo,nats,postgres,redis"}
 RUNS = {"09_scale_out": '"09_scale_out:app", workers=4'}
+MORE = {"15_graphql": ["strawberry-graphql[fastapi]"], "16_documents": ["pycrdt"]}
+BROKERS = {"16_documents": "sqlite:///documents.db"}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
-def test_example_does_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_does_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HUB_URL", f"hub://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("WEBHOOK_URL", f"http://127.0.0.1:{free_port()}")
+    if path.stem in BROKERS:
+        monkeypatch.setenv("BROKER_URL", BROKERS[path.stem])
+    for name, module in standins().items():
+        monkeypatch.setitem(sys.modules, name, module)
     with TestClient(load(path).app) as client:
         EXERCISES[path.stem](client)
 
@@ -228,8 +468,9 @@ def test_example_has_a_script_header_and_says_how_to_run_it(path: Path) -> None:
     start, end = lines.index("# /// script"), lines.index("# ///")
     header = tomllib.loads("\n".join(line.removeprefix("#").strip() for line in lines[start + 1 : end]))
     extras = EXTRAS.get(path.stem, "demo")
+    dependencies = [f"wsbroadcast[{extras}]", *MORE.get(path.stem, [])]
     project = importlib.metadata.metadata("wsbroadcast")
-    assert header == {"requires-python": project["Requires-Python"], "dependencies": [f"wsbroadcast[{extras}]"]}
+    assert header == {"requires-python": project["Requires-Python"], "dependencies": dependencies}
     assert f"uvicorn {path.stem}:app" in (ast.get_docstring(ast.parse(source)) or "")
     run = RUNS.get(path.stem, "app")
     assert source.endswith(f'if __name__ == "__main__":\n    import uvicorn\n\n    uvicorn.run({run})\n')

@@ -30,7 +30,8 @@ class KnowsHistory(ABC):
         """Return where a channel is now. Everything that was broadcast before the call is behind it.
 
         To hand somebody a snapshot and let it follow: ask for the position first, load the data, and let the client
-        connect or subscribe `since` it. It may get what the data has already, and misses nothing.
+        connect or subscribe `since` it. It may get what the data has already, and misses nothing. Give a client its
+        text, `str(position)`: in JSON the position itself would be a list.
 
         Args:
             channel: Which channel.
@@ -63,7 +64,8 @@ class KnowsHistory(ABC):
             limit: At most so many messages.
 
         Returns:
-            Page: The messages, whether they are all, and the position to go on from.
+            Page: The `messages`, each with its `data` and `position`; whether they are all (`is_complete`); and the
+            `position` to go on from.
 
         Raises:
             ConfigurationError: If it has no history.

@@ -16,15 +16,25 @@ from functools import partial
 from pydantic_core import from_json
 
 from wsbroadcast import __version__
-from wsbroadcast.audience import check_channel, user_key
-from wsbroadcast.exceptions import EncodeError, MessageTooLarge, MissingDependency, WSBroadcastError
+from wsbroadcast.audience import EVERYONE, check_channel, user_key
+from wsbroadcast.exceptions import (
+    ConfigurationError,
+    EncodeError,
+    MessageTooLarge,
+    MissingDependency,
+    WSBroadcastError,
+)
+from wsbroadcast.history import USERS, History
 from wsbroadcast.options import Limits
+from wsbroadcast.publication import Receipt
 from wsbroadcast.publishing import Publisher
 
 # The status that shells give a program that Ctrl+C has ended: 128 plus the signal's number.
 _INTERRUPTED = 130
 
 _ENGINE = "WSBROADCAST_ENGINE"
+
+_HISTORY = "[PATTERN=]MESSAGES,SECONDS"
 
 Broadcast = Callable[[str | bytes], Awaitable[object]]
 
@@ -102,8 +112,42 @@ def _add_publish(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     form = publish.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="refuse what isn't JSON; blank lines are skipped")
     form.add_argument("--binary", action="store_true", help="send all of standard input as one binary message")
+    _add_history(publish)
     publish.add_argument("texts", nargs="*", metavar="text", help="a message")
     publish.set_defaults(run=_publish, refuse=publish.error)
+
+
+def _add_history(publish: argparse.ArgumentParser) -> None:
+    publish.add_argument(
+        "--history",
+        metavar=_HISTORY,
+        type=_history,
+        action="append",
+        default=[],
+        help="keep the newest so many messages for so many seconds, those of channels that fit a pattern or, without "
+        "one, all; by default what the app has said at the broker. May be given several times, for several patterns",
+    )
+    publish.add_argument(
+        "--idempotency-key",
+        metavar="KEY",
+        help="a name for the one message, which is kept: published again under the same name, nobody gets it twice",
+    )
+    publish.add_argument("--verbose", action="store_true", help="say of each message where it is kept")
+
+
+def _history(text: str) -> tuple[str, History]:
+    pattern, is_named, numbers = text.rpartition("=")
+    messages, _, seconds = numbers.partition(",")
+    try:
+        if is_named and not pattern:
+            raise ValueError("the pattern is empty")
+        return pattern, History(int(messages), float(seconds), max(float(seconds), History().remember))
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(f"{error}, in {text!r:.80}") from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected {_HISTORY}, such as 100,300 or 'room:*=100,300', not {text!r:.80}"
+        ) from None
 
 
 def _checked(check: Callable[[object], str]) -> Callable[[str], str]:
@@ -154,10 +198,14 @@ def _publish(arguments: argparse.Namespace) -> int:
         arguments.refuse(f"name the broker: --engine URL, or ${_ENGINE}")
     if arguments.binary and arguments.texts:
         arguments.refuse("--binary sends standard input, so give no text")
+    if arguments.idempotency_key is not None and not (arguments.binary or len(arguments.texts) == 1):
+        arguments.refuse("--idempotency-key names one message: give one text, or --binary")
+    if not arguments.channel and any(pattern for pattern, _ in arguments.history):
+        arguments.refuse("a pattern of --history is for channels: leave it out with --user and --everyone")
     logging.getLogger("wsbroadcast").addHandler(logging.NullHandler())  # the error says it all, in one line
     try:
         asyncio.run(_publish_all(arguments))
-    except (WSBroadcastError, OSError) as error:
+    except (WSBroadcastError, OSError, ValueError) as error:  # of an idempotency key that is too long, a ValueError
         raise CommandFailed(str(error)) from error
     return 0
 
@@ -166,14 +214,42 @@ async def _publish_all(arguments: argparse.Namespace) -> None:
     audience = {} if arguments.everyone else {"channel": arguments.channel, "user": arguments.user}
     audience = {kind: name for kind, name in audience.items() if name is not None}
     texts = [(as_json if arguments.json else as_text)(os.fsencode(text)) for text in arguments.texts]
-    async with Publisher(arguments.engine) as publisher:
+    async with Publisher(arguments.engine, history=_histories(arguments)) as publisher:
         broadcast = partial(publisher.broadcast, **audience)
+        if arguments.idempotency_key is not None:
+            broadcast = partial(_broadcast_once, broadcast, arguments.idempotency_key)
+        if arguments.verbose:
+            broadcast = partial(_tell_place, broadcast)
         if texts:
             await _publish_texts(broadcast, texts)
         elif arguments.binary:
             await _publish_binary(broadcast)
         else:
             await _publish_lines(LinePublisher(broadcast, as_json_line if arguments.json else as_text))
+
+
+def _histories(arguments: argparse.Namespace) -> dict[object, History] | None:
+    everything = "*" if arguments.channel else EVERYONE if arguments.everyone else USERS
+    return {pattern or everything: history for pattern, history in arguments.history} or None
+
+
+async def _broadcast_once(broadcast: Callable[..., Awaitable[Receipt]], key: str, message: str | bytes) -> Receipt:
+    try:
+        return await broadcast(message, idempotency_key=key)
+    except ConfigurationError as error:
+        raise CommandFailed(
+            "--idempotency-key needs a history to be remembered in, and the app has said of none at the broker: say "
+            "what is kept, as in --history 100,300"
+        ) from error
+
+
+async def _tell_place(broadcast: Callable[..., Awaitable[Receipt]], message: str | bytes) -> Receipt:
+    receipt = await broadcast(message)
+    if receipt.position is None:
+        _say("published; nothing is kept")
+    else:
+        _say(f"published{' before' if receipt.is_repeat else ''}; kept at {receipt.position}")
+    return receipt
 
 
 async def _publish_texts(broadcast: Broadcast, texts: Sequence[str]) -> None:

@@ -190,9 +190,9 @@ class ConnectionManager(HookDecorators, KnowsHistory):
                 such as a token's `exp`, or a datetime with a timezone.
             since: Since when it wants what it missed: a position of its only channel, or a dict of them by channel; its
                 user's and everyone's messages by `Audience.user(…)` and `EVERYONE`. A position is a `Position`, its
-                text as a client sends it back, or `LAST` for the newest message alone. What it missed is sent behind
-                the hooks and before what is live, as fast as the client takes it. `connection.recovered` says whether
-                it could be had, without a hole; if not, nothing older is sent.
+                text (`str(position)`) as a client sends it back, or `LAST` for the newest message alone. What it missed
+                is sent behind the hooks and before what is live, as fast as the client takes it.
+                `connection.recovered` says whether it could be had, without a hole; if not, nothing older is sent.
 
         Raises:
             ConnectionClosed: If the socket is closed, or its peer goes away during the call.
@@ -585,10 +585,10 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         `exclude=` of a broadcast takes a listener. `on_deliver` hooks aren't asked.
 
         Args:
-            channels: Their names.
+            channels: Their names; `*` is no pattern here.
             user: Whose own messages come, too.
             since: Since when it wants what was broadcast before; see `connect`. `messages.recovered` says by channel
-                whether it gets all of that.
+                whether it gets all of that; if not, it begins with what is broadcast now.
             size: How many messages of channels without a history may wait.
             policy: What happens when some were missed, because they didn't fit or can't be read any more: `raise` lets
                 the iterator raise `Lagged` once, at the hole, and go on; `drop_oldest` goes on.
@@ -596,10 +596,12 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         Raises:
             InvalidChannel: If a name breaks a rule.
             ConfigurationError: If an option makes no sense.
-            ValueError: If `user` is not an id, or `since` no position of these channels.
+            ValueError: If nothing is named, `user` is not an id, or `since` no position of these channels.
             EngineUnavailable: If the broker forbids us one of them. One that is out of reach is not an error.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
+        if not channels and user is None:
+            raise ValueError('name what to listen to: listen("news"), or listen(user=5)')
         key = None if user is None else user_key(user)
         return self._core.listen(as_channels(channels), key, since, size, policy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fastapi import FastAPI, WebSocket
 from fastapi.responses import HTMLResponse
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+from tests.support.examples import EXAMPLES, load
 from tests.support.programs import BROWSER, needs_browser
 from tests.support.servers import eventually, serve_here
 from tests.test_docs import BLOCKS, blocks_of
@@ -345,3 +347,32 @@ async def test_page_of_the_tutorial_shows_markup_as_text_and_keeps_what_it_can_n
         await has_given_up(page, "Closed with 1008", attempts=1)
         await reader.types(page, "lost?")
         await expect(page.get_by_label("Message")).to_have_value("lost?", timeout=PATIENCE_MS)
+
+
+async def test_page_of_the_snapshot_misses_no_task(browser: Browser) -> None:
+    example = load(EXAMPLES / "12_snapshot.py")
+    async with serve_here(example.app) as port:
+        page = await browser.new_page()
+        await page.add_init_script(FAST_CLOCK)
+        await example.write(1, "milk")
+        await page.goto(f"http://127.0.0.1:{port}/")
+        tasks = partial(expect(page.get_by_role("listitem")).to_have_text, timeout=PATIENCE_MS)
+        await tasks(["milk"])
+        await example.write(2, "tea")
+        await tasks(["milk", "tea"])
+        # What is written while it is away comes over the socket: the snapshot isn't loaded again.
+        loads: list[str] = []
+        page.on("request", lambda request: loads.append(request.url))
+        (connection,) = example.manager.connections
+        await connection.close(1012)
+        await example.write(1, "bread")
+        await example.write(3, "jam")
+        await tasks(["bread", "tea", "jam"])
+        assert not [url for url in loads if url.endswith("/tasks")]
+        # What can't be had any more begins with a snapshot.
+        example.tasks[4] = "eggs"
+        await example.manager.forget("tasks")
+        await tasks(["bread", "tea", "jam", "eggs"])
+        await example.write(2, "coffee")
+        await tasks(["bread", "coffee", "jam", "eggs"])
+        await page.close()

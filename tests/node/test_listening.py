@@ -169,6 +169,11 @@ async def test_options_that_make_no_sense(manager: ConnectionManager, options: d
             pass
 
 
+async def test_listener_to_nothing(manager: ConnectionManager) -> None:
+    with pytest.raises(ValueError, match=r'name what to listen to: listen\("news"\), or listen\(user=5\)'):
+        manager.listen()
+
+
 async def test_what_a_listener_missed_in_an_outage_is_read() -> None:
     async with (
         Cluster(2, history={"kept": History(messages=10)}) as cluster,
