@@ -6,10 +6,11 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -21,6 +22,9 @@ FULL = bool(os.environ.get("WSBROADCAST_TEST_FULL"))
 
 APP = "tests.support.scaled:app"
 
+# The same, with a history.
+KEEPING = "tests.support.scaled:keeping_app"
+
 
 def workers(count: int, engine: str, log: Path, app: str = APP) -> Server:
     flavour = replace(
@@ -29,7 +33,7 @@ def workers(count: int, engine: str, log: Path, app: str = APP) -> Server:
         arguments=("--workers", str(count), *UVICORN.arguments),
         environment={"WSBROADCAST_TEST_ENGINE": engine, "BROKER_URL": engine},
     )
-    return Server(flavour, log / "server.log", app, identifies_itself=app == APP)
+    return Server(flavour, log / "server.log", app, identifies_itself=app in (APP, KEEPING))
 
 
 @pytest.fixture(params=["redis", "nats", "postgres"])
@@ -134,3 +138,71 @@ def _subscribers(redis: RedisServer) -> int:
 
 async def _has_subscribers(redis: RedisServer, count: int) -> bool:
     return await asyncio.to_thread(_subscribers, redis) == count
+
+
+# A file between the workers, and no broker.
+
+DELIVERIES = (1000, 1000) if FULL else (40, 200)
+SOME_WORKERS = 4 if FULL else 2  # a start takes longest
+
+
+async def _publish_all(server: Server, messages: int, first: int = 0) -> None:
+    step = messages // 8
+    await asyncio.gather(
+        *(
+            server.post(f"/publish/news?first={start}&count={step}&publishers=4")
+            for start in range(first, first + messages, step)
+        )
+    )
+
+
+def _file(directory: Path) -> str:
+    return f"sqlite:///{directory / 'messages.db'}"
+
+
+async def test_four_workers_at_a_file_lose_nothing_and_keep_one_order(tmp_path: Path) -> None:
+    connections, messages = DELIVERIES
+    with workers(4, _file(tmp_path), tmp_path, KEEPING) as server:
+        await pids(server, 4)
+        async with swarm(server.port, "/ws/news", connections=connections, messages=messages) as clients:
+            await _publish_all(server, messages)
+            result = await clients.result(timeout=300)
+        assert result["received"] == connections * messages
+        assert (result["missing"], result["doubled"], result["orders"]) == (0, 0, 1), result
+        assert await server.get("/position/news") == {"epoch": ANY, "offset": messages}
+        assert server.complaints() == []
+
+
+async def test_worker_at_a_file_that_is_killed_takes_nobody_with_it(tmp_path: Path) -> None:
+    with workers(SOME_WORKERS, _file(tmp_path), tmp_path, KEEPING) as server:
+        for number, pid in enumerate((await pids(server, SOME_WORKERS))[1:]):
+            before = (await server.get("/position/news"))["offset"]
+            publishing = asyncio.ensure_future(_publish_some(server, f"first={number}&count=20"))
+            os.kill(pid, signal.SIGKILL)
+            await publishing
+            async with listeners(server, 8) as clients:
+                await server.post("/publish/news?first=7&count=1")
+                received = await asyncio.gather(*(client.receive() for client in clients))
+                # A client that the kernel had given to the worker that was killed is gone with it.
+                assert {frame.payload for frame in received if frame} == {b"00000007"}
+            assert (await server.get("/position/news"))["offset"] > before
+
+
+async def _publish_some(server: Server, query: str) -> None:
+    with suppress(OSError, ValueError):  # the worker that was asked may be the one that is killed
+        await server.post(f"/publish/news?{query}")
+
+
+async def test_workers_that_start_again_at_a_file_go_on_where_it_was(tmp_path: Path) -> None:
+    with workers(SOME_WORKERS, _file(tmp_path), tmp_path, KEEPING) as server:
+        await _publish_all(server, 80)
+        before = await server.get("/position/news")
+        server.kill()  # all of them, with `kill -9`
+    with workers(SOME_WORKERS, _file(tmp_path), tmp_path, KEEPING) as server:
+        assert await server.get("/position/news") == before
+        async with swarm(server.port, "/ws/news", connections=20, messages=80) as clients:
+            await _publish_all(server, 80)
+            result = await clients.result()
+        assert (result["received"], result["missing"], result["doubled"], result["orders"]) == (1600, 0, 0, 1), result
+        assert await server.get("/position/news") == {"epoch": before["epoch"], "offset": 160}
+        assert len(await server.get("/history/news")) == 100

@@ -209,6 +209,14 @@ def test_shrunk_tail_is_filled_again(tail: Tail) -> None:
     assert [each.offset for each in tail.after(0).batch.publications] == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
 
 
+def test_shrunk_tail_is_not_filled_from_another_history(tail: Tail) -> None:
+    tail.shrink()
+    before = tail.base
+    tail.refilled(Replay(Position("other", 9), (), 0))
+    assert (tail.base, tail.is_shrunk) == (before, True)
+    assert tail.why_not(1) == "unavailable"
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_any_order_of_faults(seed: int) -> None:
     """Whatever is lost, doubled and read late: what is delivered is a chain, but for the breaks that were told."""

@@ -7,29 +7,36 @@ import dataclasses
 import os
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
-from wsbroadcast import ConnectionManager, ManagerDep, SlowConsumer, create_router
+from wsbroadcast import ConnectionManager, History, ManagerDep, SlowConsumer, create_router
 
-manager = ConnectionManager(
-    os.environ["WSBROADCAST_TEST_ENGINE"], slow_consumer=SlowConsumer(max_backlog_messages=10_000)
-)
-app = FastAPI()
-app.include_router(create_router(manager, "/ws/{channel}"))
+router = APIRouter()
 
 
-@app.get("/health")
+def made(**options: Any) -> FastAPI:
+    """Make an app of which every worker has a manager of its own."""
+    engine, slow_consumer = os.environ["WSBROADCAST_TEST_ENGINE"], SlowConsumer(max_backlog_messages=10_000)
+    app = FastAPI()
+    app.include_router(
+        create_router(ConnectionManager(engine, slow_consumer=slow_consumer, **options), "/ws/{channel}")
+    )
+    app.include_router(router)
+    return app
+
+
+@router.get("/health")
 async def health() -> dict[str, str]:
     return {"server": os.environ.get("WSBROADCAST_TEST_SERVER", "")}
 
 
-@app.get("/stats")
+@router.get("/stats")
 async def stats(manager: ManagerDep) -> dict[str, Any]:
     """Those of whichever worker answers."""
     return {"pid": os.getpid(), **dataclasses.asdict(manager.stats())}
 
 
-@app.post("/publish/{channel}")
+@router.post("/publish/{channel}")
 async def publish(manager: ManagerDep, channel: str, first: int, count: int, publishers: int = 1) -> dict[str, int]:
     """Publish numbers, each once, from several tasks of whichever worker answers."""
 
@@ -39,3 +46,19 @@ async def publish(manager: ManagerDep, channel: str, first: int, count: int, pub
 
     await asyncio.gather(*(some(first + offset) for offset in range(publishers)))
     return {"pid": os.getpid()}
+
+
+@router.get("/position/{channel}")
+async def position(manager: ManagerDep, channel: str) -> dict[str, Any]:
+    """Where the history of a channel is."""
+    return (await manager.position(channel))._asdict()
+
+
+@router.get("/history/{channel}")
+async def history(manager: ManagerDep, channel: str) -> list[str]:
+    """What is kept of a channel."""
+    return [str(each.message.data) for each in (await manager.history(channel)).messages]
+
+
+app = made()
+keeping_app = made(history=History(messages=100))

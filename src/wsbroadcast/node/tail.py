@@ -361,9 +361,11 @@ class Tail:
         return self._entries[start:end]
 
     def refilled(self, replay: Replay) -> None:
-        """Take back what was forgotten by `shrink` and is still kept."""
+        """Take back what was forgotten by `shrink` and is still kept, unless the history is another by now."""
+        if replay.top.epoch != self.epoch:
+            return
         older = [publication for publication in replay.publications if publication.offset <= self.base]
-        if replay.top.epoch == self.epoch and replay.base < self.base:
+        if replay.base < self.base:
             self._entries[: self._first] = older
             self._first = 0
             self.base = replay.base

@@ -212,6 +212,9 @@ class Tails:
         try:
             replay = await self._engine.read(audience, None, tail.history)
             tail.refilled(replay)
+            if replay.top.epoch != tail.epoch and self._tails.get(audience) is tail:
+                tail.want_read()
+                self._begin_reading(audience, tail)
         except EngineError as error:
             logger.info("what was forgotten of %s can't be read (%s)", audience, error)
         finally:

@@ -1,0 +1,210 @@
+"""Crowds that come back at once, on every engine: all recover what they missed, and few ask the broker."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.asgi import Peer
+from tests.support.brokers import Broker, BrokerMissing, JetStreamServer, PostgresServer, RedisServer
+from wsbroadcast import Connection, ConnectionManager, Engine, History, MemoryEngine, Position
+from wsbroadcast.audience import Audience
+from wsbroadcast.engines.broker.history import KeepingEngine
+from wsbroadcast.engines.nats import NATSEngine
+from wsbroadcast.engines.postgres import PostgresEngine
+from wsbroadcast.engines.redis import RedisEngine
+from wsbroadcast.engines.sqlite import SQLiteEngine
+from wsbroadcast.history import Replay
+from wsbroadcast.manager import core_of
+from wsbroadcast.node.membership import SPEAKS
+from wsbroadcast.protocols.events import events
+
+FULL = bool(os.environ.get("WSBROADCAST_TEST_FULL"))
+CLIENTS, SECONDS = (1000, 10.0) if FULL else (100, 1.0)
+CROWD = 10_000 if FULL else 1000
+PER_SECOND = 100
+HISTORY = History(messages=2000)
+
+BROKERS: dict[str, tuple[Callable[[], Broker], Callable[[str], KeepingEngine]]] = {
+    "redis": (RedisServer, RedisEngine),
+    "jetstream": (JetStreamServer, NATSEngine),
+    "postgres": (PostgresServer, PostgresEngine),
+}
+
+
+class Member:
+    """A client that knows where it is."""
+
+    def __init__(self) -> None:
+        self.peer = Peer()
+        self.got: list[str] = []
+        self.recovered: list[bool] = []
+        self.at: Position | None = None
+        self.connection: Connection | None = None
+
+    async def come(self, manager: ConnectionManager) -> None:
+        self.peer = Peer()
+        self.peer.websocket.scope[SPEAKS] = events
+        since = {} if self.at is None else {"news": self.at}
+        self.connection = await manager.connect(self.peer.websocket, channels=["news"], since=since)
+
+    def read(self) -> None:
+        for message in self.peer.messages:
+            event = json.loads(message)
+            if event["type"] in ("message", "subscribed", "position"):
+                self.at = Position.of(event["position"])
+            if event["type"] == "message":
+                self.got.append(event["data"])
+            if event["type"] == "subscribed" and "recovered" in event:
+                self.recovered.append(event["recovered"])
+
+    def leave(self) -> None:
+        self.read()
+        self.peer.vanish()
+        assert self.connection is not None
+        self.connection.manager.disconnect(self.connection)
+
+    async def has(self, texts: Sequence[str]) -> bool:
+        """Wait for the last of these; tell whether exactly they came."""
+        async with asyncio.timeout(60):
+            while not any(json.loads(message).get("data") == texts[-1] for message in self.peer.messages[-5:]):
+                await self.peer.wait_messages(len(self.peer.messages) + 1)
+        self.read()
+        return self.got == list(texts)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What has to be closed after the managers."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(params=["memory", *BROKERS, "sqlite"])
+async def managers(
+    request: pytest.FixtureRequest, tmp_path: Path, stack: ExitStack
+) -> AsyncIterator[list[ConnectionManager]]:
+    """Two nodes at one broker; in memory there is one."""
+    if request.param == "memory":
+        engines: list[Engine] = [MemoryEngine()]
+    elif request.param == "sqlite":
+        engines = [SQLiteEngine(tmp_path / "messages.db") for _ in range(2)]
+    else:
+        kind, make = BROKERS[request.param]
+        try:
+            server = kind()
+        except BrokerMissing as missing:
+            pytest.skip(str(missing))
+        stack.enter_context(server)
+        engines = [make(server.url) for _ in range(2)]
+    async with running(engines) as some:
+        yield some
+
+
+@asynccontextmanager
+async def running(engines: Sequence[Engine]) -> AsyncIterator[list[ConnectionManager]]:
+    some = [ConnectionManager(engine, history=HISTORY) for engine in engines]
+    for manager in some:
+        await manager.start()
+    try:
+        yield some
+    finally:
+        for manager in some:
+            await manager.aclose()
+
+
+async def test_crowd_that_was_away_recovers(managers: list[ConnectionManager]) -> None:
+    members = [Member() for _ in range(CLIENTS)]
+    for number, member in enumerate(members):
+        await member.come(managers[number % len(managers)])
+    texts = ["first"]
+    await managers[-1].broadcast("first", channel="news")
+    for member in members:
+        await member.peer.wait_messages(3)
+        member.leave()
+    for number in range(round(SECONDS * PER_SECOND)):
+        texts.append(str(number))
+        await managers[number % len(managers)].broadcast(str(number), channel="news")
+        await asyncio.sleep(1 / PER_SECOND)
+    # Each at another node than before.
+    await asyncio.gather(*(each.come(managers[-1 - number % len(managers)]) for number, each in enumerate(members)))
+    await managers[0].broadcast("last", channel="news")
+    assert await asyncio.gather(*(member.has([*texts, "last"]) for member in members)) == [True] * CLIENTS
+    assert [member.recovered for member in members] == [[True]] * CLIENTS
+
+
+async def test_client_that_is_back_at_once_recovers(managers: list[ConnectionManager]) -> None:
+    member, texts = Member(), [str(number) for number in range(50)]
+    await member.come(managers[0])
+    for number, text in enumerate(texts):
+        manager = managers[number % len(managers)]
+        await member.peer.wait_messages(2)  # the greeting, and where it is
+        publishing = asyncio.ensure_future(manager.broadcast(text, channel="news"))
+        member.leave()
+        await member.come(managers[(number // 2) % len(managers)])
+        await publishing
+    await managers[0].broadcast("last", channel="news")
+    assert await member.has([*texts, "last"])
+    assert member.recovered == [True] * 50
+
+
+async def test_crowd_that_resumes_reads_the_history_once(
+    managers: list[ConnectionManager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Member()
+    await first.come(managers[0])
+    texts = [str(number) for number in range(100)]
+    for text in texts:
+        await managers[0].broadcast(text, channel="news")
+    await first.has(texts)
+    first.leave()
+    since = (await managers[0].history("news")).messages[0].position
+    reads = count_reads(managers[-1], monkeypatch)
+    members = [Member() for _ in range(CROWD)]
+    for member in members:
+        member.at = since
+    witness = Peer()
+    await managers[-1].connect(witness.websocket, channels=["news of others"])
+    late: list[float] = []
+    crowd = asyncio.ensure_future(come_all(members, managers[-1]))
+    while not crowd.done():
+        began = time.monotonic()
+        await managers[-1].broadcast("live", channel="news of others")
+        await witness.next()
+        late.append(time.monotonic() - began)
+    await crowd
+    await managers[0].broadcast("last", channel="news")
+    assert await asyncio.gather(*(member.has([*texts[1:], "last"]) for member in members)) == [True] * CROWD
+    assert all(member.recovered == [True] for member in members)
+    assert reads.count("news") <= 1
+    most, usual = max(late), statistics.median(late)
+    print(f"while {CROWD} resumed, live messages took {most:.3f} s at most, {usual:.4f} s usually")
+
+
+async def come_all(members: Sequence[Member], manager: ConnectionManager) -> None:
+    # As a server takes them in: some in each turn of the event loop.
+    for start in range(0, len(members), 8):
+        await asyncio.gather(*(member.come(manager) for member in members[start : start + 8]))
+
+
+def count_reads(manager: ConnectionManager, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    engine: Any = core_of(manager).life.engine
+    read = engine.read
+    reads: list[str] = []
+
+    async def counted(audience: Audience, *arguments: Any) -> Replay:
+        reads.append(audience.name)
+        replay: Replay = await read(audience, *arguments)
+        return replay
+
+    monkeypatch.setattr(engine, "read", counted)
+    return reads
