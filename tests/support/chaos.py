@@ -466,6 +466,8 @@ async def _come_to_the_end(
             return
         if asyncio.get_running_loop().time() > ends:
             story.wrong["never came to the end"] += behind.total()
+            print([(client.at, client.connection, client.log) for client in clients if len(set(client.at)) < 3])
+            print({channel: await manager.position(channel) for channel in CHANNELS}, [each.at for each in clients])
             return
         await asyncio.sleep(0.01)
 
