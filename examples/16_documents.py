@@ -119,7 +119,7 @@ async def edit(websocket: WebSocket, name: str) -> None:
                 continue
             try:
                 reply = handle_sync_message(message[1:], document.copy)
-            except (IndexError, ValueError):
+            except (AssertionError, IndexError, ValueError):  # what pycrdt raises
                 await connection.close(CloseCode.INVALID_DATA, "that is not what Yjs says")
                 return
             if reply is not None:
