@@ -258,7 +258,7 @@ def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
     try:
         coroutine.send(None)
     except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
+        return end.value  # type: ignore[no-any-return]  # what the coroutine returned
     coroutine.close()
     raise LifecycleError(f"{why}, and broadcast_nowait can't: await `broadcast`")
 

@@ -13,7 +13,7 @@ class Member(Protocol):
     """What the registry has to know of a connection."""
 
     @property
-    def id(self) -> str: ...  # noqa: D102
+    def id(self) -> str: ...  # noqa: D102  # as `Connection` says
     @property
     def _user_key(self) -> str | None: ...
 

@@ -55,16 +55,16 @@ class Waiting(Protocol):
     """What has to be known of a sink."""
 
     @property
-    def owner(self) -> Owner: ...  # noqa: D102
+    def owner(self) -> Owner: ...  # noqa: D102  # as `Sink` says
     @property
-    def held_bytes(self) -> int: ...  # noqa: D102
+    def held_bytes(self) -> int: ...  # noqa: D102  # as `Sink` says
     @property
-    def held_messages(self) -> int: ...  # noqa: D102
+    def held_messages(self) -> int: ...  # noqa: D102  # as `Sink` says
     @property
-    def is_half_full(self) -> bool: ...  # noqa: D102
+    def is_half_full(self) -> bool: ...  # noqa: D102  # as `Sink` says
     @property
-    def taken(self) -> int: ...  # noqa: D102
-    def abort(self) -> None: ...  # noqa: D102
+    def taken(self) -> int: ...  # noqa: D102  # as `Sink` says
+    def abort(self) -> None: ...  # noqa: D102  # as `Sink` says
 
 
 class Progress:
