@@ -158,6 +158,35 @@ async def test_peer_is_evicted_at_the_eighth_tick_at_which_it_has_taken_nothing(
     await slow_consumers.aclose()
 
 
+async def test_one_timer_looks_after_all_whatever_an_eviction_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each writer of a close frame began a timer more, and after some hundred evictions eight looks fell into one turn.
+    slow_consumers = SlowConsumers(SlowConsumer(send_timeout=3600), Counters())
+
+    class Closing(Waiting):
+        def evict(self, cause: str) -> None:
+            super().evict(cause)
+            closes.append(Waiting(slow_consumers))
+
+    closes: list[Waiting] = []
+    sinks = [Closing(slow_consumers) for _ in range(3)]
+    for _ in range(8):
+        slow_consumers._look()
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def call_later(delay: float, *args: Any, **options: Any) -> asyncio.TimerHandle:
+        timers.append(loop.call_at(loop.time() + delay, *args, **options))
+        return timers[-1]
+
+    monkeypatch.setattr(loop, "call_later", call_later)
+    slow_consumers._look()
+    assert [sink.evictions for sink in sinks] == [1, 1, 1]
+    assert len(closes) == 3
+    assert len(timers) == 1
+    await slow_consumers.aclose()
+    assert timers[0].cancelled()
+
+
 async def test_events_are_forgotten_when_nothing_waits_any_more() -> None:
     slow_consumers = SlowConsumers(SlowConsumer(), Counters())
     entry = Entry(b"text", 4, is_text=True)

@@ -149,8 +149,7 @@ class SlowConsumers:
         """Run a sink's writer; it ends by itself when nothing waits any more, and `writer_ended` follows."""
         loop = asyncio.get_running_loop()
         progress = self.waiting[sink] = Progress(sink, self.options, loop.time())
-        if self._tick is None:
-            self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
+        self._look_later()
         # A copy of the context, because an eager task factory enters it at once, and it may be entered already.
         writer = loop.create_task(drain, name="wsbroadcast writer", context=sink.owner.context.copy())
         progress.writer = writer
@@ -226,13 +225,18 @@ class SlowConsumers:
 
     def _look(self) -> None:
         self._tick = None
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = asyncio.get_running_loop().time()
         for sink, progress in list(self.waiting.items()):
             progress.tick(now)
             if progress.ticks >= _TICKS:
                 sink.owner.evict("send_timeout")
         if self.waiting:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        # One timer for all: a look that evicts starts the writers of close frames, and so comes here before its end.
+        if self._tick is None:
+            loop = asyncio.get_running_loop()
             self._tick = loop.call_later(self.options.send_timeout / _TICKS, self._look, context=NOBODYS)
 
 

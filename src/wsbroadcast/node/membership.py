@@ -143,8 +143,7 @@ class Membership:
         self._counters.connects += 1
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self.endpoint_ended, connection))
-        if self._look is None:
-            self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_around, context=Context())
+        self._look_later()
         try:
             if joining.expires_at is not None:
                 connection.renew(joining.expires_at)
@@ -355,6 +354,11 @@ class Membership:
             self.lost(connection, ABNORMAL, "")
         self._gone = gone - self._gone
         if self._registry.by_id:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        # One timer for all: a hook that a look begins may connect somebody before that look's end.
+        if self._look is None:
             self._look = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look_around, context=Context())
 
     # What a transport tells and asks.

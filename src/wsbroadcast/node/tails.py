@@ -122,8 +122,7 @@ class Tails:
         tail = self._tails[audience] = Tail(history, *self._turn)
         tail.is_reading = True
         self._begin_reading(audience, tail)
-        if self._look is None:
-            self._look_later()
+        self._look_later()
         return True
 
     def close(self, audience: Audience) -> None:
@@ -329,8 +328,10 @@ class Tails:
         return unknown
 
     def _look_later(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._look = loop.call_later(_QUIET_SECONDS, self._look_at_the_quiet, context=Context())
+        # One timer for all, also if what a look begins makes another tail before that look's end.
+        if self._look is None:
+            loop = asyncio.get_running_loop()
+            self._look = loop.call_later(_QUIET_SECONDS, self._look_at_the_quiet, context=Context())
 
     def _look_at_the_quiet(self) -> None:
         self._look = None

@@ -129,7 +129,7 @@ class HubEngine(Engine):
         while self._arriving and self._arriving[0][0] <= now:
             assert self._receiver is not None  # else nothing is on its way
             self._receiver.take(self._arriving.popleft()[1])
-        if self._arriving:
+        if self._arriving and self._timer is None:  # else something has come meanwhile
             self._timer = loop.call_at(self._arriving[0][0], self._take)
 
     def _lose(self) -> None:
