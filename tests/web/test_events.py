@@ -12,8 +12,9 @@ import pytest
 from fastapi import FastAPI
 
 from tests.support.asgi import Peer, eventually, turns
-from wsbroadcast import ConnectionManager, History, SlowConsumer, create_router
+from wsbroadcast import ConnectionManager, Gap, History, SlowConsumer, create_router
 from wsbroadcast.protocols.events import SUBPROTOCOL
+from wsbroadcast.testing import Cluster
 
 KEPT = {"room:*": History(messages=20)}
 
@@ -39,7 +40,9 @@ class EventPeer(Peer):
 
 
 @asynccontextmanager
-async def serving(manager: ConnectionManager, **options: Any) -> AsyncIterator[Callable[..., EventPeer]]:
+async def serving(
+    manager: ConnectionManager, cluster: Cluster | None = None, **options: Any
+) -> AsyncIterator[Callable[..., EventPeer]]:
     """Run an app with a router; yield what makes a client of it."""
     app = FastAPI()
     app.include_router(create_router(manager, "/ws/{channel}", **options))
@@ -51,7 +54,7 @@ async def serving(manager: ConnectionManager, **options: Any) -> AsyncIterator[C
         tasks.append(asyncio.create_task(app(peer.scope, peer.receive, peer.send)))
         return peer
 
-    async with manager:
+    async with cluster or manager:
         yield client
     for task in tasks:
         await task
@@ -112,6 +115,30 @@ async def test_client_whose_position_is_none_is_told(since: str) -> None:
         }
         await manager.broadcast("live", channel="room:1")
         assert [event["data"] for event in (await peer.wait_events(3))[2:]] == ["live"]
+
+
+@pytest.mark.parametrize("since", [None, "epoch:1"])
+async def test_client_that_came_in_an_outage_is_told_that_it_has_missed_something(since: str | None) -> None:
+    cluster = Cluster(2, history=KEPT)
+    gaps: list[Gap] = []
+    cluster[0].on_gap(gaps.append)
+    async with serving(cluster[0], cluster) as client:
+        cluster.partition(0)
+        peer = client("room:1", since)
+        _, subscribed = await peer.wait_events(2)
+        refused = {} if since is None else {"recovered": False, "reason": "unavailable"}
+        assert subscribed == {"type": "subscribed", "channel": "room:1", **refused}
+        await cluster[1].broadcast("missed", channel="room:1")
+        at = await cluster[1].position("room:1")
+        cluster.heal(0)
+        await peer.wait_events(3)
+        receipt = await cluster[1].broadcast("next", channel="room:1")
+        assert (await peer.wait_events(4))[2:] == [
+            {"type": "gap", "channel": "room:1", "reason": "unavailable", "position": str(at)},
+            {"type": "message", "channel": "room:1", "data": "next", "position": str(receipt.position)},
+        ]
+        await eventually(lambda: gaps)
+    assert [gap.seconds < 60 for gap in gaps] == [True]
 
 
 async def test_plain_clients_of_the_same_router_stay_plain() -> None:
