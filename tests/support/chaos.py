@@ -249,6 +249,7 @@ class Client:
         self.at: dict[str, Position] = {}
         """Where it is, as it tells when it comes back."""
         self.peer: Peer | None = None
+        self.connection: Connection
         self._read = 0
 
     async def live(self, is_over: Callable[[], bool]) -> None:
@@ -287,7 +288,11 @@ class Client:
         for channel in self.channels:
             self.log[channel].append(("came", since.get(channel)))
         self._read, self.peer = 0, peer
-        self.connection: Connection = await manager.connect(peer.websocket, channels=self.channels, since=since)
+        try:
+            self.connection = await manager.connect(peer.websocket, channels=self.channels, since=since)
+        except EngineError:
+            self.peer = None
+            raise
         self.story.seen["came back" if since else "came"] += 1
 
     async def leave(self) -> None:
@@ -331,6 +336,14 @@ class Client:
             self.at[channel] = position
         elif kind in ("subscribed", "gap"):
             self.at.pop(channel, None)
+
+    def tell(self) -> str:
+        """Return where it stands, for somebody who has to find out why."""
+        peer, sink = self.peer, self.connection._sink
+        waits = None if sink.backlog is None else list(sink.backlog)
+        close = None if peer is None else peer.end
+        last = {channel: log[-3:] for channel, log in self.log.items()}
+        return f"{self.connection} closed {close}, is at {self.at}, waits {waits}, was told {last}"
 
     def refused(self, channel: str, reason: str, position: Position | None) -> None:
         """Note a refusal, and whether there was a reason for it."""
@@ -456,6 +469,8 @@ async def _come_to_the_end(
     for channel in CHANNELS * 2:  # what follows shows what was lost before it
         await _publish_last(story, manager, channel)
     while True:
+        for client in clients:
+            await client.come_in()  # who was let go as a slow consumer comes back
         behind = Counter[str]()
         for channel in CHANNELS:
             top = await manager.position(channel)
@@ -466,8 +481,10 @@ async def _come_to_the_end(
             return
         if asyncio.get_running_loop().time() > ends:
             story.wrong["never came to the end"] += behind.total()
-            print([(client.at, client.connection, client.log) for client in clients if len(set(client.at)) < 3])
-            print({channel: await manager.position(channel) for channel in CHANNELS}, [each.at for each in clients])
+            tops = {channel: await manager.position(channel) for channel in CHANNELS}
+            for client in clients:
+                if client.at != tops:
+                    print(client.tell())
             return
         await asyncio.sleep(0.01)
 
