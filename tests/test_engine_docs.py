@@ -39,27 +39,50 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 # Write an engine.
 
 
+def blocks_about_engines(*, keeping: bool) -> list[str]:
+    """The page's code of an engine, or of one that keeps: its parts, and its test."""
+    blocks = blocks_of(ENGINE)
+    return [block.source for block in blocks if ("#keep-what-is-published" in block.name) == keeping]
+
+
 def test_code_of_the_page_is_that_of_the_example() -> None:
     example = (EXAMPLES / "08_engine.py").read_text(encoding="utf-8")
-    imports, *classes = (block.source for block in blocks_of(ENGINE)[:-1])
+    imports, *classes = blocks_about_engines(keeping=False)[:-1]
     assert len(classes) == 3
     for code in (*classes, *imports.split("\n\n")[-1:]):
         assert code in example
 
 
+def save_engines_of_the_page(directory: Path) -> None:
+    for name, keeping in (("hub", False), ("keeping_hub", True)):
+        *parts, test = blocks_about_engines(keeping=keeping)
+        (directory / f"{name}.py").write_text("\n\n".join(parts), encoding="utf-8")
+        (directory / f"test_{name}.py").write_text(test, encoding="utf-8")
+
+
+def run_contract(directory: Path, *command: str) -> str:
+    """Run tests as users can, with nothing configured; return what was written at the end."""
+    scope = "asyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns if nobody says so
+    options = ["-W", "error", "-o", scope, "-o", "asyncio_mode=strict", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, *command, *options], cwd=directory, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def test_engine_of_the_page_is_tested_as_the_page_says(tmp_path: Path) -> None:
-    *parts, test = (block.source for block in blocks_of(ENGINE))
-    (tmp_path / "hub.py").write_text("\n\n".join(parts), encoding="utf-8")
-    (tmp_path / "test_hub.py").write_text(test, encoding="utf-8")
+    save_engines_of_the_page(tmp_path)
     (command,) = (block.source.split() for block in blocks_of(ENGINE, ""))
     assert command[0] == "python"
-    # `tests/engines/test_contract.py` runs all of it; here is the question whether users can, with nothing configured.
-    scope = "asyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns if nobody says so
-    command += ["-W", "error", "-o", scope, "-o", "asyncio_mode=strict", "-p", "no:cacheprovider"]
-    command += ["-k", "arrive or gap"]
-    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout
-    assert re.search(r" 9 passed, \d+ deselected in ", done.stdout), done.stdout
+    # `tests/engines/test_contract.py` runs all of it; here is the question whether users can.
+    assert re.search(r" 9 passed, \d+ deselected in ", run_contract(tmp_path, *command[1:], "-k", "arrive or gap"))
+
+
+def test_engine_of_the_page_that_keeps_is_a_right_one(tmp_path: Path) -> None:
+    save_engines_of_the_page(tmp_path)
+    said = run_contract(tmp_path, "-m", "pytest", "test_keeping_hub.py")
+    assert re.search(r" \d\d passed in ", said), said
 
 
 def test_command_of_the_page_prints_the_whole_contract() -> None:
