@@ -1,4 +1,4 @@
-"""What the docs say to those who write an engine, or publish without wsbroadcast, is so."""
+"""What the docs say to those who write an engine, publish without wsbroadcast, or set up a broker, is so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from inspect import get_annotations, getdoc
 from pathlib import Path
 
@@ -16,13 +17,15 @@ import pytest
 
 import wsbroadcast
 from tests.support.asgi import Peer
-from tests.support.brokers import BrokerMissing, Endpoint, programs
+from tests.support.brokers import BrokerMissing, Endpoint, NATSServer, RedisServer, programs
 from tests.support.examples import EXAMPLES
 from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
-from wsbroadcast import Audience, ConnectionManager, Message, Publication
+from wsbroadcast import Audience, ConfigurationError, ConnectionManager, History, Message, Publication
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, decode
 from wsbroadcast.engines.broker.names import AudienceNames
+from wsbroadcast.engines.postgres.tables import HistoryTables
+from wsbroadcast.engines.sqlite.file import bells_of
 from wsbroadcast.testing import BrokerContract, EngineContract
 from wsbroadcast.testing.nodes import NAMES, NEWS, Nodes
 
@@ -198,3 +201,58 @@ async def test_command_for_nats_has_an_envelope() -> None:
     assert f"nats pub {AudienceNames(separator='.').of(NEWS)} " in command
     envelope = await run(command.rpartition("|")[0])
     assert decode(envelope, NEWS, 100) == (Publication(Message.of("hello"), NEWS), None)
+
+
+# Deployment.
+
+DEPLOYMENT = "docs/deployment.md"
+(FIRST_RIGHTS, MORE_RIGHTS), (WITH_JETSTREAM,) = (
+    [block.source for block in blocks_of(DEPLOYMENT, "") if block.source.startswith(start)]
+    for start in ("ACL ", "jetstream ")
+)
+
+
+async def keeps(url: str) -> None:
+    """Check that a broker keeps and forgets something for the user of a URL."""
+    async with ConnectionManager(url, history=History()) as manager:
+        await manager.broadcast("hello", channel="news", idempotency_key="k")
+        assert [each.data for each in (await manager.history("news")).messages] == ["hello"]
+        await manager.forget("news")
+        assert (await manager.position("news")).offset == 0
+
+
+async def test_permissions_of_the_page_for_redis_are_enough(own_redis: Callable[..., RedisServer]) -> None:
+    server = own_redis()
+    url = f"redis://wsbroadcast:secret@{server.host}:{server.port}"
+    server.command(*FIRST_RIGHTS.split())
+    async with ConnectionManager(url) as manager:
+        await manager.broadcast("hello", channel="news")
+    with pytest.raises(ConfigurationError, match=r"needs .* \+evalsha"):
+        await keeps(url)
+    server.command(*MORE_RIGHTS.split())
+    await keeps(url)
+
+
+async def test_configuration_of_the_page_for_nats_is_enough(
+    own_nats: Callable[..., NATSServer], tmp_path: Path
+) -> None:
+    server = own_nats(config=WITH_JETSTREAM.replace("/var/lib/nats", str(tmp_path)))
+    for storage in ("memory", "file"):
+        await keeps(f"nats://wsbroadcast:secret@{server.host}:{server.port}?history_storage={storage}")
+
+
+def test_statements_of_the_page_for_postgres_are_those_that_errors_name() -> None:
+    tables = HistoryTables("wsbroadcast", "public")
+    statements = [block.source.strip() for block in blocks_of(DEPLOYMENT, "sql")]
+    assert statements == [tables.permit_sql.format(role="app"), tables.grant_sql.format(role="app")]
+    (command,) = (shlex.split(block.source) for block in blocks_of(DEPLOYMENT, "sh"))
+    printed = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60).stdout
+    assert printed.strip() == tables.create_sql.strip()
+
+
+def test_path_of_the_page_keeps_the_bells_beside_the_file() -> None:
+    found = re.search(r"its path within (\d+) bytes", PAGES[DEPLOYMENT])
+    assert found is not None
+    for more, is_beside in ((0, True), (1, False)):
+        path = Path("/" + "x" * (int(found[1]) - 1 + more))
+        assert (bells_of(path).parent == path.parent) == is_beside

@@ -439,14 +439,14 @@ async def test_peer_finds_what_a_lifespan_yields_only_where_it_runs() -> None:
         await manager.connect(websocket, channels=["news"])
         await manager.broadcast(websocket.state.greeting, channel="news")
 
+    with pytest.raises(AttributeError, match="'State' object has no attribute 'greeting'"):
+        async with Client(app, "/ws"):
+            pass
     async with app.router.lifespan_context(app) as state, Client(app, "/ws", state=state) as peer:
         assert await peer.receive() == "hello"
         assert len((await manager.history("news")).messages) == 1
     async with manager:
         assert not (await manager.history("news")).messages
-    with pytest.raises(AttributeError, match="'State' object has no attribute 'greeting'"):
-        async with Client(app, "/ws"):
-            pass
 
 
 def test_history_outlives_a_test_that_ends_no_manager() -> None:
