@@ -51,27 +51,31 @@ class Hub:
             await self._server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, node: asyncio.StreamWriter) -> None:
-        names = self._nodes[node] = set()
+        self._nodes[node] = set()
         try:
             with suppress(OSError, EOFError, ValueError):  # it is gone, or speaks another language
                 while line := await reader.readline():
-                    match line.split():
-                        case [b"sub", name]:
-                            names.add(name)
-                        case [b"unsub", name]:
-                            names.discard(name)
-                        case [b"ping"]:
-                            node.write(b"pong\n")
-                        case [b"pub", name, size]:
-                            self._publish(name, await reader.readexactly(int(size)))
+                    await self.obey(node, line.split(), reader)
         finally:
             del self._nodes[node]
             node.close()
 
-    def _publish(self, name: bytes, envelope: bytes) -> None:
+    async def obey(self, node: asyncio.StreamWriter, words: list[bytes], reader: asyncio.StreamReader) -> None:
+        match words:
+            case [b"sub", name]:
+                self._nodes[node].add(name)
+            case [b"unsub", name]:
+                self._nodes[node].discard(name)
+            case [b"ping"]:
+                node.write(b"pong\n")
+            case [b"pub", name, size]:
+                envelope = await reader.readexactly(int(size))
+                self.send(name, b"msg %b %d\n%b" % (name, len(envelope), envelope))
+
+    def send(self, name: bytes, data: bytes) -> None:
         for node, names in self._nodes.items():
             if name in names:
-                node.write(b"msg %b %d\n%b" % (name, len(envelope), envelope))
+                node.write(data)
                 if node.transport.get_write_buffer_size() > MAX_BACKLOG_BYTES:
                     node.transport.abort()  # it doesn't keep up; when it is back, its engine reports a gap
 
@@ -92,14 +96,17 @@ class HubLink(Link):
 
     async def read(self, inlet: Inlet) -> None:
         while line := await self._reader.readline():
-            match line.split():
-                case [b"msg", name, size]:
-                    inlet.take(name.decode(), await self._reader.readexactly(int(size)))
-                case [b"pong"]:
-                    pong = self._pongs.popleft()
-                    if not pong.done():  # who asked may have been cancelled
-                        pong.set_result(None)
+            await self.heed(line.split(), inlet)
         raise ConnectionError("the hub ended the connection")
+
+    async def heed(self, words: list[bytes], inlet: Inlet) -> None:
+        match words:
+            case [b"msg", name, size]:
+                inlet.take(name.decode(), await self._reader.readexactly(int(size)))
+            case [b"pong"]:
+                pong = self._pongs.popleft()
+                if not pong.done():  # who asked may have been cancelled
+                    pong.set_result(None)
 
     async def subscribe(self, names: Sequence[str]) -> None:
         await self._tell(b"sub %b\n" % name.encode() for name in names)

@@ -24,7 +24,7 @@ app.include_router(create_router(manager, "/ws/{channel}", inbound="ignore"))  #
 
 @manager.on_gap
 async def tell_everybody_here(gap: Gap) -> None:
-    """What was published meanwhile is lost: pages had better load the present state."""
+    """What was published meanwhile is lost, because nothing is kept here: pages had better load the present state."""
     await manager.broadcast_local({"missed_seconds": round(gap.seconds, 1)})
 
 

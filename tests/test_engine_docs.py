@@ -1,4 +1,4 @@
-"""What the docs say to those who write an engine, or publish without wsbroadcast, is so."""
+"""What the docs say to those who write an engine, publish without wsbroadcast, or set up a broker, is so."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from inspect import get_annotations, getdoc
 from pathlib import Path
 
@@ -16,13 +17,15 @@ import pytest
 
 import wsbroadcast
 from tests.support.asgi import Peer
-from tests.support.brokers import BrokerMissing, Endpoint, programs
+from tests.support.brokers import BrokerMissing, Endpoint, NATSServer, RedisServer, programs
 from tests.support.examples import EXAMPLES
 from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
-from wsbroadcast import Audience, ConnectionManager, Message, Publication
+from wsbroadcast import Audience, ConfigurationError, ConnectionManager, History, Message, Publication
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, decode
 from wsbroadcast.engines.broker.names import AudienceNames
+from wsbroadcast.engines.postgres.tables import HistoryTables
+from wsbroadcast.engines.sqlite.file import bells_of
 from wsbroadcast.testing import BrokerContract, EngineContract
 from wsbroadcast.testing.nodes import NAMES, NEWS, Nodes
 
@@ -39,27 +42,50 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 # Write an engine.
 
 
+def blocks_about_engines(*, keeping: bool) -> list[str]:
+    """The page's code of an engine, or of one that keeps: its parts, and its test."""
+    blocks = blocks_of(ENGINE)
+    return [block.source for block in blocks if ("#keep-what-is-published" in block.name) == keeping]
+
+
 def test_code_of_the_page_is_that_of_the_example() -> None:
     example = (EXAMPLES / "08_engine.py").read_text(encoding="utf-8")
-    imports, *classes = (block.source for block in blocks_of(ENGINE)[:-1])
+    imports, *classes = blocks_about_engines(keeping=False)[:-1]
     assert len(classes) == 3
     for code in (*classes, *imports.split("\n\n")[-1:]):
         assert code in example
 
 
+def save_engines_of_the_page(directory: Path) -> None:
+    for name, keeping in (("hub", False), ("keeping_hub", True)):
+        *parts, test = blocks_about_engines(keeping=keeping)
+        (directory / f"{name}.py").write_text("\n\n".join(parts), encoding="utf-8")
+        (directory / f"test_{name}.py").write_text(test, encoding="utf-8")
+
+
+def run_contract(directory: Path, *command: str) -> str:
+    """Run tests as users can, with nothing configured; return what was written at the end."""
+    scope = "asyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns if nobody says so
+    options = ["-W", "error", "-o", scope, "-o", "asyncio_mode=strict", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, *command, *options], cwd=directory, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def test_engine_of_the_page_is_tested_as_the_page_says(tmp_path: Path) -> None:
-    *parts, test = (block.source for block in blocks_of(ENGINE))
-    (tmp_path / "hub.py").write_text("\n\n".join(parts), encoding="utf-8")
-    (tmp_path / "test_hub.py").write_text(test, encoding="utf-8")
+    save_engines_of_the_page(tmp_path)
     (command,) = (block.source.split() for block in blocks_of(ENGINE, ""))
     assert command[0] == "python"
-    # `tests/engines/test_contract.py` runs all of it; here is the question whether users can, with nothing configured.
-    scope = "asyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns if nobody says so
-    command += ["-W", "error", "-o", scope, "-o", "asyncio_mode=strict", "-p", "no:cacheprovider"]
-    command += ["-k", "arrive or gap"]
-    done = subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout
-    assert re.search(r" 9 passed, \d+ deselected in ", done.stdout), done.stdout
+    # `tests/engines/test_contract.py` runs all of it; here is the question whether users can.
+    assert re.search(r" 9 passed, \d+ deselected in ", run_contract(tmp_path, *command[1:], "-k", "arrive or gap"))
+
+
+def test_engine_of_the_page_that_keeps_is_a_right_one(tmp_path: Path) -> None:
+    save_engines_of_the_page(tmp_path)
+    said = run_contract(tmp_path, "-m", "pytest", "test_keeping_hub.py")
+    assert re.search(r" \d\d passed in ", said), said
 
 
 def test_command_of_the_page_prints_the_whole_contract() -> None:
@@ -175,3 +201,58 @@ async def test_command_for_nats_has_an_envelope() -> None:
     assert f"nats pub {AudienceNames(separator='.').of(NEWS)} " in command
     envelope = await run(command.rpartition("|")[0])
     assert decode(envelope, NEWS, 100) == (Publication(Message.of("hello"), NEWS), None)
+
+
+# Deployment.
+
+DEPLOYMENT = "docs/deployment.md"
+(FIRST_RIGHTS, MORE_RIGHTS), (WITH_JETSTREAM,) = (
+    [block.source for block in blocks_of(DEPLOYMENT, "") if block.source.startswith(start)]
+    for start in ("ACL ", "jetstream ")
+)
+
+
+async def keeps(url: str) -> None:
+    """Check that a broker keeps and forgets something for the user of a URL."""
+    async with ConnectionManager(url, history=History()) as manager:
+        await manager.broadcast("hello", channel="news", idempotency_key="k")
+        assert [each.data for each in (await manager.history("news")).messages] == ["hello"]
+        await manager.forget("news")
+        assert (await manager.position("news")).offset == 0
+
+
+async def test_permissions_of_the_page_for_redis_are_enough(own_redis: Callable[..., RedisServer]) -> None:
+    server = own_redis()
+    url = f"redis://wsbroadcast:secret@{server.host}:{server.port}"
+    server.command(*FIRST_RIGHTS.split())
+    async with ConnectionManager(url) as manager:
+        await manager.broadcast("hello", channel="news")
+    with pytest.raises(ConfigurationError, match=r"needs .* \+evalsha"):
+        await keeps(url)
+    server.command(*MORE_RIGHTS.split())
+    await keeps(url)
+
+
+async def test_configuration_of_the_page_for_nats_is_enough(
+    own_nats: Callable[..., NATSServer], tmp_path: Path
+) -> None:
+    server = own_nats(config=WITH_JETSTREAM.replace("/var/lib/nats", str(tmp_path)))
+    for storage in ("memory", "file"):
+        await keeps(f"nats://wsbroadcast:secret@{server.host}:{server.port}?history_storage={storage}")
+
+
+def test_statements_of_the_page_for_postgres_are_those_that_errors_name() -> None:
+    tables = HistoryTables("wsbroadcast", "public")
+    statements = [block.source.strip() for block in blocks_of(DEPLOYMENT, "sql")]
+    assert statements == [tables.permit_sql.format(role="app"), tables.grant_sql.format(role="app")]
+    (command,) = (shlex.split(block.source) for block in blocks_of(DEPLOYMENT, "sh"))
+    printed = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60).stdout
+    assert printed.strip() == tables.create_sql.strip()
+
+
+def test_path_of_the_page_keeps_the_bells_beside_the_file() -> None:
+    found = re.search(r"its path within (\d+) bytes", PAGES[DEPLOYMENT])
+    assert found is not None
+    for more, is_beside in ((0, True), (1, False)):
+        path = Path("/" + "x" * (int(found[1]) - 1 + more))
+        assert (bells_of(path).parent == path.parent) == is_beside

@@ -6,8 +6,8 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from wsbroadcast import (
     Connection,
     ConnectionDep,
     ConnectionManager,
+    History,
     HoldBack,
     Limits,
     ManagerDep,
@@ -35,6 +36,8 @@ from wsbroadcast import (
     SlowConsumer,
     create_router,
 )
+from wsbroadcast.testing import Cluster
+from wsbroadcast.testing import Peer as Client
 
 PAGE = "docs/troubleshooting.md"
 QUOTES = [block.source.strip() for block in blocks_of(PAGE, "text")]
@@ -363,3 +366,94 @@ def test_client_without_with_gives_each_socket_a_loop_of_its_own() -> None:
         pass
     with TestClient(router_app(manager)) as client, client.websocket_connect("/ws"):  # the app has ended once
         pass
+
+
+# What comes back, and what tests leave behind.
+
+
+async def recovery_at(manager: ConnectionManager, since: str) -> tuple[bool, str]:
+    """Come back to a channel, and return what becomes of what was missed."""
+    connection = await manager.connect(Peer().websocket, channels=["news"], since=since)
+    recovered = connection.recovered["news"]
+    manager.disconnect(connection.websocket)
+    return recovered.recovered, recovered.reason
+
+
+async def position_of(manager: ConnectionManager) -> str:
+    return str(await manager.position("news"))
+
+
+async def test_reasons_of_the_page_are_those_of_its_causes() -> None:
+    kept = {"*": History(messages=3, seconds=300, remember=300, max_kept_bytes=100)}
+    async with ConnectionManager(history=kept) as one, ConnectionManager(history=kept) as other:
+        await one.broadcast("first", channel="news")
+        await other.broadcast("first", channel="news")
+        since = await position_of(one)
+        await one.broadcast("second", channel="news")
+        told = {
+            "come back": await recovery_at(one, since),
+            "another worker": await recovery_at(other, since),
+            "no position": await recovery_at(one, "x"),
+        }
+        await one.broadcast("x" * 101, channel="news")
+        told["too large"] = await recovery_at(one, since)
+        await one.forget("news")
+        told["forgotten"] = await recovery_at(one, since)
+        since = await position_of(one)
+        for number in range(4):
+            await one.broadcast(number, channel="news")
+        told["too many"] = await recovery_at(one, since)
+        assert one.stats().refused_recoveries == {"epoch": 2, "expired": 1, "too_many": 1}
+    async with Cluster(1, history=kept) as cluster:
+        manager = cluster[0]
+        since = await position_of(manager)
+        await manager.broadcast("missed", channel="news")
+        await cluster.advance(301)
+        told["too old"] = await recovery_at(manager, since)
+        cluster.partition()
+        told["outage"] = await recovery_at(manager, since)
+    assert told == {
+        "come back": (True, ""),
+        "another worker": (False, "epoch"),
+        "no position": (False, "epoch"),
+        "too large": (False, "expired"),
+        "forgotten": (False, "epoch"),
+        "too many": (False, "too_many"),
+        "too old": (False, "expired"),
+        "outage": (False, "unavailable"),
+    }
+
+
+async def test_peer_finds_what_a_lifespan_yields_only_where_it_runs() -> None:
+    manager = ConnectionManager(history=History())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, str]]:
+        async with manager:
+            yield {"greeting": "hello"}
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.websocket("/ws")
+    async def endpoint(websocket: WebSocket) -> None:
+        await manager.connect(websocket, channels=["news"])
+        await manager.broadcast(websocket.state.greeting, channel="news")
+
+    with pytest.raises(AttributeError, match="'State' object has no attribute 'greeting'"):
+        async with Client(app, "/ws"):
+            pass
+    async with app.router.lifespan_context(app) as state, Client(app, "/ws", state=state) as peer:
+        assert await peer.receive() == "hello"
+        assert len((await manager.history("news")).messages) == 1
+    async with manager:
+        assert not (await manager.history("news")).messages
+
+
+def test_history_outlives_a_test_that_ends_no_manager() -> None:
+    manager = ConnectionManager(history=History())
+
+    async def test() -> int:
+        await manager.broadcast("hello", channel="news")
+        return len((await manager.history("news")).messages)
+
+    assert [asyncio.run(test()), asyncio.run(test())] == [1, 2]

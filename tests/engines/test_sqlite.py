@@ -226,6 +226,7 @@ async def test_copied_file_begins_all_histories_anew(path: Path, tmp_path: Path)
         assert isinstance(ours.engine, SQLiteEngine)
         (at,) = await ours.engine.positions([NEWS], [KEPT])
     shutil.copy(path, tmp_path / "copy.db")
+    assert rows(tmp_path / "copy.db", "kept = 1") == 1  # and not in the write-ahead log
     async with node(tmp_path / "copy.db") as ours:
         assert isinstance(ours.engine, SQLiteEngine)
         assert not (await ours.engine.read(NEWS, at, KEPT)).is_complete(at)

@@ -202,6 +202,35 @@ async def test_right_that_is_taken_back_while_it_subscribes_sends_nothing() -> N
         assert len(peer.events) == 3
 
 
+async def test_who_may_subscribe_may_read_what_was_kept_before_it_came() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        for number in range(3):
+            await manager.broadcast(number, channel="room:1")
+        _, subscribed = await client("room:1").wait_events(2)
+        epoch = subscribed["position"].partition(":")[0]
+        _, subscribed, *messages = await client("room:1", f"{epoch}:1").wait_events(4)
+        assert subscribed["recovered"]
+        assert [message["data"] for message in messages] == [1, 2]
+
+
+@pytest.mark.parametrize("since", ["last", "position"])
+async def test_position_is_no_right(since: str) -> None:
+    manager = ConnectionManager(history=KEPT)
+    asked: list[str | None] = []
+
+    def authorize(connection: object, action: str, channel: str | None) -> bool:
+        asked.append(channel)
+        return False
+
+    async with serving(manager, authorize=authorize) as client:
+        before = (await manager.broadcast("secret", channel="room:1")).position
+        await manager.broadcast("secret", channel="room:1")
+        peer = client("room:1", before if since == "position" else since)
+        await peer.wait_close()
+        assert (peer.end, peer.messages, asked) == ((1008, "not allowed"), [], ["room:1"])
+
+
 @pytest.mark.parametrize("inbound", ["broadcast", "handle", "ignore", "commands"])
 async def test_rights_are_those_of_inbound(inbound: str) -> None:
     manager = ConnectionManager(history=KEPT)

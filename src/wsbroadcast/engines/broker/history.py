@@ -24,24 +24,26 @@ def new_epoch() -> str:
 
 
 class KeepingEngine(BrokerEngine):
-    """An engine whose broker keeps what is published; its links are `KeepingLink`s, made with `rules`."""
+    """An engine whose broker keeps what is published; its links are `KeepingLink`s."""
 
-    _rules: HistoryRules | None = None
-    _only_publishes = False
+    told_rules: HistoryRules | None = None
+    """What `keep` was told is kept; `new_link` passes it on."""
+    only_publishes: bool = False
+    """Whether nobody receives anything here, as `keep` was told; `new_link` passes it on."""
 
     @abstractmethod
     def new_link(self) -> KeepingLink:
-        """Make a link that isn't open yet."""
+        """Make a link that isn't open yet, with `told_rules` and `only_publishes`."""
 
     def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
         """Say what is kept, before `start`."""
-        self._rules, self._only_publishes = rules, only_publishes
+        self.told_rules, self.only_publishes = rules, only_publishes
 
     @property
     def rules(self) -> HistoryRules | None:
         """What is kept, as `keep` was told, else as the broker said when the link was opened."""
         link = self.link
-        return link.rules if self._rules is None and isinstance(link, KeepingLink) else self._rules
+        return link.rules if self.told_rules is None and isinstance(link, KeepingLink) else self.told_rules
 
     async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
         """Return once the broker keeps it; publications of one turn of the loop go out together."""

@@ -128,7 +128,7 @@ class NATSEngine(KeepingEngine):
     @property
     def rules(self) -> HistoryRules | None:
         """What is kept, as `keep` was told, else as others say, or have said while they were there."""
-        return self._rules if self._keeping is None or self._rules is not None else self._keeping.learned
+        return self.told_rules if self._keeping is None or self.told_rules is not None else self._keeping.learned
 
     def new_link(self) -> NATSLink:
         """Make a link that isn't open yet."""

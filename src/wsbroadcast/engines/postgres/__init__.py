@@ -110,8 +110,8 @@ class PostgresEngine(KeepingEngine):
             where,
             self._timing,
             self._history,
-            self._rules,
-            only_publishes=self._only_publishes,
+            self.told_rules,
+            only_publishes=self.only_publishes,
         )
 
     @property
@@ -149,7 +149,7 @@ class PostgresEngine(KeepingEngine):
             overhead = len(envelope) - publication.message.size
             raise MessageTooLarge(publication.message.size, MAX_ENVELOPE_BYTES - overhead)
         link, name = self._postgres_link, self.names.of(publication.audience)
-        if history is None and self._only_publishes and self._rules is None:
+        if history is None and self.only_publishes and self.told_rules is None:
             rules = await self._learn_in(running)
             history = None if rules is None else rules.of(publication.audience)
         if history is None:

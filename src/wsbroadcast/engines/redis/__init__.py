@@ -112,7 +112,7 @@ class RedisEngine(KeepingEngine):
             self._prefix,
             self._timing,
             most,
-            self._rules,
+            self.told_rules,
             self._written,
-            only_publishes=self._only_publishes,
+            only_publishes=self.only_publishes,
         )

@@ -87,7 +87,7 @@ class SQLiteEngine(KeepingEngine):
         return SQLiteLink(
             self._path,
             self._prefix,
-            self._rules,
-            only_publishes=self._only_publishes,
+            self.told_rules,
+            only_publishes=self.only_publishes,
             busy_seconds=_BUSY_PART * self._timing.request_timeout,
         )

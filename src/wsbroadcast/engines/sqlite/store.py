@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_urlsafe
 from typing import NamedTuple
@@ -116,7 +116,9 @@ class Store:
         return self.identity is not None and Identity.of(self.path) == self.identity
 
     def close(self) -> None:
-        """Close it."""
+        """Close it; the last who does moves the write-ahead log into the file."""
+        with suppress(sqlite3.Error):
+            self._sql.execute("SELECT 1")  # ends an `interrupt`, which would keep SQLite from that
         self._sql.close()
 
     def interrupt(self) -> None:
