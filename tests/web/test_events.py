@@ -141,6 +141,26 @@ async def test_client_that_came_in_an_outage_is_told_that_it_has_missed_somethin
     assert [gap.seconds < 60 for gap in gaps] == [True]
 
 
+async def test_client_may_go_back_in_a_channel_that_it_is_in() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        peer = client("room:1")
+        await peer.wait_events(2)
+        receipts = [await manager.broadcast(number, channel="room:1") for number in range(3)]
+        await peer.wait_events(5)
+        since = str(receipts[0].position)
+        peer.ask(type="subscribe", channel="room:1", since=since, id=7)
+        assert (await peer.wait_events(6))[5] == {
+            "type": "subscribed",
+            "channel": "room:1",
+            "position": since,
+            "recovered": True,
+            "id": 7,
+        }
+        await manager.broadcast(3, channel="room:1")
+        assert [event["data"] for event in (await peer.wait_events(9))[6:]] == [1, 2, 3]
+
+
 async def test_plain_clients_of_the_same_router_stay_plain() -> None:
     manager = ConnectionManager(history=KEPT)
     async with serving(manager) as client:

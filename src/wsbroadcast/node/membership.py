@@ -198,7 +198,7 @@ class Membership:
             channels: Their names.
             since: Since when it wants what it missed in some of them; of one that it is in already it has missed
                 nothing.
-            recovers: Whether it is sent that; else the caller says when, by `recover`.
+            recovers: Whether it is sent that; else the caller says when, by `recover`, also for those it is in.
 
         Raises:
             LimitExceeded: If they are too many, before it is subscribed to any.
@@ -209,11 +209,13 @@ class Membership:
                 self._dispatcher.flush()  # which may end this very connection, so before looking at it
                 if not connection.is_open:
                     raise closed_error(connection)
+                wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
                 if channel in connection.channels:
+                    if not recovers:
+                        self.continuity.hold(connection, wanted)
                     continue
                 self.admission.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it, too
                 self._registry.subscribe(connection, channel)
-                wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
                 self.continuity.hold(connection, wanted)
                 await self._announcements.subscribed(connection, channel)
                 if wanted and recovers:
