@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from wsbroadcast.audience import EVERYONE, UNSET, Audience
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.options import check_count, check_positive, longest_match
-from wsbroadcast.publication import Position, Publication
+from wsbroadcast.publication import POSITION_TEXT, Described, Position, Publication
 
 # Audiences whose history is remembered, because a broadcast needs it each time; past this many, the memory is emptied.
 _REMEMBERED = 8192
@@ -310,15 +310,31 @@ def kept_audience(channel: object, user: object, everyone: bool) -> Audience:
     return EVERYONE if everyone else Audience.of(channel, user)
 
 
-class Page(NamedTuple):
-    """What is kept of an audience, as `history()` returns it."""
+class Page(Described):
+    """What is kept of an audience, as `history()` returns it. A route may return it as it is."""
 
-    messages: Sequence[Publication]
-    """In order: without `since` the newest, with it the first after it."""
-    position: Position
-    """The position behind them: who goes on since there misses nothing."""
-    is_complete: bool
-    """Whether these are all messages from `since` up to `position`. If not, they are the newest that are kept."""
+    # No named tuple, which would be a list in JSON; and no dataclass, whose messages FastAPI would copy.
+    __slots__ = ("is_complete", "messages", "position")
+
+    def __init__(self, messages: Sequence[Publication], position: Position, is_complete: bool) -> None:
+        self.messages = messages
+        """In order: without `since` the newest, with it the first after it."""
+        self.position = position
+        """The position behind them: who goes on since there misses nothing."""
+        self.is_complete = is_complete
+        """Whether these are all messages from `since` up to `position`. If not, they are the newest that are kept."""
+
+    def keys(self) -> Iterable[str]:
+        """Return the names of what is written as JSON."""
+        return "messages", "position", "is_complete"
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __repr__(self) -> str:
+        return f"<Page of {len(self.messages)} messages up to {self.position}>"
 
 
 def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:

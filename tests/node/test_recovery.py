@@ -98,7 +98,7 @@ async def test_position_that_is_none_is_refused(manager: ConnectionManager, sinc
 @pytest.mark.parametrize("offset", [-1, 4, 10**30])
 async def test_offset_that_never_was_is_refused(manager: ConnectionManager, offset: int) -> None:
     positions = await say(manager, 1, 3)
-    _, recovery = await come_back(manager, positions[0]._replace(offset=offset))
+    _, recovery = await come_back(manager, Position(positions[0].epoch, offset))
     assert (recovery.recovered, recovery.position) == (False, positions[-1])
 
 

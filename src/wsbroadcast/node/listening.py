@@ -175,11 +175,11 @@ class Listener:
             return None
         if place.offset < tail.base:
             missed = tail.base - place.offset
-            self._places[audience] = place._replace(offset=tail.base)
+            self._places[audience] = Position(place.epoch, tail.base)
             self._tell(missed)
         publication = tail.first_after(self._places[audience].offset)
-        if publication is not None:
-            self._places[audience] = place._replace(offset=publication.offset)
+        if publication is not None and publication.position is not None:  # in a tail each has one
+            self._places[audience] = publication.position
         return publication
 
     def _tell(self, missed: int | None) -> None:

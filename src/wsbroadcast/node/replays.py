@@ -120,7 +120,7 @@ class Replays:
             announce(recovery, recovery.position)
         else:
             assert cursor is not None
-            cursor.epoch, cursor.offset = begins
+            cursor.epoch, cursor.offset = begins.epoch, begins.offset
             announce(recovery, begins)
             if since is not NOW:
                 self._counters.recoveries += 1

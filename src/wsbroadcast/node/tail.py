@@ -236,7 +236,7 @@ class Tail:
         return "too_many" if len(replay.publications) >= self.history.messages else "expired"
 
     def _begin(self, replay: Replay) -> None:
-        self.epoch, self.top = replay.top
+        self.epoch, self.top = replay.top.epoch, replay.top.offset
         self.base = replay.base
         self._entries, self._first = list(replay.publications), 0
         self._stretches.clear()
