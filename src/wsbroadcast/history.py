@@ -282,9 +282,10 @@ def _checked_since(value: object) -> Since:
     raise ValueError(f"since is a Position, LAST, or the text of a position, not {kind_of(value)}")
 
 
-Reason = Literal["", "epoch", "expired", "too_many", "unavailable"]
+Reason = Literal["", "epoch", "expired", "too_many", "unavailable", "not_kept"]
 """Why something could not be recovered: `epoch` if the position is of another history, or of none; `expired` if what
-was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked."""
+was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked;
+`not_kept` if the channel has no history."""
 
 
 class Recovery(NamedTuple):

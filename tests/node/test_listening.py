@@ -85,6 +85,8 @@ async def test_full_listener_is_told_once_and_goes_on(manager: ConnectionManager
         with pytest.raises(Lagged) as lagged:
             await anext(messages)
         assert lagged.value.missed == 7
+    async with manager.listen("1", since="x:1") as messages:
+        assert messages.recovered == {"1": Recovery(False, "not_kept", None)}
         await manager.broadcast("later", channel="1")
         assert await take(messages, 1) == ["later"]
 

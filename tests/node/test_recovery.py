@@ -159,7 +159,13 @@ async def test_channel_without_history_can_t_be_recovered() -> None:
         receipt = await manager.broadcast("1", channel="news")
         assert receipt.position is None
         _, recovery = await come_back(manager, "x:1")
-        assert recovery == Recovery(False, "unavailable", None)
+        assert recovery == Recovery(False, "not_kept", None)
+        connection = await manager.connect(Peer().websocket)
+        assert await connection.subscribe("other", since="x:1") == Recovery(False, "not_kept", None)
+        assert await connection.subscribe("kept:1", since="x:1") == Recovery(
+            False, "epoch", await manager.position("kept:1")
+        )
+        assert manager.stats().refused_recoveries == {"not_kept": 2, "epoch": 1}
         with pytest.raises(ConfigurationError, match="nothing is kept for the channel 'news'"):
             await manager.position("news")
 
@@ -170,6 +176,32 @@ async def test_connect_that_hooks_refuse_replays_nothing(manager: ConnectionMana
     @manager.on_connect
     async def refuse(connection: object) -> bool:
         await say(manager, 6, 6)
+async def test_manager_without_history_recovers_nothing() -> None:
+    async with ConnectionManager() as manager:
+        peer, recovery = await come_back(manager, "x:1")
+        assert recovery == Recovery(False, "not_kept", None)
+        assert manager.stats().refused_recoveries == {"not_kept": 1}
+        await manager.broadcast("live", channel="news")
+        assert await peer.wait_messages(1) == ["live"]
+
+
+async def test_who_named_no_position_recovers_nothing(manager: ConnectionManager) -> None:
+    connection = await manager.connect(Peer().websocket, channels=["news"])
+    assert connection.recovered == {}
+    assert manager.stats().refused_recoveries == {}
+
+
+@pytest.mark.parametrize(
+    "since",
+    [{"epoch": "x", "offset": 1}, {"news": {"epoch": "x", "offset": 1}}, {"news": ["x", 1]}, ["x", 1], ("x", 1), 5],
+)
+async def test_error_says_what_a_position_looks_like(manager: ConnectionManager, since: Any) -> None:
+    with pytest.raises(ValueError, match=r'^since .*"kX2dh0Qb7a_Z:17"'):
+        await manager.connect(Peer().websocket, channels=["news"], since=since)
+    with pytest.raises(ValueError, match=r'^since is a dict .*"kX2dh0Qb7a_Z:17"'):
+        await manager.connect(Peer().websocket, channels=["news", "other"], since="x:1")
+
+
         return False
 
     peer = Peer()
