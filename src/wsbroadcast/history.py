@@ -62,7 +62,8 @@ class History:
         if self.remember < self.seconds:
             raise ConfigurationError(
                 f"History.remember, {self.remember} s, is shorter than History.seconds, {self.seconds} s: a position "
-                "is known at least for as long as the messages after it"
+                "is known at least for as long as the messages after it are kept. Raise remember as well, as in "
+                f"History(seconds={self.seconds!r}, remember={self.seconds!r})"
             )
 
 
@@ -244,7 +245,10 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
         return NOWHERE
     if not isinstance(since, Mapping):
         if len(channels) != 1:
-            raise ValueError(f"since is a dict of positions by channel where the channels are {len(channels)}")
+            raise ValueError(
+                f"since is a dict of positions by channel where the channels are {len(channels)}, such as "
+                '{"news": "kX2dh0Qb7a_Z:17"}'
+            )
         return {Audience("channel", channels[0]): _checked_since(since)}
     found: dict[Audience, Since] = {}
     joined = {EVERYONE, *(Audience("channel", channel) for channel in channels)}
@@ -253,7 +257,10 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
     for key, value in since.items():
         audience = key if isinstance(key, Audience) else Audience("channel", key)
         if audience not in joined:
-            raise ValueError(f"since names {key!r:.80}, which is neither joined nor the connection's own")
+            raise ValueError(
+                f"since names {key!r:.80}, which is neither joined nor the connection's own; as a dict it is positions "
+                'by channel, such as {"news": "kX2dh0Qb7a_Z:17"}'
+            )
         if value is not None:
             found[audience] = _checked_since(value)
     return found
@@ -279,7 +286,7 @@ def _checked_since(value: object) -> Since:
                 return Position.of(value)
             except ValueError:
                 return _UNKNOWN
-    raise ValueError(f"since is a Position, LAST, or the text of a position, not {kind_of(value)}")
+    raise ValueError(f"since is a Position, LAST, or the text of a position, {POSITION_TEXT}, not {kind_of(value)}")
 
 
 Reason = Literal["", "epoch", "expired", "too_many", "unavailable", "not_kept"]

@@ -48,6 +48,12 @@ def texts(first: int, last: int) -> list[str]:
     return [str(number) for number in range(first, last + 1)]
 
 
+def test_history_that_is_longer_than_it_is_remembered_says_what_to_raise() -> None:
+    with pytest.raises(ConfigurationError, match=r"Raise remember as well, as in History\(seconds=604800, remember="):
+        History(seconds=7 * 86_400)
+    assert History(seconds=604_800, remember=604_800).remember == 604_800
+
+
 async def test_receipt_says_where_the_message_is_kept(manager: ConnectionManager) -> None:
     one, two = await say(manager, 1, 2)
     assert (one.epoch, one.offset, two.offset) == (two.epoch, 1, 2)
@@ -170,12 +176,6 @@ async def test_channel_without_history_can_t_be_recovered() -> None:
             await manager.position("news")
 
 
-async def test_connect_that_hooks_refuse_replays_nothing(manager: ConnectionManager) -> None:
-    positions = await say(manager, 1, 5)
-
-    @manager.on_connect
-    async def refuse(connection: object) -> bool:
-        await say(manager, 6, 6)
 async def test_manager_without_history_recovers_nothing() -> None:
     async with ConnectionManager() as manager:
         peer, recovery = await come_back(manager, "x:1")
@@ -202,6 +202,12 @@ async def test_error_says_what_a_position_looks_like(manager: ConnectionManager,
         await manager.connect(Peer().websocket, channels=["news", "other"], since="x:1")
 
 
+async def test_connect_that_hooks_refuse_replays_nothing(manager: ConnectionManager) -> None:
+    positions = await say(manager, 1, 5)
+
+    @manager.on_connect
+    async def refuse(connection: object) -> bool:
+        await say(manager, 6, 6)
         return False
 
     peer = Peer()
