@@ -44,7 +44,7 @@ class Position(str):
     """Grows with each publication that is kept; 0 before the first."""
 
     def __new__(cls, epoch: str, offset: int) -> Self:  # noqa: D102
-        self = super().__new__(cls, f"{epoch}:{offset}")
+        self = str.__new__(cls, f"{epoch}:{offset}")  # not by super(): it is made for each message that is kept
         self.epoch = epoch
         self.offset = offset
         return self
