@@ -1,9 +1,20 @@
 from __future__ import annotations
 
-import pytest
+import copy
+import json
+import operator
+import pickle
+from collections.abc import Callable
+from typing import Any
 
-from wsbroadcast import Audience, Message, Publication
+import pytest
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from wsbroadcast import EVERYONE, Audience, Message, Publication
 from wsbroadcast.delivery.frames import Events, unframed, wire_form
+from wsbroadcast.history import Page
+from wsbroadcast.protocols.events import events
 from wsbroadcast.publication import Dismissal, Position, plain
 
 NEWS = Audience("channel", "news")
@@ -95,3 +106,97 @@ def test_publications_are_equal_if_all_of_them_is(other: object) -> None:
 def test_size_is_that_of_the_payload() -> None:
     assert Publication(Message.of("hé"), NEWS).size == 3
     assert Dismissal(NEWS, 1000, "hé").size == 3
+
+
+# Positions, which are texts.
+
+
+def test_position_is_its_text_wherever_it_is_written() -> None:
+    position = Position("e", 5)
+    assert position == str(position) == f"{position}" == "e:5"
+    assert Position.of("e:5") == position
+    assert json.dumps({"since": position}) == '{"since": "e:5"}'
+    assert to_json([position]) == b'["e:5"]'
+    assert Message.of({"since": position, "none": None}).data == '{"since":"e:5","none":null}'
+    assert Message.of(position).data == "e:5"
+    assert "e:5" in {position}
+    assert repr(position) == "Position('e', 5)"
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copy_of_a_position_is_one(again: Callable[[Position], Position]) -> None:
+    position = again(Position("e", 5))
+    assert (type(position), position, position.epoch, position.offset) == (Position, "e:5", "e", 5)
+
+
+def test_positions_of_one_history_are_compared_by_their_offsets() -> None:
+    positions = [Position("e", offset) for offset in (9, 10, 100, 2)]
+    assert [each.offset for each in sorted(positions)] == [2, 9, 10, 100]
+    one, two = Position("e", 9), Position("e", 10)
+    assert (one < two, one <= two, one > two, one >= two, one <= one) == (True, True, False, False, True)
+
+
+@pytest.mark.parametrize("other", [Position("f", 5), "e:5", ("e", 5), 5])
+def test_position_is_not_compared_with_something_else(other: Any) -> None:
+    position = Position("e", 5)
+    for compare in (operator.lt, operator.le, operator.gt, operator.ge):
+        for one, two in ((position, other), (other, position)):
+            with pytest.raises(TypeError, match="another one of the same history"):
+                compare(one, two)
+
+
+class Bookmark(BaseModel):
+    since: Position
+
+
+def test_model_reads_and_writes_a_position_by_its_text() -> None:
+    for bookmark in (Bookmark.model_validate_json('{"since":"e:5"}'), Bookmark(since=Position("e", 5))):
+        assert (type(bookmark.since), bookmark.since.epoch, bookmark.since.offset) == (Position, "e", 5)
+        assert bookmark.model_dump_json() == '{"since":"e:5"}'
+    assert Bookmark.model_json_schema()["properties"]["since"]["type"] == "string"
+    for nonsense in ("e", "e:-1", "", 5, ["e", 5], None):
+        with pytest.raises(ValidationError):
+            Bookmark.model_validate({"since": nonsense})
+
+
+# Publications and pages as JSON.
+
+
+@pytest.mark.parametrize(
+    ("publication", "expected"),
+    [
+        (Publication(Message.of("a"), NEWS), {"channel": "news", "data": "a"}),
+        (Publication(Message.of({"a": None}), EVERYONE), {"to": "everyone", "data": {"a": None}}),
+        (Publication(Message.of(b"\xff"), Audience.user(5)), {"to": "user", "data": "/w==", "encoding": "base64"}),
+        (
+            Publication(Message.of([1]), NEWS, frozenset({"x"}), id="y", position=Position("e", 1)),
+            {"channel": "news", "data": [1], "id": "y", "position": "e:1"},
+        ),
+    ],
+)
+def test_publication_is_written_as_clients_see_it(publication: Publication, expected: dict[str, object]) -> None:
+    assert dict(publication) == expected
+    assert json.loads(to_json(publication)) == expected
+    assert json.loads(Message.of({"none": None, "a": [publication]}).payload) == {"none": None, "a": [expected]}
+    event = json.loads(Message.of(dict(publication)).payload)
+    said = json.loads(publication.seen_by(events).payload)
+    assert said == {"type": "message"} | event
+    with pytest.raises(KeyError):
+        publication["exclude"]
+
+
+def test_page_is_written_with_its_messages() -> None:
+    page = Page([HELLO], Position("e", 5), True)
+    expected = {
+        "messages": [{"channel": "news", "data": "hello", "position": "e:5"}],
+        "position": "e:5",
+        "is_complete": True,
+    }
+    assert json.loads(to_json({"page": page})) == {"page": expected}
+    assert json.loads(Message.of(page).payload) == expected
+    assert dict(page) == {"messages": [HELLO], "position": "e:5", "is_complete": True}
+    assert repr(page) == "<Page of 1 messages up to e:5>"
+    with pytest.raises(KeyError):
+        page["keys"]
+    with pytest.raises(ValidationError):
+        TypeAdapter(Page).validate_json(json.dumps(expected))

@@ -30,8 +30,8 @@ class KnowsHistory(ABC):
         """Return where a channel is now. Everything that was broadcast before the call is behind it.
 
         To hand somebody a snapshot and let it follow: ask for the position first, load the data, and let the client
-        connect or subscribe `since` it. It may get what the data has already, and misses nothing. Give a client its
-        text, `str(position)`: in JSON the position itself would be a list.
+        connect or subscribe `since` it. It may get what the data has already, and misses nothing. A position is a
+        text, in JSON too: give it to the client as it is.
 
         Args:
             channel: Which channel.
@@ -65,7 +65,7 @@ class KnowsHistory(ABC):
 
         Returns:
             Page: The `messages`, each with its `data` and `position`; whether they are all (`is_complete`); and the
-            `position` to go on from.
+            `position` to go on from. A route may return it as it is.
 
         Raises:
             ConfigurationError: If it has no history.

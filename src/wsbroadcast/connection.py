@@ -133,8 +133,8 @@ class Connection(Generic[Info]):
         self.channels = frozenset(channels) if channels else _NO_CHANNELS
         """The channels it is subscribed to; after its end, those it was in. Change it through `subscribe`."""
         self.recovered: Mapping[str | Audience, Recovery] = _NOTHING_RECOVERED
-        """What became of what it missed, by channel, and by audience for its user's and everyone's: filled by `since=`
-        of `connect` and `subscribe`."""
+        """What became of what it missed, by channel, and by audience for its user's and everyone's. Only what `since=`
+        of `connect` and `subscribe` has named is in it: it is empty if no `since` was given."""
         self.expires_at: float | None = None
         """When it ends unless it is renewed, in seconds since 1970; `None` for never."""
         self._sink: Sink = transport.sink

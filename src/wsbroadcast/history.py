@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from wsbroadcast.audience import EVERYONE, UNSET, Audience
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.options import check_count, check_positive, longest_match
-from wsbroadcast.publication import Position, Publication
+from wsbroadcast.publication import POSITION_TEXT, Described, Position, Publication
 
 # Audiences whose history is remembered, because a broadcast needs it each time; past this many, the memory is emptied.
 _REMEMBERED = 8192
@@ -62,7 +62,8 @@ class History:
         if self.remember < self.seconds:
             raise ConfigurationError(
                 f"History.remember, {self.remember} s, is shorter than History.seconds, {self.seconds} s: a position "
-                "is known at least for as long as the messages after it"
+                "is known at least for as long as the messages after it are kept. Raise remember as well, as in "
+                f"History(seconds={self.seconds!r}, remember={self.seconds!r})"
             )
 
 
@@ -244,7 +245,10 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
         return NOWHERE
     if not isinstance(since, Mapping):
         if len(channels) != 1:
-            raise ValueError(f"since is a dict of positions by channel where the channels are {len(channels)}")
+            raise ValueError(
+                f"since is a dict of positions by channel where the channels are {len(channels)}, such as "
+                '{"news": "kX2dh0Qb7a_Z:17"}'
+            )
         return {Audience("channel", channels[0]): _checked_since(since)}
     found: dict[Audience, Since] = {}
     joined = {EVERYONE, *(Audience("channel", channel) for channel in channels)}
@@ -253,7 +257,10 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
     for key, value in since.items():
         audience = key if isinstance(key, Audience) else Audience("channel", key)
         if audience not in joined:
-            raise ValueError(f"since names {key!r:.80}, which is neither joined nor the connection's own")
+            raise ValueError(
+                f"since names {key!r:.80}, which is neither joined nor the connection's own; as a dict it is positions "
+                'by channel, such as {"news": "kX2dh0Qb7a_Z:17"}'
+            )
         if value is not None:
             found[audience] = _checked_since(value)
     return found
@@ -279,12 +286,13 @@ def _checked_since(value: object) -> Since:
                 return Position.of(value)
             except ValueError:
                 return _UNKNOWN
-    raise ValueError(f"since is a Position, LAST, or the text of a position, not {kind_of(value)}")
+    raise ValueError(f"since is a Position, LAST, or the text of a position, {POSITION_TEXT}, not {kind_of(value)}")
 
 
-Reason = Literal["", "epoch", "expired", "too_many", "unavailable"]
+Reason = Literal["", "epoch", "expired", "too_many", "unavailable", "not_kept"]
 """Why something could not be recovered: `epoch` if the position is of another history, or of none; `expired` if what
-was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked."""
+was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked;
+`not_kept` if the channel has no history."""
 
 
 class Recovery(NamedTuple):
@@ -310,15 +318,31 @@ def kept_audience(channel: object, user: object, everyone: bool) -> Audience:
     return EVERYONE if everyone else Audience.of(channel, user)
 
 
-class Page(NamedTuple):
-    """What is kept of an audience, as `history()` returns it."""
+class Page(Described):
+    """What is kept of an audience, as `history()` returns it. A route may return it as it is."""
 
-    messages: Sequence[Publication]
-    """In order: without `since` the newest, with it the first after it."""
-    position: Position
-    """The position behind them: who goes on since there misses nothing."""
-    is_complete: bool
-    """Whether these are all messages from `since` up to `position`. If not, they are the newest that are kept."""
+    # No named tuple, which would be a list in JSON; and no dataclass, whose messages FastAPI would copy.
+    __slots__ = ("is_complete", "messages", "position")
+
+    def __init__(self, messages: Sequence[Publication], position: Position, is_complete: bool) -> None:
+        self.messages = messages
+        """In order: without `since` the newest, with it the first after it."""
+        self.position = position
+        """The position behind them: who goes on since there misses nothing."""
+        self.is_complete = is_complete
+        """Whether these are all messages from `since` up to `position`. If not, they are the newest that are kept."""
+
+    def keys(self) -> Iterable[str]:
+        """Return the names of what is written as JSON."""
+        return "messages", "position", "is_complete"
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+    def __repr__(self) -> str:
+        return f"<Page of {len(self.messages)} messages up to {self.position}>"
 
 
 def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:

@@ -184,7 +184,8 @@ class ConnectionManager(HookDecorators, KnowsHistory):
             user: Who is behind it; one user may have many connections.
             channels: The channels it is subscribed to from the start.
             info: Whatever you want to find again as `connection.info`.
-            subprotocol: The subprotocol to accept with.
+            subprotocol: The subprotocol to accept with. It is only named to the client: `wsbroadcast.v1`, for one,
+                is spoken by routers alone, and not by a connection that is made here.
             headers: Headers to accept with.
             expires_at: When it is closed with 4401 unless it is renewed (see `Connection.renew`): seconds since 1970,
                 such as a token's `exp`, or a datetime with a timezone.
@@ -192,7 +193,8 @@ class ConnectionManager(HookDecorators, KnowsHistory):
                 user's and everyone's messages by `Audience.user(…)` and `EVERYONE`. A position is a `Position`, its
                 text (`str(position)`) as a client sends it back, or `LAST` for the newest message alone. What it missed
                 is sent behind the hooks and before what is live, as fast as the client takes it.
-                `connection.recovered` says whether it could be had, without a hole; if not, nothing older is sent.
+                `connection.recovered` says whether it could be had, without a hole; if not, nothing older is sent. For
+                `None` it wants nothing, and `connection.recovered` stays empty.
 
         Raises:
             ConnectionClosed: If the socket is closed, or its peer goes away during the call.

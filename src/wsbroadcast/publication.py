@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from secrets import token_urlsafe
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
-from pydantic_core import from_json
+from pydantic_core import SchemaSerializer, from_json
 
 from wsbroadcast.audience import Audience, UserId, as_channels
 from wsbroadcast.close_codes import check_sendable, cut_reason
@@ -23,36 +25,107 @@ MAX_OFFSET = 2**63 - 1
 
 _POSITION = re.compile(rf"({EPOCH.pattern}):(0|[1-9][0-9]{{0,18}})")
 
+# How pydantic writes what describes itself. As a dict, because pydantic itself isn't imported here.
+_AS_DICT: Any = {"type": "function-plain", "function": dict, "return_schema": {"type": "dict"}}
+
 NOBODY: frozenset[str] = frozenset()
 """The ids of no connection."""
 
 
-class Position(NamedTuple):
-    """A place in the history of an audience."""
+class Position(str):
+    """A place in the history of an audience: a text, so that it is one wherever an app puts it, such as in JSON."""
+
+    __slots__ = ("epoch", "offset")
+    __match_args__ = ("epoch", "offset")
 
     epoch: str
     """Names the history, and is never empty. Positions of another one can't be compared with these."""
     offset: int
     """Grows with each publication that is kept; 0 before the first."""
 
+    def __new__(cls, epoch: str, offset: int) -> Self:  # noqa: D102
+        self = str.__new__(cls, f"{epoch}:{offset}")  # not by super(): it is made for each message that is kept
+        self.epoch = epoch
+        self.offset = offset
+        return self
+
     @classmethod
     def of(cls, text: str) -> Self:
-        """Read a position from the text that `str` makes of it.
+        """Read a position from its text.
 
         Raises:
             ValueError: If it is something else.
         """
         found = _POSITION.fullmatch(text) if isinstance(text, str) else None
         if found is None:
-            raise ValueError(f"a position is an epoch, a colon and an offset, not {text!r:.80}")
+            raise ValueError(f"a position is {POSITION_TEXT}, not {text!r:.80}")
         return cls(found[1], int(found[2]))
 
-    def __str__(self) -> str:
-        return f"{self.epoch}:{self.offset}"
+    # Texts are compared letter by letter, which would put offset 10 before offset 9.
+
+    def __lt__(self, other: object) -> bool:
+        return self.offset < self._comparable(other)
+
+    def __le__(self, other: object) -> bool:
+        return self.offset <= self._comparable(other)
+
+    def __gt__(self, other: object) -> bool:
+        return self.offset > self._comparable(other)
+
+    def __ge__(self, other: object) -> bool:
+        return self.offset >= self._comparable(other)
+
+    def _comparable(self, other: object) -> int:
+        if not isinstance(other, Position) or other.epoch != self.epoch:
+            raise TypeError(f"a position is before or after another one of the same history, not {other!r:.80}")
+        return other.offset
+
+    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override]  # what a copy is made of
+        return self.epoch, self.offset
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: object) -> dict[str, Any]:
+        """Let routes and models take it by its text."""
+        reads = {"type": "no-info", "function": cls.of}
+        return {"type": "function-after", "function": reads, "schema": {"type": "str"}}
+
+    def __repr__(self) -> str:
+        return f"Position({self.epoch!r}, {self.offset!r})"
 
 
-class Publication:
-    """A message on its way to an audience."""
+POSITION_TEXT = 'an epoch, a colon and an offset, such as "kX2dh0Qb7a_Z:17"'
+"""What the text of a position looks like, for errors."""
+
+
+class Described:
+    """Something that is written as JSON by what `dict` makes of it: in a route's answer, and in a broadcast."""
+
+    __slots__ = ()
+
+    # What pydantic looks for in a value that it has to write.
+    __pydantic_serializer__ = SchemaSerializer({"type": "any", "serialization": _AS_DICT})
+
+    @abstractmethod
+    def keys(self) -> Iterable[str]:
+        """Return the names of what is written."""
+
+    @abstractmethod
+    def __getitem__(self, key: str) -> Any:
+        """Return what is written under a name."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: object) -> dict[str, Any]:
+        """Let a route say that it returns this: in its documentation it is an object, and nobody can send one."""
+        one = {"type": "is-instance", "cls": cls}
+        sent = {"type": "chain", "steps": [{"type": "dict"}, one]}
+        return {"type": "json-or-python", "json_schema": sent, "python_schema": one, "serialization": _AS_DICT}
+
+
+class Publication(Described):
+    """A message on its way to an audience.
+
+    As JSON, and by `dict`, it is what a client of the subprotocol `wsbroadcast.v1` gets of it, without the `type`.
+    """
 
     __slots__ = (
         "_seen",
@@ -121,6 +194,29 @@ class Publication:
     def offset(self) -> int:
         """That of its position; 0 if it has none."""
         return 0 if self.position is None else self.position.offset
+
+    def keys(self) -> Iterable[str]:
+        """Return the names of what is written as JSON."""
+        yield "channel" if self.audience.kind == "channel" else "to"
+        yield "data"
+        if not self.message.is_text:
+            yield "encoding"
+        if self.id is not None:
+            yield "id"
+        if self.position is not None:
+            yield "position"
+
+    def __getitem__(self, key: str) -> Any:
+        match key:
+            case "to":
+                return self.audience.kind
+            case "data" if not self.message.is_text:
+                return b64encode(self.message.payload).decode()
+            case "encoding":
+                return "base64"
+            case "channel" | "data" | "id" | "position":
+                return getattr(self, key)
+        raise KeyError(key)
 
     def withheld(self) -> Withheld:
         """Return what a client gets in its place that knows where it is, and doesn't get it."""

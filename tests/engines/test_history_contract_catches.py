@@ -125,14 +125,14 @@ class HasAnEpochOfItsOwn(HubEngine):
 
     async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
         appended = await super().append(publication, history, key)
-        return appended._replace(position=appended.position._replace(epoch=self.epoch))
+        return appended._replace(position=Position(self.epoch, appended.position.offset))
 
     async def read(self, audience: Audience, since: Position | None, history: History) -> Replay:
         replay = await super().read(audience, since, history)
-        return replay._replace(top=replay.top._replace(epoch=self.epoch))
+        return replay._replace(top=Position(self.epoch, replay.top.offset))
 
     async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
-        return [each._replace(epoch=self.epoch) for each in await super().positions(audiences, histories)]
+        return [Position(self.epoch, each.offset) for each in await super().positions(audiences, histories)]
 
 
 @fails("audience_without_publications_has_a_position")
@@ -210,8 +210,8 @@ class ReadsFromAReplica(HubEngine):
         replay = await super().read(audience, since, history)
         seen = [each for each in replay.publications if each.kept_at < self._hub.now() - 0.05]
         if not seen:
-            return replay._replace(publications=(), top=replay.top._replace(offset=replay.base))
-        return replay._replace(publications=seen, top=replay.top._replace(offset=seen[-1].offset))
+            return replay._replace(publications=(), top=Position(replay.top.epoch, replay.base))
+        return replay._replace(publications=seen, top=Position(replay.top.epoch, seen[-1].offset))
 
 
 @fails("newest_few_are_read")

@@ -557,8 +557,8 @@ async def test_live_envelope_says_where_it_is_kept(redis_server: Endpoint, prefi
             kept_as = b"%b}\n%b" % (header, payload)
             (outcome,) = await used_link.link.publish([KeptParcel(name, kept_as, Keep(KEPT))])
             assert isinstance(outcome, Appended)
-            epoch, offset = outcome.position
-            place = f',"epoch":"{epoch}","offset":{offset},"previous":{offset - 1}'.encode()
+            at = outcome.position
+            place = f',"epoch":"{at.epoch}","offset":{at.offset},"previous":{at.offset - 1}'.encode()
             await used_link.letters.until(b"%b%b}\n%b" % (header, place, payload))
             stretch = await _keeping(used_link).read_kept(name, None, KEPT)
             assert stretch.entries[-1].envelope == kept_as

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.strict import STRICT
-from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, History, Message, Publication
+from wsbroadcast import Audience, ConfigurationError, EngineUnavailable, History, Message, Position, Publication
 from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.sqlite import SQLiteEngine
@@ -207,7 +207,7 @@ def test_other_boot_begins_all_histories_anew(path: Path, store: Store, monkeypa
     again.close()
     assert first is not None
     assert same is not None
-    assert same.position == (first.position.epoch, 2)
+    assert same.position == Position(first.position.epoch, 2)
     boot = path.with_name("boot_id")
     boot.write_text("another")
     monkeypatch.setattr("wsbroadcast.engines.sqlite.store._BOOT_ID", boot)

@@ -8,7 +8,17 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.support.asgi import turns
-from wsbroadcast import Audience, ConfigurationError, ConnectionManager, Delivery, History, Lagged, Listener, Recovery
+from wsbroadcast import (
+    Audience,
+    ConfigurationError,
+    ConnectionManager,
+    Delivery,
+    History,
+    Lagged,
+    Listener,
+    ListenPolicy,
+    Recovery,
+)
 from wsbroadcast.testing import Cluster
 
 
@@ -75,6 +85,8 @@ async def test_listener_since_a_position(manager: ConnectionManager) -> None:
     async with manager.listen("kept:1", since=positions[1]) as messages:
         assert messages.recovered["kept:1"].reason == "too_many"
         assert await is_quiet(messages)
+    async with manager.listen("1", since="x:1") as messages:
+        assert messages.recovered == {"1": Recovery(False, "not_kept", None)}
 
 
 async def test_full_listener_is_told_once_and_goes_on(manager: ConnectionManager) -> None:
@@ -87,6 +99,38 @@ async def test_full_listener_is_told_once_and_goes_on(manager: ConnectionManager
         assert lagged.value.missed == 7
         await manager.broadcast("later", channel="1")
         assert await take(messages, 1) == ["later"]
+
+
+@pytest.mark.parametrize("policy", ["raise", "drop_oldest"])
+async def test_what_a_listener_does_not_get_takes_no_room(manager: ConnectionManager, policy: ListenPolicy) -> None:
+    async with manager.listen("1", user=5, size=2, policy=policy) as messages:
+        await manager.broadcast("first", channel="1")
+        for number in range(10):
+            await manager.broadcast(str(number), channel="1", exclude=messages)
+            await manager.broadcast(str(number), channel="1", exclude_users=[5])
+        await manager.broadcast("second", channel="1")
+        assert await take(messages, 2) == ["first", "second"]
+        assert await is_quiet(messages)
+
+
+@pytest.mark.parametrize("policy", ["raise", "drop_oldest"])
+async def test_broadcast_to_several_channels_takes_room_once(manager: ConnectionManager, policy: ListenPolicy) -> None:
+    async with manager.listen("1", "2", "3", size=2, policy=policy) as messages:
+        for text in ("first", "second"):
+            await manager.broadcast(text, channels=["1", "2", "3"])
+        assert await take(messages, 2) == ["first", "second"]
+        assert await is_quiet(messages)
+
+
+async def test_broadcast_to_several_channels_is_missed_once(manager: ConnectionManager) -> None:
+    async with manager.listen("1", "2", size=1) as messages:
+        await manager.broadcast("first", channel="1")
+        await manager.broadcast("missed", channels=["1", "2"])
+        assert await take(messages, 1) == ["first"]
+        with pytest.raises(Lagged) as lagged:
+            await anext(messages)
+        assert lagged.value.missed == 1
+        assert await is_quiet(messages)
 
 
 async def test_full_listener_that_drops_the_oldest(manager: ConnectionManager) -> None:

@@ -48,6 +48,12 @@ def texts(first: int, last: int) -> list[str]:
     return [str(number) for number in range(first, last + 1)]
 
 
+def test_history_that_is_longer_than_it_is_remembered_says_what_to_raise() -> None:
+    with pytest.raises(ConfigurationError, match=r"Raise remember as well, as in History\(seconds=604800, remember="):
+        History(seconds=7 * 86_400)
+    assert History(seconds=604_800, remember=604_800).remember == 604_800
+
+
 async def test_receipt_says_where_the_message_is_kept(manager: ConnectionManager) -> None:
     one, two = await say(manager, 1, 2)
     assert (one.epoch, one.offset, two.offset) == (two.epoch, 1, 2)
@@ -98,7 +104,7 @@ async def test_position_that_is_none_is_refused(manager: ConnectionManager, sinc
 @pytest.mark.parametrize("offset", [-1, 4, 10**30])
 async def test_offset_that_never_was_is_refused(manager: ConnectionManager, offset: int) -> None:
     positions = await say(manager, 1, 3)
-    _, recovery = await come_back(manager, positions[0]._replace(offset=offset))
+    _, recovery = await come_back(manager, Position(positions[0].epoch, offset))
     assert (recovery.recovered, recovery.position) == (False, positions[-1])
 
 
@@ -159,9 +165,41 @@ async def test_channel_without_history_can_t_be_recovered() -> None:
         receipt = await manager.broadcast("1", channel="news")
         assert receipt.position is None
         _, recovery = await come_back(manager, "x:1")
-        assert recovery == Recovery(False, "unavailable", None)
+        assert recovery == Recovery(False, "not_kept", None)
+        connection = await manager.connect(Peer().websocket)
+        assert await connection.subscribe("other", since="x:1") == Recovery(False, "not_kept", None)
+        assert await connection.subscribe("kept:1", since="x:1") == Recovery(
+            False, "epoch", await manager.position("kept:1")
+        )
+        assert manager.stats().refused_recoveries == {"not_kept": 2, "epoch": 1}
         with pytest.raises(ConfigurationError, match="nothing is kept for the channel 'news'"):
             await manager.position("news")
+
+
+async def test_manager_without_history_recovers_nothing() -> None:
+    async with ConnectionManager() as manager:
+        peer, recovery = await come_back(manager, "x:1")
+        assert recovery == Recovery(False, "not_kept", None)
+        assert manager.stats().refused_recoveries == {"not_kept": 1}
+        await manager.broadcast("live", channel="news")
+        assert await peer.wait_messages(1) == ["live"]
+
+
+async def test_who_named_no_position_recovers_nothing(manager: ConnectionManager) -> None:
+    connection = await manager.connect(Peer().websocket, channels=["news"])
+    assert connection.recovered == {}
+    assert manager.stats().refused_recoveries == {}
+
+
+@pytest.mark.parametrize(
+    "since",
+    [{"epoch": "x", "offset": 1}, {"news": {"epoch": "x", "offset": 1}}, {"news": ["x", 1]}, ["x", 1], ("x", 1), 5],
+)
+async def test_error_says_what_a_position_looks_like(manager: ConnectionManager, since: Any) -> None:
+    with pytest.raises(ValueError, match=r'^since .*"kX2dh0Qb7a_Z:17"'):
+        await manager.connect(Peer().websocket, channels=["news"], since=since)
+    with pytest.raises(ValueError, match=r'^since is a dict .*"kX2dh0Qb7a_Z:17"'):
+        await manager.connect(Peer().websocket, channels=["news", "other"], since="x:1")
 
 
 async def test_connect_that_hooks_refuse_replays_nothing(manager: ConnectionManager) -> None:

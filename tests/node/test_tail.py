@@ -180,6 +180,15 @@ def test_old_publications_are_not_gone_on_from(tail: Tail) -> None:
     tail.delivered = 7
     assert [offset for offset in (2, 3, 4, 6, 7) if tail.has(offset, 120.0)] == [4, 6, 7]
     assert [offset for offset in (4, 6, 7) if tail.has(offset, 151.0)] == [7]
+    assert [tail.why_not(offset) for offset in (2, 4, 6, 8)] == ["expired", "expired", "expired", "epoch"]
+
+
+def test_too_old_is_not_too_many(tail: Tail) -> None:
+    for offset in range(5, 13):
+        tail.take(entry(offset, kept_at=50.0))
+        tail.delivered = offset
+    assert not tail.has(7, 151.0)
+    assert [tail.why_not(offset) for offset in (6, 7, 9)] == ["too_many", "expired", "expired"]
 
 
 def test_stretches_are_shared_and_end_at_a_turn(tail: Tail) -> None:
@@ -207,6 +216,23 @@ def test_shrunk_tail_is_filled_again(tail: Tail) -> None:
     assert (tail.base, tail.is_shrunk) == (0, False)
     assert all(tail.has(offset, 0.0) for offset in range(6))
     assert [each.offset for each in tail.after(0).batch.publications] == [1, 2, 3, 4, 5]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 5, 9])
+def test_shrunk_tail_is_filled_from_a_log_that_is_ahead(tail: Tail, ahead: int) -> None:
+    for offset in range(5, 11):
+        tail.take(entry(offset))
+        tail.delivered = offset
+    tail.shrink()
+    tail.refilled(replay(6 + ahead, 10 + ahead))
+    assert tail.base == min(5 + ahead, 10)
+    assert tail.why_not(4) == "too_many"
+
+
+def test_shrunk_tail_whose_log_is_old_has_nothing_more(tail: Tail) -> None:
+    tail.shrink()
+    tail.refilled(Replay(Position("e", 5), [entry(5)], 4))
+    assert (tail.base, tail.why_not(3)) == (4, "expired")
 
 
 def test_shrunk_tail_is_not_filled_from_another_history(tail: Tail) -> None:

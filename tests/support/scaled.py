@@ -51,7 +51,8 @@ async def publish(manager: ManagerDep, channel: str, first: int, count: int, pub
 @router.get("/position/{channel}")
 async def position(manager: ManagerDep, channel: str) -> dict[str, Any]:
     """Where the history of a channel is."""
-    return (await manager.position(channel))._asdict()
+    position = await manager.position(channel)
+    return {"epoch": position.epoch, "offset": position.offset}
 
 
 @router.get("/history/{channel}")

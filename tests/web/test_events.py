@@ -99,7 +99,7 @@ async def test_client_that_comes_back_goes_on_where_it_was() -> None:
         assert messages[-1]["position"] == str(receipts[-1].position)
 
 
-@pytest.mark.parametrize("since", ["", "x", "%00", "epoch:1", "epoch:999999999999999999999", "x" * 10_000])
+@pytest.mark.parametrize("since", ["+", "x", "%00", "epoch:1", "epoch:999999999999999999999", "x" * 10_000])
 async def test_client_whose_position_is_none_is_told(since: str) -> None:
     manager = ConnectionManager(history=KEPT)
     async with serving(manager) as client:
@@ -161,6 +161,32 @@ async def test_client_may_go_back_in_a_channel_that_it_is_in() -> None:
         assert [event["data"] for event in (await peer.wait_events(9))[6:]] == [1, 2, 3]
 
 
+async def test_client_that_was_nowhere_yet_says_so_by_an_empty_position() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager, inbound="commands", authorize=lambda connection, action, channel: True) as client:
+        receipt = await manager.broadcast("old", channel="room:1")
+        peer = client("room:1", "")
+        here = {"type": "subscribed", "channel": "room:1", "position": str(receipt.position)}
+        assert (await peer.wait_events(2))[1] == here
+        peer.ask(type="subscribe", channel="room:2", since="")
+        elsewhere = {"type": "subscribed", "channel": "room:2", "position": str(await manager.position("room:2"))}
+        assert (await peer.wait_events(3))[2] == elsewhere
+        await manager.broadcast("live", channel="room:1")
+        assert [event["data"] for event in (await peer.wait_events(4))[3:]] == ["live"]
+        assert manager.stats().refused_recoveries == {}
+
+
+async def test_channel_that_is_not_kept_says_so() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager, inbound="commands", authorize=lambda connection, action, channel: True) as client:
+        peer = client("plain", "epoch:1")
+        refused = {"type": "subscribed", "recovered": False, "reason": "not_kept"}
+        assert (await peer.wait_events(2))[1] == refused | {"channel": "plain"}
+        peer.ask(type="subscribe", channel="other", since="epoch:1")
+        assert (await peer.wait_events(3))[2] == refused | {"channel": "other"}
+        assert manager.stats().refused_recoveries == {"not_kept": 2}
+
+
 async def test_plain_clients_of_the_same_router_stay_plain() -> None:
     manager = ConnectionManager(history=KEPT)
     async with serving(manager) as client:
@@ -194,8 +220,10 @@ async def test_subscribing_since() -> None:
         assert (await peer.wait_events(6))[-1] == {"type": "subscribed", "channel": "plain", "id": "x"}
         peer.ask(type="subscribe", channel="room:3", since="last")
         assert (await peer.wait_events(7))[-1]["recovered"] is True
-        peer.ask(type="subscribe", channel="room:4", since=5)
-        assert (await peer.wait_events(8))[-1]["code"] == "invalid_command"
+        peer.ask(type="subscribe", channel="room:4", since={"epoch": "x", "offset": 1})
+        error = (await peer.wait_events(8))[-1]
+        assert error["code"] == "invalid_command"
+        assert '"kX2dh0Qb7a_Z:17"' in error["text"]
         peer.ask(type="unsubscribe", channel="room:2", id=8)
         assert (await peer.wait_events(9))[-1] == {"type": "unsubscribed", "channel": "room:2", "id": 8}
         await manager.broadcast("gone", channel="room:2")

@@ -152,7 +152,7 @@ class Continuity:
         places: dict[Audience, Position] = {}
         for audience in listener.audiences:
             if self._replays is None or not self.is_kept(audience):
-                recovery, begins = Recovery(False, "unavailable", None), None
+                recovery, begins = Recovery(False, "not_kept", None), None
             else:
                 recovery, begins = await self._replays.locate(audience, since.get(audience, NOW))
                 begins = begins or recovery.position
@@ -217,8 +217,10 @@ class Continuity:
                     self.say(connection, events.subscribed(audience, asked, begins, id_))
 
             if self._replays is None or not self._registry.is_member(connection, audience):
-                recovery = Recovery(False, "unavailable", None)
+                recovery = Recovery(False, "unavailable" if self.is_kept(audience) else "not_kept", None)
                 announce(recovery, None)
+                if position is not NOW:
+                    self._counters.refused_recoveries[recovery.reason] += 1
             else:
                 recovery = await self._replays.start(connection, audience, position, announce)
             if position is not NOW:

@@ -23,6 +23,22 @@ ListenPolicy = Literal["raise", "drop_oldest"]
 _REMEMBERED = 1024
 
 
+class _Remembered:
+    """The ids of the newest broadcasts to several audiences."""
+
+    def __init__(self) -> None:
+        self._ids: OrderedDict[str, None] = OrderedDict()
+
+    def add(self, id_: str) -> bool:
+        """Remember one; tell whether it is new."""
+        if id_ in self._ids:
+            return False
+        self._ids[id_] = None
+        if len(self._ids) > _REMEMBERED:
+            self._ids.popitem(last=False)
+        return True
+
+
 class Listener:
     """Gets what is broadcast to channels, and to a user, in this process: `async for publication in listener`.
 
@@ -65,7 +81,9 @@ class Listener:
         self._waiting: deque[Publication] = deque()
         self._missed = 0
         self._has_broken = False
-        self._got: OrderedDict[str, None] = OrderedDict()
+        # The broadcasts that it has got, and those that came without a history, whether they fitted or not.
+        self._got = _Remembered()
+        self._offered = _Remembered()
         self._wake: asyncio.Future[None] | None = None
         self._is_ended = False
 
@@ -84,6 +102,8 @@ class Listener:
 
     def offer(self, publication: Publication) -> None:
         """Take a publication to an audience without a history."""
+        if self._is_withheld(publication) or (publication.id is not None and not self._offered.add(publication.id)):
+            return
         if len(self._waiting) >= self._size:
             self._missed += 1
             if self._policy == "raise":
@@ -147,15 +167,12 @@ class Listener:
             self._has_broken = False
             self._tell(None)
         for candidate in self._candidates():
-            if candidate.id is not None:
-                if candidate.id in self._got:
-                    continue
-                self._got[candidate.id] = None
-                if len(self._got) > _REMEMBERED:
-                    self._got.popitem(last=False)
-            if self.id not in candidate.exclude and self.user_key not in candidate.exclude_users:
+            if not self._is_withheld(candidate) and (candidate.id is None or self._got.add(candidate.id)):
                 return candidate
         return None
+
+    def _is_withheld(self, publication: Publication) -> bool:
+        return self.id in publication.exclude or self.user_key in publication.exclude_users
 
     def _candidates(self) -> Iterable[Publication]:
         while self._waiting:
@@ -175,11 +192,11 @@ class Listener:
             return None
         if place.offset < tail.base:
             missed = tail.base - place.offset
-            self._places[audience] = place._replace(offset=tail.base)
+            self._places[audience] = Position(place.epoch, tail.base)
             self._tell(missed)
         publication = tail.first_after(self._places[audience].offset)
-        if publication is not None:
-            self._places[audience] = place._replace(offset=publication.offset)
+        if publication is not None and publication.position is not None:  # in a tail each has one
+            self._places[audience] = publication.position
         return publication
 
     def _tell(self, missed: int | None) -> None:

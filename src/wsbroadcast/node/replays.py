@@ -120,7 +120,7 @@ class Replays:
             announce(recovery, recovery.position)
         else:
             assert cursor is not None
-            cursor.epoch, cursor.offset = begins
+            cursor.epoch, cursor.offset = begins.epoch, begins.offset
             announce(recovery, begins)
             if since is not NOW:
                 self._counters.recoveries += 1
@@ -137,6 +137,8 @@ class Replays:
         It can be had from here for a while.
         """
         tail = self._tails.of(audience)
+        if tail is None and self._tails.history(audience) is None:
+            return Recovery(False, "not_kept", None), None
         if tail is None or not await self._is_near(tail, audience, since):
             return Recovery(False, "unavailable", self._position(audience)), None
         if since is NOW:

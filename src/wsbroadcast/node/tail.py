@@ -84,6 +84,7 @@ class Tail:
     __slots__ = (
         "_entries",
         "_first",
+        "_gone",
         "_has_lost_held",
         "_held",
         "_stretches",
@@ -140,6 +141,8 @@ class Tail:
         self._held: list[tuple[Publication, int]] = []
         self._has_lost_held = False
         self._stretches: dict[tuple[int, int], Stretch] = {}
+        # Why what came before `base` is gone.
+        self._gone: Reason = "expired"
 
     @property
     def position(self) -> Position | None:
@@ -198,7 +201,7 @@ class Tail:
             self.top = replay.top.offset  # what is no envelope has an offset, too
         elif replay.top.epoch != self.epoch or replay.top.offset > self.top:
             if self.epoch:
-                broken = "epoch" if replay.top.epoch != self.epoch else self._why_not(replay)
+                broken = "epoch" if replay.top.epoch != self.epoch else self._why_gone(replay)
             self._begin(replay)
         held, self._held, has_lost = self._held, [], self._has_lost_held
         self._has_lost_held = False
@@ -232,12 +235,13 @@ class Tail:
             return reads > 0
         return reads > _MAX_READS and position.offset > self.top and publication.previous != self.top
 
-    def _why_not(self, replay: Replay) -> Reason:
+    def _why_gone(self, replay: Replay) -> Reason:
         return "too_many" if len(replay.publications) >= self.history.messages else "expired"
 
     def _begin(self, replay: Replay) -> None:
-        self.epoch, self.top = replay.top
+        self.epoch, self.top = replay.top.epoch, replay.top.offset
         self.base = replay.base
+        self._gone = self._why_gone(replay)
         self._entries, self._first = list(replay.publications), 0
         self._stretches.clear()
         self.is_shrunk = False
@@ -265,6 +269,7 @@ class Tail:
             if entries[self._first].offset > self.promised and size <= _PROMISED_PART * most:
                 break
             self._forget_first()
+            self._gone = "too_many"
         if self._first >= _TRIM and 2 * self._first >= len(entries):
             del entries[: self._first]
             self._first = 0
@@ -313,11 +318,15 @@ class Tail:
     def has(self, offset: int, now: float) -> bool:
         """Tell whether everything after an offset is here, none of it too old; an offset that never was is not."""
         index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
-        if offset not in (self.base, self.top):
-            is_one = index > self._first and self._entries[index - 1].offset == offset
-            if offset < self.base or not is_one:
-                return False
+        if not self._is_one(offset, index):
+            return False
         return index == len(self._entries) or now - self._entries[index].kept_at <= self.history.seconds
+
+    def _is_one(self, offset: int, index: int) -> bool:
+        # Whether it is the offset of something, or the place where what is here begins.
+        if offset in (self.base, self.top):
+            return True
+        return offset > self.base and index > self._first and self._entries[index - 1].offset == offset
 
     def before_last(self) -> int:
         """Return the offset before the newest publication that was delivered, so that a replay has only that one."""
@@ -326,11 +335,12 @@ class Tail:
 
     def why_not(self, offset: int) -> Reason:
         """Return why not everything after an offset is here."""
-        if offset > self.base:
-            return "epoch"  # it never was
+        if offset >= self.base:
+            index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
+            return "expired" if self._is_one(offset, index) else "epoch"
         if self.is_shrunk:
             return "unavailable"  # the rest is kept, and couldn't be read
-        return "too_many" if len(self._entries) - self._first >= self.history.messages else "expired"
+        return self._gone
 
     def has_all_after(self, offset: int) -> bool:
         """Tell whether everything after the offset of one who is on the way here is still here."""
@@ -370,4 +380,5 @@ class Tail:
             self._first = 0
             self.base = replay.base
             self.bytes += sum(publication.message.size for publication in older)
+        self._gone = self._why_gone(replay)  # all of it: it may be ahead, with fewer that are older than what is here
         self.is_shrunk = False

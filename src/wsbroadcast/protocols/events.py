@@ -67,13 +67,13 @@ def subscribed(audience: Audience, recovery: Recovery | None, since: Position | 
 
     Args:
         audience: What was joined.
-        recovery: What became of what was missed; `None` if nothing was asked for, or nothing is kept.
+        recovery: What became of what was missed; `None` if nothing was asked for.
         since: Where messages begin; `None` if that isn't known.
         id_: The `id` of the command that asked for it.
     """
     answer: dict[str, object] = {"type": "subscribed", **_names(audience)}
     if since is not None:
-        answer["position"] = str(since)
+        answer["position"] = since
     if recovery is not None:
         answer["recovered"] = recovery.recovered
         if recovery.reason:
@@ -84,7 +84,7 @@ def subscribed(audience: Audience, recovery: Recovery | None, since: Position | 
 def gap(audience: Audience, reason: str, position: Position | None) -> Message:
     """Make the event that says that something was missed that can't be had any more, and where messages go on."""
     event: dict[str, object] = {"type": "gap", **_names(audience), "reason": reason}
-    return Message.json(event if position is None else event | {"position": str(position)})
+    return Message.json(event if position is None else event | {"position": position})
 
 
 def _names(audience: Audience) -> dict[str, str]:
@@ -97,4 +97,4 @@ def _where(audience: Audience) -> bytes:
 
 
 def _position(position: Position | None) -> bytes:
-    return b"" if position is None else b',"position":"%b:%d"' % (position.epoch.encode(), position.offset)
+    return b"" if position is None else b',"position":"%b"' % position.encode()

@@ -146,7 +146,7 @@ class Access:
                     channels,
                     identity.info,
                     expires_at=identity.expires_at,
-                    since=None if channel is None else websocket.query_params.get("since"),
+                    since=None if channel is None else websocket.query_params.get("since") or None,  # empty is none
                 )
                 return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):

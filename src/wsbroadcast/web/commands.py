@@ -29,6 +29,7 @@ from wsbroadcast.exceptions import (
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.message import Message
 from wsbroadcast.node.core import Core
+from wsbroadcast.publication import POSITION_TEXT
 from wsbroadcast.web.access import Access
 
 MAX_ID_CHARACTERS = 64
@@ -107,8 +108,10 @@ class Commands:
             case {"type": "subscribe", "channel": str() as channel}:
                 since = command.get("since") if isinstance(command, dict) else None
                 if since is not None and not isinstance(since, str):
-                    return error_answer("invalid_command", "since is the text of a position, or last")
-                await self._subscribe_since(connection, check_channel(channel), since, _id_of(command).get("id"))
+                    return error_answer("invalid_command", f'since is "last", or a text: {POSITION_TEXT}')
+                await self._subscribe_since(
+                    connection, check_channel(channel), since or None, _id_of(command).get("id")
+                )
                 return None
             case {"type": "publish", "channel": str() as channel, "data": data}:
                 name = check_channel(channel)

@@ -336,7 +336,8 @@ class Listener:
 
     async def _read_row(self, note: Note, since: float, inlet: Inlet) -> bytes | None:
         sql: str = self._history.row_sql
-        where: tuple[object, ...] = note.place.position
+        position = note.place.position
+        where: tuple[object, ...] = (position.epoch, position.offset)
         if note.row is not None:
             sql, where = self._table.read_sql, (note.row,)
         try:

@@ -392,8 +392,9 @@ class _Batch:
             "INSERT INTO wsbroadcast_places VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) "
             "DO UPDATE SET place = excluded.place, quiet_at = excluded.quiet_at, forget_at = excluded.forget_at",
             [
-                (name, *self.positions[name], self._now + history.seconds, self._now + history.remember)
-                for name, history in self.histories.items()
+                (name, at.epoch, at.offset, self._now + history.seconds, self._now + history.remember)
+                for name, at in self.positions.items()
+                for history in (self.histories[name],)
             ],
         )
 
