@@ -369,8 +369,10 @@ def documents(client: TestClient) -> None:
 
 
 async def catch_up(example: ModuleType) -> None:
-    """A copy that missed more than is kept asks the others for it."""
+    """A copy that missed more than is kept asks the others for it; that they have nothing is an answer, too."""
     copy = example.Doc()
+    nothing = example.handle_sync_message(b"\0", copy)
+    assert example.handle_sync_message(nothing[1:], copy) is None
     copy.apply_update(b"mine")
     async with example.manager.listen("x", size=2) as behind, example.manager.listen("x") as hears:
         others = example.Others("x", copy, behind)
