@@ -295,7 +295,8 @@ class Continuity:
         assert self._replays is not None
         self._replays.broken(audience)
         for connection in self._registry.recipients(audience):
-            self._tell_gap_to(connection, audience, reason)
+            if not self._replays.is_held(connection, audience):
+                self._tell_gap_to(connection, audience, reason)
         tail = None if self.tails is None else self.tails.of(audience)
         for listener in self._listeners.get(audience, ()):
             listener.broken(audience, None if tail is None else tail.position)

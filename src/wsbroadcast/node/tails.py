@@ -121,6 +121,7 @@ class Tails:
             return False
         tail = self._tails[audience] = Tail(history, *self._turn)
         tail.is_reading = True
+        tail.heard_at = _now()
         self._begin_reading(audience, tail)
         if self._look is None:
             self._look_later()
@@ -257,6 +258,7 @@ class Tails:
                 del self._readings[audience]
 
     def _failed(self, audience: Audience, tail: Tail, failures: int, error: EngineError) -> None:
+        tail.has_failed = True
         if self._throttle.is_due("read"):
             logger.warning("what was missed of %s can't be read (%s); trying again", audience, error)
         if failures >= _MAX_FAILURES and (reason := tail.given_up()) is not None:
