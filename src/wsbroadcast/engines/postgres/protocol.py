@@ -13,6 +13,7 @@ transaction; a program that sends a single one may leave it out. Of what is kept
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import ssl
 from base64 import b64decode, b64encode
@@ -192,11 +193,15 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # it is Any
 
     __slots__ = ()
 
-    def _cancel_current_command(self, *_waiters: object) -> None:
-        """Tell the server nothing.
+    def _cancel_current_command(self, *waiters: asyncio.Future[None]) -> None:
+        """Tell the server nothing, and give the connection up.
 
         asyncpg would open another connection to do so, in a task that outlives this one and complains about its end.
+        Who comes next on this one would wait for that.
         """
+        for waiter in waiters:
+            waiter.set_result(None)
+        asyncio.get_running_loop().call_soon(drop, self)  # asyncpg still writes to it in this turn
 
 
 async def connect(**options: Any) -> Connection:
