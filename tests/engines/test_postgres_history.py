@@ -702,17 +702,19 @@ async def test_command_that_is_cancelled_ends_the_link(postgres_server: Endpoint
     async with keeping(postgres_server.url, prefix, timing=Timing(probe_interval=60)) as node:
         link = node.engine._postgres_link
         assert link is not None
-        async with link._listener.lock:
-            sleeping = asyncio.create_task(link._listener._connection.execute("SELECT pg_sleep(60)"))
-            await turns(3)
-            reading = asyncio.create_task(node.position())
-            await turns(3)
-            sleeping.cancel()
-        await asyncio.wait([sleeping])
-        async with asyncio.timeout(1):
-            with pytest.raises(EngineUnavailable):
-                await reading
-        await node.link_is_lost_and_back(link)
+        lock = "SELECT pg_advisory_xact_lock(1)"
+        async with holding(postgres_server.url, lock):
+            async with link._listener.lock:
+                waiting = asyncio.create_task(link._listener._connection.execute(lock))
+                await turns(3)
+                reading = asyncio.create_task(node.position())
+                await turns(3)
+                waiting.cancel()
+            await asyncio.wait([waiting])
+            async with asyncio.timeout(1):
+                with pytest.raises(EngineUnavailable):
+                    await reading
+            await node.link_is_lost_and_back(link)
         await node.append("1")
         await node.came(1)
 
