@@ -456,6 +456,9 @@ async def _come_to_the_end(
     for channel in CHANNELS * 2:  # what follows shows what was lost before it
         await _publish_last(story, manager, channel)
     while True:
+        for client in clients:
+            with suppress(EngineError):  # it tries again
+                await client.come(client.random.choice(client.managers))  # who was too slow was closed
         behind = Counter[str]()
         for channel in CHANNELS:
             top = await manager.position(channel)
