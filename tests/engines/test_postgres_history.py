@@ -702,14 +702,18 @@ async def test_command_that_is_cancelled_ends_the_link(postgres_server: Endpoint
     async with keeping(postgres_server.url, prefix, timing=Timing(probe_interval=60)) as node:
         link = node.engine._postgres_link
         assert link is not None
-        lock = "SELECT pg_advisory_xact_lock(1)"
+        listener, lock = link._listener, "SELECT pg_advisory_xact_lock(1)"
+
+        async def wait() -> None:
+            async with listener.lock:
+                await listener._connection.execute(lock)
+
         async with holding(postgres_server.url, lock):
-            async with link._listener.lock:
-                waiting = asyncio.create_task(link._listener._connection.execute(lock))
-                await turns(3)
-                reading = asyncio.create_task(node.position())
-                await turns(3)
-                waiting.cancel()
+            waiting = asyncio.create_task(wait())
+            await turns(3)
+            reading = asyncio.create_task(node.position())
+            await turns(3)
+            waiting.cancel()
             await asyncio.wait([waiting])
             async with asyncio.timeout(1):
                 with pytest.raises(EngineUnavailable):

@@ -193,15 +193,13 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # it is Any
 
     __slots__ = ()
 
-    def _cancel_current_command(self, *waiters: asyncio.Future[None]) -> None:
-        """Tell the server nothing, and give the connection up.
+    def _cancel_current_command(self, *_waiters: object) -> None:
+        """Tell the server nothing, and give the connection up, before anybody else who waits for a turn on it gets one.
 
         asyncpg would open another connection to do so, in a task that outlives this one and complains about its end.
         Who comes next on this one would wait for that.
         """
-        for waiter in waiters:
-            waiter.set_result(None)
-        asyncio.get_running_loop().call_soon(drop, self)  # asyncpg still writes to it in this turn
+        asyncio.get_running_loop().call_soon(drop, self)  # later, because asyncpg still writes to it in this turn
 
 
 async def connect(**options: Any) -> Connection:
