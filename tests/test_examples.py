@@ -384,6 +384,10 @@ async def catch_up(example: ModuleType) -> None:
         assert (await anext(hears)).data == b"\0\0mine"
         await example.manager.broadcast(b"\1more", channel="x")
         assert await reading == b"\1more"
+        for suffix in ("", "-shm", "-wal"):
+            os.unlink(f"documents.db{suffix}")
+        await others.send(b"\1kept")  # as soon as there is another
+        await eventually(lambda: example.manager.stats().engine.reconnects)
 
 
 def broadcaster(client: TestClient) -> None:
