@@ -21,7 +21,7 @@ from typing import Self
 from fastapi import FastAPI, WebSocket
 from pycrdt import Doc, Provider, YMessageType, create_sync_message, handle_sync_message
 
-from wsbroadcast import CloseCode, ConnectionManager, History, Lagged, Listener
+from wsbroadcast import CloseCode, ConnectionManager, EngineUnavailable, History, Lagged, Listener
 
 manager = ConnectionManager(
     os.environ.get("BROKER_URL", "memory://"),
@@ -58,7 +58,12 @@ class Others:
     async def send(self, message: bytes) -> None:
         if message in self._received:
             return  # it has come from another worker, which has told everybody
-        await manager.broadcast(message, channel=self.path, exclude=self._listener)
+        while True:
+            try:
+                await manager.broadcast(message, channel=self.path, exclude=self._listener)
+                return
+            except EngineUnavailable:  # an outage; to Yjs it is all the same when a message comes, and how often
+                await asyncio.sleep(0.5)
 
 
 class Document:

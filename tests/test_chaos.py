@@ -11,6 +11,7 @@ import pytest
 from tests.support import chaos
 from tests.support.chaos import ClusterWorld, Story
 from wsbroadcast import Delivery, History, Publication, SlowConsumer
+from wsbroadcast.manager import core_of
 from wsbroadcast.node.tail import Tail, Taken
 from wsbroadcast.testing import Cluster
 
@@ -53,6 +54,19 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(seed: int) -> Non
         story = await run(cluster, seed)
     assert story.wrong == {}
     assert story.seen["recovered"] > 50
+
+
+async def test_clients_that_are_too_slow_at_the_end_come_back() -> None:
+    class World(ClusterWorld):
+        def calm(self) -> None:
+            super().calm()
+            for manager in self.managers:
+                for connection in manager.connections:
+                    core_of(manager).life.node.evict(connection)
+
+    async with made(0) as cluster:
+        story = await chaos.run(World(cluster), 0, messages=MESSAGES, seconds=0.2, clients=CLIENTS, patience=5.0)
+    assert story.wrong == {}
 
 
 # Controls: the test finds what it is for.

@@ -369,8 +369,10 @@ def documents(client: TestClient) -> None:
 
 
 async def catch_up(example: ModuleType) -> None:
-    """A copy that missed more than is kept asks the others for it."""
+    """A copy that missed more than is kept asks the others for it; that they have nothing is an answer, too."""
     copy = example.Doc()
+    nothing = example.handle_sync_message(b"\0", copy)
+    assert example.handle_sync_message(nothing[1:], copy) is None
     copy.apply_update(b"mine")
     async with example.manager.listen("x", size=2) as behind, example.manager.listen("x") as hears:
         others = example.Others("x", copy, behind)
@@ -382,6 +384,10 @@ async def catch_up(example: ModuleType) -> None:
         assert (await anext(hears)).data == b"\0\0mine"
         await example.manager.broadcast(b"\1more", channel="x")
         assert await reading == b"\1more"
+        for suffix in ("", "-shm", "-wal"):
+            os.unlink(f"documents.db{suffix}")
+        await others.send(b"\1kept")  # as soon as there is another
+        await eventually(lambda: example.manager.stats().engine.reconnects)
 
 
 def broadcaster(client: TestClient) -> None:

@@ -17,6 +17,7 @@ import asyncpg
 import pytest
 
 from tests.engines.test_postgres_transaction import KINDS, Begin, Regret, asyncpg_connection
+from tests.support.asgi import turns
 from tests.support.brokers import Endpoint, PostgresServer
 from tests.support.postgres import Node, Run, drop_database, holding, until
 from tests.support.servers import eventually
@@ -673,6 +674,53 @@ async def test_reads_that_are_cancelled_do_not_cost_the_link(postgres_server: En
     await node.append("2")
     assert len(await node.came(2)) == 2
     assert node.engine.link is link
+
+
+# What a server says that shuts down, just before it closes the connection.
+_GOODBYE = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+
+
+async def test_read_that_loses_the_connection_ends_the_link(postgres_server: Endpoint, prefix: str) -> None:
+    """At once: asyncpg closes the connection, and tells only who reads."""
+    async with keeping(postgres_server.url, prefix, timing=Timing(probe_interval=60)) as node:
+        link = node.engine._postgres_link
+        assert link is not None
+        await node.append("1")
+        await node.came(1)
+        protocol = link._listener._connection._protocol
+        protocol.data_received(b"E" + (len(_GOODBYE) + 4).to_bytes(4) + _GOODBYE)
+        with pytest.raises(EngineUnavailable, match="cannot switch to state"):
+            await node.position()
+        await node.link_is_lost_and_back(link)
+        assert await node.texts() == ["1"]
+        await node.append("2")
+        await node.came(2)
+
+
+async def test_command_that_is_cancelled_ends_the_link(postgres_server: Endpoint, prefix: str) -> None:
+    """Whoever is next on that connection would wait for an answer that never comes."""
+    async with keeping(postgres_server.url, prefix, timing=Timing(probe_interval=60)) as node:
+        link = node.engine._postgres_link
+        assert link is not None
+        listener, lock = link._listener, "SELECT pg_advisory_xact_lock(1)"
+
+        async def wait() -> None:
+            async with listener.lock:
+                await listener._connection.execute(lock)
+
+        async with holding(postgres_server.url, lock):
+            waiting = asyncio.create_task(wait())
+            await turns(3)
+            reading = asyncio.create_task(node.position())
+            await turns(3)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            async with asyncio.timeout(1):
+                with pytest.raises(EngineUnavailable):
+                    await reading
+            await node.link_is_lost_and_back(link)
+        await node.append("1")
+        await node.came(1)
 
 
 async def test_reads_end_with_the_link(postgres_server: Endpoint, node: Keeping) -> None:

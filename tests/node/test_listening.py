@@ -17,8 +17,11 @@ from wsbroadcast import (
     Lagged,
     Listener,
     ListenPolicy,
+    Position,
     Recovery,
 )
+from wsbroadcast.engines.memory import MemoryEngine
+from wsbroadcast.history import Replay
 from wsbroadcast.testing import Cluster
 
 
@@ -239,3 +242,47 @@ async def test_what_a_listener_missed_in_an_outage_is_read() -> None:
         await cluster[0].broadcast("later", channel="kept")
         assert await take(messages, 1) == ["later"]
         assert Audience.user(1) in messages.audiences
+
+
+async def test_listener_that_began_while_nothing_could_be_read_is_told() -> None:
+    async with Cluster(2, history={"kept": History(messages=10)}) as cluster:
+        cluster.partition(1)
+        async with cluster[1].listen("kept") as messages:
+            await cluster[0].broadcast("missed", channel="kept")
+            cluster.heal()
+            with pytest.raises(Lagged):
+                await take(messages, 1)
+            await cluster[0].broadcast("later", channel="kept")
+            assert await take(messages, 1) == ["later"]
+
+
+async def test_history_that_is_forgotten_while_a_listener_looks_for_its_place_in_another() -> None:
+    engine = MemoryEngine()
+    read, reads = engine.read, 0
+    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(audience: Audience, since: Position | None, history: History) -> Replay:
+        nonlocal reads
+        reads += audience.name == "b"
+        if audience.name == "b" and reads == 2:
+            is_asked.set()
+            await may_answer.wait()
+        return await read(audience, since, history)
+
+    engine.read = read_slowly  # type: ignore[method-assign]
+    async with ConnectionManager(engine, history=History(messages=10)) as manager:
+        elsewhere = Position("elsewhere", 1)  # for which it is looked what is newest
+
+        async def listen() -> list[object]:
+            async with manager.listen("a", "b", since={"b": elsewhere}) as messages:
+                with pytest.raises(Lagged):
+                    await take(messages, 1)
+                await manager.broadcast("later", channel="a")
+                return await take(messages, 1)
+
+        listening = asyncio.create_task(listen())
+        await is_asked.wait()
+        await manager.forget("a")
+        await turns()
+        may_answer.set()
+        assert await listening == ["later"]

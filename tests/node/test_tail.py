@@ -137,6 +137,15 @@ def test_history_that_can_t_be_read_is_gone_on_with(tail: Tail) -> None:
     assert not tail.has(5, 0.0)
 
 
+@pytest.mark.parametrize("has_failed", [False, True])
+def test_first_read_is_a_break_for_who_came_before_it(has_failed: bool) -> None:
+    tail = Tail(KEPT)
+    tail.is_reading, tail.has_failed = True, has_failed
+    tail.take(entry(4))
+    assert fill(tail, replay(3, 4)) == ("unavailable" if has_failed else None)
+    assert (tail.delivered, tail.next()) == (4, None)
+
+
 def test_far_too_much_is_held_is_read_later(tail: Tail) -> None:
     tail.take(entry(6))
     for offset in range(7, 6000):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from types import ModuleType
@@ -28,7 +27,9 @@ def _strawberry() -> dict[str, ModuleType]:
 
 
 # pycrdt: a document is a set of lines that only grows. It speaks as Yjs does: what one has, what another one lacks of
-# that, and what is new.
+# that, and what is new. No update is empty: one with nothing in it is two zeros, which say so.
+
+_NO_UPDATE = b"\0\0"
 
 
 class _Kind(IntEnum):
@@ -58,31 +59,34 @@ def _create_sync_message(document: Document) -> bytes:
 def _handle_sync_message(message: bytes, document: Document) -> bytes | None:
     kind, rest = message[0], message[1:]
     if kind == 0:
-        return b"\0\1" + b"\n".join(line for line in document.lines if line not in rest.split(b"\n"))
+        lacks = b"\n".join(line for line in document.lines if line not in rest.split(b"\n"))
+        return b"\0\1" + (lacks or _NO_UPDATE)
     if kind > 2:
         raise ValueError("no message of Yjs")
-    assert rest or kind < 2  # who lacks nothing is answered with nothing
-    document.apply_update(rest)
+    assert rest
+    if rest != _NO_UPDATE:
+        document.apply_update(rest)
     return None
 
 
 class Provider:
-    """Stands for `pycrdt.Provider`: keeps a document in step through a channel."""
+    """Stands for `pycrdt.Provider`: keeps a document in step through a channel; if it can't, the block ends."""
 
     def __init__(self, document: Document, channel: Any) -> None:
         self._document = document
         self._channel = channel
+        self._group = asyncio.TaskGroup()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._send())]
+        await self._group.__aenter__()
+        self._tasks = [self._group.create_task(self._receive()), self._group.create_task(self._send())]
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
+    async def __aexit__(self, *exc: Any) -> None:
         for task in self._tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        await self._group.__aexit__(*exc)
 
     async def _receive(self) -> None:
         async for message in self._channel:

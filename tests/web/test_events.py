@@ -351,6 +351,36 @@ async def test_new_epoch_is_told_to_clients_that_stayed() -> None:
         await eventually(lambda: peer.events[-1].get("position") == str(receipt.position))
 
 
+async def test_client_that_came_while_nothing_could_be_read_is_told_where_it_begins() -> None:
+    async with Cluster(2, history=KEPT) as cluster, serving(cluster[1]) as client:
+        there, node = cluster
+        first = await there.broadcast("1", channel="room:1")
+        cluster.partition(1)
+        peer = client("room:1")
+        assert (await peer.wait_events(2))[1] == {"type": "subscribed", "channel": "room:1"}
+        is_asked, may_go_on = asyncio.Event(), asyncio.Event()
+
+        @node.on_connect
+        async def wait(_: object) -> None:
+            is_asked.set()
+            await may_go_on.wait()
+
+        late = client("room:1", first.position)
+        await is_asked.wait()
+        missed = await there.broadcast("2", channel="room:1")
+        cluster.heal()
+        await eventually(lambda: peer.of("gap"))
+        at = str(missed.position)
+        assert peer.of("gap") == [{"type": "gap", "channel": "room:1", "reason": "unavailable", "position": at}]
+        may_go_on.set()
+        await there.broadcast("3", channel="room:1")
+        await eventually(lambda: peer.of("message") and len(late.of("message")) == 2)
+        assert [event["data"] for event in peer.of("message")] == ["3"]
+        assert late.of("gap") == []
+        assert late.of("subscribed")[0]["recovered"] is True
+        assert [event["data"] for event in late.of("message")] == ["2", "3"]
+
+
 async def test_slow_client_is_sent_the_rest_when_it_reads_again() -> None:
     manager = ConnectionManager(
         history={"room:*": History(messages=1000)}, slow_consumer=SlowConsumer(max_backlog_messages=16)

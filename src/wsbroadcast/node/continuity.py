@@ -296,9 +296,8 @@ class Continuity:
         """Tell the members of an audience that something is missing in its history, and can't be read any more."""
         assert self._replays is not None
         self._replays.broken(audience)
-        waiting = self._replays.behind(audience)  # who is told where it begins later
         for connection in self._registry.recipients(audience):
-            if connection not in waiting:
+            if not self._replays.is_held(connection, audience):
                 self._tell_gap_to(connection, audience, reason)
         tail = None if self.tails is None else self.tails.of(audience)
         for listener in self._listeners.get(audience, ()):

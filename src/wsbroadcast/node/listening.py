@@ -97,7 +97,15 @@ class Listener:
     def begin(self, tails: Tails | None, places: Mapping[Audience, Position]) -> None:
         """Begin to listen, at these places of the audiences that have a history."""
         self._tails = tails
-        self._places.update(places)
+        self._has_broken = False
+        for audience in self.audiences:
+            tail, place = None if tails is None else tails.of(audience), places.get(audience)
+            if tail is None or not tail.epoch:
+                continue  # it has no history, or nobody knows yet where that is
+            if place is not None and place.epoch == tail.epoch:
+                self._places[audience] = place
+            else:
+                self.broken(audience, tail.position)  # since the place was looked up
         self.wake()
 
     def offer(self, publication: Publication) -> None:

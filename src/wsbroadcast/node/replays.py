@@ -89,6 +89,11 @@ class Replays:
         """Return the connections that are behind in an audience: they get nothing live."""
         return self.cursors.get(audience, ())
 
+    def is_held(self, connection: Connection, audience: Audience) -> bool:
+        """Tell whether a connection has yet to be told where it begins."""
+        cursor = self.cursors.get(audience, {}).get(connection)
+        return cursor is not None and not cursor.epoch
+
     # In and out.
 
     def hold(self, connection: Connection, audience: Audience) -> None:

@@ -94,6 +94,7 @@ class Tail:
         "bytes",
         "delivered",
         "epoch",
+        "has_failed",
         "heard_at",
         "history",
         "is_reading",
@@ -124,6 +125,8 @@ class Tail:
         """How many reads of the history have begun."""
         self.read = 0
         """The newest read that has come to its end."""
+        self.has_failed = False
+        """Whether a read has failed, so that there may be members who weren't told where they begin."""
         self.wanted_read = 0
         """The read that somebody wants the outcome of, because it has what was confirmed before it began."""
         self.promised = MAX_OFFSET
@@ -200,8 +203,7 @@ class Tail:
                     self._append(publication, publication.offset)
             self.top = replay.top.offset  # what is no envelope has an offset, too
         elif replay.top.epoch != self.epoch or replay.top.offset > self.top:
-            if self.epoch:
-                broken = "epoch" if replay.top.epoch != self.epoch else self._why_gone(replay)
+            broken = self._why_broken(replay)
             self._begin(replay)
         held, self._held, has_lost = self._held, [], self._has_lost_held
         self._has_lost_held = False
@@ -234,6 +236,13 @@ class Tail:
         if position.epoch != self.epoch:
             return reads > 0
         return reads > _MAX_READS and position.offset > self.top and publication.previous != self.top
+
+    def _why_broken(self, replay: Replay) -> Reason | None:
+        if not self.epoch:
+            return "unavailable" if self.has_failed else None  # else nobody has begun yet
+        if replay.top.epoch != self.epoch:
+            return "epoch"
+        return self._why_gone(replay)
 
     def _why_gone(self, replay: Replay) -> Reason:
         return "too_many" if len(replay.publications) >= self.history.messages else "expired"

@@ -120,7 +120,8 @@ class Tails:
         if history is None:
             return False
         tail = self._tails[audience] = Tail(history, *self._turn)
-        tail.is_reading, tail.heard_at = True, _now()
+        tail.is_reading = True
+        tail.heard_at = _now()
         self._begin_reading(audience, tail)
         self._look_later()
         return True
@@ -222,7 +223,6 @@ class Tails:
     async def _read(self, audience: Audience, tail: Tail, reading: _Reading) -> None:
         await self._tasks.begun()
         failures = 0
-        has_failed = False
         pause = _FIRST_PAUSE
         try:
             while self._tails.get(audience) is tail and tail.is_reading:
@@ -234,7 +234,6 @@ class Tails:
                     replay = await self._engine.read(audience, tail.position, tail.history)
                 except EngineError as error:
                     failures += 1
-                    has_failed = True
                     self._failed(audience, tail, failures, error)
                     reading.attempted.set()
                     await self._pause(reading, pause)
@@ -246,8 +245,6 @@ class Tails:
                 broken = tail.filled(replay, number)
                 tail.read = number
                 seconds, tail.heard_at = _now() - tail.heard_at, _now()
-                if broken is None and was_unknown and has_failed:
-                    broken = "unavailable"  # who came meanwhile was told of no place
                 if broken is not None:
                     self._break(audience, broken, seconds)
                 elif not was_unknown:
@@ -260,6 +257,7 @@ class Tails:
                 del self._readings[audience]
 
     def _failed(self, audience: Audience, tail: Tail, failures: int, error: EngineError) -> None:
+        tail.has_failed = True
         if self._throttle.is_due("read"):
             logger.warning("what was missed of %s can't be read (%s); trying again", audience, error)
         if failures >= _MAX_FAILURES and (reason := tail.given_up()) is not None:

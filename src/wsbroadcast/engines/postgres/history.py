@@ -315,8 +315,9 @@ class Reader:
         try:
             await asyncio.shield(self._tasks.begin(fetch(), "engine history", Context()))
         except Exception as error:
-            if isinstance(error, UndefinedTable):
-                drop(self._connection)  # the next link makes the tables anew
+            # Of one that asyncpg itself has closed it tells nobody else. The next link makes missing tables anew.
+            if is_loss(error, self._connection) or isinstance(error, UndefinedTable):
+                drop(self._connection)
             raise EngineUnavailable(f"{self._where} can't be read now: {said(error)}") from error
         return found[0]
 

@@ -195,8 +195,11 @@ class Notifier:
         async with self._lock:
             try:
                 await self._create_table()
-            except asyncio.CancelledError:
-                drop(self._connection)  # which no other call can use any more
+            except ConfigurationError:
+                raise
+            except BaseException as error:
+                if is_loss(error, self._connection):
+                    drop(self._connection)  # which no other call can use any more, and nobody else is told
                 raise
 
     async def _create_table(self) -> None:

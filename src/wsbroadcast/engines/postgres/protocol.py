@@ -13,6 +13,7 @@ transaction; a program that sends a single one may leave it out. Of what is kept
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import ssl
 from base64 import b64decode, b64encode
@@ -193,10 +194,12 @@ class _Connection(asyncpg.Connection):  # type: ignore[misc]  # it is Any
     __slots__ = ()
 
     def _cancel_current_command(self, *_waiters: object) -> None:
-        """Tell the server nothing.
+        """Tell the server nothing, and give the connection up, before anybody else who waits for a turn on it gets one.
 
         asyncpg would open another connection to do so, in a task that outlives this one and complains about its end.
+        Who comes next on this one would wait for that.
         """
+        asyncio.get_running_loop().call_soon(drop, self)  # later, because asyncpg still writes to it in this turn
 
 
 async def connect(**options: Any) -> Connection:
