@@ -122,8 +122,8 @@ async def _resume() -> dict[str, float]:
             began = time.process_time()
             for protocol in protocols:
                 await manager.connect(protocol.websocket, channels=[CHANNEL], **options)
-            while options and not protocols[-1].transport.written:
-                await asyncio.sleep(0)  # nothing else tells that the last one has its messages
+            while options and not protocols[-1].transport.written:  # noqa: ASYNC110  # nothing tells when it is done
+                await asyncio.sleep(0)
             spent[name] = (time.process_time() - began) / CLIENTS * 1e6
             sizes = {len(b"".join(protocol.transport.written)) for protocol in protocols}
             if options and min(sizes) < MISSED * len(PAYLOAD):
