@@ -91,7 +91,7 @@ class Line:
     def __init__(self, engine: KeepingEngine, seed: int) -> None:
         self._random = random.Random(seed)
         self._new_link = engine.new_link
-        self.share = 0.03
+        self.share = 0.06
         """Of what is kept so much is lost on the way, and as much comes twice."""
         self.is_cut = False
         """Whether the link breaks with the next message, and none can be opened."""
