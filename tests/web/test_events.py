@@ -352,8 +352,9 @@ async def test_new_epoch_is_told_to_clients_that_stayed() -> None:
 
 
 async def test_client_that_came_while_nothing_could_be_read_is_told_where_it_begins() -> None:
-    async with Cluster(2, history=KEPT) as cluster, serving(cluster[1]) as client:
-        there, node = cluster
+    cluster = Cluster(2, history=KEPT)
+    there, node = cluster
+    async with serving(node, cluster) as client:
         first = await there.broadcast("1", channel="room:1")
         cluster.partition(1)
         peer = client("room:1")
