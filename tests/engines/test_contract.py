@@ -88,10 +88,12 @@ class TestSQLite(HistoryContract, BrokerContract):
         self.other.execute("BEGIN EXCLUSIVE")
 
     async def start_broker(self) -> None:
-        self.other.close()
-        self.path.unlink()
-        for each in sorted(self.path.parent.glob("away messages.db*"), reverse=True):  # the file itself last
-            each.rename(each.with_name(each.name.removeprefix("away ")))
+        away = sorted(self.path.parent.glob("away messages.db*"), reverse=True)  # the file itself last
+        for each in away:
+            each.replace(each.with_name(each.name.removeprefix("away ")))
+        if not away:
+            self.path.unlink()
+        self.other.close()  # last: while its lock holds, nobody begins to use what goes away
 
 
 @pytest.fixture(scope="class")
