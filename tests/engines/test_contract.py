@@ -74,8 +74,13 @@ class TestSQLite(HistoryContract, BrokerContract):
     """The file may be taken away, and another lie in its place."""
 
     @pytest.fixture(autouse=True)
-    def own_file(self, tmp_path: Path) -> None:
+    def own_file(self, tmp_path: Path) -> Iterator[None]:
         self.path = tmp_path / "messages.db"
+        # Stays locked to the end: who has opened it must not begin to use it when it has gone.
+        self.others: list[sqlite3.Connection] = []
+        yield
+        for other in self.others:
+            other.close()
 
     def make_engine(self) -> Engine:
         return SQLiteEngine(self.path, timing=TIMING)
@@ -84,8 +89,8 @@ class TestSQLite(HistoryContract, BrokerContract):
         for each in sorted(self.path.parent.glob("messages.db*")):
             if each.is_file():
                 each.rename(each.with_name(f"away {each.name}"))
-        self.other = sqlite3.connect(self.path, isolation_level=None)
-        self.other.execute("BEGIN EXCLUSIVE")
+        self.others.append(sqlite3.connect(self.path, isolation_level=None))
+        self.others[-1].execute("BEGIN EXCLUSIVE")
 
     async def start_broker(self) -> None:
         away = sorted(self.path.parent.glob("away messages.db*"), reverse=True)  # the file itself last
@@ -93,7 +98,6 @@ class TestSQLite(HistoryContract, BrokerContract):
             each.replace(each.with_name(each.name.removeprefix("away ")))
         if not away:
             self.path.unlink()
-        self.other.close()  # last: while its lock holds, nobody begins to use what goes away
 
 
 @pytest.fixture(scope="class")
