@@ -376,13 +376,21 @@ def check_key(
         ConfigurationError: If an audience has no history, in which the key would be remembered.
         ValueError: If it is not a text, or too long.
     """
-    if not isinstance(key, str) or not 0 < len(key.encode(errors="replace")) <= MAX_KEY_BYTES:
-        raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes, not {key!r:.80}")
+    if not isinstance(key, str) or not 0 < _utf8_bytes(key) <= MAX_KEY_BYTES:
+        raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {key!r:.80}")
     if transaction is not None:
         raise ConfigurationError("idempotency_key and transaction don't go together: the transaction commits once")
     for audience in audiences:
         if rules is None or rules.of(audience) is None:
             raise ConfigurationError(f"idempotency_key needs a history to be remembered in: {no_history(audience)}")
+
+
+def _utf8_bytes(text: str) -> int:
+    # Half of a surrogate pair is no UTF-8: a driver that has to write it loses the connection, and what others say.
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0
 
 
 def no_history(audience: Audience) -> str:

@@ -306,6 +306,13 @@ async def test_idempotency_key_sends_once(manager: ConnectionManager) -> None:
     assert await peer.wait_messages(2) == ["once", "2"]
 
 
+@pytest.mark.parametrize("key", ["", "x" * 201, "ä" * 101, "\ud800", b"a", 5, True, ["a"], float("nan")])
+async def test_idempotency_key_is_a_short_text(manager: ConnectionManager, key: Any) -> None:
+    with pytest.raises(ValueError, match="idempotency_key is a text of 1 to 200 bytes of UTF-8, not"):
+        await manager.broadcast("x", channel="news", idempotency_key=key)
+    assert (await manager.position("news")).offset == 0
+
+
 async def test_idempotency_key_needs_a_history() -> None:
     async with ConnectionManager() as manager:
         with pytest.raises(ConfigurationError, match="idempotency_key needs a history"):
