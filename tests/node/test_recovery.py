@@ -20,6 +20,7 @@ from wsbroadcast import (
     History,
     Position,
     Recovery,
+    SlowConsumer,
 )
 
 NEWS = Audience.channel("news")
@@ -282,6 +283,29 @@ async def test_slow_connection_is_replayed_as_it_takes(manager: ConnectionManage
         messages = await peer.wait_messages(2001)
         assert [str(text).split()[0] for text in messages] == [*map(str, range(2000)), "live"]
         assert manager.stats().dropped == {}
+
+
+@pytest.mark.parametrize("has_hook", [False, True], ids=["plain", "hook"])
+@pytest.mark.parametrize("room", [1, 2, 3, 64, 1024])
+async def test_who_comes_back_to_many_channels_is_replayed_as_it_takes(room: int, has_hook: bool) -> None:
+    manager = ConnectionManager(history=KEPT, slow_consumer=SlowConsumer(max_backlog_messages=room))
+    if has_hook:
+
+        @manager.on_deliver
+        async def wait(delivery: Delivery) -> None:
+            await asyncio.sleep(0)
+
+    channels = [f"room:{number}" for number in range(8 if room < 4 else 100)]
+    async with manager:
+        since = {channel: await manager.position(channel) for channel in channels}
+        for channel in channels:
+            await say(manager, 1, 10, channel=channel)
+        peer = Peer()
+        connection = await manager.connect(peer.websocket, channels=channels, since=since)
+        assert all(recovery.recovered for recovery in connection.recovered.values())
+        messages = await peer.wait_messages(10 * len(channels))
+        assert sorted(messages) == sorted(texts(1, 10) * len(channels))
+        assert manager.stats().dropped == manager.stats().evicted == {}
 
 
 async def test_thousand_come_back_at_once(manager: ConnectionManager) -> None:

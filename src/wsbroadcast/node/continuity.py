@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -312,12 +312,18 @@ class Continuity:
         return self._hooks.has("on_deliver")
 
     async def replay_through_hooks(
-        self, publication: Publication, connection: Connection, is_due: Callable[[], bool]
+        self, publication: Publication, connection: Connection, has_room: Callable[[], Awaitable[bool]]
     ) -> None:
-        """Hand a publication that a connection has missed to it alone, through the hooks, if it is still due then."""
+        """Hand a publication that a connection has missed to it alone, through the hooks.
+
+        Args:
+            publication: What was missed.
+            connection: By whom.
+            has_room: Returns when the connection takes more, and whether it is still due then.
+        """
         delivery = Delivery(publication.message, publication.audience, [connection], self._encode, is_replay=True)
         await self._hooks.deliver(delivery)
-        if not is_due():
+        if not await has_room():
             return
         self._dispatcher.flush()
         for message, some in delivery._parts():

@@ -77,7 +77,7 @@ class Tail:
 
     Args:
         history: How much is kept of the audience.
-        turn_messages: How many are replayed at once.
+        turn_messages: How many are replayed at once, one at least.
         turn_bytes: How many bytes of payload are, if that is more than one.
     """
 
@@ -109,7 +109,7 @@ class Tail:
     def __init__(self, history: History, turn_messages: int = 128, turn_bytes: int = 16 * 1024) -> None:
         self.history = history
         """How much is kept of the audience."""
-        self._turn_messages = turn_messages
+        self._turn_messages = max(1, turn_messages)  # of a backlog of three messages a turn is none
         self._turn_bytes = turn_bytes
         self.epoch = ""
         """That of the history; empty as long as it was never read."""
