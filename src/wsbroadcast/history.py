@@ -20,6 +20,10 @@ from wsbroadcast.publication import POSITION_TEXT, Described, Position, Publicat
 _REMEMBERED = 8192
 
 
+# What every broker can count to: a thousand million messages, and a hundred years.
+_MOST = {"messages": 10**9, "seconds": 3.2e9, "remember": 3.2e9}
+
+
 class _Users(Enum):
     """The type of `USERS`."""
 
@@ -59,6 +63,9 @@ class History:
             check_count(f"History.{name}", getattr(self, name))
         for name in ("seconds", "remember"):
             check_positive(f"History.{name}", getattr(self, name))
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigurationError(f"History.{name} is at most {most:,.0f}, not {getattr(self, name)!r:.80}")
         if self.remember < self.seconds:
             raise ConfigurationError(
                 f"History.remember, {self.remember} s, is shorter than History.seconds, {self.seconds} s: a position "

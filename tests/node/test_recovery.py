@@ -55,6 +55,14 @@ def test_history_that_is_longer_than_it_is_remembered_says_what_to_raise() -> No
     assert History(seconds=604_800, remember=604_800).remember == 604_800
 
 
+@pytest.mark.parametrize(
+    "options", [{"messages": 10**9 + 1}, {"messages": 10**30}, {"remember": 1e300}, {"seconds": 1e10, "remember": 1e10}]
+)
+def test_history_of_more_than_brokers_can_count_to_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"History\.(messages|seconds|remember) is at most [13],"):
+        History(**options)
+
+
 async def test_receipt_says_where_the_message_is_kept(manager: ConnectionManager) -> None:
     one, two = await say(manager, 1, 2)
     assert (one.epoch, one.offset, two.offset) == (two.epoch, 1, 2)
