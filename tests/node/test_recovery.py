@@ -18,10 +18,12 @@ from wsbroadcast import (
     ConnectionManager,
     Delivery,
     History,
+    MemoryEngine,
     Position,
     Recovery,
     SlowConsumer,
 )
+from wsbroadcast.history import Replay
 
 NEWS = Audience.channel("news")
 KEPT = History(messages=10)
@@ -375,3 +377,33 @@ async def test_forgotten_history_is_gone(manager: ConnectionManager) -> None:
     (at,) = await say(manager, 4, 4)
     assert at.offset == 1
     assert await peer.wait_messages(1) == ["4"]
+
+
+async def test_subscribe_that_is_cancelled_while_it_looks_is_none() -> None:
+    engine = MemoryEngine()
+    read = engine.read
+    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(audience: Audience, since: Position | None, history: History) -> Replay:
+        if since is not None and audience == NEWS:
+            is_asked.set()
+            await may_answer.wait()
+        return await read(audience, since, history)
+
+    engine.read = read_slowly  # type: ignore[method-assign]
+    async with ConnectionManager(engine, history=KEPT) as manager:
+        peer = Peer()
+        connection = await manager.connect(peer.websocket, channels=["other"])
+        elsewhere = Position("elsewhere", 1)  # for which it is looked what is newest
+        task = asyncio.create_task(manager.subscribe(connection, "news", since=elsewhere))
+        await is_asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert connection.channels == {"other"}
+        may_answer.set()
+        recovery = await manager.subscribe(connection, "news", since=elsewhere)
+        assert recovery is not None
+        assert recovery.reason == "epoch"
+        await manager.broadcast("live", channel="news")
+        assert await peer.wait_messages(1) == ["live"]

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.support.asgi import Peer, eventually, turns
-from wsbroadcast import ConnectionManager, Gap, History, SlowConsumer, create_router
+from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, History, SlowConsumer, create_router
 from wsbroadcast.protocols.events import SUBPROTOCOL
 from wsbroadcast.testing import Cluster
 
@@ -248,6 +248,27 @@ async def test_right_that_is_taken_back_while_it_subscribes_sends_nothing() -> N
         await manager.broadcast("secret", channel="room:2")
         await turns()
         assert len(peer.events) == 3
+
+
+async def test_right_that_nobody_can_tell_of_while_it_subscribes_sends_nothing() -> None:
+    manager = ConnectionManager(history=KEPT)
+    asked: list[str] = []
+
+    def authorize(connection: object, action: str, channel: str | None) -> bool:
+        asked.append(f"{action} {channel}")
+        if asked.count("subscribe room:2") == 2:
+            raise EngineUnavailable("the rights are at a broker")
+        return True
+
+    async with serving(manager, inbound="commands", authorize=authorize) as client:
+        receipts = [await manager.broadcast(number, channel="room:2") for number in range(2)]
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.ask(type="subscribe", channel="room:2", since=str(receipts[0].position))
+        assert (await peer.wait_events(3))[-1]["code"] == "unavailable"
+        assert (await manager.broadcast("secret", channel="room:2")).members_here == 0
+        peer.ask(type="subscribe", channel="room:2", since=str(receipts[0].position))
+        assert [event.get("data") for event in (await peer.wait_events(6))[3:]] == [None, 1, "secret"]
 
 
 async def test_who_may_subscribe_may_read_what_was_kept_before_it_came() -> None:

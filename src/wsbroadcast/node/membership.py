@@ -219,9 +219,17 @@ class Membership:
                 self.continuity.hold(connection, wanted)
                 await self._announcements.subscribed(connection, channel)
                 if wanted and recovers:
-                    await self.continuity.recover(connection, wanted)
+                    await self._recover_or_leave(connection, channel, wanted)
                 if not connection.is_open:
                     raise closed_error(connection)
+
+    async def _recover_or_leave(self, connection: Connection, channel: str, since: SinceByAudience) -> None:
+        try:
+            await self.continuity.recover(connection, since)
+        except BaseException:  # cancelled: else it would be a member that waits for its beginning, and gets nothing
+            if self._leave_channel(connection, channel):
+                self._announcements.unsubscribed_soon(connection, [channel])
+            raise
 
     async def unsubscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe from those of the channels it is in."""
