@@ -17,6 +17,8 @@ from wsbroadcast import (
     ConfigurationError,
     ConnectionManager,
     Delivery,
+    EngineUnavailable,
+    Gap,
     History,
     MemoryEngine,
     Position,
@@ -407,3 +409,26 @@ async def test_subscribe_that_is_cancelled_while_it_looks_is_none() -> None:
         assert recovery.reason == "epoch"
         await manager.broadcast("live", channel="news")
         assert await peer.wait_messages(1) == ["live"]
+
+
+async def test_position_of_nowhere_is_no_gap_for_others_while_nothing_can_be_read() -> None:
+    engine, gaps = MemoryEngine(), []
+
+    async def fail(audience: Audience, since: Position | None, history: History) -> Replay:
+        raise EngineUnavailable("not now")
+
+    async with ConnectionManager(engine, history=KEPT) as manager:
+
+        @manager.on_gap
+        async def tell(gap: Gap) -> None:
+            gaps.append(gap)
+
+        peer = Peer()
+        await manager.connect(peer.websocket, channels=["news"])
+        engine.read = fail  # type: ignore[method-assign]
+        _, recovery = await come_back(manager, "garbage")
+        assert recovery.reason == "unavailable"
+        for number in range(3):
+            manager.broadcast_nowait(str(number), channel="news")
+        assert await peer.wait_messages(3) == ["0", "1", "2"]
+        assert (gaps, manager.stats().engine.gaps) == ([], 0)

@@ -137,6 +137,17 @@ def test_history_that_can_t_be_read_is_gone_on_with(tail: Tail) -> None:
     assert not tail.has(5, 0.0)
 
 
+def test_what_follows_is_no_break_although_the_history_can_t_be_read(tail: Tail) -> None:
+    tail.is_reading = True
+    for publication in (entry(4), entry(5), entry(6), entry(9)):
+        tail.take(publication)
+    assert tail.given_up() is None
+    assert delivered(tail) == [5, 6]
+    assert tail.is_reading
+    assert tail.given_up() == "unavailable"
+    assert delivered(tail) == [9]
+
+
 @pytest.mark.parametrize("has_failed", [False, True])
 def test_first_read_is_a_break_for_who_came_before_it(has_failed: bool) -> None:
     tail = Tail(KEPT)

@@ -215,18 +215,24 @@ class Tail:
         return broken
 
     def given_up(self) -> Reason | None:
-        """The history can't be read: go on with what was held; return why there is a break, if there is one."""
+        """The history can't be read: go on with what was held; return why there is a break, if there is one.
+
+        There is none where what was held follows what is here: the read was for something else, such as a position of
+        another history. Ask `is_reading` afterwards: there may be a hole behind that.
+        """
         self.is_reading = False
         held, self._held, self._has_lost_held = self._held, [], False
         if not held:
             return None
         first, _ = held[0]
         assert first.position is not None
-        self._begin(Replay(Position(first.position.epoch, first.previous), (), first.previous))
-        self.is_shrunk = True
+        is_joined = first.position.epoch == self.epoch and (first.previous == self.top or first.offset <= self.top)
+        if not is_joined:
+            self._begin(Replay(Position(first.position.epoch, first.previous), (), first.previous))
+            self.is_shrunk = True
         for publication, _ in held:
             self.take(publication)
-        return "unavailable"
+        return None if is_joined else "unavailable"
 
     def _is_refuted(self, publication: Publication, reads: int) -> bool:
         # What came before a read began, and isn't in there: it is of a history that has ended, or forged. A broker may
