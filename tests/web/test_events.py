@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from tests.support.asgi import Peer, eventually, turns
 from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, History, SlowConsumer, create_router
+from wsbroadcast.options import Policy
 from wsbroadcast.protocols.events import SUBPROTOCOL
 from wsbroadcast.testing import Cluster
 
@@ -403,10 +404,10 @@ async def test_client_that_came_while_nothing_could_be_read_is_told_where_it_beg
         assert [event["data"] for event in late.of("message")] == ["2", "3"]
 
 
-async def test_slow_client_is_sent_the_rest_when_it_reads_again() -> None:
-    manager = ConnectionManager(
-        history={"room:*": History(messages=1000)}, slow_consumer=SlowConsumer(max_backlog_messages=16)
-    )
+@pytest.mark.parametrize("policy", ["disconnect", "drop_oldest", "drop_newest", "conflate"])
+async def test_slow_client_is_sent_the_rest_when_it_reads_again(policy: Policy) -> None:
+    slow = SlowConsumer(policy=policy, max_backlog_messages=16)
+    manager = ConnectionManager(history={"room:*": History(messages=1000)}, slow_consumer=slow)
     async with serving(manager) as client:
         peer = client("room:1")
         await peer.wait_events(2)

@@ -97,11 +97,11 @@ class Continuity:
         """Tell whether an audience has a history."""
         return self.tails is not None and self.tails.history(audience) is not None
 
-    def take(self, publication: Publication) -> None:
-        """Take a publication to an audience with a history."""
+    def take(self, publication: Publication) -> bool:
+        """Take a publication to an audience with a history; tell whether it has a place there."""
         if publication.position is not None and self.tails is not None:
             self.tails.take(publication)
-            return
+            return True
         self._counters.unkept += 1
         if self._throttle.is_due("unkept"):
             logger.warning(
@@ -110,8 +110,7 @@ class Continuity:
                 self._counters.unkept,
                 publication.audience,
             )
-        self.offer(publication)
-        self._node.deliver_now(publication)
+        return False
 
     def forgotten(self, audience: Audience) -> None:
         """Read the history of an audience anew, because it was removed."""
