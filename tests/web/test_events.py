@@ -188,6 +188,33 @@ async def test_channel_that_is_not_kept_says_so() -> None:
         assert manager.stats().refused_recoveries == {"not_kept": 2}
 
 
+@pytest.mark.parametrize("channel", ["room:1", "unkept"])
+async def test_what_comes_while_hooks_or_rights_are_asked_is_not_lost(channel: str) -> None:
+    manager = ConnectionManager(history=KEPT)
+    asked: list[str] = []
+
+    @manager.on_connect
+    async def come_late(connection: object) -> None:
+        await manager.broadcast("during the hook", channel=channel)
+
+    async def authorize(connection: object, action: str, channel: str) -> bool:
+        asked.append(action)
+        if len(asked) == 3:  # it subscribes again, to the channel that it is in
+            await manager.broadcast("during the question", channel=channel)
+        return True
+
+    async with serving(manager, inbound="commands", authorize=authorize) as client:
+        peer = client(channel)
+        await eventually(lambda: len(peer.of("subscribed")) == 1)
+        peer.ask(type="subscribe", channel=channel)
+        await eventually(lambda: len(peer.of("subscribed")) == 2)
+        await manager.broadcast("after", channel=channel)
+        await eventually(lambda: peer.events[-1].get("data") == "after")
+        got = [event["data"] for event in peer.of("message")]
+        # What is kept begins with the first `subscribed`, which says where that is.
+        assert got == [*(["during the hook"] if channel == "unkept" else []), "during the question", "after"]
+
+
 async def test_plain_clients_of_the_same_router_stay_plain() -> None:
     manager = ConnectionManager(history=KEPT)
     async with serving(manager) as client:

@@ -191,10 +191,13 @@ class Continuity:
         return {audience: joining.since.get(audience, NOW) for audience in audiences}
 
     def hold(self, connection: Connection, since: SinceByAudience) -> None:
-        """Let a member get nothing of these audiences until it has to `recover`."""
+        """Let a member get nothing of these audiences until it has to `recover`.
+
+        Where nothing is kept it gets at once what comes: nobody could send it later.
+        """
         if self._replays is not None:
             for audience in since:
-                if self._registry.is_member(connection, audience):
+                if self.is_kept(audience) and self._registry.is_member(connection, audience):
                     self._replays.hold(connection, audience)
 
     async def recover(self, connection: Connection, since: SinceByAudience, id_: object = None) -> None:
@@ -215,11 +218,14 @@ class Continuity:
                     asked = None if since[audience] is NOW else recovery
                     self.say(connection, events.subscribed(audience, asked, begins, id_))
 
-            if self._replays is None or not self._registry.is_member(connection, audience):
-                recovery = Recovery(False, "unavailable" if self.is_kept(audience) else "not_kept", None)
+            is_kept = self.is_kept(audience)
+            if self._replays is None or not is_kept or not self._registry.is_member(connection, audience):
+                recovery = Recovery(False, "unavailable" if is_kept else "not_kept", None)
                 announce(recovery, None)
                 if position is not NOW:
                     self._counters.refused_recoveries[recovery.reason] += 1
+            elif position is NOW and not self._replays.is_held(connection, audience):
+                announce(recovery := Recovery(True, "", None), self._replays.place(connection, audience))
             else:
                 recovery = await self._replays.start(connection, audience, position, announce)
             if position is not NOW:

@@ -17,7 +17,7 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
-from wsbroadcast.history import NOWHERE, SinceByAudience
+from wsbroadcast.history import NOW, NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
@@ -211,8 +211,10 @@ class Membership:
                     raise closed_error(connection)
                 wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
                 if channel in connection.channels:
-                    if not recovers:
-                        self.continuity.hold(connection, wanted)
+                    if not recovers:  # who wants nothing that was before goes on getting what comes
+                        self.continuity.hold(
+                            connection, {each: wanted[each] for each in wanted if wanted[each] is not NOW}
+                        )
                     continue
                 self.admission.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it, too
                 self._registry.subscribe(connection, channel)

@@ -94,6 +94,11 @@ class Replays:
         cursor = self.cursors.get(audience, {}).get(connection)
         return cursor is not None and not cursor.epoch
 
+    def place(self, connection: Connection, audience: Audience) -> Position | None:
+        """Return up to where a member has got everything; `None` if it isn't known."""
+        cursor = self.cursors.get(audience, {}).get(connection)
+        return self._position(audience) if cursor is None else Position(cursor.epoch, cursor.offset)
+
     # In and out.
 
     def hold(self, connection: Connection, audience: Audience) -> None:
