@@ -352,14 +352,18 @@ class Page(Described):
         return f"<Page of {len(self.messages)} messages up to {self.position}>"
 
 
-def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:
-    """Make a page of what was read.
+def check_limit(limit: object) -> None:
+    """Check how many messages a page may have.
 
     Raises:
-        ValueError: If the limit is not a positive number.
+        ValueError: If it is neither `None` nor a positive number.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is a positive number of messages, not {limit!r:.80}")
+
+
+def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:
+    """Make a page of what was read."""
     if since is None or not replay.is_complete(since):
         return Page(replay.publications[-(limit or 0) :], replay.top, since is None)
     messages = [each for each in replay.publications if each.offset > since.offset]

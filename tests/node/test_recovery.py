@@ -355,6 +355,13 @@ async def test_idempotency_key_needs_a_history() -> None:
             await manager.broadcast("x", channel="news", idempotency_key="a")
 
 
+@pytest.mark.parametrize("since", [None, LAST, "garbage"])
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5, float("nan"), "5", [], -(10**30)])
+async def test_limit_is_a_positive_number(manager: ConnectionManager, since: Any, limit: Any) -> None:
+    with pytest.raises(ValueError, match="limit is a positive number of messages, not"):
+        await manager.history("news", since=since, limit=limit)
+
+
 async def test_history_is_read_page_by_page(manager: ConnectionManager) -> None:
     positions = await say(manager, 1, 8)
     page = await manager.history("news")
