@@ -62,6 +62,19 @@ async def test_last_message_that_was_lost_comes_although_nothing_follows(cluster
     assert cluster[1].stats().heals == 1
 
 
+async def test_what_follows_a_history_that_was_forgotten_is_delivered(cluster: Cluster) -> None:
+    (here, _), (there, _) = await come(cluster[0]), await come(cluster[1])
+    async with cluster[1].listen("news", policy="drop_oldest") as messages:
+        await cluster[0].broadcast("old", channel="news")
+        assert await here.wait_messages(1) == await there.wait_messages(1) == ["old"]
+        assert (await anext(messages)).data == "old"
+        await cluster[0].forget("news")
+        for text in ("new", "newer"):
+            await cluster[0].broadcast(text, channel="news")
+        assert await here.wait_messages(3) == await there.wait_messages(3) == ["old", "new", "newer"]
+        assert [(await anext(messages)).data for _ in range(2)] == ["new", "newer"]
+
+
 @sets_the_clock
 async def test_quiet_channel_is_known_for_longer_than_its_messages(cluster: Cluster) -> None:
     before = await cluster[0].position("news")

@@ -83,13 +83,21 @@ def test_hole_behind_what_was_read_is_read_again(tail: Tail) -> None:
 def test_more_than_is_kept_is_a_break(tail: Tail) -> None:
     tail.take(entry(30))
     assert fill(tail, replay(26, 30)) == "too_many"
-    assert (tail.position, tail.base, tail.next()) == (Position("e", 30), 25, None)
+    assert (tail.position, tail.base) == (Position("e", 30), 25)
+    assert delivered(tail) == [30]  # which has come
 
 
 def test_what_was_not_kept_is_a_break(tail: Tail) -> None:
     tail.take(entry(8))
     assert fill(tail, Replay(Position("e", 8), [entry(8)], 7)) == "expired"
     assert tail.take(entry(9)) is Taken.NEXT
+
+
+def test_what_came_behind_a_break_is_delivered_though_it_was_read(tail: Tail) -> None:
+    tail.take(entry(12))
+    tail.take(entry(13))
+    assert fill(tail, replay(9, 13)) == "too_many"
+    assert (tail.delivered, delivered(tail)) == (11, [12, 13])
 
 
 def test_other_epoch_is_a_break(tail: Tail) -> None:

@@ -306,7 +306,7 @@ class Continuity:
                 self._tell_gap_to(connection, audience, reason)
         tail = None if self.tails is None else self.tails.of(audience)
         for listener in self._listeners.get(audience, ()):
-            listener.broken(audience, None if tail is None else tail.position)
+            listener.broken(audience, None if tail is None else tail.delivered_position)
         if seconds is not None and self._registry.members(audience):
             gap = Gap(self._engine_name, seconds, frozenset((audience,)))
             self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")

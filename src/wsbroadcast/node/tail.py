@@ -203,8 +203,10 @@ class Tail:
                     self._append(publication, publication.offset)
             self.top = replay.top.offset  # what is no envelope has an offset, too
         elif replay.top.epoch != self.epoch or replay.top.offset > self.top:
-            broken = self._why_broken(replay)
+            broken, was_known = self._why_broken(replay), bool(self.epoch)
             self._begin(replay)
+            if was_known:
+                self._deliver_what_came()
         held, self._held, has_lost = self._held, [], self._has_lost_held
         self._has_lost_held = False
         for publication, began in held:
@@ -262,6 +264,15 @@ class Tail:
         self.is_shrunk = False
         self.bytes = sum(publication.message.size for publication in self._entries)
         self.delivered = self.top  # who is a member now has not missed what came before it was one
+
+    def _deliver_what_came(self) -> None:
+        # What came behind the break is for the members, also if the read has it already.
+        came = [
+            each.previous
+            for each, _ in self._held
+            if each.position is not None and each.position.epoch == self.epoch and each.offset <= self.top
+        ]
+        self.delivered = max(self.base, min(came, default=self.top))
 
     def _hold(self, publication: Publication, reads: int) -> None:
         if len(self._held) < _MAX_HELD:
