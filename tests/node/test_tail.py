@@ -71,6 +71,16 @@ def test_hole_is_filled_in_order(tail: Tail) -> None:
     assert delivered(tail) == [5, 6, 7, 8]
 
 
+def test_chain_that_begins_again_is_looked_into(tail: Tail) -> None:
+    # A stream whose messages have expired doesn't know the one before any more.
+    assert tail.take(entry(9, previous=0)) is Taken.SUSPECT
+    assert fill(tail, replay(5, 9)) is None
+    assert delivered(tail) == [5, 6, 7, 8, 9]
+    assert tail.take(entry(12, previous=0)) is Taken.SUSPECT
+    assert fill(tail, replay(12, 12)) == "expired"
+    assert delivered(tail) == [12]
+
+
 def test_hole_behind_what_was_read_is_read_again(tail: Tail) -> None:
     tail.take(entry(7))
     tail.take(entry(9))
