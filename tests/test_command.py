@@ -578,7 +578,8 @@ def test_publish_says_why_a_key_can_not_be_kept_to(keeping: str, capsys: pytest.
     assert main([*command, "--idempotency-key", "a"]) == 1
     assert capsys.readouterr().err.endswith("say what is kept, as in --history 100,300\n")
     assert main([*command, "--history", "1,1", "--idempotency-key", "x" * 201]) == 1
-    assert capsys.readouterr().err.startswith("wsbroadcast: idempotency_key is a text of 1 to 200 bytes, not 'xxx")
+    expected = "wsbroadcast: idempotency_key is a text of 1 to 200 bytes of UTF-8, not 'xxx"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_publish_keeps_nothing_of_what_fits_no_pattern(keeping: str, capsys: pytest.CaptureFixture[str]) -> None:

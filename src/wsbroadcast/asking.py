@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from wsbroadcast.audience import UNSET, Unset, UserId
 from wsbroadcast.engines.contract import Engine, forget, position_of, read_page
-from wsbroadcast.history import HistoryRules, Page, Since, kept_audience, one_since
+from wsbroadcast.history import HistoryRules, Page, Since, check_limit, kept_audience, one_since
 from wsbroadcast.publication import Position
 
 T = TypeVar("T")
@@ -73,6 +73,7 @@ class KnowsHistory(ABC):
             ValueError: If `since` is no position, or `limit` not a positive number.
         """
         audience, after = kept_audience(channel, user, everyone), one_since(since)
+        check_limit(limit)
         return await self._ask(lambda engine, rules: read_page(engine, rules, audience, after, limit))
 
     async def forget(

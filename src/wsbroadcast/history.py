@@ -20,6 +20,10 @@ from wsbroadcast.publication import POSITION_TEXT, Described, Position, Publicat
 _REMEMBERED = 8192
 
 
+# What every broker can count to: a thousand million messages, and a hundred years.
+_MOST = {"messages": 10**9, "seconds": 3.2e9, "remember": 3.2e9}
+
+
 class _Users(Enum):
     """The type of `USERS`."""
 
@@ -59,6 +63,9 @@ class History:
             check_count(f"History.{name}", getattr(self, name))
         for name in ("seconds", "remember"):
             check_positive(f"History.{name}", getattr(self, name))
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise ConfigurationError(f"History.{name} is at most {most:,.0f}, not {getattr(self, name)!r:.80}")
         if self.remember < self.seconds:
             raise ConfigurationError(
                 f"History.remember, {self.remember} s, is shorter than History.seconds, {self.seconds} s: a position "
@@ -345,14 +352,18 @@ class Page(Described):
         return f"<Page of {len(self.messages)} messages up to {self.position}>"
 
 
-def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:
-    """Make a page of what was read.
+def check_limit(limit: object) -> None:
+    """Check how many messages a page may have.
 
     Raises:
-        ValueError: If the limit is not a positive number.
+        ValueError: If it is neither `None` nor a positive number.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"limit is a positive number of messages, not {limit!r:.80}")
+
+
+def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:
+    """Make a page of what was read."""
     if since is None or not replay.is_complete(since):
         return Page(replay.publications[-(limit or 0) :], replay.top, since is None)
     messages = [each for each in replay.publications if each.offset > since.offset]
@@ -376,13 +387,21 @@ def check_key(
         ConfigurationError: If an audience has no history, in which the key would be remembered.
         ValueError: If it is not a text, or too long.
     """
-    if not isinstance(key, str) or not 0 < len(key.encode(errors="replace")) <= MAX_KEY_BYTES:
-        raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes, not {key!r:.80}")
+    if not isinstance(key, str) or not 0 < _utf8_bytes(key) <= MAX_KEY_BYTES:
+        raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {key!r:.80}")
     if transaction is not None:
         raise ConfigurationError("idempotency_key and transaction don't go together: the transaction commits once")
     for audience in audiences:
         if rules is None or rules.of(audience) is None:
             raise ConfigurationError(f"idempotency_key needs a history to be remembered in: {no_history(audience)}")
+
+
+def _utf8_bytes(text: str) -> int:
+    # Half of a surrogate pair is no UTF-8: a driver that has to write it loses the connection, and what others say.
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        return 0
 
 
 def no_history(audience: Audience) -> str:

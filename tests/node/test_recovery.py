@@ -17,10 +17,15 @@ from wsbroadcast import (
     ConfigurationError,
     ConnectionManager,
     Delivery,
+    EngineUnavailable,
+    Gap,
     History,
+    MemoryEngine,
     Position,
     Recovery,
+    SlowConsumer,
 )
+from wsbroadcast.history import Replay
 
 NEWS = Audience.channel("news")
 KEPT = History(messages=10)
@@ -52,6 +57,14 @@ def test_history_that_is_longer_than_it_is_remembered_says_what_to_raise() -> No
     with pytest.raises(ConfigurationError, match=r"Raise remember as well, as in History\(seconds=604800, remember="):
         History(seconds=7 * 86_400)
     assert History(seconds=604_800, remember=604_800).remember == 604_800
+
+
+@pytest.mark.parametrize(
+    "options", [{"messages": 10**9 + 1}, {"messages": 10**30}, {"remember": 1e300}, {"seconds": 1e10, "remember": 1e10}]
+)
+def test_history_of_more_than_brokers_can_count_to_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"History\.(messages|seconds|remember) is at most [13],"):
+        History(**options)
 
 
 async def test_receipt_says_where_the_message_is_kept(manager: ConnectionManager) -> None:
@@ -284,6 +297,29 @@ async def test_slow_connection_is_replayed_as_it_takes(manager: ConnectionManage
         assert manager.stats().dropped == {}
 
 
+@pytest.mark.parametrize("has_hook", [False, True], ids=["plain", "hook"])
+@pytest.mark.parametrize("room", [1, 2, 3, 64, 1024])
+async def test_who_comes_back_to_many_channels_is_replayed_as_it_takes(room: int, has_hook: bool) -> None:
+    manager = ConnectionManager(history=KEPT, slow_consumer=SlowConsumer(max_backlog_messages=room))
+    if has_hook:
+
+        @manager.on_deliver
+        async def wait(delivery: Delivery) -> None:
+            await asyncio.sleep(0)
+
+    channels = [f"room:{number}" for number in range(8 if room < 4 else 100)]
+    async with manager:
+        since = {channel: await manager.position(channel) for channel in channels}
+        for channel in channels:
+            await say(manager, 1, 10, channel=channel)
+        peer = Peer()
+        connection = await manager.connect(peer.websocket, channels=channels, since=since)
+        assert all(recovery.recovered for recovery in connection.recovered.values())
+        messages = await peer.wait_messages(10 * len(channels))
+        assert sorted(messages) == sorted(texts(1, 10) * len(channels))
+        assert manager.stats().dropped == manager.stats().evicted == {}
+
+
 async def test_thousand_come_back_at_once(manager: ConnectionManager) -> None:
     positions = await say(manager, 1, 5)
     peers = [Peer() for _ in range(1000)]
@@ -306,10 +342,24 @@ async def test_idempotency_key_sends_once(manager: ConnectionManager) -> None:
     assert await peer.wait_messages(2) == ["once", "2"]
 
 
+@pytest.mark.parametrize("key", ["", "x" * 201, "ä" * 101, "\ud800", b"a", 5, True, ["a"], float("nan")])
+async def test_idempotency_key_is_a_short_text(manager: ConnectionManager, key: Any) -> None:
+    with pytest.raises(ValueError, match="idempotency_key is a text of 1 to 200 bytes of UTF-8, not"):
+        await manager.broadcast("x", channel="news", idempotency_key=key)
+    assert (await manager.position("news")).offset == 0
+
+
 async def test_idempotency_key_needs_a_history() -> None:
     async with ConnectionManager() as manager:
         with pytest.raises(ConfigurationError, match="idempotency_key needs a history"):
             await manager.broadcast("x", channel="news", idempotency_key="a")
+
+
+@pytest.mark.parametrize("since", [None, LAST, "garbage"])
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5, float("nan"), "5", [], -(10**30)])
+async def test_limit_is_a_positive_number(manager: ConnectionManager, since: Any, limit: Any) -> None:
+    with pytest.raises(ValueError, match="limit is a positive number of messages, not"):
+        await manager.history("news", since=since, limit=limit)
 
 
 async def test_history_is_read_page_by_page(manager: ConnectionManager) -> None:
@@ -336,3 +386,56 @@ async def test_forgotten_history_is_gone(manager: ConnectionManager) -> None:
     (at,) = await say(manager, 4, 4)
     assert at.offset == 1
     assert await peer.wait_messages(1) == ["4"]
+
+
+async def test_subscribe_that_is_cancelled_while_it_looks_is_none() -> None:
+    engine = MemoryEngine()
+    read = engine.read
+    is_asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def read_slowly(audience: Audience, since: Position | None, history: History) -> Replay:
+        if since is not None and audience == NEWS:
+            is_asked.set()
+            await may_answer.wait()
+        return await read(audience, since, history)
+
+    engine.read = read_slowly  # type: ignore[method-assign]
+    async with ConnectionManager(engine, history=KEPT) as manager:
+        peer = Peer()
+        connection = await manager.connect(peer.websocket, channels=["other"])
+        elsewhere = Position("elsewhere", 1)  # for which it is looked what is newest
+        task = asyncio.create_task(manager.subscribe(connection, "news", since=elsewhere))
+        await is_asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert connection.channels == {"other"}
+        may_answer.set()
+        recovery = await manager.subscribe(connection, "news", since=elsewhere)
+        assert recovery is not None
+        assert recovery.reason == "epoch"
+        await manager.broadcast("live", channel="news")
+        assert await peer.wait_messages(1) == ["live"]
+
+
+async def test_position_of_nowhere_is_no_gap_for_others_while_nothing_can_be_read() -> None:
+    engine, gaps = MemoryEngine(), []
+
+    async def fail(audience: Audience, since: Position | None, history: History) -> Replay:
+        raise EngineUnavailable("not now")
+
+    async with ConnectionManager(engine, history=KEPT) as manager:
+
+        @manager.on_gap
+        async def tell(gap: Gap) -> None:
+            gaps.append(gap)
+
+        peer = Peer()
+        await manager.connect(peer.websocket, channels=["news"])
+        engine.read = fail  # type: ignore[method-assign]
+        _, recovery = await come_back(manager, "garbage")
+        assert recovery.reason == "unavailable"
+        for number in range(3):
+            manager.broadcast_nowait(str(number), channel="news")
+        assert await peer.wait_messages(3) == ["0", "1", "2"]
+        assert (gaps, manager.stats().engine.gaps) == ([], 0)

@@ -71,6 +71,16 @@ def test_hole_is_filled_in_order(tail: Tail) -> None:
     assert delivered(tail) == [5, 6, 7, 8]
 
 
+def test_chain_that_begins_again_is_looked_into(tail: Tail) -> None:
+    # A stream whose messages have expired doesn't know the one before any more.
+    assert tail.take(entry(9, previous=0)) is Taken.SUSPECT
+    assert fill(tail, replay(5, 9)) is None
+    assert delivered(tail) == [5, 6, 7, 8, 9]
+    assert tail.take(entry(12, previous=0)) is Taken.SUSPECT
+    assert fill(tail, replay(12, 12)) == "expired"
+    assert delivered(tail) == [12]
+
+
 def test_hole_behind_what_was_read_is_read_again(tail: Tail) -> None:
     tail.take(entry(7))
     tail.take(entry(9))
@@ -83,13 +93,21 @@ def test_hole_behind_what_was_read_is_read_again(tail: Tail) -> None:
 def test_more_than_is_kept_is_a_break(tail: Tail) -> None:
     tail.take(entry(30))
     assert fill(tail, replay(26, 30)) == "too_many"
-    assert (tail.position, tail.base, tail.next()) == (Position("e", 30), 25, None)
+    assert (tail.position, tail.base) == (Position("e", 30), 25)
+    assert delivered(tail) == [30]  # which has come
 
 
 def test_what_was_not_kept_is_a_break(tail: Tail) -> None:
     tail.take(entry(8))
     assert fill(tail, Replay(Position("e", 8), [entry(8)], 7)) == "expired"
     assert tail.take(entry(9)) is Taken.NEXT
+
+
+def test_what_came_behind_a_break_is_delivered_though_it_was_read(tail: Tail) -> None:
+    tail.take(entry(12))
+    tail.take(entry(13))
+    assert fill(tail, replay(9, 13)) == "too_many"
+    assert (tail.delivered, delivered(tail)) == (11, [12, 13])
 
 
 def test_other_epoch_is_a_break(tail: Tail) -> None:
@@ -135,6 +153,17 @@ def test_history_that_can_t_be_read_is_gone_on_with(tail: Tail) -> None:
     assert tail.given_up() == "unavailable"
     assert delivered(tail) == [7, 8]
     assert not tail.has(5, 0.0)
+
+
+def test_what_follows_is_no_break_although_the_history_can_t_be_read(tail: Tail) -> None:
+    tail.is_reading = True
+    for publication in (entry(4), entry(5), entry(6), entry(9)):
+        tail.take(publication)
+    assert tail.given_up() is None
+    assert delivered(tail) == [5, 6]
+    assert tail.is_reading
+    assert tail.given_up() == "unavailable"
+    assert delivered(tail) == [9]
 
 
 @pytest.mark.parametrize("has_failed", [False, True])

@@ -12,7 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from tests.support.asgi import Peer, eventually, turns
-from wsbroadcast import ConnectionManager, Gap, History, SlowConsumer, create_router
+from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, History, SlowConsumer, create_router
+from wsbroadcast.options import Policy
 from wsbroadcast.protocols.events import SUBPROTOCOL
 from wsbroadcast.testing import Cluster
 
@@ -187,6 +188,33 @@ async def test_channel_that_is_not_kept_says_so() -> None:
         assert manager.stats().refused_recoveries == {"not_kept": 2}
 
 
+@pytest.mark.parametrize("channel", ["room:1", "unkept"])
+async def test_what_comes_while_hooks_or_rights_are_asked_is_not_lost(channel: str) -> None:
+    manager = ConnectionManager(history=KEPT)
+    asked: list[str] = []
+
+    @manager.on_connect
+    async def come_late(connection: object) -> None:
+        await manager.broadcast("during the hook", channel=channel)
+
+    async def authorize(connection: object, action: str, channel: str) -> bool:
+        asked.append(action)
+        if len(asked) == 3:  # it subscribes again, to the channel that it is in
+            await manager.broadcast("during the question", channel=channel)
+        return True
+
+    async with serving(manager, inbound="commands", authorize=authorize) as client:
+        peer = client(channel)
+        await eventually(lambda: len(peer.of("subscribed")) == 1)
+        peer.ask(type="subscribe", channel=channel)
+        await eventually(lambda: len(peer.of("subscribed")) == 2)
+        await manager.broadcast("after", channel=channel)
+        await eventually(lambda: peer.events[-1].get("data") == "after")
+        got = [event["data"] for event in peer.of("message")]
+        # What is kept begins with the first `subscribed`, which says where that is.
+        assert got == [*(["during the hook"] if channel == "unkept" else []), "during the question", "after"]
+
+
 async def test_plain_clients_of_the_same_router_stay_plain() -> None:
     manager = ConnectionManager(history=KEPT)
     async with serving(manager) as client:
@@ -248,6 +276,27 @@ async def test_right_that_is_taken_back_while_it_subscribes_sends_nothing() -> N
         await manager.broadcast("secret", channel="room:2")
         await turns()
         assert len(peer.events) == 3
+
+
+async def test_right_that_nobody_can_tell_of_while_it_subscribes_sends_nothing() -> None:
+    manager = ConnectionManager(history=KEPT)
+    asked: list[str] = []
+
+    def authorize(connection: object, action: str, channel: str | None) -> bool:
+        asked.append(f"{action} {channel}")
+        if asked.count("subscribe room:2") == 2:
+            raise EngineUnavailable("the rights are at a broker")
+        return True
+
+    async with serving(manager, inbound="commands", authorize=authorize) as client:
+        receipts = [await manager.broadcast(number, channel="room:2") for number in range(2)]
+        peer = client("room:1")
+        await peer.wait_events(2)
+        peer.ask(type="subscribe", channel="room:2", since=str(receipts[0].position))
+        assert (await peer.wait_events(3))[-1]["code"] == "unavailable"
+        assert (await manager.broadcast("secret", channel="room:2")).members_here == 0
+        peer.ask(type="subscribe", channel="room:2", since=str(receipts[0].position))
+        assert [event.get("data") for event in (await peer.wait_events(6))[3:]] == [None, 1, "secret"]
 
 
 async def test_who_may_subscribe_may_read_what_was_kept_before_it_came() -> None:
@@ -382,10 +431,10 @@ async def test_client_that_came_while_nothing_could_be_read_is_told_where_it_beg
         assert [event["data"] for event in late.of("message")] == ["2", "3"]
 
 
-async def test_slow_client_is_sent_the_rest_when_it_reads_again() -> None:
-    manager = ConnectionManager(
-        history={"room:*": History(messages=1000)}, slow_consumer=SlowConsumer(max_backlog_messages=16)
-    )
+@pytest.mark.parametrize("policy", ["disconnect", "drop_oldest", "drop_newest", "conflate"])
+async def test_slow_client_is_sent_the_rest_when_it_reads_again(policy: Policy) -> None:
+    slow = SlowConsumer(policy=policy, max_backlog_messages=16)
+    manager = ConnectionManager(history={"room:*": History(messages=1000)}, slow_consumer=slow)
     async with serving(manager) as client:
         peer = client("room:1")
         await peer.wait_events(2)

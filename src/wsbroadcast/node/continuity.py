@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
@@ -97,11 +97,11 @@ class Continuity:
         """Tell whether an audience has a history."""
         return self.tails is not None and self.tails.history(audience) is not None
 
-    def take(self, publication: Publication) -> None:
-        """Take a publication to an audience with a history."""
+    def take(self, publication: Publication) -> bool:
+        """Take a publication to an audience with a history; tell whether it has a place there."""
         if publication.position is not None and self.tails is not None:
             self.tails.take(publication)
-            return
+            return True
         self._counters.unkept += 1
         if self._throttle.is_due("unkept"):
             logger.warning(
@@ -110,8 +110,7 @@ class Continuity:
                 self._counters.unkept,
                 publication.audience,
             )
-        self.offer(publication)
-        self._node.deliver_now(publication)
+        return False
 
     def forgotten(self, audience: Audience) -> None:
         """Read the history of an audience anew, because it was removed."""
@@ -192,10 +191,13 @@ class Continuity:
         return {audience: joining.since.get(audience, NOW) for audience in audiences}
 
     def hold(self, connection: Connection, since: SinceByAudience) -> None:
-        """Let a member get nothing of these audiences until it has to `recover`."""
+        """Let a member get nothing of these audiences until it has to `recover`.
+
+        Where nothing is kept it gets at once what comes: nobody could send it later.
+        """
         if self._replays is not None:
             for audience in since:
-                if self._registry.is_member(connection, audience):
+                if self.is_kept(audience) and self._registry.is_member(connection, audience):
                     self._replays.hold(connection, audience)
 
     async def recover(self, connection: Connection, since: SinceByAudience, id_: object = None) -> None:
@@ -216,11 +218,14 @@ class Continuity:
                     asked = None if since[audience] is NOW else recovery
                     self.say(connection, events.subscribed(audience, asked, begins, id_))
 
-            if self._replays is None or not self._registry.is_member(connection, audience):
-                recovery = Recovery(False, "unavailable" if self.is_kept(audience) else "not_kept", None)
+            is_kept = self.is_kept(audience)
+            if self._replays is None or not is_kept or not self._registry.is_member(connection, audience):
+                recovery = Recovery(False, "unavailable" if is_kept else "not_kept", None)
                 announce(recovery, None)
                 if position is not NOW:
                     self._counters.refused_recoveries[recovery.reason] += 1
+            elif position is NOW and not self._replays.is_held(connection, audience):
+                announce(recovery := Recovery(True, "", None), self._replays.place(connection, audience))
             else:
                 recovery = await self._replays.start(connection, audience, position, announce)
             if position is not NOW:
@@ -301,7 +306,7 @@ class Continuity:
                 self._tell_gap_to(connection, audience, reason)
         tail = None if self.tails is None else self.tails.of(audience)
         for listener in self._listeners.get(audience, ()):
-            listener.broken(audience, None if tail is None else tail.position)
+            listener.broken(audience, None if tail is None else tail.delivered_position)
         if seconds is not None and self._registry.members(audience):
             gap = Gap(self._engine_name, seconds, frozenset((audience,)))
             self._tasks.spawn(self._hooks.observe("on_gap", gap), "on_gap hooks")
@@ -312,12 +317,18 @@ class Continuity:
         return self._hooks.has("on_deliver")
 
     async def replay_through_hooks(
-        self, publication: Publication, connection: Connection, is_due: Callable[[], bool]
+        self, publication: Publication, connection: Connection, has_room: Callable[[], Awaitable[bool]]
     ) -> None:
-        """Hand a publication that a connection has missed to it alone, through the hooks, if it is still due then."""
+        """Hand a publication that a connection has missed to it alone, through the hooks.
+
+        Args:
+            publication: What was missed.
+            connection: By whom.
+            has_room: Returns when the connection takes more, and whether it is still due then.
+        """
         delivery = Delivery(publication.message, publication.audience, [connection], self._encode, is_replay=True)
         await self._hooks.deliver(delivery)
-        if not is_due():
+        if not await has_room():
             return
         self._dispatcher.flush()
         for message, some in delivery._parts():

@@ -17,7 +17,7 @@ from wsbroadcast.connection import Connection, find_connection, find_open
 from wsbroadcast.engines.contract import (
     Engine,
 )
-from wsbroadcast.exceptions import EncodeError, EngineError, PermissionDenied, kind_of
+from wsbroadcast.exceptions import EncodeError, EngineError, kind_of
 from wsbroadcast.history import (
     NOW,
     NOWHERE,
@@ -166,7 +166,7 @@ class Core(Broadcasting):
         """Subscribe a connection that speaks events to a channel; ask again before it is sent anything.
 
         Raises:
-            PermissionDenied: If the check does; it has left the channel again.
+            Exception: What the check raises, such as `PermissionDenied`; it has left the channel again.
         """
         where = since_of(since, (channel,)) or {Audience.channel(channel): NOW}
         self.life.check_here()
@@ -174,7 +174,7 @@ class Core(Broadcasting):
         await membership.subscribe(connection, (channel,), where, recovers=False)
         try:
             await check()
-        except PermissionDenied:
+        except BaseException:  # also if nobody can say just now
             await membership.unsubscribe(connection, (channel,))
             raise
         await membership.continuity.recover(connection, where, id_)

@@ -17,7 +17,7 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
-from wsbroadcast.history import NOWHERE, SinceByAudience
+from wsbroadcast.history import NOW, NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
@@ -211,17 +211,27 @@ class Membership:
                     raise closed_error(connection)
                 wanted = {each: since[each] for each in since if each == Audience("channel", channel)}
                 if channel in connection.channels:
-                    if not recovers:
-                        self.continuity.hold(connection, wanted)
+                    if not recovers:  # who wants nothing that was before goes on getting what comes
+                        self.continuity.hold(
+                            connection, {each: wanted[each] for each in wanted if wanted[each] is not NOW}
+                        )
                     continue
                 self.admission.check_channels(len(connection.channels) + 1, connection)  # others may subscribe it, too
                 self._registry.subscribe(connection, channel)
                 self.continuity.hold(connection, wanted)
                 await self._announcements.subscribed(connection, channel)
                 if wanted and recovers:
-                    await self.continuity.recover(connection, wanted)
+                    await self._recover_or_leave(connection, channel, wanted)
                 if not connection.is_open:
                     raise closed_error(connection)
+
+    async def _recover_or_leave(self, connection: Connection, channel: str, since: SinceByAudience) -> None:
+        try:
+            await self.continuity.recover(connection, since)
+        except BaseException:  # cancelled: else it would be a member that waits for its beginning, and gets nothing
+            if self._leave_channel(connection, channel):
+                self._announcements.unsubscribed_soon(connection, [channel])
+            raise
 
     async def unsubscribe(self, connection: Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe from those of the channels it is in."""

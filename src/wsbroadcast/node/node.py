@@ -127,9 +127,7 @@ class Node:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif self.continuity.is_kept(publication.audience):
-            self.continuity.take(publication)
-        else:
+        elif not (self.continuity.is_kept(publication.audience) and self.continuity.take(publication)):
             self.continuity.offer(publication)
             if (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
                 self._lanes.put(publication)

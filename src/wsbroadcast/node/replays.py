@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Replayer(Protocol):
         """Whether `on_deliver` hooks have to be asked."""
 
     async def replay_through_hooks(
-        self, publication: Publication, connection: Connection, is_due: Callable[[], bool]
+        self, publication: Publication, connection: Connection, has_room: Callable[[], Awaitable[bool]]
     ) -> None:
         """Ask the hooks about a publication that a connection missed, and hand it over; raises what a hook raises."""
 
@@ -93,6 +93,11 @@ class Replays:
         """Tell whether a connection has yet to be told where it begins."""
         cursor = self.cursors.get(audience, {}).get(connection)
         return cursor is not None and not cursor.epoch
+
+    def place(self, connection: Connection, audience: Audience) -> Position | None:
+        """Return up to where a member has got everything; `None` if it isn't known."""
+        cursor = self.cursors.get(audience, {}).get(connection)
+        return self._position(audience) if cursor is None else Position(cursor.epoch, cursor.offset)
 
     # In and out.
 
@@ -252,6 +257,8 @@ class Replays:
                 self._join(cursor)
         elif not tail.has_all_after(cursor.offset):
             self._lose(cursor, tail.why_not(cursor.offset))
+        elif cursor.connection._sink.backlog is not None:
+            self._go_on(cursor)  # it may be behind in many audiences, whose stretches together are more than fits
         elif self._node.has_hooks:
             cursor.is_busy = True
             replaying = self._replay_through_hooks(cursor, tail.after(cursor.offset))
@@ -282,18 +289,27 @@ class Replays:
         for publication in () if stretch.batch is None else stretch.batch.publications:
             try:
                 if not _is_withheld(publication, cursor.connection):
-                    is_due = partial(self._is_behind, cursor)
-                    await self._node.replay_through_hooks(publication, cursor.connection, is_due)
+                    has_room = partial(self._has_room, cursor)
+                    await self._node.replay_through_hooks(publication, cursor.connection, has_room)
             except Exception:
                 logger.exception("a message was not delivered")
-                self._tell_withheld(cursor, publication)
+                await self._tell_withheld(cursor, publication)
             if not self._is_behind(cursor):
                 return
         cursor.offset = stretch.end
         self._go_on(cursor)
 
-    def _tell_withheld(self, cursor: Cursor, publication: Publication) -> None:
-        if cursor.connection._sink.has_positions and self._is_behind(cursor):
+    async def _has_room(self, cursor: Cursor) -> bool:
+        # Hooks of many audiences may come to their end at once, for one connection.
+        sink = cursor.connection._sink
+        while self._is_behind(cursor) and sink.is_half_full:
+            drained = asyncio.Event()
+            sink.when_drained(drained.set)
+            await drained.wait()
+        return self._is_behind(cursor)
+
+    async def _tell_withheld(self, cursor: Cursor, publication: Publication) -> None:
+        if cursor.connection._sink.has_positions and await self._has_room(cursor):
             self._dispatcher.flush()
             self._dispatcher.deliver_batch(batch_of([publication.withheld()]), cursor.connection)
 

@@ -77,7 +77,7 @@ class Tail:
 
     Args:
         history: How much is kept of the audience.
-        turn_messages: How many are replayed at once.
+        turn_messages: How many are replayed at once, one at least.
         turn_bytes: How many bytes of payload are, if that is more than one.
     """
 
@@ -109,7 +109,7 @@ class Tail:
     def __init__(self, history: History, turn_messages: int = 128, turn_bytes: int = 16 * 1024) -> None:
         self.history = history
         """How much is kept of the audience."""
-        self._turn_messages = turn_messages
+        self._turn_messages = max(1, turn_messages)  # of a backlog of three messages a turn is none
         self._turn_bytes = turn_bytes
         self.epoch = ""
         """That of the history; empty as long as it was never read."""
@@ -203,8 +203,10 @@ class Tail:
                     self._append(publication, publication.offset)
             self.top = replay.top.offset  # what is no envelope has an offset, too
         elif replay.top.epoch != self.epoch or replay.top.offset > self.top:
-            broken = self._why_broken(replay)
+            broken, was_known = self._why_broken(replay), bool(self.epoch)
             self._begin(replay)
+            if was_known:
+                self._deliver_what_came()
         held, self._held, has_lost = self._held, [], self._has_lost_held
         self._has_lost_held = False
         for publication, began in held:
@@ -215,18 +217,24 @@ class Tail:
         return broken
 
     def given_up(self) -> Reason | None:
-        """The history can't be read: go on with what was held; return why there is a break, if there is one."""
+        """The history can't be read: go on with what was held; return why there is a break, if there is one.
+
+        There is none where what was held follows what is here: the read was for something else, such as a position of
+        another history. Ask `is_reading` afterwards: there may be a hole behind that.
+        """
         self.is_reading = False
         held, self._held, self._has_lost_held = self._held, [], False
         if not held:
             return None
         first, _ = held[0]
         assert first.position is not None
-        self._begin(Replay(Position(first.position.epoch, first.previous), (), first.previous))
-        self.is_shrunk = True
+        is_joined = first.position.epoch == self.epoch and (first.previous == self.top or first.offset <= self.top)
+        if not is_joined:
+            self._begin(Replay(Position(first.position.epoch, first.previous), (), first.previous))
+            self.is_shrunk = True
         for publication, _ in held:
             self.take(publication)
-        return "unavailable"
+        return None if is_joined else "unavailable"
 
     def _is_refuted(self, publication: Publication, reads: int) -> bool:
         # What came before a read began, and isn't in there: it is of a history that has ended, or forged. A broker may
@@ -256,6 +264,15 @@ class Tail:
         self.is_shrunk = False
         self.bytes = sum(publication.message.size for publication in self._entries)
         self.delivered = self.top  # who is a member now has not missed what came before it was one
+
+    def _deliver_what_came(self) -> None:
+        # What came behind the break is for the members, also if the read has it already.
+        came = [
+            each.previous
+            for each, _ in self._held
+            if each.position is not None and each.position.epoch == self.epoch and each.offset <= self.top
+        ]
+        self.delivered = max(self.base, min(came, default=self.top))
 
     def _hold(self, publication: Publication, reads: int) -> None:
         if len(self._held) < _MAX_HELD:

@@ -260,8 +260,9 @@ class Tails:
         tail.has_failed = True
         if self._throttle.is_due("read"):
             logger.warning("what was missed of %s can't be read (%s); trying again", audience, error)
-        if failures >= _MAX_FAILURES and (reason := tail.given_up()) is not None:
-            self._break(audience, reason, _now() - tail.heard_at)
+        if failures >= _MAX_FAILURES:
+            if (reason := tail.given_up()) is not None:
+                self._break(audience, reason, _now() - tail.heard_at)
             self._node.arrived(audience)
             self.deliveries.go_on(audience, tail)
 

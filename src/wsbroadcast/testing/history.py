@@ -327,8 +327,10 @@ class HistoryContract(Nodes):
         async with self.keeping() as nodes:
             audiences = [EVERYONE, NEWS, SPORT, Audience("user", "news"), Audience("channel", "news:k")]
             for audience in audiences:
-                for key in ("k", "k:k", " \N{GRINNING FACE}\n", "x" * 200):
-                    assert not (await append(nodes[0], "hello", audience, key=key)).is_repeat
+                for key in ("k", "k:k", " \N{GRINNING FACE}\n", "\0", "a\r\nb: c", "x" * 200):
+                    appended = await append(nodes[0], "hello", audience, key=key)
+                    assert not appended.is_repeat
+                    assert await append(nodes[-1], "again", audience, key=key) == appended._replace(is_repeat=True)
 
     # Who only publishes.
 
