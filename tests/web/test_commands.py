@@ -342,6 +342,21 @@ async def test_a_denial_says_what_authorize_says(error: Exception, kind: str) ->
         assert await _ask(peer, _command(kind, "news", data=1)) == FORBIDDEN | {"text": "muted"}
 
 
+async def test_who_may_subscribe_if_nobody_can_say_in_the_end_is_not_subscribed() -> None:
+    answers: list[bool | Exception] = [True, EngineUnavailable("where the rights are")]
+
+    def authorize(connection: Any, action: str, channel: str) -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    manager = ConnectionManager()
+    async with visit(_app(manager, authorize=authorize), "/ws") as peer:
+        assert await _ask(peer, _command("subscribe", "private")) == UNAVAILABLE
+        assert manager.connections[0].channels == frozenset()
+
+
 async def test_a_failure_of_authorize_is_not_kept_quiet() -> None:
     def authorize(connection: Any, action: str, channel: str) -> bool:
         raise HTTPException(503, "no database")

@@ -179,7 +179,7 @@ class Commands:
             raise EngineError(str(error)) from error
         try:  # again: while it was subscribed, who took the right back found nothing to unsubscribe
             await self._access._check(connection, "subscribe", channel)
-        except PermissionDenied:
+        except BaseException:  # also if nobody can say just now
             await connection.unsubscribe(channel)
             raise
 
