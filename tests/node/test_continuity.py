@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from typing import Any
@@ -114,6 +115,29 @@ async def test_node_that_is_behind_a_position_looks_before_it_answers(cluster: C
     await cluster[0].broadcast("1", channel="news")
     assert await other.wait_messages(1) == ["1"]
     assert await peer.wait_messages(2) == ["0", "1"]
+
+
+async def test_strange_position_keeps_nobody_else_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = MemoryEngine()
+    async with ConnectionManager(engine, history=KEPT) as manager:
+        peer, _ = await come(manager)
+        may_answer, read = asyncio.Event(), engine.read
+
+        async def read_slowly(*args: Any) -> Any:
+            await may_answer.wait()
+            return await read(*args)
+
+        monkeypatch.setattr(engine, "read", read_slowly)
+        stranger = asyncio.create_task(come(manager, since="strange:1"))
+        await turns()
+        await manager.broadcast("live", channel="news")
+        assert await peer.wait_messages(1) == ["live"]
+        assert not stranger.done()
+        may_answer.set()
+        _, connection = await stranger
+        assert connection.recovered["news"].reason == "epoch"
+        await manager.broadcast("more", channel="news")
+        assert await peer.wait_messages(2) == ["live", "more"]
 
 
 async def test_message_that_was_too_large_to_be_kept_is_a_hole(cluster: Cluster) -> None:

@@ -145,6 +145,25 @@ def test_read_that_began_too_early_is_not_enough(tail: Tail) -> None:
     assert (tail.reads, tail.is_reading) == (wanted, False)
 
 
+def test_what_joins_the_rest_waits_for_no_read(tail: Tail) -> None:
+    tail.want_read()
+    top = tail.top
+    assert tail.take(entry(top + 1)) is Taken.NEXT
+    assert tail.take(entry(top + 3)) is Taken.HELD
+    assert tail.take(entry(top + 2)) is Taken.NEXT
+    assert fill(tail, replay(top, top + 1)) is None  # of before both
+    assert delivered(tail)[-3:] == [top + 1, top + 2, top + 3]
+
+
+def test_nothing_of_a_history_that_was_removed_goes_out(tail: Tail) -> None:
+    tail.want_read()
+    tail.is_void = True
+    top = tail.top
+    assert tail.take(entry(top + 1)) is Taken.HELD
+    assert fill(tail, Replay(Position("f", 0), [], 0)) == "epoch"
+    assert (tail.is_void, tail.top) == (False, 0)
+
+
 def test_history_that_can_t_be_read_is_gone_on_with(tail: Tail) -> None:
     tail.is_reading = True
     assert tail.given_up() is None

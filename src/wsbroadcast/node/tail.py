@@ -99,6 +99,7 @@ class Tail:
         "history",
         "is_reading",
         "is_shrunk",
+        "is_void",
         "promised",
         "read",
         "reads",
@@ -121,6 +122,8 @@ class Tail:
         """The offset up to which the members have got everything, or had it withheld."""
         self.is_reading = False
         """Whether the history is being read, or has to be."""
+        self.is_void = False
+        """Whether the history was removed: nothing more of it goes out."""
         self.reads = 0
         """How many reads of the history have begun."""
         self.read = 0
@@ -172,16 +175,15 @@ class Tail:
     def _take(self, publication: Publication, reads: int) -> Taken:
         position = publication.position
         assert position is not None
+        offset = position.offset
+        if position.epoch == self.epoch and publication.previous == self.top and not self.is_void:
+            self._append(publication, offset)  # also while the history is read: nothing is missing before it
+            return Taken.NEXT
         if self.is_reading:
             self._hold(publication, reads)
             return Taken.HELD
-        offset = position.offset
-        if position.epoch == self.epoch:
-            if publication.previous == self.top:
-                self._append(publication, offset)
-                return Taken.NEXT
-            if offset <= self.top:
-                return Taken.KNOWN
+        if position.epoch == self.epoch and offset <= self.top:
+            return Taken.KNOWN
         self.is_reading = True
         self._hold(publication, reads)
         return Taken.SUSPECT
@@ -196,6 +198,7 @@ class Tail:
             read: The number of the read.
         """
         self.is_reading = False
+        self.is_void = self.is_void and read < self.wanted_read
         broken: Reason | None = None
         if self.epoch and replay.is_complete(Position(self.epoch, self.top)):
             for publication in replay.publications:
@@ -222,7 +225,7 @@ class Tail:
         There is none where what was held follows what is here: the read was for something else, such as a position of
         another history. Ask `is_reading` afterwards: there may be a hole behind that.
         """
-        self.is_reading = False
+        self.is_reading = self.is_void = False
         held, self._held, self._has_lost_held = self._held, [], False
         if not held:
             return None

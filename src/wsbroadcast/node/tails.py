@@ -198,6 +198,7 @@ class Tails:
         tail = self._tails.get(audience)
         if tail is not None:
             tail.want_read()
+            tail.is_void = True
             self._begin_reading(audience, tail)
 
     async def refill(self, audience: Audience, tail: Tail) -> None:
