@@ -226,9 +226,9 @@ class Peer:
         assert self.close_code is not None
         return self.close_code
 
-    async def wait_for(self, condition: Callable[[], bool]) -> None:
+    async def wait_for(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
         """Wait until something is so, looking again after each event of the app."""
-        async with asyncio.timeout(TIMEOUT):
+        async with asyncio.timeout(timeout):
             while not condition():
                 self._news.clear()
                 await self._news.wait()
