@@ -162,8 +162,6 @@ class HistoryRules:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HistoryRules) and self.to_json() == other.to_json()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"<HistoryRules {self.to_json().decode()}>"
 

@@ -72,8 +72,8 @@ class Tail:
     """What came, without a hole, and how far it was delivered.
 
     Publications come by `take`, as the engine brings them: some twice, some never. Each says which one was before it,
-    so a hole shows. Then what comes is held, until `filled` has what the engine has read. What was read and can't be
-    joined to the rest without a hole is a break: the tail begins anew behind it.
+    so a hole shows. Then what comes behind it is held, until `filled` has what the engine has read. What was read and
+    can't be joined to the rest without a hole is a break: the tail begins anew behind it.
 
     Args:
         history: How much is kept of the audience.
