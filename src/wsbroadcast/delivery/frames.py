@@ -111,7 +111,7 @@ class WireForm:
     Ask `wire_form` for one: there is only one of each, so it is compared by identity.
     """
 
-    __slots__ = ("_encoding", "_protocol", "has_positions")
+    __slots__ = ("__weakref__", "_encoding", "_protocol", "has_positions")
 
     def __init__(self, protocol: Protocol, encoding: Encoding) -> None:
         self._protocol = protocol

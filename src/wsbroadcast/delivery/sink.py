@@ -74,6 +74,8 @@ class Sink:
 
     kind = "asgi"
     """The name under which `stats()` counts it."""
+    is_told = True
+    """Whether the server tells a reader of the peer's end, in every case."""
 
     __slots__ = (
         "_form",

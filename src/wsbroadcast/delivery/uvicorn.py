@@ -6,6 +6,7 @@ Nothing of the server is patched. Whatever looks different from what this module
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from functools import cache
 from types import CodeType, FunctionType
@@ -33,12 +34,73 @@ class Recipient(Protocol):
     def _sink(self) -> Sink: ...
 
 
-class UvicornSink(Sink):
+class DirectSink(Sink):
+    """Writes to the transport below a server's protocol: a large message in pieces, as far as it takes them."""
+
+    __slots__ = ("_transport",)
+
+    def __init__(
+        self, owner: Owner, slow_consumers: SlowConsumers, send: Send, transport: asyncio.Transport, form: WireForm
+    ) -> None:
+        super().__init__(owner, slow_consumers, send, transport, form)
+        self._transport = transport  # the same, and never None here
+
+    @property
+    @abstractmethod
+    def takes_more(self) -> bool:
+        """Whether the transport takes more now."""
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether nothing may be written any more."""
+
+    def deliver_large(self, batch: Batch[Any]) -> None:
+        """Write as much of the batch as the transport takes, and let the rest wait."""
+        entries = iter(batch.entries(self._form))
+        if self.backlog is not None or not self.takes_more:
+            self.enqueue(entries)
+            return
+        for entry in entries:
+            rest = self._write_pieces(memoryview(entry.data))
+            if rest is not None:
+                self._open_backlog().rest = rest
+                self.enqueue(entries)
+                return
+
+    async def write(self, entry: Entry, backlog: Backlog) -> None:
+        """Write one message from the backlog: at once, or as much of a large one as the transport takes."""
+        if len(entry.data) <= PIECE_BYTES:
+            self._transport.write(entry.data)
+        else:
+            backlog.rest = self._write_pieces(memoryview(entry.data))
+        backlog.hand_over(len(entry.data) - len(backlog.rest or b""))
+
+    def write_rest(self, backlog: Backlog) -> None:
+        """Go on with a large message."""
+        assert backlog.rest is not None
+        before = len(backlog.rest)
+        backlog.rest = self._write_pieces(backlog.rest)
+        backlog.hand_over(before - len(backlog.rest or b""))
+
+    def _write_pieces(self, data: memoryview) -> memoryview | None:
+        # A transport keeps what it can't send at once, and copies it on some versions of Python. So it is given no more
+        # than it asks for; the rest is shared by all connections. Each piece of a WebSocket's is a whole frame, because
+        # the server may write a frame of its own before the next one.
+        while self.takes_more and not self.is_over:
+            self._transport.write(data[:PIECE_BYTES])
+            data = data[PIECE_BYTES:]
+            if not data:
+                return None
+        return data
+
+
+class UvicornSink(DirectSink):
     """Writes to the transport while it takes more, and waits for `writable` only when it doesn't."""
 
     kind = "uvicorn"
 
-    __slots__ = ("_inbox", "_protocol", "_transport", "_writable")
+    __slots__ = ("_inbox", "_protocol", "_writable")
 
     def __init__(
         self,
@@ -52,7 +114,6 @@ class UvicornSink(Sink):
     ) -> None:
         super().__init__(owner, slow_consumers, send, protocol.transport, _take_over_compression(protocol, speaks))
         self._protocol = protocol
-        self._transport: asyncio.Transport = protocol.transport  # the same, and never None here
         self._writable: asyncio.Event = protocol.writable
         # What came in and the app hasn't read, where the protocol is known well enough (see `begin_reading`).
         self._inbox: asyncio.Queue[Any] | None = _inbox_of(protocol) if is_read_directly else None
@@ -102,19 +163,6 @@ class UvicornSink(Sink):
             except Exception:
                 failed(recipient)
 
-    def deliver_large(self, batch: Batch[Any]) -> None:
-        """Write as much of the batch as the transport takes, and let the rest wait."""
-        entries = iter(batch.entries(self._form))
-        if self.backlog is not None or not self._writable.is_set():
-            self.enqueue(entries)
-            return
-        for entry in entries:
-            rest = self._write_pieces(memoryview(entry.data))
-            if rest is not None:
-                self._open_backlog().rest = rest
-                self.enqueue(entries)
-                return
-
     async def send_event(self, event: Event) -> None:
         """Send what the app itself sends; straight through while nothing waits."""
         if self.backlog is not None or not self._writable.is_set():
@@ -148,37 +196,17 @@ class UvicornSink(Sink):
     async def ready(self) -> None:
         """Wait until the transport takes more."""
         await self._writable.wait()
-        if self._is_over:
+        if self.is_over:
             raise ConnectionResetError
 
-    async def write(self, entry: Entry, backlog: Backlog) -> None:
-        """Write one message from the backlog: at once, or as much of a large one as the transport takes."""
-        if len(entry.data) <= PIECE_BYTES:
-            self._transport.write(entry.data)
-        else:
-            backlog.rest = self._write_pieces(memoryview(entry.data))
-        backlog.hand_over(len(entry.data) - len(backlog.rest or b""))
-
-    def write_rest(self, backlog: Backlog) -> None:
-        """Go on with a large message."""
-        assert backlog.rest is not None
-        before = len(backlog.rest)
-        backlog.rest = self._write_pieces(backlog.rest)
-        backlog.hand_over(before - len(backlog.rest or b""))
-
-    def _write_pieces(self, data: memoryview) -> memoryview | None:
-        # A transport keeps what it can't send at once, and copies it on some versions of Python. So it is given no more
-        # than it asks for; the rest is shared by all connections. Each piece is a whole frame, because the server may
-        # write a frame of its own before the next one.
-        while self._writable.is_set() and not self._is_over:
-            self._transport.write(data[:PIECE_BYTES])
-            data = data[PIECE_BYTES:]
-            if not data:
-                return None
-        return data
+    @property
+    def takes_more(self) -> bool:
+        """Whether the transport takes more now."""
+        return self._writable.is_set()
 
     @property
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
+        """Whether nothing may be written any more."""
         return bool(self._protocol.close_sent) or self._transport.is_closing()
 
 

@@ -361,7 +361,10 @@ class Membership:
         # An endpoint that neither reads nor writes doesn't notice that its peer is gone; the server's transport does.
         # One that reads learns it from the server, after the last message, so it is given a while to come to that.
         self._look = None
-        gone = {each for each in self._registry.by_id.values() if each._sink.is_lost and not each._transport.is_read}
+        connections = self._registry.by_id.values()
+        gone = {
+            each for each in connections if each._sink.is_lost and not (each._sink.is_told and each._transport.is_read)
+        }
         for connection in gone & self._gone:
             self.lost(connection, ABNORMAL, "")
         self._gone = gone - self._gone

@@ -26,6 +26,7 @@ from wsbroadcast.exceptions import ConnectionClosed, LimitExceeded
 from wsbroadcast.publication import Protocol as Speaks
 from wsbroadcast.publication import plain
 from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
+from wsbroadcast.transports.http import STREAM, Answer
 
 # Messages that hooks see, in the order in which they came.
 _NUMBERS = itertools.count()
@@ -422,12 +423,15 @@ class WebSocketTransport:
 def _make_sink(
     transport: WebSocketTransport, websocket: WebSocket, slow_consumers: SlowConsumers, speaks: Speaks
 ) -> tuple[Sink, str]:
-    form = unframed(speaks)
+    stream: Answer | None = websocket.scope.get(STREAM)
+    form = unframed(plain if stream is not None else speaks)  # what is sent through a stream is made an event there
     if not is_untouched(websocket):
         # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
         return Sink(transport, slow_consumers, websocket.send, form=form), "send is taken over"
     if (own := own_send(websocket)) is not None:
         return Sink(transport, slow_consumers, own, form=form), "send is taken over"
+    if stream is not None:
+        return stream.make_sink(transport, slow_consumers, speaks)
     # Ours go to the server directly: Starlette's state then says only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
     shown = websocket.scope.get(SERVER_RECEIVE)

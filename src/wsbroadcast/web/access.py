@@ -11,6 +11,7 @@ from fastapi import WebSocket, params
 from fastapi.exceptions import WebSocketRequestValidationError
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException, WebSocketException
+from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
 from wsbroadcast.close_codes import CloseCode, is_sendable
@@ -31,6 +32,7 @@ from wsbroadcast.node.admission import Joining
 from wsbroadcast.signatures import check_callable, no_dependency
 from wsbroadcast.text import plain
 from wsbroadcast.transports import closed_error
+from wsbroadcast.transports.http import websocket_scheme
 from wsbroadcast.transports.refusal import can_refuse_handshake, mute, refuse, refuse_handshake
 from wsbroadcast.web.authentication import Authenticator, Handshake, Identity, UserKey, choose_subprotocol, identity_of
 from wsbroadcast.web.origin import AllowedOrigins
@@ -146,7 +148,7 @@ class Access:
                     channels,
                     identity.info,
                     expires_at=identity.expires_at,
-                    since=None if channel is None else websocket.query_params.get("since") or None,  # empty is none
+                    since=None if channel is None else _since(websocket),
                 )
                 return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):
@@ -159,6 +161,20 @@ class Access:
             if not can_refuse_handshake(websocket):  # else the server answers with 500
                 await refuse(websocket, 500, CloseCode.INTERNAL_ERROR, "")
             raise
+
+    async def _look(self, websocket: WebSocket, channel: str | None = None) -> Handshake:
+        """Check who asks for something over HTTP, without letting anybody in; and whether it may see a channel.
+
+        Raises:
+            WebSocketException: If it may not; it has its answer.
+        """
+        await self._check_origin(websocket)
+        identity = await self._admit(websocket, channel)
+        return Handshake(websocket, identity.user, identity.info)
+
+    def _sharing(self, connection: HTTPConnection) -> tuple[tuple[bytes, bytes], ...]:
+        """Return the headers that let the page read the response to a request."""
+        return self._origins.sharing(websocket_scheme(connection.scope), connection.scope["headers"])
 
     async def _admit(self, websocket: WebSocket, channel: str | None) -> Identity:
         choose_subprotocol(websocket, self._subprotocols)
@@ -257,6 +273,11 @@ def choose_access(
         if value is not None:
             raise ConfigurationError(f"{name} belongs into the Access: pass access=Access({name}=…, …) alone")
     return access
+
+
+def _since(websocket: WebSocket) -> str | None:
+    # What a browser's `EventSource` has seen last stands before its URL, which it uses again. Empty is none.
+    return websocket.headers.get("last-event-id") or websocket.query_params.get("since") or None
 
 
 def _is_yes(allowed: object) -> bool:

@@ -22,6 +22,7 @@ from wsbroadcast.node.membership import SUBPROTOCOL
 from wsbroadcast.options import ExpiresAt, check_positive
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.text import plain
+from wsbroadcast.transports.http import STREAM
 
 _RESULT = "wsbroadcast.authenticated"
 
@@ -277,7 +278,7 @@ class TokenFrom:
         token = self._from_handshake(connection)
         if token is not None:
             return token
-        if self._deadline and isinstance(connection, WebSocket):
+        if self._deadline and isinstance(connection, WebSocket) and STREAM not in connection.scope:
             if FIRST_MESSAGE not in connection.scope:
                 connection.scope[FIRST_MESSAGE] = await _first_message(connection, self._deadline)
             first: str = connection.scope[FIRST_MESSAGE]

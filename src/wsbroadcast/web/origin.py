@@ -84,7 +84,7 @@ class AllowedOrigins:
         headers = list(headers)
         found = [value.decode("latin-1") for name, value in headers if name == b"origin"]
         if not found:
-            return None if self._allow_missing else "no Origin header: only browsers may connect here"
+            return self._refusal_without(scheme, headers)
         if len(found) > 1:
             return f"{len(found)} Origin headers, where a browser sends one"
         if self._is_everyone:
@@ -97,6 +97,35 @@ class AllowedOrigins:
             return None
         server = "the Host header is missing or none" if own is None else f"this server is {shown(str(own))}"
         return f"{_not_allowed(found[0])}: {server}. {_advice(origin, own)}"
+
+    def _refusal_without(self, scheme: str, headers: list[tuple[bytes, bytes]]) -> str | None:
+        # A browser sends no origin with a GET to the page's own; nor where it lets nobody read the answer, as for an
+        # image. Where the request comes from it says elsewhere (Fetch Metadata, 2.4).
+        site = dict(headers).get(b"sec-fetch-site")
+        if site in (b"cross-site", b"same-site") and not self._is_everyone:
+            return f"a page of another origin ({site.decode()}) asks without an Origin header"
+        if self._allow_missing:
+            return None
+        is_own = self._is_own_only or self._is_everyone or _own_origin(scheme, headers) in self._origins
+        return None if site == b"same-origin" and is_own else "no Origin header: only browsers may connect here"
+
+    def sharing(self, scheme: str, headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+        """Return the headers that let a page read an HTTP response (Fetch, 3.2.3); none if it may not, or needs none.
+
+        Never a wildcard for a request with cookies: the answer names the page, and caches know that it does.
+        """
+        headers = list(headers)
+        vary = () if self._is_everyone else ((b"vary", b"Origin"),)
+        found = [value for name, value in headers if name == b"origin"]
+        if len(found) != 1 or self.refusal(scheme, headers) is not None:
+            return vary
+        if self._is_everyone:
+            return ((b"access-control-allow-origin", b"*"),)
+        return (
+            (b"access-control-allow-origin", found[0]),
+            (b"access-control-allow-credentials", b"true"),
+            *vary,
+        )
 
 
 def shown(text: str) -> str:

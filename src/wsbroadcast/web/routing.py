@@ -25,10 +25,12 @@ from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.message import Message
 from wsbroadcast.node.membership import ROUTER, SPEAKS, SUBPROTOCOL
 from wsbroadcast.protocols import events
+from wsbroadcast.transports.http import STREAM
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
 from wsbroadcast.web.authentication import MAX_SUBPROTOCOLS
 from wsbroadcast.web.commands import Commands, Outage
+from wsbroadcast.web.http_streams import HTTPStreams
 from wsbroadcast.web.path_channel import PathChannel, Place
 
 # The endpoint behind a router's path: lets connections in, and does with their messages what the options say.
@@ -89,6 +91,8 @@ class Endpoint:
             may_roam=inbound == "commands",
         )
         self._include_sender = include_sender
+        self.http = HTTPStreams(manager, self.open, self._channel, access)
+        """What it does with HTTP requests."""
 
     async def open(self, websocket: WebSocket) -> None:
         """Serve one connection from its handshake to its end."""
@@ -118,7 +122,9 @@ class Endpoint:
                 await connection.close(code if is_sendable(code) else CloseCode.INTERNAL_ERROR, reason)
 
     async def _serve(self, connection: Connection, name: str | None) -> None:
-        if connection._sink.has_positions:
+        if (answer := connection.websocket.scope.get(STREAM)) is not None:
+            await answer.serve(connection)
+        elif connection._sink.has_positions:
             while True:
                 await self._commands.obey_event(connection, await connection.receive_json(), name)
         elif self._inbound == "ignore":
@@ -200,6 +206,7 @@ def create_router(
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
     dependencies: Sequence[params.Depends] | None = None,
+    http: bool = False,
     **moved: Never,
 ) -> APIRouter:
     """Make a router with one WebSocket endpoint, for `app.include_router`.
@@ -227,6 +234,8 @@ def create_router(
         allowed_origins: The pages that may connect; see `Access`.
         access: An `Access` instead of these three, which has more options and may be shared.
         dependencies: FastAPI dependencies that run first. Those that `yield` end with the connection.
+        http: Whether the path serves HTTP as well: events and long poll by GET, and what clients say by POST; see
+            `create_sse_router`.
         moved: None: what was here before is an option of `Access`.
 
     Raises:
@@ -238,6 +247,51 @@ def create_router(
     )
     router = APIRouter(lifespan=manager.lifespan)
     router.add_api_websocket_route(path, endpoint.open, name="wsbroadcast", dependencies=dependencies)
+    if http:
+        endpoint.http.add_to(router, path, dependencies)
+    return router
+
+
+def create_sse_router(
+    manager: ConnectionManager,
+    path: str = "/sse",
+    *,
+    channel: str | None = None,
+    inbound: Inbound = "ignore",
+    authenticate: Authenticate | None = None,
+    authorize: Authorize | None = None,
+    allowed_origins: Iterable[str] | None = None,
+    access: Access | None = None,
+    dependencies: Sequence[params.Depends] | None = None,
+    **moved: Never,
+) -> APIRouter:
+    """Make a router that serves server-sent events, to which `new EventSource("/sse/news")` listens.
+
+    A stream is a `Connection` like any other: in `connections`, in hooks, with a backlog, a policy and an end. Where
+    the channel of the path has a history, an event's `id` is its position, so that a browser which comes back by itself
+    gets what it missed: it sends the last `id`, and `?since=` of the URL is for the first time. An event `hello` comes
+    first, and `recovered` says whether everything that was missed follows. Bytes are base64 in events named `binary`.
+    A request that accepts `application/json` and no events is a long poll: `?since=…&wait=20` waits up to 20 seconds.
+
+    Args:
+        manager: The manager that keeps the connections.
+        path: As for `create_router`.
+        channel: As for `create_router`.
+        inbound: What becomes of commands that clients POST: `ignore`, or `broadcast` what they publish.
+        authenticate: A FastAPI dependency that says who it is; see `Access`.
+        authorize: Says what a connection may do with a channel; see `Access`.
+        allowed_origins: The pages that may connect; see `Access`.
+        access: An `Access` instead of these three, which has more options and may be shared.
+        dependencies: FastAPI dependencies that run first.
+        moved: None.
+
+    Raises:
+        ConfigurationError: If an option makes no sense.
+    """
+    access = choose_access(access, authenticate, authorize, allowed_origins, moved)
+    endpoint = Endpoint(manager, path, access, channel=channel, inbound=inbound, accepts="any", include_sender=True)
+    router = APIRouter(lifespan=manager.lifespan)
+    endpoint.http.add_to(router, path, dependencies)
     return router
 
 

@@ -1,0 +1,167 @@
+"""An HTTP request whose response is a stream of events, as a WebSocket by which nothing comes in.
+
+So it is let in, registered, asked about, closed and refused like every other connection. To the app it is a Starlette
+WebSocket: what the app sends there is an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping
+from random import uniform
+from typing import Any, Protocol
+
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from wsbroadcast.close_codes import ABNORMAL
+from wsbroadcast.delivery.sink import Sink
+from wsbroadcast.delivery.slow_consumers import Owner, SlowConsumers
+from wsbroadcast.delivery.sse import Opened, drawn_retry, last_event
+from wsbroadcast.protocols import sse
+from wsbroadcast.publication import Protocol as Speaks
+
+STREAM = "wsbroadcast.stream"
+"""Where in its scope the request stands that a WebSocket stands for."""
+
+Header = tuple[bytes, bytes]
+
+# After these an ordinary client comes back. `EventSource` takes every status but 200 as final.
+_LATER = frozenset({429, 502, 503, 504})
+
+# How long an `EventSource` waits that was refused for now, in seconds, if nothing else is said.
+_REFUSED_FOR = 5.0
+
+
+class Answer(Protocol):
+    """What a request makes of the WebSocket that stands for it."""
+
+    websocket: WebSocket
+    """The WebSocket."""
+
+    def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
+        """Make its sink; return it with why it isn't the fast one."""
+
+    async def serve(self, connection: Any) -> None:
+        """Return when the connection has ended, or the answer can be given."""
+
+
+def websocket_scheme(scope: Scope) -> str:
+    """Return the scheme that a WebSocket would have."""
+    return "wss" if scope.get("scheme") == "https" else "ws"
+
+
+def websocket_scope(scope: Scope, answer: Answer) -> Scope:
+    """Return the scope of the WebSocket that stands for a request."""
+    return {
+        **scope,
+        "type": "websocket",
+        "scheme": websocket_scheme(scope),
+        "subprotocols": [],
+        "extensions": {"websocket.http.response": {}},
+        STREAM: answer,
+    }
+
+
+class EventStream:
+    """One `text/event-stream` response.
+
+    Args:
+        scope: The request's.
+        receive: Its `receive`.
+        send: Its `send`, as middleware has it.
+        headers: Of every response, such as those of CORS.
+        is_event_source: Whether a browser's `EventSource` may have asked, which takes every status but 200 as final.
+            So it is told when to come back instead.
+    """
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, headers: Iterable[Header], *, is_event_source: bool
+    ) -> None:
+        self._receive = receive
+        self._send = send
+        self._headers = tuple(headers)
+        self._is_event_source = is_event_source
+        self._is_http_1_1 = scope.get("http_version", "1.1") == "1.1"
+        self._has_begun = False
+        self._opened = Opened(send, receive)
+        # The status of a refusal that an `EventSource` isn't told.
+        self._later = False
+        self.websocket = WebSocket(websocket_scope(scope, self), self._next, self._say)
+
+    def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
+        """Make its sink; return it with why it isn't the fast one."""
+        return self._opened.sink(owner, slow_consumers, speaks), self._opened.refused
+
+    async def serve(self, connection: Any) -> None:
+        """Wait for the connection's end."""
+        await connection.wait_closed()
+
+    # What the WebSocket receives and sends.
+
+    async def _next(self) -> MutableMapping[str, Any]:
+        if not self._has_begun:
+            self._has_begun = True
+            return {"type": "websocket.connect"}
+        while (await self._receive())["type"] != "http.disconnect":
+            pass  # a body, which says nothing
+        return {"type": "websocket.disconnect", "code": ABNORMAL, "reason": ""}
+
+    async def _say(self, event: MutableMapping[str, Any]) -> None:
+        match event["type"]:
+            case "websocket.accept":
+                await self._accept(event.get("headers") or ())
+            case "websocket.send":
+                text = event.get("text")
+                await self._write(sse.app_event(event["bytes"] if text is None else text))
+            case "websocket.close" if self._opened.is_open:
+                await self._write(last_event(event.get("code") or 1000, event.get("reason") or ""), more_body=False)
+            case "websocket.close":
+                await self._respond(403, ())
+                await self._write(b"", more_body=False)
+            case "websocket.http.response.start":
+                await self._respond(event["status"], event["headers"])
+            case "websocket.http.response.body":
+                body = event.get("body", b"")
+                if self._later:
+                    body = sse.comment(body)
+                await self._write(body, more_body=event.get("more_body", False))
+
+    async def _write(self, body: bytes, *, more_body: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
+
+    async def _accept(self, headers: Iterable[Header]) -> None:
+        await self._opened.open(
+            self._head(200, (*stream_headers(is_http_1_1=self._is_http_1_1), *headers)), drawn_retry()
+        )
+
+    async def _respond(self, status: int, headers: Iterable[Header]) -> None:
+        if status not in _LATER or not self._is_event_source:
+            await self._send(self._head(status, headers))
+            return
+        self._later = True
+        seconds = _seconds(headers) or _REFUSED_FOR
+        await self._send(self._head(200, stream_headers(is_http_1_1=self._is_http_1_1)))
+        await self._write(sse.retry(uniform(seconds, 2 * seconds)))  # noqa: S311  # no secret
+
+    def _head(self, status: int, headers: Iterable[Header]) -> dict[str, Any]:
+        # A list of its own for each: some middleware changes it in place.
+        return {"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]}
+
+
+def stream_headers(*, is_http_1_1: bool) -> list[Header]:
+    """Return the headers of an event stream: nobody between here and the page keeps, changes or collects it."""
+    headers = [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"cache-control", b"no-cache, no-store, no-transform"),
+        (b"x-accel-buffering", b"no"),
+    ]
+    if is_http_1_1:  # HTTP/2 forbids it (RFC 9113, 8.2.2)
+        headers.append((b"connection", b"close"))  # its end is the socket's: what the peer doesn't take holds up nobody
+    return headers
+
+
+def _seconds(headers: Iterable[Header]) -> float | None:
+    for name, value in headers:
+        if name.lower() == b"retry-after" and value.isdigit():
+            return float(value)
+    return None
