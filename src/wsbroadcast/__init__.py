@@ -54,7 +54,7 @@ if TYPE_CHECKING:
         get_connection,
         get_manager,
     )
-    from wsbroadcast.web.routing import Accepts, Inbound, create_router, create_routes
+    from wsbroadcast.web.routing import Accepts, Inbound, create_router, create_routes, create_sse_router
 
 __version__ = "0.1.0"
 
@@ -69,7 +69,7 @@ _LAZY = {
     "web.access": ("Access", "Action", "Authenticate", "Authorize", "OnDenied"),
     "web.authentication": ("Handshake", "Identity", "TokenFrom", "UserKey"),
     "web.dependencies": ("ConnectionDep", "ManagerDep", "connection_dependency", "get_connection", "get_manager"),
-    "web.routing": ("Accepts", "Inbound", "create_router", "create_routes"),
+    "web.routing": ("Accepts", "Inbound", "create_router", "create_routes", "create_sse_router"),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -166,6 +166,7 @@ __all__ = [
     "connection_dependency",
     "create_router",
     "create_routes",
+    "create_sse_router",
     "get_connection",
     "get_manager",
     "should_reconnect",

@@ -1,0 +1,269 @@
+"""Measure what a delivered event costs a server: ours, beside sse-starlette, FastAPI's own and our WebSockets.
+
+Each server runs uvicorn in a process of its own on one core; the clients are raw sockets in this process on the other.
+What is printed is CPU time of the server's process for each event that came to a client, until it is idle again, and
+ratios within a round; medians over all rounds.
+
+    python benchmarks/sse.py                            # 1,000 clients, 128 bytes, five rounds
+    python benchmarks/sse.py --clients 200 --rounds 2   # a first look
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MESSAGE = "x" * 128
+
+STREAM = b"GET /events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+SOCKET = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+)
+VARIANTS = {
+    "ours": STREAM,
+    "sse-starlette": STREAM,
+    "fastapi.sse": STREAM,
+    "websocket": SOCKET + b"\r\n",
+    "websocket-events": SOCKET + b"Sec-WebSocket-Protocol: wsbroadcast.v1\r\n\r\n",
+}
+
+# What the columns are compared with, and the most that they may cost.
+MODES = ("back to back", "one in flight")
+BARS = [
+    *((mode, "ours", "sse-starlette", 0.15) for mode in MODES),
+    *((mode, "ours", "fastapi.sse", 0.04) for mode in MODES),
+    *((mode, "ours", "websocket", 1.3) for mode in MODES),
+    ("one in flight", "websocket-events", "websocket", 1.15),
+]
+
+
+# The servers.
+
+
+def serve(variant: str, port: int) -> None:
+    """Run one of the servers."""
+    import uvicorn
+    from fastapi import FastAPI
+
+    app = FastAPI()
+    queues: set[asyncio.Queue[str]] = set()
+
+    @contextmanager
+    def subscribed() -> Iterator[asyncio.Queue[str]]:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+        queues.add(queue)
+        try:
+            yield queue
+        finally:
+            queues.discard(queue)
+
+    if variant in ("ours", "websocket", "websocket-events"):
+        from wsbroadcast import ConnectionManager, create_router, create_sse_router
+
+        manager = ConnectionManager()
+        app.include_router(create_sse_router(manager, "/events"))
+        app.include_router(create_router(manager, "/ws", inbound="ignore"))
+
+        async def send() -> None:
+            await manager.broadcast(MESSAGE)
+
+    else:
+
+        async def send() -> None:
+            for queue in queues:
+                queue.put_nowait(MESSAGE)
+
+    if variant == "sse-starlette":
+        from sse_starlette import EventSourceResponse as Response
+
+        @app.get("/events")
+        async def starlettes() -> Response:
+            async def events():  # type: ignore[no-untyped-def]
+                with subscribed() as queue:
+                    while True:
+                        yield (b"data: %b\r\n\r\n" % (await queue.get()).encode())
+
+            return Response(events())
+
+    if variant == "fastapi.sse":
+        from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+        @app.get("/events", response_class=EventSourceResponse)
+        async def fastapis():  # type: ignore[no-untyped-def]
+            with subscribed() as queue:
+                while True:
+                    yield ServerSentEvent(data=await queue.get())
+
+    @app.post("/send")
+    async def send_some(number: int) -> None:
+        for _ in range(number):
+            await send()
+
+    uvicorn.run(app, port=port, loop="asyncio", log_level="warning", ws_per_message_deflate=False, backlog=4096)
+
+
+# The clients.
+
+
+class Crowd:
+    """Raw sockets, which read all that comes and count the messages in it."""
+
+    def __init__(self, port: int, request: bytes, number: int) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._port = port
+        self.messages = 0
+        self.bytes = 0
+        for _ in range(number):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(request)
+            connection.setblocking(False)
+            self._selector.register(connection, selectors.EVENT_READ)
+        self.read_until_quiet(1.0)
+
+    def read(self, timeout: float) -> bool:
+        """Read what is there; return whether anything was."""
+        ready = self._selector.select(timeout)
+        for key, _ in ready:
+            try:
+                data = key.fileobj.recv(1 << 18)
+            except BlockingIOError:
+                continue
+            if not data:
+                raise SystemExit("the server has closed a connection")
+            self.messages += data.count(MESSAGE.encode())
+            self.bytes += len(data)
+        return bool(ready)
+
+    def read_until_quiet(self, seconds: float) -> None:
+        """Read until nothing comes for a while."""
+        while self.read(seconds):
+            pass
+
+    def read_until(self, messages: int) -> None:
+        """Read until so many messages have come."""
+        deadline = time.monotonic() + 60
+        while self.messages < messages:
+            self.read(1.0)
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{self.messages} of {messages} messages came")
+
+    def close(self) -> None:
+        """Leave."""
+        for key in list(self._selector.get_map().values()):
+            key.fileobj.close()
+
+
+class Server:
+    """One server in a process of its own, with its crowd."""
+
+    def __init__(self, variant: str, clients: int, core: int | None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, __file__, "--serve", variant, "--port", str(port)]
+        self._process = subprocess.Popen(command)
+        if core is not None:
+            os.sched_setaffinity(self._process.pid, {core})
+        self._port = port
+        self._connect()
+        self.clients = clients
+        self.crowd = Crowd(port, VARIANTS[variant], clients)
+
+    def _connect(self) -> None:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                self._control = socket.create_connection(("127.0.0.1", self._port))
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def send(self, number: int) -> None:
+        """Let it broadcast so many messages."""
+        request = f"POST /send?number={number} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        self._control.sendall(request.encode())
+
+    def cpu(self) -> float:
+        """Return its CPU time in seconds."""
+        with open(f"/proc/{self._process.pid}/schedstat") as file:
+            return int(file.read().split()[0]) / 1e9
+
+    def measure(self, mode: str, messages: int) -> float:
+        """Return CPU microseconds for each delivery."""
+        crowd = self.crowd
+        before, came = self.cpu(), crowd.messages
+        if mode == "back to back":
+            self.send(messages)
+            crowd.read_until(came + messages * self.clients)
+        else:
+            for number in range(1, messages + 1):
+                self.send(1)
+                crowd.read_until(came + number * self.clients)
+        crowd.read_until_quiet(0.3)
+        self._control.recv(1 << 16)
+        return (self.cpu() - before) / (messages * self.clients) * 1e6
+
+    def close(self) -> None:
+        """End it."""
+        self.crowd.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--messages", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve")
+    parser.add_argument("--port", type=int)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.port)
+        return
+    found = measure(arguments.clients, arguments.messages, arguments.rounds)
+    print(f"\nµs of server CPU per delivery, {arguments.clients} clients, medians of {arguments.rounds} rounds")
+    for (mode, variant), costs in found.items():
+        print(f"  {mode:14} {variant:18} {statistics.median(costs):8.2f}   {min(costs):.2f} to {max(costs):.2f}")
+    for mode, variant, other, most in BARS:
+        ratios = [a / b for a, b in zip(found[mode, variant], found[mode, other], strict=True)]
+        verdict = "ok" if statistics.median(ratios) <= most else "MISSED"
+        print(f"  {mode}: {variant} / {other} = {statistics.median(ratios):.3f} (bar {most}) {verdict}")
+
+
+def measure(clients: int, messages: int, rounds: int) -> dict[tuple[str, str], list[float]]:
+    """Measure all variants in turns; each in a fresh server for each round."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        os.sched_setaffinity(0, {cores[1]})
+    found: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        for variant in VARIANTS if number % 2 else reversed(VARIANTS):
+            server = Server(variant, clients, cores[0] if len(cores) > 1 else None)
+            try:
+                server.measure("back to back", max(2, messages // 5))  # not counted
+                for mode in MODES:
+                    if any(mode == bar[0] and variant in bar[1:3] for bar in BARS):
+                        cost = server.measure(mode, messages)
+                        found.setdefault((mode, variant), []).append(cost)
+                        print(f"round {number + 1}: {mode}, {variant}: {cost:.2f} µs", flush=True)
+            finally:
+                server.close()
+    return found
+
+
+if __name__ == "__main__":
+    main()
