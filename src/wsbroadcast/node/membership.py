@@ -25,6 +25,7 @@ from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures, EndpointGuard, code_of
 from wsbroadcast.options import Limits
+from wsbroadcast.protocols import events
 from wsbroadcast.publication import plain as plain_protocol
 from wsbroadcast.text import plain
 from wsbroadcast.transports import Ended, closed_error
@@ -322,6 +323,11 @@ class Membership:
         if oldest is not None:
             self.dismiss(oldest, CloseCode.REPLACED, "a newer connection took its place")
             self._departures.release(oldest)
+
+    def expiring(self, connection: Connection, expires_at: float, seconds: float) -> None:
+        """A connection ends in so many seconds, unless it is renewed: tell a client of events."""
+        if connection.is_open:
+            self.continuity.say(connection, events.expiring(expires_at, seconds))
 
     def expire(self, connection: Connection) -> None:
         """The moment has come at which a connection has to be renewed, and wasn't."""

@@ -1,7 +1,7 @@
 """The router factory: an endpoint that nobody has to write."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Never, get_args
+from typing import Any, Never, get_args
 
 from fastapi import APIRouter, WebSocket, params
 from starlette.exceptions import WebSocketException
@@ -29,16 +29,10 @@ from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
 from wsbroadcast.web.authentication import MAX_SUBPROTOCOLS
 from wsbroadcast.web.commands import Commands, Outage
+from wsbroadcast.web.event_commands import Accepts, EventCommands, Inbound
 from wsbroadcast.web.path_channel import PathChannel, Place
 
 # The endpoint behind a router's path: lets connections in, and does with their messages what the options say.
-
-
-Inbound = Literal["broadcast", "commands", "handle", "ignore"]
-"""What becomes of what clients send."""
-
-Accepts = Literal["any", "text", "bytes", "json"]
-"""What clients may send."""
 
 
 class Endpoint:
@@ -80,13 +74,9 @@ class Endpoint:
         self._inbound = inbound
         self._accepts = accepts
         self._outage = Outage()
-        self._commands = Commands(
-            self._core,
-            access,
-            self._outage,
-            include_sender=include_sender,
-            may_publish=inbound != "ignore",
-            may_roam=inbound == "commands",
+        self._commands = Commands(self._core, access, self._outage, include_sender=include_sender)
+        self._event_commands = EventCommands(
+            self._core, access, self._commands, inbound=inbound, accepts=accepts, include_sender=include_sender
         )
         self._include_sender = include_sender
 
@@ -119,8 +109,7 @@ class Endpoint:
 
     async def _serve(self, connection: Connection, name: str | None) -> None:
         if connection._sink.has_positions:
-            while True:
-                await self._commands.obey_event(connection, await connection.receive_json(), name)
+            await self._event_commands.serve(connection, name)
         elif self._inbound == "ignore":
             await connection.wait_closed()
         elif self._inbound == "commands":
