@@ -26,7 +26,7 @@ LAYERS = [
     {"web"},
     {"manager"},
     {"node"},
-    {"hooks"},
+    {"hooks", "methods"},
     {"connection"},
     {"transports"},
     {"delivery", "publishing"},
@@ -48,7 +48,7 @@ OUTSIDE: dict[str, set[str] | None] = {
     "typing_extensions": {"connection"},  # for type checkers only
     "pydantic_core": None,
     "fastapi": {"web", "demo", "command"},
-    "pydantic": {"web", "demo"},
+    "pydantic": {"web", "methods", "demo"},
     "uvicorn": {"demo", "command"},
     "pytest": {"testing"},
     "websockets": {"demo"},

@@ -24,7 +24,8 @@ from wsbroadcast.exceptions import (
 )
 from wsbroadcast.history import LAST, USERS, Histories, History, Page, Recovery, SinceOption
 from wsbroadcast.message import JSONDefault, Message
-from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, Timing
+from wsbroadcast.options import ClientTiming, ExpiresAt, Limits, Policy, SlowConsumer, Timing
+from wsbroadcast.protocols.commands import ErrorCode
 from wsbroadcast.publication import (
     Control,
     Dismissal,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from wsbroadcast.connection import Connection, ConnectionState, Exclude
     from wsbroadcast.hooks import HOLD_BACK, Delivery, HoldBack, Hook, HookEvent
     from wsbroadcast.manager import ConnectionManager
+    from wsbroadcast.methods import CallError
     from wsbroadcast.node.listening import Listener, ListenPolicy
     from wsbroadcast.transports.exit_stack import FastPath
     from wsbroadcast.types import Guard, Headers, Manager, To, Users
@@ -54,7 +56,8 @@ if TYPE_CHECKING:
         get_connection,
         get_manager,
     )
-    from wsbroadcast.web.routing import Accepts, Inbound, create_router, create_routes, create_sse_router
+    from wsbroadcast.web.event_commands import Accepts, Inbound
+    from wsbroadcast.web.routing import create_router, create_routes, create_sse_router
 
 __version__ = "0.1.0"
 
@@ -63,13 +66,15 @@ _LAZY = {
     "connection": ("Connection", "ConnectionState", "Exclude"),
     "hooks": ("HOLD_BACK", "Delivery", "HoldBack", "Hook", "HookEvent"),
     "manager": ("ConnectionManager",),
+    "methods": ("CallError",),
     "node.listening": ("ListenPolicy", "Listener"),
     "transports.exit_stack": ("FastPath",),
     "types": ("Guard", "Headers", "Manager", "To", "Users"),
     "web.access": ("Access", "Action", "Authenticate", "Authorize", "OnDenied"),
     "web.authentication": ("Handshake", "Identity", "TokenFrom", "UserKey"),
     "web.dependencies": ("ConnectionDep", "ManagerDep", "connection_dependency", "get_connection", "get_manager"),
-    "web.routing": ("Accepts", "Inbound", "create_router", "create_routes", "create_sse_router"),
+    "web.event_commands": ("Accepts", "Inbound"),
+    "web.routing": ("create_router", "create_routes", "create_sse_router"),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
@@ -96,6 +101,8 @@ __all__ = [
     "Audience",
     "Authenticate",
     "Authorize",
+    "CallError",
+    "ClientTiming",
     "CloseCode",
     "ConfigurationError",
     "Connection",
@@ -111,6 +118,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "EngineUnavailable",
+    "ErrorCode",
     "Exclude",
     "ExpiresAt",
     "FastPath",

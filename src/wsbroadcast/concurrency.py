@@ -52,13 +52,13 @@ class Tasks:
         task.add_done_callback(_log_error)
         return task
 
-    def begin(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context) -> asyncio.Task[None]:
+    def begin(self, coroutine: Coroutine[Any, Any, T], name: str, context: Context) -> asyncio.Task[T]:
         """Run a coroutine whose outcome the caller looks at, unless the caller is cancelled."""
         task = self._start(coroutine, name, context)
         task.add_done_callback(_look_at)
         return task
 
-    def _start(self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None) -> asyncio.Task[None]:
+    def _start(self, coroutine: Coroutine[Any, Any, T], name: str, context: Context | None) -> asyncio.Task[T]:
         # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
         context = Context() if context is None else context.copy()
         self._starting += 1

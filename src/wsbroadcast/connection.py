@@ -79,6 +79,9 @@ class Operations(Protocol):
         """Send what was handed over before, then close and remove."""
 
 
+# How long before its end a client of events is told of it.
+_NOTICE_SECONDS = 30.0
+
 _NO_SCOPE: dict[str, Any] = {}
 _NO_CHANNELS: frozenset[str] = frozenset()
 _NOTHING_RECOVERED: Mapping[str | Audience, Recovery] = MappingProxyType({})
@@ -225,7 +228,8 @@ class Connection(Generic[Info]):
         """Let the connection live until another moment; at that moment it is closed with 4401.
 
         What waits for it then is not sent. The time of day is looked at once, here; the rest is a monotonic timer's,
-        so a clock that is set later changes nothing.
+        so a clock that is set later changes nothing. A client that speaks events is told 30 s before, or in the middle
+        of the time that is left, if that is less than a minute.
 
         Args:
             expires_at: Seconds since 1970, or a datetime with a timezone; `None` for ever. One that has passed closes
@@ -247,9 +251,22 @@ class Connection(Generic[Info]):
             self._expiry = None
         self.expires_at = seconds
         if seconds is not None:
-            delay = max(0.0, seconds - time.time())
-            expire, context = self._transport.keeper.expire, self._transport.context
-            self._expiry = loop.call_later(delay, expire, self, context=context)
+            self._expire_in(max(0.0, seconds - time.time()), loop, tells=self._sink.has_positions)
+
+    def _expire_in(self, delay: float, loop: asyncio.AbstractEventLoop, *, tells: bool) -> None:
+        keeper, context = self._transport.keeper, self._transport.context
+        if not tells or not delay:
+            self._expiry = loop.call_later(delay, keeper.expire, self, context=context)
+            return
+        # Not more than half of the time before: else a token that lives shortly is told of as soon as it has come.
+        notice = min(_NOTICE_SECONDS, delay / 2)
+
+        def tell() -> None:
+            self._expire_in(notice, loop, tells=False)
+            if self.expires_at is not None:
+                keeper.expiring(self, self.expires_at, notice)
+
+        self._expiry = loop.call_later(delay - notice, tell, context=context)
 
     async def receive(self) -> str | bytes:
         """Wait for the next message of the peer: `str` for a text frame, `bytes` for a binary one.

@@ -27,10 +27,11 @@ from wsbroadcast.history import (
 )
 from wsbroadcast.hooks import NOTHING, Hook, HookChain, HookDecorators
 from wsbroadcast.message import JSONDefault, check_json_default
+from wsbroadcast.methods import HasMethods, Methods
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.core import Core
 from wsbroadcast.node.listening import Listener, ListenPolicy
-from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive
+from wsbroadcast.options import ClientTiming, ExpiresAt, Limits, Policy, SlowConsumer, check_positive
 from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
@@ -46,7 +47,7 @@ _TransactionOptions: TypeAlias = TransactionOptions[Connection]
     connect="whoever connects would say in the query who it is; take a ConnectionDep or a connection_dependency(…), or "
     "call it in the endpoint",
 )
-class ConnectionManager(HookDecorators, KnowsHistory):
+class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
     """Keeps the connections of an app and broadcasts to them.
 
     Made without any I/O, at import time if you like. It runs in one event loop: where `start`, `async with` or
@@ -62,6 +63,7 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         history: What is kept, so that who comes back gets what it missed: a `History` for all channels, or a dict by
             pattern, such as `{"room:*": History(messages=100, seconds=300), USERS: History()}`. `*` is any text, and
             the longest pattern holds that fits.
+        client_timing: What clients that speak events are told to do when: pings, and how soon they come back.
 
     Raises:
         ConfigurationError: If an option or the URL makes no sense, or the engine can't keep anything.
@@ -77,11 +79,14 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         hook_timeout: float = 5.0,
         json_default: JSONDefault | None = None,
         history: Histories | None = None,
+        client_timing: ClientTiming = ClientTiming(),  # noqa: B008  # frozen
     ) -> None:
         if isinstance(slow_consumer, str):
             slow_consumer = SlowConsumer(policy=slow_consumer)
         if not isinstance(limits, Limits) or not isinstance(slow_consumer, SlowConsumer):
             raise ConfigurationError("limits is a Limits(…), slow_consumer is a policy or a SlowConsumer(…)")
+        if not isinstance(client_timing, ClientTiming):
+            raise ConfigurationError("client_timing is a ClientTiming(…)")
         check_positive("hook_timeout", hook_timeout)
         check_json_default(json_default)
         counters = Counters()
@@ -93,12 +98,24 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         for hook in hooks:
             self.hooks.add(hook)
         rules = None if history is None else HistoryRules(history)
-        self._core = Core(self, create_engine(engine), self.hooks, limits, slow_consumer, json_default, counters, rules)
+        self._methods = Methods()
+        self._core = Core(
+            self,
+            create_engine(engine),
+            self.hooks,
+            limits,
+            slow_consumer,
+            json_default,
+            counters,
+            rules,
+            self._methods,
+            client_timing,
+        )
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> NoReturn:
-            if name in ("_core", "hooks"):
+            if name in ("_core", "hooks", "_methods"):
                 kind = type(self).__name__
                 raise LifecycleError(
                     f"{kind}.__init__ doesn't call super().__init__(), which makes a ConnectionManager"

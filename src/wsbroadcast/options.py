@@ -198,3 +198,29 @@ class Timing:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             check_positive(f"Timing.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientTiming:
+    """What clients that speak events are told to do when, in seconds, and how long they are given.
+
+    `hello` tells them, so that an operator can slow down a herd without a release of the page.
+    """
+
+    ping_interval: float = 25.0
+    """Between two pings, which every such client gets: browsers don't show a page those of WebSocket itself, and
+    proxies cut what is idle."""
+    stream_ping_interval: float = 15.0
+    """Between two comments in an event stream."""
+    reconnect_min: float = 0.5
+    """A client that is cut off comes back after a random part of this, and of twice that after each failure."""
+    reconnect_max: float = 20.0
+    """The most that grows to."""
+    call_timeout: float = 30.0
+    """How long a method may take that a client calls; then the call is answered with `timeout`."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            check_positive(f"ClientTiming.{name}", getattr(self, name))
+        if self.reconnect_max < self.reconnect_min:
+            raise ConfigurationError("ClientTiming.reconnect_max is smaller than reconnect_min")

@@ -235,3 +235,5 @@ class Manager(Protocol[C]):
     def on_deliver(self, function: Callable[[Any], object], /) -> Any: ...  # noqa: D102
     def on_gap(self, function: Callable[[Gap], object], /) -> Any: ...  # noqa: D102
     def on_error(self, function: Callable[[Exception, str], object], /) -> Any: ...  # noqa: D102
+
+    def method(self, name: str) -> Callable[[Any], Any]: ...  # noqa: D102

@@ -822,7 +822,7 @@ def test_hook_of_the_event_loop_that_is_left_may_go_on_sending(other_loop: LoopT
     async def use() -> None:
         await manager.broadcast("to nobody")
         node = manager._core.life.node
-        node._tasks.spawn(manager.hooks.observe("on_gap", Gap("life", 1.0)), "on_gap hooks")
+        node.tasks.spawn(manager.hooks.observe("on_gap", Gap("life", 1.0)), "on_gap hooks")
 
     async def main() -> None:
         async with manager:

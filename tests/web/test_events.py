@@ -67,7 +67,13 @@ async def test_client_is_told_who_and_where_it_is() -> None:
         peer = client("room:1")
         hello, subscribed = await peer.wait_events(2)
         assert peer.subprotocol == SUBPROTOCOL
-        assert hello == {"type": "hello", "id": manager.connections[0].id}
+        assert hello == {
+            "type": "hello",
+            "id": manager.connections[0].id,
+            "version": 1,
+            "ping": 25.0,
+            "reconnect": {"min": 0.5, "max": 20.0},
+        }
         at = await manager.position("room:1")
         assert subscribed == {"type": "subscribed", "channel": "room:1", "position": str(at)}
         receipts = [await manager.broadcast(data, channel="room:1") for data in ("text", b"\xff\0", {"a": "ü"})]
@@ -345,7 +351,8 @@ async def test_rights_are_those_of_inbound(inbound: str) -> None:
         expected = {2: "forbidden", 3: "forbidden", 4: "invalid_command", None: "invalid_command"}
         assert codes == (expected if inbound != "ignore" else {1: "forbidden", **expected})
         if inbound != "ignore":
-            assert peer.of("published") == [{"type": "published", "channel": "room:1", "id": 1}]
+            at = str(await manager.position("room:1"))
+            assert peer.of("published") == [{"type": "published", "channel": "room:1", "position": at, "id": 1}]
             (message,) = [event for event in (await other.wait_events(3)) if event["type"] == "message"]
             assert message["data"] == {"a": 1}
 

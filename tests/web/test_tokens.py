@@ -25,7 +25,7 @@ from wsbroadcast import (
     connection_dependency,
     create_router,
 )
-from wsbroadcast.web.authentication import MAX_TOKEN_CHARACTERS
+from wsbroadcast.protocols.commands import MAX_TOKEN_CHARACTERS
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJhZGEifQ.c2ln_bmF0dXJl-ZQ"
 

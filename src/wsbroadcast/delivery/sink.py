@@ -74,8 +74,8 @@ class Sink:
 
     kind = "asgi"
     """The name under which `stats()` counts it."""
-    is_told = True
-    """Whether the server tells a reader of the peer's end, in every case."""
+    is_stream = False
+    """Whether it is an HTTP response. Then the server doesn't tell in every case that the peer is gone."""
 
     __slots__ = (
         "_form",

@@ -50,7 +50,6 @@ class Chunked:
 
 _UNFRAMED = Unframed()
 _CHUNKED = Chunked()
-_PING_CHUNK = chunk(sse.PING)
 
 _forms: WeakValueDictionary[tuple[Protocol, Encoding], WireForm] = WeakValueDictionary()
 
@@ -66,14 +65,9 @@ def _form(speaks: Protocol, encoding: Encoding) -> WireForm:
 class Stream(Sink):
     """What all sinks of event streams do alike."""
 
-    is_told = False
+    is_stream = True
 
     __slots__ = ()
-
-    def ping(self) -> None:
-        """Write a comment, unless something waits anyway; find out whether the peer is gone."""
-        if self.backlog is None and not self.is_ended:
-            self.enqueue((Entry(sse.PING, len(sse.PING), is_text=True),))
 
     async def _write_close(self, turn: Close) -> None:
         last = last_event(turn.code, turn.reason)
@@ -126,15 +120,6 @@ class UvicornStreamSink(Stream, DirectSink):
         else:
             self.count_lost(len(batch.publications))
             self.owner.lost(ABNORMAL, "")
-
-    def ping(self) -> None:
-        """Write a comment, unless something waits anyway; find out whether the peer is gone."""
-        if self.backlog is not None or self._flow.write_paused or self.is_ended:
-            return
-        if self._transport.is_closing():
-            self.owner.lost(ABNORMAL, "")
-        else:
-            self._transport.write(_PING_CHUNK)
 
     async def ready(self) -> None:
         """Wait until the transport takes more."""

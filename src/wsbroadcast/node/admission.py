@@ -274,6 +274,30 @@ class InboundLimit:
         self._rate: float | None = getattr(limits, self._limit)
         self._interval = 0.0 if self._rate is None else 1 / self._rate
         self._window = 0.0 if self._rate is None else window(self._rate, limits.inbound_burst)
+        # Of those who say something without a connection.
+        self._requests = None if self._rate is None else TokenBuckets(self._rate, limits.inbound_burst, clock)
+
+    def check_request(self, who: str | None, address: str | None) -> None:
+        """Count what a request says, of somebody who has no connection.
+
+        Args:
+            who: Whose request it is: a user or an address; `None` if nobody knows.
+            address: From where it came, for the log.
+
+        Raises:
+            LimitExceeded: If it is one too many for now.
+        """
+        if self._requests is not None and who is not None and not self._requests.take(who):
+            raise self._violations.count(self._limit, address)
+
+    def check_size(self, size: int, who: object) -> None:
+        """Check how much a request says, in bytes.
+
+        Raises:
+            LimitExceeded: If it is too large.
+        """
+        if size > self._max_bytes:
+            raise self._violations.count("max_inbound_bytes", who)
 
     def begin(self, sender: Sender, *, is_routers: bool) -> None:
         """Give a client its bucket, full, if a rate holds for it."""

@@ -16,14 +16,15 @@ from wsbroadcast.engines.contract import Engine, keeps_history
 from wsbroadcast.history import NOW, HistoryRules, Reason, Recovery, SinceByAudience
 from wsbroadcast.hooks import Delivery, Encode, HookChain
 from wsbroadcast.logs import Throttle, logger
-from wsbroadcast.message import Message
 from wsbroadcast.node.admission import Joining
+from wsbroadcast.node.event_clients import EventClients
 from wsbroadcast.node.listening import Listener
 from wsbroadcast.node.replays import Replays
 from wsbroadcast.node.tail import batch_of
 from wsbroadcast.node.tails import Tails
+from wsbroadcast.options import ClientTiming
 from wsbroadcast.protocols import events
-from wsbroadcast.publication import Frame, Gap, Position, Publication
+from wsbroadcast.publication import Gap, Position, Publication
 from wsbroadcast.stats import Counters
 
 
@@ -56,6 +57,7 @@ class Continuity:
         rules: Say what is kept; `None` for nothing.
         counters: Where is counted what was recovered.
         tasks: Run hooks in the background.
+        timing: What clients of events are told to do when.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Continuity:
         rules: HistoryRules | None,
         counters: Counters,
         tasks: Tasks,
+        timing: ClientTiming,
     ) -> None:
         self._node = node
         self._registry = registry
@@ -80,8 +83,10 @@ class Continuity:
         self._tasks = tasks
         self._throttle = Throttle()
         self._listeners: dict[Audience, set[Listener]] = {}
-        # How many connections know where they are in histories.
-        self._positioned = 0
+        self.clients = EventClients(registry, dispatcher, timing)
+        """The connections that know where they are in histories."""
+        self.say = self.clients.say
+        """Sends one of them something of its protocol's, behind everything handed over before."""
         self.tails: Tails | None = None
         """What is here of the histories; `None` where nothing is kept."""
         self._replays: Replays | None = None
@@ -169,17 +174,12 @@ class Continuity:
 
     # Connections.
 
-    def say(self, connection: Connection, message: Message) -> None:
-        """Send a connection something of its protocol's, behind everything handed over before."""
-        self._dispatcher.dispatch(Frame(message, Audience("connection", connection.id)))
-
     def enter(self, connection: Connection, joining: Joining) -> SinceByAudience:
         """Greet a connection that is registered now; return where it has to `recover`, and gets nothing until then."""
         since = joining.since
         if connection._sink.has_positions:
-            self._positioned += 1
             since = self._since_now(joining)
-            self.say(connection, events.hello(connection.id))
+            self.clients.greet(connection)
         self.hold(connection, since)
         return since
 
@@ -241,7 +241,7 @@ class Continuity:
         """Forget where a connection is."""
         if self._replays is not None and self._replays.cursors:
             self._replays.left(connection)
-        self._positioned -= connection._sink.has_positions
+        self.clients.left(connection)
 
     def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
         """A connection that knows where it is has no room for what comes after a place: it gets it later."""
@@ -260,7 +260,7 @@ class Continuity:
 
     def tell_position(self, publication: Publication, recipients: Collection[Connection]) -> None:
         """Tell those in the audience that know where they are, and don't get a publication, that they are past it."""
-        if publication.position is None or self._replays is None or not self._positioned:
+        if publication.position is None or self._replays is None or not len(self.clients):
             return
         out = {*recipients, *self._replays.behind(publication.audience)}
         members = self._registry.recipients(publication.audience)

@@ -28,13 +28,14 @@ from wsbroadcast.history import (
 )
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.message import JSONDefault, Message
+from wsbroadcast.methods import Methods
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.broadcasting import Broadcasting
 from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.node.node import Node
-from wsbroadcast.options import Limits, SlowConsumer
+from wsbroadcast.options import ClientTiming, Limits, SlowConsumer
 from wsbroadcast.publication import (
     NOBODY,
     Control,
@@ -71,6 +72,8 @@ class Core(Broadcasting):
         json_default: Writes what JSON doesn't know.
         counters: Of the manager.
         rules: What is kept; `None` for nothing.
+        methods: What clients may call; `None` for nothing.
+        client_timing: What clients of events are told to do when.
 
     Raises:
         ConfigurationError: If the engine can't keep it.
@@ -86,7 +89,13 @@ class Core(Broadcasting):
         json_default: JSONDefault | None,
         counters: Counters,
         rules: HistoryRules | None = None,
+        methods: Methods | None = None,
+        client_timing: ClientTiming = ClientTiming(),  # noqa: B008  # frozen
     ) -> None:
+        self.methods = methods or Methods()
+        """What clients may call."""
+        self.client_timing = client_timing
+        """What clients of events are told to do when."""
         self._limits = limits
         self._slow_consumer = slow_consumer
         self.counters = counters
@@ -95,7 +104,9 @@ class Core(Broadcasting):
         self.life = Lifecycle(engine, self._new_node)
 
     def _new_node(self, engine: Engine) -> Node:
-        node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules)
+        node = Node(
+            self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules, self.client_timing
+        )
         node.outbox = Outbox(partial(self.broadcast, node=node))
         return node
 

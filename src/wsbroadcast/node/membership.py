@@ -25,6 +25,7 @@ from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures, EndpointGuard, code_of
 from wsbroadcast.options import Limits
+from wsbroadcast.protocols import events
 from wsbroadcast.publication import plain as plain_protocol
 from wsbroadcast.text import plain
 from wsbroadcast.transports import Ended, closed_error
@@ -323,6 +324,11 @@ class Membership:
             self.dismiss(oldest, CloseCode.REPLACED, "a newer connection took its place")
             self._departures.release(oldest)
 
+    def expiring(self, connection: Connection, expires_at: float, seconds: float) -> None:
+        """A connection ends in so many seconds, unless it is renewed: tell a client of events."""
+        if connection.is_open:
+            self.continuity.say(connection, events.expiring(expires_at, seconds))
+
     def expire(self, connection: Connection) -> None:
         """The moment has come at which a connection has to be renewed, and wasn't."""
         self.dismiss(connection, CloseCode.UNAUTHENTICATED, EXPIRED)
@@ -361,15 +367,16 @@ class Membership:
         # An endpoint that neither reads nor writes doesn't notice that its peer is gone; the server's transport does.
         # One that reads learns it from the server, after the last message, so it is given a while to come to that.
         self._look = None
-        connections = self._registry.by_id.values()
-        gone = {
-            each for each in connections if each._sink.is_lost and not (each._sink.is_told and each._transport.is_read)
-        }
+        gone = {each for each in self._registry.by_id.values() if each._sink.is_lost and not self._will_be_told(each)}
         for connection in gone & self._gone:
             self.lost(connection, ABNORMAL, "")
         self._gone = gone - self._gone
         if self._registry.by_id:
             self._look_later()
+
+    def _will_be_told(self, connection: Connection) -> bool:
+        # Of a request behind which another one was sent, uvicorn forgets to tell.
+        return connection._transport.is_read and not connection._sink.is_stream
 
     def _look_later(self) -> None:
         # One timer for all: a hook that a look begins may connect somebody before that look's end.

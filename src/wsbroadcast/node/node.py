@@ -21,7 +21,7 @@ from wsbroadcast.logs import Clock, logger
 from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
-from wsbroadcast.options import Limits, SlowConsumer
+from wsbroadcast.options import ClientTiming, Limits, SlowConsumer
 from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
 from wsbroadcast.stats import Counters, Stats
 
@@ -84,15 +84,17 @@ class Node:
         limits: Limits,
         counters: Counters,
         rules: HistoryRules | None = None,
+        client_timing: ClientTiming = ClientTiming(),  # noqa: B008  # frozen
     ) -> None:
         self._engine = engine
         self._links_nodes = engine.links_nodes
         self.registry = Registry[Connection]()
         self._slow_consumers = SlowConsumers(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._slow_consumers)
-        self._tasks = Tasks()
+        self.tasks = Tasks()
+        """What runs in the background until it has ended; `aclose` waits for it."""
         self.continuity = Continuity(
-            self, self.registry, self.dispatcher, hooks, core.encode, engine, rules, counters, self._tasks
+            self, self.registry, self.dispatcher, hooks, core.encode, engine, rules, counters, self.tasks, client_timing
         )
         """Where this node and its connections are in histories."""
         self.membership = Membership(
@@ -101,7 +103,7 @@ class Node:
             self.dispatcher,
             self._slow_consumers,
             hooks,
-            self._tasks,
+            self.tasks,
             engine,
             limits,
             self.continuity,
@@ -159,7 +161,7 @@ class Node:
     def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing. Never blocks."""
         if not self._is_closed:
-            self._tasks.spawn(self.continuity.tell_gap(gap), "on_gap hooks")
+            self.tasks.spawn(self.continuity.tell_gap(gap), "on_gap hooks")
 
     def suspect(self) -> None:
         """Look whether something is missing of what has a history."""
@@ -178,7 +180,7 @@ class Node:
 
     def begin_sending(self) -> None:
         """Send what waits in the outbox."""
-        self._tasks.spawn(self.outbox.send_all(), "broadcast_soon")
+        self.tasks.spawn(self.outbox.send_all(), "broadcast_soon")
 
     async def deliver_local(self, publication: Publication) -> None:
         """Deliver a publication that is for this node only.
@@ -221,7 +223,7 @@ class Node:
 
     def is_own_task(self) -> bool:
         """Tell whether the caller runs in one of the background tasks, such as a hook's, that `aclose` waits for."""
-        return self._tasks.includes_current()
+        return self.tasks.includes_current()
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
@@ -235,7 +237,7 @@ class Node:
         await self.continuity.aclose(patience)
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
         self._is_closed = True
-        await self._tasks.join()
+        await self.tasks.join()
         await self._slow_consumers.aclose()
 
     # What the lanes call.

@@ -1,11 +1,13 @@
 r"""The protocol `events`: everything that a client is sent is an object of JSON that says what it is.
 
 ```
-{"type": "hello", "id": "kX2…"}                                                      the first of all
+{"type": "hello", "id": "kX2…", "version": 1, "ping": 25, "reconnect": {…}}          the first of all
 {"type": "message", "channel": "news", "data": 42, "position": "mH3…:17"}            what was broadcast
 {"type": "subscribed", "channel": "news", "position": "mH3…:16", "recovered": true}  from here on messages follow
 {"type": "gap", "channel": "news", "reason": "epoch", "position": "mH3…:99"}         something was missed
 {"type": "position", "channel": "news", "position": "mH3…:18"}                       a message was withheld
+{"type": "ping"}                                                                     the connection is alive
+{"type": "expiring", "expires_at": 1790000000, "seconds": 30}                        it ends, unless it is renewed
 ```
 
 What goes to a user, to everyone or to this connection alone says `"to": "user"`, `"everyone"` or `"connection"` in the
@@ -22,6 +24,7 @@ from pydantic_core import to_json
 from wsbroadcast.audience import Audience
 from wsbroadcast.history import Recovery
 from wsbroadcast.message import Message
+from wsbroadcast.options import ClientTiming
 from wsbroadcast.publication import Frame, Position, Publication, Withheld
 
 SUBPROTOCOL = "wsbroadcast.v1"
@@ -57,9 +60,34 @@ events = Events()
 """The protocol."""
 
 
-def hello(connection: str) -> Message:
+VERSION = 1
+"""That of the protocol. A client takes fields and events that it doesn't know for nothing."""
+
+PING = Message(b'{"type":"ping"}', "json")
+"""What is sent from time to time, so that a client knows that the connection is alive."""
+
+
+def hello(connection: str, timing: ClientTiming, ping: float) -> Message:
     """Make the first event of a connection."""
-    return Message.json({"type": "hello", "id": connection})
+    return Message.json(
+        {
+            "type": "hello",
+            "id": connection,
+            "version": VERSION,
+            "ping": ping,
+            "reconnect": {"min": timing.reconnect_min, "max": timing.reconnect_max},
+        }
+    )
+
+
+def expiring(expires_at: float, seconds: float) -> Message:
+    """Make the event that says that a connection ends soon, unless it is renewed.
+
+    Args:
+        expires_at: When, in seconds since 1970.
+        seconds: How soon, for a client whose clock is wrong.
+    """
+    return Message.json({"type": "expiring", "expires_at": expires_at, "seconds": round(seconds, 3)})
 
 
 def subscribed(audience: Audience, recovery: Recovery | None, since: Position | None, id_: object = None) -> Message:

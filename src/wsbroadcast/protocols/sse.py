@@ -36,7 +36,8 @@ from wsbroadcast.publication import Frame, Publication, Withheld
 PING = b": ping\n\n"
 """A comment, which keeps a stream alive."""
 
-_NAMES = {"subscribed": b"recovered", "message": b"", "position": b""}
+# Not `error`: a browser calls the loss of a stream so.
+_NAMES = {"subscribed": b"recovered", "error": b"refused", "message": b"", "position": b""}
 
 
 def event(data: bytes, name: bytes = b"", position: str | None = None) -> bytes:

@@ -69,6 +69,9 @@ class Keeper(Protocol):
     def fall_back(self, connection: Any, audience: Audience, offset: int) -> bool:
         """A connection has no room for what comes after a place; return whether it is sent that when it has."""
 
+    def expiring(self, connection: Any, expires_at: float, seconds: float) -> None:
+        """A connection ends in so many seconds, unless it is renewed."""
+
     def expire(self, connection: Any) -> None:
         """The moment has come at which the connection had to be renewed."""
 

@@ -6,7 +6,7 @@ WebSocket: what the app sends there is an event.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from random import uniform
 from typing import Any, Protocol
 
@@ -72,15 +72,24 @@ class EventStream:
         headers: Of every response, such as those of CORS.
         is_event_source: Whether a browser's `EventSource` may have asked, which takes every status but 200 as final.
             So it is told when to come back instead.
+        begin: Called with the connection once it is in.
     """
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, headers: Iterable[Header], *, is_event_source: bool
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        headers: Iterable[Header],
+        *,
+        is_event_source: bool,
+        begin: Callable[[Any], Awaitable[None]] | None = None,
     ) -> None:
         self._receive = receive
         self._send = send
         self._headers = tuple(headers)
         self._is_event_source = is_event_source
+        self._begin = begin
         self._is_http_1_1 = scope.get("http_version", "1.1") == "1.1"
         self._has_begun = False
         self._opened = Opened(send, receive)
@@ -94,6 +103,8 @@ class EventStream:
 
     async def serve(self, connection: Any) -> None:
         """Wait for the connection's end."""
+        if self._begin is not None:
+            await self._begin(connection)
         await connection.wait_closed()
 
     # What the WebSocket receives and sends.

@@ -99,7 +99,7 @@ class PollSink(Sink):
     """Collects what a poll is answered with."""
 
     kind = "long_poll"
-    is_told = False
+    is_stream = True
 
     __slots__ = ("_poll",)
 
@@ -118,9 +118,6 @@ class PollSink(Sink):
 
     def enqueue(self, entries: Iterable[Entry]) -> None:
         """Nothing waits here."""
-
-    def ping(self) -> None:
-        """A poll ends soon."""
 
     async def _write_close(self, turn: Close) -> None:
         await self._poll.respond(turn.code, turn.reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from inspect import iscoroutinefunction
+from time import time
 from typing import Any, Literal, NoReturn, Protocol, get_args
 
 from fastapi import WebSocket, params
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
+from wsbroadcast.audience import user_key
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.concurrency import finished
 from wsbroadcast.connection import Connection
@@ -29,6 +31,8 @@ from wsbroadcast.exceptions import (
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.node.admission import Joining
+from wsbroadcast.options import unix_seconds
+from wsbroadcast.protocols.commands import ErrorCode, Refused, error_answer
 from wsbroadcast.signatures import check_callable, no_dependency
 from wsbroadcast.text import plain
 from wsbroadcast.transports import closed_error
@@ -37,8 +41,8 @@ from wsbroadcast.transports.refusal import can_refuse_handshake, mute, refuse, r
 from wsbroadcast.web.authentication import Authenticator, Handshake, Identity, UserKey, choose_subprotocol, identity_of
 from wsbroadcast.web.origin import AllowedOrigins
 
-Action = Literal["subscribe", "publish"]
-"""What a client asks to do with a channel."""
+Action = Literal["subscribe", "publish", "call"]
+"""What a client asks to do: with a channel, or `call` a method."""
 
 Authenticate = Callable[..., Any] | params.Depends
 """A FastAPI dependency that returns who it is."""
@@ -54,13 +58,16 @@ class Authorize(Protocol):
 
         Args:
             connection: Who asks; a `Handshake` before it is accepted.
-            action: What it asks to do.
-            channel: The channel, `None` for everyone.
+            action: What it asks to do. Only who has methods (`manager.method`) is asked about `call`.
+            channel: The channel, `None` for everyone; for `call` the name of the method.
         """
 
 
 OnDenied = Literal["error", "close"]
 """What a client gets for doing what it may not."""
+
+# Where in its scope a WebSocket has what `authenticate` found last.
+_INFO = "wsbroadcast.info"
 
 # So many origins are logged, each once, and then one a minute; a client can make up any number.
 _MAX_LOGGED = 100
@@ -85,7 +92,8 @@ class Access:
             `None` refuses with 401. What it depends on is finished before the connection is accepted.
         authorize: `authorize(connection, action, channel)` returns whether a connection may `subscribe` to a channel
             or `publish` to it, and only `True` lets it; the channel is `None` for everyone. Before it is accepted it
-            gets a `Handshake`.
+            gets a `Handshake`. A manager with methods has it asked whether a connection may `call` one, too, whose name
+            stands in place of the channel.
         allowed_origins: The pages that may connect, such as `["https://app.example"]`, exact in scheme, host and port;
             `"*"` for every page. By default the server's own, which is the scheme and the `Host` of the handshake.
         allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
@@ -141,6 +149,7 @@ class Access:
         try:
             async with core_of(manager).handshake(websocket):
                 identity = await self._admit(websocket, channel)
+                websocket.scope[_INFO] = identity.info
                 channels = () if channel is None else (channel,)
                 joining = partial(
                     Joining.of,
@@ -211,6 +220,45 @@ class Access:
         if not is_allowed:
             raise PermissionDenied("not allowed")
 
+    async def _refresh(self, connection: Connection, token: str) -> float | None:
+        """Let a connection go on with another token of its user; return until when.
+
+        Raises:
+            Refused: If the token isn't valid, or another user's, or there is no place for one here.
+            ConnectionClosed: If the connection has ended in the meantime.
+        """
+        identity = await self._identify_again(connection.websocket, token)
+        expires_at = unix_seconds(identity.expires_at)
+        if not connection.is_open:
+            raise closed_error(connection)
+        if (None if identity.user is None else user_key(identity.user)) != connection._user_key:
+            raise Refused(ErrorCode.FORBIDDEN, "the token is another user's")
+        if expires_at is not None and expires_at <= time():
+            raise Refused(ErrorCode.UNAUTHENTICATED, "the token has expired")
+        scope = connection.websocket.scope
+        if connection.info is scope.get(_INFO):  # else the app has put something of its own there
+            connection.info = scope[_INFO] = identity.info
+        connection.renew(expires_at)
+        return expires_at
+
+    async def _identify_again(self, websocket: WebSocket, token: str) -> Identity:
+        if self._authenticate is None:
+            raise Refused(ErrorCode.NOT_SUPPORTED, "nobody is authenticated here")
+        try:
+            found, is_used = await self._authenticate.again(websocket, token)
+        except Exception as error:
+            match ungrouped(error, *_ANSWERED):
+                case HTTPException(status_code=status) if status >= 500:
+                    raise Refused(ErrorCode.UNAVAILABLE, "try again later") from error
+                case HTTPException() | WebSocketException() | WebSocketRequestValidationError() | WebSocketDisconnect():
+                    raise Refused(ErrorCode.UNAUTHENTICATED, "the token is not valid") from error
+            raise
+        if not is_used:
+            raise Refused(ErrorCode.NOT_SUPPORTED, "authenticate takes no token by TokenFrom")
+        if found is None:
+            raise Refused(ErrorCode.UNAUTHENTICATED, "the token is not valid")
+        return identity_of(found, self._user_key)
+
     async def _denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
         """Return the message for a connection that may not do something, or close it with 4403.
 
@@ -220,7 +268,7 @@ class Access:
         if self._on_denied == "close":
             await connection.close(CloseCode.FORBIDDEN, str(denied))
             raise closed_error(connection)
-        return {"type": "error", "code": "forbidden", "text": str(denied)}
+        return error_answer(ErrorCode.FORBIDDEN, str(denied))
 
     async def _check_origin(self, websocket: WebSocket) -> None:
         refusal = self._origins.refusal(websocket.scope.get("scheme", "ws"), websocket.scope["headers"])

@@ -20,11 +20,18 @@ from wsbroadcast.concurrency import finished
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.node.membership import SUBPROTOCOL
 from wsbroadcast.options import ExpiresAt, check_positive
+from wsbroadcast.protocols.commands import MAX_TOKEN_CHARACTERS
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.text import plain
 from wsbroadcast.transports.http import STREAM
 
 _RESULT = "wsbroadcast.authenticated"
+
+REFRESHED = "wsbroadcast.refreshed"
+"""The scope's key for a token that a connection goes on with, instead of the one that it came with."""
+
+# Is in the scope when somebody has looked at that token.
+_IS_REFRESHED = "wsbroadcast.is_refreshed"
 
 
 class Authenticator:
@@ -72,6 +79,28 @@ class Authenticator:
         await self._route(websocket).handle(scope, receive, send)
         websocket.scope.update((key, scope[key]) for key in (SUBPROTOCOL, FIRST_MESSAGE) if key in scope)
         return scope.get(_RESULT)
+
+    async def again(self, websocket: WebSocket, token: str) -> tuple[Any, bool]:
+        """Return what the dependency returns for another token of a connection, and whether it has looked at that.
+
+        The token stands in for what `TokenFrom` finds. What the dependency sends goes nowhere, and it reads nothing.
+
+        Raises:
+            Exception: What the dependency raises.
+        """
+        scope = {**websocket.scope, REFRESHED: token}
+        scope.pop("starlette.exception_handlers", None)
+        scope.pop(_RESULT, None)
+        begin = iter(({"type": "websocket.connect"},))
+
+        async def receive() -> Message:
+            return next(begin, {"type": "websocket.disconnect", "code": CloseCode.NORMAL})
+
+        async def send(event: Message) -> None:
+            pass
+
+        await self._route(websocket).handle(scope, receive, send)
+        return scope.get(_RESULT), _IS_REFRESHED in scope
 
     def _route(self, websocket: WebSocket) -> APIWebSocketRoute:
         app = websocket.scope.get("app", self)
@@ -215,9 +244,6 @@ def _user_by(user_key: UserKey, found: Any) -> UserId:
 # Where a client may put its token, for an `authenticate` dependency that only has to check it.
 
 
-MAX_TOKEN_CHARACTERS = 8192
-"""Longer tokens are rejected."""
-
 MAX_SUBPROTOCOLS = 32
 """As many of the subprotocols that a client offers are looked at."""
 
@@ -275,6 +301,13 @@ class TokenFrom:
             HTTPException: With 401, if no token is found.
             WebSocketException: With 4401, if there was none in the first message either.
         """
+        token: str | None
+        if REFRESHED in connection.scope:
+            connection.scope[_IS_REFRESHED] = True
+            token = connection.scope[REFRESHED]
+            if _is_token(token):
+                return token
+            raise HTTPException(401, "no token", {"WWW-Authenticate": "Bearer"})
         token = self._from_handshake(connection)
         if token is not None:
             return token

@@ -13,8 +13,6 @@ Every command gets one answer; if it has an `id`, the answer has it too. What is
 
 from __future__ import annotations
 
-from typing import Any
-
 from wsbroadcast.audience import check_channel
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import (
@@ -27,18 +25,13 @@ from wsbroadcast.exceptions import (
     ungrouped,
 )
 from wsbroadcast.logs import Throttle, logger
-from wsbroadcast.message import Message
 from wsbroadcast.node.core import Core
-from wsbroadcast.publication import POSITION_TEXT
+from wsbroadcast.protocols.commands import Answer, ErrorCode, Refused, error_answer, id_of
 from wsbroadcast.web.access import Access
-
-MAX_ID_CHARACTERS = 64
-"""The longest `id` of a command, as text."""
-
-Answer = dict[str, Any]
+from wsbroadcast.web.authentication import Handshake
 
 # What a client is told of; of a group of them the first counts that is named first here.
-_ANSWERED = (PermissionDenied, InvalidChannel, LimitExceeded, EncodeError, EngineError)
+_ANSWERED = (Refused, PermissionDenied, InvalidChannel, LimitExceeded, EncodeError, EngineError)
 
 
 class Outage:
@@ -62,16 +55,11 @@ class Commands:
     everybody's right.
     """
 
-    def __init__(
-        self, core: Core, access: Access, outage: Outage, *, include_sender: bool, may_publish: bool, may_roam: bool
-    ) -> None:
+    def __init__(self, core: Core, access: Access, outage: Outage, *, include_sender: bool) -> None:
         self._core = core
         self._access = access
         self._outage = outage
         self._include_sender = include_sender
-        # Of clients that speak events: whether they publish, and whether that is to other channels than the path's.
-        self._may_publish = may_publish
-        self._may_roam = may_roam
 
     async def obey(self, connection: Connection, command: object) -> None:
         """Do what a client asks for, and answer.
@@ -82,75 +70,33 @@ class Commands:
         try:
             answer = await self._run(connection, command)
         except Exception as error:
-            answer = await self._answer_to(ungrouped(error, *_ANSWERED), connection)
-        await connection.send(answer | _id_of(command))
+            answer = await self.answer_to(error, connection)
+        await connection.send(answer | id_of(command))
 
-    async def obey_event(self, connection: Connection, command: object, path_channel: str | None) -> None:
-        """Do what a client asks for that speaks events, and answer.
-
-        Args:
-            connection: The client's.
-            command: What it has sent.
-            path_channel: The channel of the router's path.
+    async def answer_to(self, error: Exception, connection: Connection | Handshake) -> Answer:
+        """Return the answer for what went wrong with a command.
 
         Raises:
-            ConnectionClosed: If the connection has ended. A command that is denied may end it.
+            Exception: What nobody is told.
+            ConnectionClosed: If the connection was closed for it.
         """
-        try:
-            answer = await self._run_event(connection, command, path_channel)
-        except Exception as error:
-            answer = await self._answer_to(ungrouped(error, *_ANSWERED), connection)
-        if answer is not None:
-            self._core.say(connection, Message.json(answer | _id_of(command)))
-
-    async def _run_event(self, connection: Connection, command: object, path_channel: str | None) -> Answer | None:
-        match command:
-            case {"type": "subscribe", "channel": str() as channel}:
-                since = command.get("since") if isinstance(command, dict) else None
-                if since is not None and not isinstance(since, str):
-                    return error_answer("invalid_command", f'since is "last", or a text: {POSITION_TEXT}')
-                await self._subscribe_since(
-                    connection, check_channel(channel), since or None, _id_of(command).get("id")
-                )
-                return None
-            case {"type": "publish", "channel": str() as channel, "data": data}:
-                name = check_channel(channel)
-                if not self._may_publish or (name != path_channel and not self._may_roam):
-                    raise PermissionDenied("not allowed")
-                await self._check_publish(connection, name)
-                message = Message.json(data)
-                exclude = () if self._include_sender else (connection,)
-                await self._core.broadcast(self._core.publications(message, name, exclude=exclude))
-                return {"type": "published", "channel": name}
-        return await self._run(connection, command)
-
-    async def _subscribe_since(self, connection: Connection, channel: str, since: str | None, id_: object) -> None:
-        if self._access._authorize is None and channel not in connection.channels:
-            raise PermissionDenied("not allowed")
-
-        async def check() -> None:
-            if self._access._authorize is not None:
-                await self._access._check(connection, "subscribe", channel)
-
-        await check()
-        try:
-            await self._core.subscribe_if(connection, channel, since, check, id_)
-        except ConfigurationError as error:  # the broker forbids us the name
-            raise EngineError(str(error)) from error
-
-    async def _answer_to(self, error: Exception, connection: Connection) -> Answer:
+        error = ungrouped(error, *_ANSWERED)
         match error:
-            case PermissionDenied():
+            case Refused():
+                return error.answer
+            case PermissionDenied() if isinstance(connection, Connection):
                 return await self._access._denied(connection, error)
+            case PermissionDenied():
+                return error_answer(ErrorCode.FORBIDDEN, str(error))
             case InvalidChannel():
-                return error_answer("invalid_channel", error.rule)
+                return error_answer(ErrorCode.INVALID_CHANNEL, error.rule)
             case LimitExceeded():
-                return error_answer("limit_exceeded", str(error))
+                return error_answer(ErrorCode.LIMIT_EXCEEDED, str(error))
             case EncodeError():
-                return error_answer("invalid_data", "the data can't be sent, or is too large")
+                return error_answer(ErrorCode.INVALID_DATA, "the data can't be sent, or is too large")
             case EngineError():
                 self._outage.log("a client's command was not carried out: %s", error)
-                return error_answer("unavailable", "try again later")
+                return error_answer(ErrorCode.UNAVAILABLE, "try again later")
             case _:
                 raise error
 
@@ -165,7 +111,9 @@ class Commands:
             case {"type": "publish", "channel": str() as channel, "data": data}:
                 await self._publish(connection, check_channel(channel), data)
                 return {"type": "published", "channel": channel}
-        return error_answer("invalid_command", "expected a type, subscribe, unsubscribe or publish, and a channel")
+        return error_answer(
+            ErrorCode.INVALID_COMMAND, "expected a type, subscribe, unsubscribe or publish, and a channel"
+        )
 
     async def _subscribe(self, connection: Connection, channel: str) -> None:
         if self._access._authorize is None:
@@ -184,27 +132,18 @@ class Commands:
             raise
 
     async def _publish(self, connection: Connection, channel: str, data: object) -> None:
-        await self._check_publish(connection, channel)
+        await self.check_publish(connection, channel)
         exclude = () if self._include_sender else (connection,)
         message = {"type": "message", "channel": channel, "data": data}
         await self._core.broadcast(self._core.publications(message, channel, exclude=exclude))
 
-    async def _check_publish(self, connection: Connection, channel: str) -> None:
+    async def check_publish(self, connection: Connection, channel: str) -> None:
+        """Check that a client may publish to a channel.
+
+        Raises:
+            PermissionDenied: If it may not.
+        """
         if self._access._authorize is not None:
             await self._access._check(connection, "publish", channel)
         elif channel not in connection.channels:
             raise PermissionDenied("not allowed")
-
-
-def error_answer(code: str, text: str) -> Answer:
-    """Make the answer that says why something was not done."""
-    return {"type": "error", "code": code, "text": text}
-
-
-def _id_of(command: object) -> Answer:
-    match command:
-        case {"id": str() as found} if len(found) <= MAX_ID_CHARACTERS:
-            return {"id": found}
-        case {"id": int() as found} if abs(found) < 10**MAX_ID_CHARACTERS:
-            return {"id": found}
-    return {}

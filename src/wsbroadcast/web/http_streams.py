@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, params
+from pydantic_core import from_json, to_json
 from starlette.datastructures import Headers
 from starlette.exceptions import WebSocketException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import compile_path
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from wsbroadcast.audience import Audience
+from wsbroadcast.audience import Audience, user_key
 from wsbroadcast.close_codes import CloseCode
-from wsbroadcast.exceptions import InvalidChannel
+from wsbroadcast.connection import Connection
+from wsbroadcast.exceptions import InvalidChannel, LimitExceeded
 from wsbroadcast.manager import ConnectionManager, core_of
+from wsbroadcast.message import Message
+from wsbroadcast.node.admission import address_of
 from wsbroadcast.node.membership import SPEAKS
+from wsbroadcast.protocols.commands import MAX_ID_CHARACTERS, Answer, ErrorCode, error_answer
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
+from wsbroadcast.publication import Position
 from wsbroadcast.transports.http import EventStream, Header, stream_headers
 from wsbroadcast.transports.long_poll import MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
+from wsbroadcast.web.authentication import Handshake
+from wsbroadcast.web.event_commands import EventCommands
 from wsbroadcast.web.path_channel import PathChannel
+
+MAX_CHANNELS = 100
+"""As many channels may one stream have beside that of its path."""
+
+STATUSES: dict[str, int] = {
+    ErrorCode.UNAUTHENTICATED: 401,
+    ErrorCode.FORBIDDEN: 403,
+    ErrorCode.UNKNOWN_METHOD: 404,
+    ErrorCode.LIMIT_EXCEEDED: 429,
+    ErrorCode.FAILED: 500,
+    ErrorCode.UNAVAILABLE: 503,
+    ErrorCode.TIMEOUT: 504,
+}
+"""What a request is answered with whose command was not done; 400 for the rest."""
 
 Open = Callable[[WebSocket], Awaitable[None]]
 """Serves a connection from its handshake to its end."""
@@ -37,18 +62,42 @@ class HTTPStreams:
         open_: Serves one.
         channel: The channel of a path.
         access: Who may come in.
+        commands: Obeys what clients say.
     """
 
-    def __init__(self, manager: ConnectionManager, open_: Open, channel: PathChannel, access: Access) -> None:
+    def __init__(
+        self, manager: ConnectionManager, open_: Open, channel: PathChannel, access: Access, commands: EventCommands
+    ) -> None:
         self._core = core_of(manager)
         self._open = open_
         self._access = access
         self._channel = channel
+        self._commands = commands
 
     def add_to(self, router: APIRouter, path: str, dependencies: Sequence[params.Depends] | None) -> None:
         """Add its routes to a router."""
+        names = compile_path(path)[2]
         router.add_api_route(
-            path, self.get, methods=["GET"], name="wsbroadcast_http", dependencies=dependencies, response_class=Response
+            path,
+            self.get,
+            methods=["GET"],
+            name="wsbroadcast_events",
+            summary="Listen by server-sent events, or by long poll",
+            dependencies=dependencies,
+            response_class=Response,
+            openapi_extra={"parameters": [*_path_parameters(names), *_QUERY]},
+            responses={200: _LISTEN},
+        )
+        router.add_api_route(
+            path,
+            self.post,
+            methods=["POST"],
+            name="wsbroadcast_command",
+            summary="Publish, or call a method",
+            dependencies=dependencies,
+            response_class=Response,
+            openapi_extra={"parameters": _path_parameters(names), "requestBody": _COMMAND},
+            responses={200: {"description": "What became of it", "content": {"application/json": {"schema": _OBJECT}}}},
         )
         router.add_api_route(path, self.get, methods=["HEAD"], include_in_schema=False, dependencies=dependencies)
         router.add_api_route(path, self.options, methods=["OPTIONS"], include_in_schema=False)
@@ -67,10 +116,30 @@ class HTTPStreams:
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         is_events = request.query_params.get("events") == "1"
-        stream = EventStream(scope, receive, send, self._access._sharing(request), is_event_source=not is_events)
+        more = request.query_params.getlist("channel")[:MAX_CHANNELS] if is_events else []
+        stream = EventStream(
+            scope,
+            receive,
+            send,
+            self._access._sharing(request),
+            is_event_source=not is_events,
+            begin=partial(self._subscribe, more) if more else None,
+        )
         kept = self._kept(request)
         stream.websocket.scope[SPEAKS] = server_sent_events(kept, is_events=is_events)
         await self._open(stream.websocket)
+
+    async def _subscribe(self, channels: list[str], connection: Connection) -> None:
+        # `name` or `name@position`, as the commands that a WebSocket would be sent; answered by events like those.
+        session = self._commands.session(None)
+        for each in channels:
+            name, _, since = each.rpartition("@")
+            try:
+                Position.of(since)
+            except ValueError:  # a name that has an @ itself
+                name, since = each, ""
+            asked = {"type": "subscribe", "channel": name, "since": since or None}
+            await self._commands.obey(connection, session, set(), asked)
 
     async def _poll(self, wait: float, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
@@ -81,6 +150,45 @@ class HTTPStreams:
         poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most)
         poll.websocket.scope[SPEAKS] = events
         await self._open(poll.websocket)
+
+    async def post(self, request: Request) -> Response:
+        """Do what a client asks for that has no WebSocket: to publish, or to call a method."""
+        return Answered(self._obey)
+
+    async def _obey(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        sharing = self._access._sharing(request)
+        websocket = EventStream(scope, receive, send, sharing, is_event_source=False).websocket
+        try:
+            channel = self._channel.of(request.path_params)
+            who = await self._access._look(websocket)
+        except WebSocketException:
+            return
+        except InvalidChannel as error:
+            await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
+            return
+        status, answer = await self._answer(request, who, channel)
+        response = Response(to_json(answer), status, media_type="application/json")
+        response.headers["cache-control"] = "no-store"
+        response.raw_headers += sharing
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request, who: Handshake, channel: str | None) -> tuple[int, Answer]:
+        inbound = self._core.life.node.membership.admission.inbound
+        address = address_of(request.scope)
+        try:
+            inbound.check_request(address if who.user is None else f"user {user_key(who.user)}", address)
+            asked = await read_json(request, partial(inbound.check_size, who=address))
+        except LimitExceeded as error:
+            return 413 if error.limit == "max_inbound_bytes" else 429, error_answer(
+                ErrorCode.LIMIT_EXCEEDED, error.reason
+            )
+        except ValueError as error:
+            return 400, error_answer(ErrorCode.INVALID_COMMAND, str(error))
+        exclude = asked.get("exclude") if isinstance(asked, dict) else None
+        ids = (exclude,) if isinstance(exclude, str) and len(exclude) <= MAX_ID_CHARACTERS else ()
+        answer = await self._commands.answer(who, self._commands.session(channel), asked, ids)
+        return 200 if answer["type"] != "error" else STATUSES.get(answer["code"], 400), answer
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
         # What a GET would be answered with, so that nobody learns more by asking this way.
@@ -122,6 +230,31 @@ class HTTPStreams:
         return name if is_kept else None
 
 
+# What stands in an app's documentation.
+
+
+_OBJECT = {"type": "object"}
+_TEXT = {"type": "string"}
+_LISTEN = {
+    "description": "What is broadcast to the channel",
+    "content": {"text/event-stream": {"schema": _TEXT}, "application/json": {"schema": _OBJECT}},
+}
+_COMMAND = {"required": True, "content": {"application/json": {"schema": _OBJECT}}}
+_QUERY = [
+    {"name": "since", "in": "query", "schema": _TEXT, "description": "The position of the last message that was seen."},
+    {
+        "name": "wait",
+        "in": "query",
+        "schema": {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS},
+        "description": "For how many seconds a long poll waits.",
+    },
+]
+
+
+def _path_parameters(names: Iterable[str]) -> list[dict[str, Any]]:
+    return [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in names]
+
+
 class Answered(Response):
     """A response that writes itself."""
 
@@ -140,6 +273,27 @@ class Head(Response):
     def __init__(self, status: int, headers: list[Header]) -> None:
         super().__init__(status_code=status)
         self.raw_headers = headers
+
+
+async def read_json(request: Request, check: Callable[[int], None]) -> object:
+    """Read a request's body.
+
+    Raises:
+        LimitExceeded: If it is too large.
+        ValueError: If it isn't JSON, or doesn't say that it is, which no form of another page can.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ValueError("a command is JSON: send it with the content-type application/json")
+    body = b""
+    async for part in request.stream():
+        body += part
+        check(len(body))
+    try:
+        value = from_json(body, allow_inf_nan=False)
+        Message.json(value)  # which 1e999 can't: it is read as infinity
+    except ValueError:
+        raise ValueError("the body is not valid JSON") from None
+    return value
 
 
 def prefers_json(headers: Headers) -> bool:

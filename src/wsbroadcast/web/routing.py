@@ -1,7 +1,7 @@
 """The router factory: an endpoint that nobody has to write."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Never, get_args
+from typing import Any, Never, get_args
 
 from fastapi import APIRouter, WebSocket, params
 from starlette.exceptions import WebSocketException
@@ -30,17 +30,11 @@ from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
 from wsbroadcast.web.authentication import MAX_SUBPROTOCOLS
 from wsbroadcast.web.commands import Commands, Outage
+from wsbroadcast.web.event_commands import Accepts, EventCommands, Inbound
 from wsbroadcast.web.http_streams import HTTPStreams
 from wsbroadcast.web.path_channel import PathChannel, Place
 
 # The endpoint behind a router's path: lets connections in, and does with their messages what the options say.
-
-
-Inbound = Literal["broadcast", "commands", "handle", "ignore"]
-"""What becomes of what clients send."""
-
-Accepts = Literal["any", "text", "bytes", "json"]
-"""What clients may send."""
 
 
 class Endpoint:
@@ -82,16 +76,12 @@ class Endpoint:
         self._inbound = inbound
         self._accepts = accepts
         self._outage = Outage()
-        self._commands = Commands(
-            self._core,
-            access,
-            self._outage,
-            include_sender=include_sender,
-            may_publish=inbound != "ignore",
-            may_roam=inbound == "commands",
+        self._commands = Commands(self._core, access, self._outage, include_sender=include_sender)
+        self._event_commands = EventCommands(
+            self._core, access, self._commands, inbound=inbound, accepts=accepts, include_sender=include_sender
         )
         self._include_sender = include_sender
-        self.http = HTTPStreams(manager, self.open, self._channel, access)
+        self.http = HTTPStreams(manager, self.open, self._channel, access, self._event_commands)
         """What it does with HTTP requests."""
 
     async def open(self, websocket: WebSocket) -> None:
@@ -125,8 +115,7 @@ class Endpoint:
         if (answer := connection.websocket.scope.get(STREAM)) is not None:
             await answer.serve(connection)
         elif connection._sink.has_positions:
-            while True:
-                await self._commands.obey_event(connection, await connection.receive_json(), name)
+            await self._event_commands.serve(connection, name)
         elif self._inbound == "ignore":
             await connection.wait_closed()
         elif self._inbound == "commands":

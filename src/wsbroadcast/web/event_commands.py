@@ -1,0 +1,320 @@
+"""Does what clients of events ask for: over a WebSocket, where commands come one after the other, or by POST."""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import b64decode
+from collections.abc import Iterable
+from contextlib import suppress
+from contextvars import copy_context
+from typing import Literal
+
+from wsbroadcast.audience import UNSET, check_channel, user_key
+from wsbroadcast.connection import Connection
+from wsbroadcast.exceptions import (
+    ConfigurationError,
+    ConnectionClosed,
+    EngineError,
+    PermissionDenied,
+)
+from wsbroadcast.logs import logger
+from wsbroadcast.message import Message
+from wsbroadcast.methods import CallError, InvalidArguments, Method
+from wsbroadcast.node.core import Core
+from wsbroadcast.protocols.commands import (
+    Answer,
+    Call,
+    Command,
+    ErrorCode,
+    Ping,
+    Pong,
+    Publish,
+    Refresh,
+    Refused,
+    Session,
+    Subscribe,
+    Unsubscribe,
+    error_answer,
+    id_of,
+)
+from wsbroadcast.web.access import Access
+from wsbroadcast.web.authentication import Handshake
+from wsbroadcast.web.commands import Commands
+
+Inbound = Literal["broadcast", "commands", "handle", "ignore"]
+"""What becomes of what clients send."""
+
+Accepts = Literal["any", "text", "bytes", "json"]
+"""What clients may send."""
+
+Who = Connection | Handshake
+"""Who asks: a connection, or a request without one."""
+
+_FAILED = "a mistake of the server's"
+
+
+class EventCommands:
+    """Obeys the commands of a router's clients that speak events.
+
+    A protocol changes the form of what is sent, and never what `inbound` and `accepts` of the router allow.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        access: Access,
+        commands: Commands,
+        *,
+        inbound: Inbound,
+        accepts: Accepts,
+        include_sender: bool,
+    ) -> None:
+        self._core = core
+        self._access = access
+        self._commands = commands
+        self._accepts = accepts
+        self._include_sender = include_sender
+        # What clients that speak no events get of a text: with JSON around it, or as it is.
+        self._is_json = accepts == "json" or inbound == "commands"
+        self._publishes: Literal["nowhere", "path", "path_or_everyone", "anywhere"]
+        match inbound:
+            case "ignore":
+                self._publishes = "nowhere"
+            case "commands":
+                self._publishes = "anywhere"
+            case "broadcast":
+                self._publishes = "path_or_everyone"
+            case "handle":
+                self._publishes = "path"
+
+    def session(self, path_channel: str | None) -> Session:
+        """Begin with a client of a path's channel."""
+        return Session(path_channel, self._publishes)
+
+    async def serve(self, connection: Connection, path_channel: str | None) -> None:
+        """Obey a connection's commands until it ends; what it has called is cancelled then.
+
+        Raises:
+            ConnectionClosed: When it has ended. A command that is denied may end it.
+        """
+        session = self.session(path_channel)
+        calls: set[asyncio.Task[Answer]] = set()
+        try:
+            while True:
+                await self.obey(connection, session, calls, await connection.receive_json())
+        finally:
+            for call in calls:
+                call.cancel()
+
+    async def obey(
+        self, connection: Connection, session: Session, calls: set[asyncio.Task[Answer]], asked: object
+    ) -> None:
+        """Do what a connection asks for, and answer.
+
+        Args:
+            connection: Whose.
+            session: That of the connection.
+            calls: Its calls that run; another one is added.
+            asked: What it asks for.
+
+        Raises:
+            ConnectionClosed: If it has ended.
+        """
+        try:
+            command = session.read(asked)
+            if isinstance(command, Call):
+                self._begin(connection, session, calls, command, id_of(asked))
+                return
+            answer = await self._carry_out(connection, command, id_of(asked).get("id"))
+        except Exception as error:
+            answer = await self._commands.answer_to(error, connection)
+        if answer is not None:
+            self._say(connection, answer | id_of(asked))
+
+    def _say(self, connection: Connection, answer: Answer) -> None:
+        if connection.is_open:
+            self._core.say(connection, Message.json(answer))
+
+    async def answer(self, who: Handshake, session: Session, asked: object, exclude: Iterable[str] = ()) -> Answer:
+        """Do what a request asks for that has no connection, which is to publish and to call, and return the answer.
+
+        Args:
+            who: Whose request it is, authenticated.
+            session: A new one.
+            asked: What it asks for.
+            exclude: Ids of connections that don't get what it publishes.
+        """
+        try:
+            match session.read(asked):
+                case Publish() as publish:
+                    answer = await self._publish(who, publish, exclude)
+                case Call() as call:
+                    answer = await self._call(who, call)
+                case _:
+                    raise Refused(ErrorCode.NOT_SUPPORTED, "to publish and to call is all that a request can do")
+        except Exception as error:
+            answer = await self._commands.answer_to(error, who)
+        return answer | id_of(asked)
+
+    async def _carry_out(self, connection: Connection, command: Command, id_: object) -> Answer | None:
+        match command:
+            case Subscribe():
+                await self._subscribe(connection, check_channel(command.channel), command.since, id_)
+                return None  # it is answered in its place among the messages
+            case Unsubscribe():
+                await connection.unsubscribe(command.channel)
+                return {"type": "unsubscribed", "channel": command.channel}
+            case Publish():
+                return await self._publish(connection, command)
+            case Refresh():
+                return await self._refresh(connection, command.token)
+            case Ping():
+                return {"type": "pong"}
+            case Pong() | Call():
+                return None
+
+    # To subscribe.
+
+    async def _subscribe(self, connection: Connection, channel: str, since: str | None, id_: object) -> None:
+        if self._access._authorize is None and channel not in connection.channels:
+            raise PermissionDenied("not allowed")
+
+        async def check() -> None:
+            if self._access._authorize is not None:
+                await self._access._check(connection, "subscribe", channel)
+
+        await check()
+        try:
+            await self._core.subscribe_if(connection, channel, since, check, id_)
+        except ConfigurationError as error:  # the broker forbids us the name
+            raise EngineError(str(error)) from error
+
+    # To publish.
+
+    async def _publish(self, who: Who, publish: Publish, exclude: Iterable[str] = ()) -> Answer:
+        channel = None if publish.channel is None else check_channel(publish.channel)
+        await self._check_publish(who, channel)
+        key = publish.key_of(None if who.user is None else user_key(who.user))
+        left_out = {*exclude, who.id} if isinstance(who, Connection) and not self._include_sender else {*exclude}
+        publications = self._core.publications(self._message(publish), UNSET if channel is None else channel)
+        for publication in publications:
+            publication.exclude |= left_out
+        try:
+            receipt = await self._core.broadcast(publications, idempotency_key=key)
+        except ConfigurationError as error:
+            if key is None:
+                raise
+            raise Refused(ErrorCode.NOT_SUPPORTED, "nothing is kept here, so no idempotency_key is") from error
+        answer: Answer = {"type": "published", **({"to": "everyone"} if channel is None else {"channel": channel})}
+        if receipt.position is not None:
+            answer["position"] = receipt.position
+        return answer | {"is_repeat": True} if receipt.is_repeat else answer
+
+    async def _check_publish(self, who: Who, channel: str | None) -> None:
+        if self._access._authorize is not None:
+            await self._access._check(who, "publish", channel)
+        elif isinstance(who, Connection) and channel is not None and channel not in who.channels:
+            raise PermissionDenied("not allowed")
+
+    def _message(self, publish: Publish) -> object:
+        data = publish.data
+        is_text = isinstance(data, str) and publish.encoding is None
+        is_bytes = publish.encoding is not None
+        if {"text": not is_text, "bytes": not is_bytes, "json": is_bytes, "any": False}[self._accepts]:
+            raise Refused(ErrorCode.INVALID_DATA, f"what is published here is {self._accepts}")
+        if is_bytes:
+            try:
+                return b64decode(data, validate=True)
+            except ValueError:
+                raise Refused(ErrorCode.INVALID_DATA, "the data is no base64") from None
+        return Message.json(data) if self._is_json or not is_text else data
+
+    # To go on with another token.
+
+    async def _refresh(self, connection: Connection, token: str) -> Answer:
+        try:
+            expires_at = await self._access._refresh(connection, token)
+        except (Refused, ConnectionClosed):
+            raise
+        except Exception:
+            logger.exception("authenticate failed for a token that a client goes on with")
+            raise Refused(ErrorCode.FAILED, _FAILED) from None
+        return {"type": "refreshed"} if expires_at is None else {"type": "refreshed", "expires_at": expires_at}
+
+    # To call.
+
+    def _begin(
+        self, connection: Connection, session: Session, calls: set[asyncio.Task[Answer]], call: Call, id_: Answer
+    ) -> None:
+        method = self._method(call)
+        is_late = False
+
+        def cut_off() -> None:
+            nonlocal is_late
+            is_late = True
+            self._say(connection, _TIMEOUT | id_)
+            if method.is_cancellable:
+                task.cancel()
+
+        def ended(task: asyncio.Task[Answer]) -> None:
+            timer.cancel()
+            session.ended()
+            calls.discard(task)
+            if not is_late and not task.cancelled():
+                self._say(connection, task.result() | id_)
+
+        session.begun()
+        timer = asyncio.get_running_loop().call_later(self._core.client_timing.call_timeout, cut_off)
+        task = self._start(connection, method, call)
+        calls.add(task)
+        task.add_done_callback(ended)
+
+    async def _call(self, who: Handshake, call: Call) -> Answer:
+        method = self._method(call)
+        task = self._start(who, method, call)
+        try:
+            done, _ = await asyncio.wait((task,), timeout=self._core.client_timing.call_timeout)
+            return task.result() if done else _TIMEOUT
+        finally:
+            if method.is_cancellable:
+                task.cancel()
+
+    def _method(self, call: Call) -> Method:
+        method = self._core.methods.get(call.name)
+        if method is None:
+            raise Refused(ErrorCode.UNKNOWN_METHOD, "there is no such method")
+        return method
+
+    def _start(self, who: Who, method: Method, call: Call) -> asyncio.Task[Answer]:
+        answer = self._answer_to_call(who, method, call)
+        return self._core.life.node.tasks.begin(answer, f"call of {method.name}", copy_context())
+
+    async def _answer_to_call(self, who: Who, method: Method, call: Call) -> Answer:
+        try:
+            if self._access._authorize is not None:
+                await self._access._check(who, "call", method.name)
+            connection = who if isinstance(who, Connection) else None
+            if connection is None and method.needs_connection:
+                raise Refused(ErrorCode.NOT_SUPPORTED, "this method is for WebSockets: it needs the connection")
+            answer = {"type": "result", "data": await method.run(method.read(call.arguments), connection)}
+            self._core.encode(answer)
+            return answer
+        except InvalidArguments as error:
+            return error_answer(ErrorCode.INVALID_ARGUMENTS, str(error), errors=error.mistakes)
+        except CallError as error:
+            return error_answer(error.code, error.text)
+        except (Refused, PermissionDenied, EngineError, ExceptionGroup) as error:
+            with suppress(Exception):
+                return await self._commands.answer_to(error, who)
+            return self._failed(method, error)
+        except ConnectionClosed:
+            return {}  # nobody is there to hear it
+        except Exception as error:
+            return self._failed(method, error)
+
+    def _failed(self, method: Method, error: Exception) -> Answer:
+        logger.error("method %r failed", method.name, exc_info=error)
+        return error_answer(ErrorCode.FAILED, _FAILED)
+
+
+_TIMEOUT = error_answer(ErrorCode.TIMEOUT, "it took too long and was cut off")
