@@ -14,7 +14,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException, WebSocketException
 from starlette.websockets import WebSocketDisconnect
 
-from wsbroadcast.audience import user_key
+from wsbroadcast.audience import EVERYONE, Audience, UserId, user_key
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.concurrency import finished
 from wsbroadcast.connection import Connection
@@ -27,6 +27,7 @@ from wsbroadcast.exceptions import (
     kind_of,
     ungrouped,
 )
+from wsbroadcast.history import SinceOption
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.node.admission import Joining
@@ -155,7 +156,7 @@ class Access:
                     channels,
                     identity.info,
                     expires_at=identity.expires_at,
-                    since=None if channel is None else websocket.query_params.get("since") or None,  # empty is none
+                    since=_since_of(websocket, channel, identity.user),
                 )
                 return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):
@@ -275,6 +276,18 @@ class Access:
         if found is None:
             await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
         return identity_of(found, self._user_key)
+
+
+def _since_of(websocket: WebSocket, channel: str | None, user: UserId | None) -> SinceOption:
+    # Since when a client wants what it missed: of the path's channel, its user and everyone. An empty text is none.
+    query = websocket.query_params
+    audiences = {
+        "since": channel,
+        "since_user": None if user is None else Audience.user(user),
+        "since_everyone": EVERYONE,
+    }
+    wanted = {each: query[name] for name, each in audiences.items() if each is not None and query.get(name)}
+    return wanted or None
 
 
 # Names that routers and dependencies had before there was an `Access`.

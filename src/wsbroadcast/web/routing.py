@@ -5,7 +5,7 @@ from typing import Any, Never, get_args
 
 from fastapi import APIRouter, WebSocket, params
 from starlette.exceptions import WebSocketException
-from starlette.routing import WebSocketRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from wsbroadcast.audience import UNSET
 from wsbroadcast.close_codes import CloseCode, is_sendable
@@ -28,6 +28,7 @@ from wsbroadcast.protocols import events
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
 from wsbroadcast.web.authentication import MAX_SUBPROTOCOLS
+from wsbroadcast.web.client_script import is_script, script_routes
 from wsbroadcast.web.commands import Commands, Outage
 from wsbroadcast.web.event_commands import Accepts, EventCommands, Inbound
 from wsbroadcast.web.path_channel import PathChannel, Place
@@ -84,6 +85,8 @@ class Endpoint:
         """Serve one connection from its handshake to its end."""
         try:
             name = self._channel.of(websocket.path_params)
+            if name is not None and is_script(websocket.scope["path"]):
+                raise InvalidChannel(name, "this is the name of the client's script")
             if self._place is not None and name is not None:
                 self._place.see(websocket.scope, websocket.path_params)
             websocket.scope[ROUTER] = True
@@ -189,6 +192,7 @@ def create_router(
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
     dependencies: Sequence[params.Depends] | None = None,
+    script: bool = True,
     **moved: Never,
 ) -> APIRouter:
     """Make a router with one WebSocket endpoint, for `app.include_router`.
@@ -216,6 +220,7 @@ def create_router(
         allowed_origins: The pages that may connect; see `Access`.
         access: An `Access` instead of these three, which has more options and may be shared.
         dependencies: FastAPI dependencies that run first. Those that `yield` end with the connection.
+        script: Whether the browser's client is served beside the endpoint, as `wsbroadcast.js`; to anybody.
         moved: None: what was here before is an option of `Access`.
 
     Raises:
@@ -225,7 +230,7 @@ def create_router(
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
-    router = APIRouter(lifespan=manager.lifespan)
+    router = APIRouter(lifespan=manager.lifespan, routes=script_routes(path) if script else None)
     router.add_api_websocket_route(path, endpoint.open, name="wsbroadcast", dependencies=dependencies)
     return router
 
@@ -242,8 +247,9 @@ def create_routes(
     authorize: Authorize | None = None,
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
+    script: bool = True,
     **moved: Never,
-) -> list[WebSocketRoute]:
+) -> list[BaseRoute]:
     """Make the same endpoint as routes for plain Starlette; pass `manager.lifespan` to `Starlette` yourself.
 
     `authenticate` is a FastAPI dependency here too.
@@ -255,4 +261,4 @@ def create_routes(
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
-    return [WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
+    return [*(script_routes(path) if script else ()), WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
