@@ -17,7 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from tests.support.brokers import Endpoint, free_port
 from tests.support.proxy import FaultProxy
 from tests.support.servers import serve_here
-from wsbroadcast import ClientTiming, ConnectionManager, History, Identity, LifecycleError, TokenFrom, create_router
+from wsbroadcast import ClientTiming, ConnectionManager, History, Identity, TokenFrom, create_router
 from wsbroadcast.web.client_script import DIRECTORY
 
 CHANNEL = "room:1"
@@ -101,6 +101,7 @@ class Site:
         self.log = 0
         self.manager: ConnectionManager
         self._server = AsyncExitStack()
+        self._running = asyncio.Lock()
         self.endpoint = Endpoint(f"http://127.0.0.1:{free_port()}")
         self.proxy = FaultProxy(self.endpoint)
 
@@ -138,14 +139,15 @@ class Site:
         await self._server.aclose()
 
     async def restart(self, *, loses_log: bool = False) -> None:
-        """Stop and start it."""
-        await self.end()
-        self.log += loses_log
-        await self.begin()
+        """Stop and start it; nothing ticks meanwhile."""
+        async with self._running:
+            await self.end()
+            self.log += loses_log
+            await self.begin()
 
     async def _tick(self) -> None:
         while True:
-            with suppress(LifecycleError):
+            async with self._running:
                 await self.manager.broadcast(self.sent, channel=CHANNEL)
                 self.sent += 1
             await asyncio.sleep(0.05)

@@ -97,8 +97,11 @@ export interface Connection<Data = unknown> {
   publish(data: unknown, options?: { channel?: string; key?: string }): Promise<Published>
   /** Calls a method of the server. */
   call<Result = unknown>(name: string, args?: Record<string, unknown>): Promise<Result>
-  /** Gets the messages of another channel, too, over all connections; settles when the server has answered. */
-  subscribe(channel: string): Promise<Subscribed>
+  /**
+   * Gets the messages of another channel, too, over all connections; settles when the server has answered. Begins where
+   * `since` says, which is the position of what the page has loaded.
+   */
+  subscribe(channel: string, options?: { since?: string }): Promise<Subscribed>
   unsubscribe(channel: string): Promise<unknown>
   /** Ends it for good. */
   close(): void

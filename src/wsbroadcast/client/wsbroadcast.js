@@ -113,7 +113,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     for (const name in query) found.searchParams.set(name, query[name])
     return found
   }
-
   // One connection each. They resolve with [code, reason, wait] when it has ended.
   const overWebSocket = (secret) => new Promise((done) => {
     const place = target()
@@ -223,8 +222,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (isHidden) return end?.(1006) // else the browser couldn't keep the page to go back to
     if (document.visibilityState === "hidden") return
     if (!link) wake()
-    else if (link.probe) link.probe()
-    else end?.(1006, "", 0)
+    else link.probe ? link.probe() : end?.(1006, "", 0)
   }
   for (const type of WAKES) addEventListener(type, awake, true)
   lose()
