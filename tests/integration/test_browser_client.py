@@ -429,21 +429,33 @@ async def test_blocked_upgrades_are_gone_around_by_server_sent_events(tmp_path: 
         await tab.lost_nothing()
 
 
-async def test_events_that_are_held_back_are_gone_around_by_polls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_back", ["all", "body"])
+async def test_events_that_are_held_back_are_gone_around_by_polls(tmp_path: Path, held_back: str) -> None:
     async with a_tab(tmp_path, starts=False) as tab:
-        tab.site.blocks_upgrades = tab.site.holds_back = True
+        tab.site.blocks_upgrades = True
+        tab.site.holds_back = held_back
         await tab.start()
         await tab.gets_ticks(within=after("FIRST_BYTE_TIMEOUT") + SPARE)
         assert tab.site.asked.count("poll") > 1
         await tab.lost_nothing()
         assert (await tab.run("ws.publish('hello')"))["type"] == "published"
-        tab.site.blocks_upgrades = tab.site.holds_back = False
+        tab.site.blocks_upgrades = False
+        tab.site.holds_back = ""
 
         async def is_back() -> bool:
             return bool(tab.site.manager.connections)
 
         await eventually(is_back, 8 * after("STEADY") + SPARE)
         await tab.gets_ticks()
+
+
+async def test_token_goes_along_over_http(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, starts=False, authenticates=True) as tab:
+        tab.site.blocks_upgrades = True
+        await tab.start(token=True)
+        await tab.gets_ticks()
+        assert "sse" in tab.site.asked
+        await tab.lost_nothing()
 
 
 async def test_server_without_http_is_asked_by_websocket_again(tmp_path: Path) -> None:

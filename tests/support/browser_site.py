@@ -86,8 +86,8 @@ class Site:
         self._authenticates = authenticates
         self.blocks_upgrades = False
         """Whether a proxy answers WebSocket handshakes with 400."""
-        self.holds_back = False
-        """Whether it holds server-sent events back."""
+        self.holds_back = ""
+        """What it holds back of server-sent events: `all`, the `body`, or nothing."""
         self.has_http = True
         """Whether the server has another way in than a WebSocket."""
         self.tokens = ["good"]
@@ -213,6 +213,8 @@ class Site:
             raise HTTPException(401)
         if "text/event-stream" in request.headers["accept"]:
             self.asked.append("sse")
+            if self.holds_back == "all":
+                await asyncio.Event().wait()
             return StreamingResponse(self._events(channel, since), media_type="text/event-stream")
         self.asked.append("poll")
         messages: list[Any] = []
@@ -232,7 +234,7 @@ class Site:
         assert task is not None
         self.streams.add(task)
         try:
-            if self.holds_back:
+            if self.holds_back == "body":
                 await asyncio.Event().wait()
             yield _event({"type": "hello", "id": "x", "version": 1, "ping": 1.0, "reconnect": {"min": 0.2, "max": 2}})
             begins = since or str(await self.manager.position(channel))

@@ -148,7 +148,8 @@ class Access:
         try:
             async with core_of(manager).handshake(websocket):
                 identity = await self._admit(websocket, channel)
-                websocket.scope[_INFO] = identity.info
+                if identity.info is not None:
+                    websocket.scope[_INFO] = identity.info
                 channels = () if channel is None else (channel,)
                 joining = partial(
                     Joining.of,

@@ -13,12 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-import wsbroadcast
-
 NAME = "wsbroadcast.js"
 """What pages import."""
 
-DIRECTORY = Path(wsbroadcast.__file__).with_name("client")
+DIRECTORY = Path(__file__).parents[1] / "client"
 """Where the files of the client are: its source and types, and what is served."""
 
 _ANY_NAME = re.compile(r"wsbroadcast(\.[0-9a-f]+)?\.js")
