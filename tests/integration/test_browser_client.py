@@ -177,6 +177,20 @@ async def test_restart_of_a_server_that_loses_its_log(tmp_path: Path) -> None:
         await tab.lost_nothing(states=2)  # the first was the beginning
 
 
+async def test_state_that_can_not_be_loaded_is_loaded_later(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, state=True) as tab:
+        await tab.run(
+            "(() => { let failures = 2; const { fetch } = window; window.fetch = (...what) => "
+            "(failures-- > 0 ? Promise.reject(new TypeError('no network')) : fetch(...what)) })()"
+        )
+        await tab.site.restart(loses_log=True)
+        await tab.gets_ticks(within=2 * SPARE)
+        told = await tab.told()
+        assert told["states"] == 4
+        assert "TypeError: no network" in told["errors"]
+        await tab.lost_nothing(states=4)
+
+
 async def test_packets_that_are_swallowed_are_noticed_by_the_missing_pings(tmp_path: Path) -> None:
     async with a_tab(tmp_path) as tab:
         tab.site.proxy.black_hole()

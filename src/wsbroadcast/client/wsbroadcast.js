@@ -85,18 +85,17 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     const [epoch, offset] = split(position), [epochBefore, offsetBefore] = split(before)
     if (type === "message" && epoch && epoch === epochBefore && +offset <= +offsetBefore) return // a repeat
     const isMissed = recovered === false || type === "gap"
-    if (position && (type !== "subscribed" || isMissed || !before)) positions.set(key, position)
+    const loaded = isMissed ? await load(channel) : ""
+    if (loaded === undefined) return end?.(1006) // the next connection asks from the same place
+    if (loaded || (position && (type !== "subscribed" || isMissed || !before))) positions.set(key, loaded || position)
     if (event.encoding) event.data = Uint8Array.from(atob(event.data), (byte) => byte.charCodeAt(0))
-    if (isMissed && !(await load(key, channel))) end?.(1006) // and once more, before the next connection
     tell(type, event)
   }
-  async function load(key, channel) { // the page loads what it shows; messages go on from where that was
+  async function load(channel) { // the page loads what it shows; returns where that was, if that could be done
     try {
       const position = await state?.(channel)
-      if (typeof position === "string") positions.set(key, position)
-      return true
+      return typeof position === "string" ? position : ""
     } catch (error) {
-      positions.delete(key)
       tell("error", error)
     }
   }
@@ -199,9 +198,10 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
         while (isHidden) await sleep(1e9)
         const secret = await token?.()
         if (secret === null) return close(4401, "no token")
-        const isLoaded = !state || positions.has("") || (await load(""))
+        const loaded = positions.has("") ? "" : await load()
+        if (loaded) positions.set("", loaded)
         if (isHidden || isOver) continue // in the meantime
-        if (isLoaded) outcome = await (isHttp ? overHttp : overWebSocket)(secret, (tried = 1))
+        if (loaded !== undefined) outcome = await (isHttp ? overHttp : overWebSocket)(secret, (tried = 1))
       } catch (error) {
         tell("error", error)
       }
