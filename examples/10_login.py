@@ -19,12 +19,20 @@ from fastapi import Cookie, Depends, FastAPI, HTTPException, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 
-from wsbroadcast import Connection, ConnectionManager, Identity, PermissionDenied, connection_dependency
+from wsbroadcast import (
+    Connection,
+    ConnectionManager,
+    Identity,
+    PermissionDenied,
+    connection_dependency,
+    create_script_router,
+)
 
 SESSION_SECONDS = 3600.0
 
 manager = ConnectionManager()
 app = FastAPI(lifespan=manager.lifespan)
+app.include_router(create_script_router())  # the client that the page imports
 
 
 # What stands for a database.
@@ -133,10 +141,11 @@ PAGE = """<!doctype html>
 <form id="chat"><input id="text" aria-label="Message" autocomplete="off"> <button>Send</button></form>
 <p id="status" role="status">Not connected</p>
 <ul id="log"></ul>
-<script>
-  const COME_BACK = new Set([1001, 1006, 1011, 1012, 1013, 4001, 4011, 4012, 4013]);
+<script type="module">
+  import { connect } from "./wsbroadcast.js";
+
   const part = (id) => document.getElementById(id);
-  let socket = null, timer = null, attempts = 0;
+  let ws = null;
 
   function show(text) {
     const line = document.createElement("li");
@@ -144,35 +153,22 @@ PAGE = """<!doctype html>
     part("log").append(line);
   }
 
-  function connect() {
-    leave();
-    let openedAt = Infinity;
-    socket = new WebSocket(location.href.replace(/^http/, "ws") + "chat"); // the cookie goes along
-    socket.onopen = () => {
-      openedAt = Date.now();
-      part("status").textContent = "Connected";
-    };
-    socket.onclose = ({ code, reason }) => {
-      part("status").textContent = `Closed: ${code} ${reason}`;
-      if (Date.now() - openedAt > 10_000) attempts = 0;
-      if (COME_BACK.has(code)) timer = setTimeout(comeBack, Math.random() * Math.min(30_000, 500 * 2 ** attempts++));
-    };
-    socket.onmessage = (event) => {
-      const message = JSON.parse(event.data);
+  async function token() { // before each attempt: a script can't tell a refused handshake from a lost network
+    const response = await fetch("me");
+    return response.status === 401 ? null : ""; // the cookie goes along
+  }
+
+  function join() {
+    ws?.close();
+    ws = connect("chat", { plain: true, token });
+    ws.on("status", (status, closed) => {
+      const end = closed?.reason === "no token" ? "Log in again" : `Closed: ${closed?.code} ${closed?.reason}`;
+      part("status").textContent = { open: "Connected", lost: "Coming back", closed: end }[status];
+    });
+    ws.on("message", ({ data }) => {
+      const message = JSON.parse(data);
       show(message.joined ? `${message.joined} has joined` : `${message.from}: ${message.text}`);
-    };
-  }
-
-  async function comeBack() {
-    const response = await fetch("me").catch(() => null); // a script can't tell a refused handshake from a lost network
-    if (response?.status === 401) part("status").textContent = "Log in again";
-    else connect();
-  }
-
-  function leave() {
-    clearTimeout(timer);
-    if (socket !== null) socket.onclose = null;
-    socket?.close();
+    });
   }
 
   part("login").onsubmit = async (event) => {
@@ -180,14 +176,13 @@ PAGE = """<!doctype html>
     const body = JSON.stringify({ name: part("name").value, password: part("password").value });
     const headers = { "content-type": "application/json" };
     const response = await fetch("login", { method: "POST", headers, body });
-    if (response.ok) connect();
+    if (response.ok) join();
     else part("status").textContent = (await response.json()).detail;
   };
   part("logout").onclick = () => fetch("logout", { method: "POST" });
-  part("chat").onsubmit = (event) => {
+  part("chat").onsubmit = async (event) => {
     event.preventDefault();
-    if (socket?.readyState !== WebSocket.OPEN) return; // keep what was typed
-    socket.send(part("text").value);
+    await ws?.publish(part("text").value); // an error without a connection: what was typed stays
     part("text").value = "";
   };
 </script>

@@ -18,9 +18,10 @@ PAGE = """<!doctype html>
 <title>Tasks</title>
 <h1>Tasks</h1>
 <ul></ul>
-<script>
+<script type="module">
+  import { connect } from "/follow/wsbroadcast.js";
+
   const list = document.querySelector("ul");
-  let position = null;
 
   function show(task) {
     let item = document.getElementById(`task-${task.id}`);
@@ -32,40 +33,14 @@ PAGE = """<!doctype html>
     item.textContent = task.title;
   }
 
-  async function load() {
+  async function state() {  // at the beginning, and when too much was missed
     const snapshot = await (await fetch("/tasks")).json();
     list.replaceChildren();
     snapshot.tasks.forEach(show);
-    position = snapshot.position;
+    return snapshot.position;
   }
 
-  const follow = () => new Promise((ended) => {
-    const url = `${location.origin.replace("http", "ws")}/follow?since=${position}`;
-    const socket = new WebSocket(url, "wsbroadcast.v1");  // the protocol that tells positions
-    socket.onclose = ended;
-    socket.onmessage = ({ data }) => {
-      const event = JSON.parse(data);
-      if (event.type === "gap" || event.recovered === false) {
-        position = null;  // too much was missed: begin with a snapshot again
-        socket.close();
-        return;
-      }
-      if (event.position) position = event.position;
-      if (event.type === "message") show(event.data);
-    };
-  });
-
-  (async () => {
-    for (;;) {
-      try {
-        if (!position) await load();
-        await follow();
-      } catch (error) {
-        console.warn(error);
-      }
-      await new Promise((done) => setTimeout(done, 500 + 1000 * Math.random()));
-    }
-  })();
+  connect("/follow", { state }).on("message", ({ data }) => show(data));
 </script>
 """
 

@@ -23,8 +23,10 @@ from typing import Any
 
 import jwt
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
+from websockets.exceptions import ConnectionClosedError
 
 import wsbroadcast
 from tests.support import users as users_of_an_app
@@ -32,17 +34,20 @@ from tests.support.asgi import Peer
 from tests.support.asgi import eventually as until
 from tests.support.brokers import Endpoint
 from tests.support.examples import announce, talk_in_rooms_and_hear_news
-from tests.support.servers import eventually
+from tests.support.servers import eventually, serve_here
 from tests.support.web import admitted, close_of, denied
 from wsbroadcast import (
+    ClientTiming,
     CloseCode,
     ConnectionManager,
+    History,
     Hook,
     Limits,
     Publisher,
     SlowConsumer,
     Stats,
     WSBroadcastError,
+    create_router,
     should_reconnect,
 )
 from wsbroadcast.command import _parser
@@ -863,12 +868,54 @@ def test_reference_has_the_tree_of_errors() -> None:
     assert found == {"WSBroadcastError": below(WSBroadcastError)}
 
 
-def test_browsers_come_back_for_the_codes_of_should_reconnect() -> None:
-    texts = [*PAGES.values(), *(path.read_text(encoding="utf-8") for path in ROOT.glob("examples/*.py"))]
-    lists = [listed for text in texts for listed in re.findall(r"COME_BACK = new Set\(\[([\d, ]+)\]\)", text)]
-    ours = {1006, *CloseCode}
-    right = {code + moved for code in ours for moved in (0, 3000) if should_reconnect(code)} - {4006}
-    assert [{int(code) for code in listed.split(",")} for listed in lists] == [right] * 3
+def test_clients_come_back_for_the_codes_of_should_reconnect() -> None:
+    client = (ROOT / "src/wsbroadcast/client/wsbroadcast.js").read_text(encoding="utf-8")
+    texts = [PAGES["docs/how-to.md"], client]
+    lists = [re.search(r"COMES_BACK = [\[{]([\d, ]+)[\]}]", text) for text in texts]
+    right = {int(code) for code in {1006, *CloseCode} if should_reconnect(code)}
+    assert [found and {int(code) for code in found[1].split(",")} for found in lists] == [right] * 2
+
+
+def test_client_in_another_language_misses_nothing() -> None:
+    (block,) = (block for block in BLOCKS if block.name == "docs/how-to.md#write-a-client-in-another-language")
+    asyncio.run(_follow(block.run()["follow"]))
+
+
+async def _follow(follow: Callable[..., Coroutine[Any, Any, None]]) -> None:
+    manager = ConnectionManager(history=History(messages=5), client_timing=ClientTiming(reconnect_min=0.01))
+    app = FastAPI()
+    app.include_router(create_router(manager, "/ws/{channel}"))
+    got: list[Any] = []
+
+    async def on_message(data: Any) -> None:
+        got.append(data)
+
+    async def snapshot() -> str:
+        position = str(await manager.position("news"))
+        got.append("snapshot")
+        return position
+
+    async with serve_here(app) as port:
+        following = asyncio.create_task(follow(f"ws://127.0.0.1:{port}/ws/news", on_message, snapshot))
+        try:
+            await until(lambda: manager.connections)
+            for number in range(3):
+                await manager.broadcast(number, channel="news")
+            await until(lambda: len(got) == 4)
+            await manager.close(manager.connections[0], 1012)
+            for number in range(3, 6):
+                await manager.broadcast(number, channel="news")
+            await until(lambda: len(got) == 7)
+            await manager.forget("news")
+            await until(lambda: got.count("snapshot") == 2)
+            await manager.broadcast(6, channel="news")
+            await until(lambda: got[-1] == 6)
+            assert got == ["snapshot", 0, 1, 2, 3, 4, 5, "snapshot", 6]
+            await manager.close(manager.connections[0], 1008)
+            with pytest.raises(ConnectionClosedError):
+                await asyncio.wait_for(following, 5)
+        finally:
+            following.cancel()
 
 
 def test_readme_has_a_command_for_the_demo_and_one_for_the_tests() -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from wsbroadcast.types import Guard, Headers, Manager, To, Users
     from wsbroadcast.web.access import Access, Action, Authenticate, Authorize, OnDenied
     from wsbroadcast.web.authentication import Handshake, Identity, TokenFrom, UserKey
+    from wsbroadcast.web.client_script import create_script_router
     from wsbroadcast.web.dependencies import (
         ConnectionDep,
         ManagerDep,
@@ -72,6 +73,7 @@ _LAZY = {
     "types": ("Guard", "Headers", "Manager", "To", "Users"),
     "web.access": ("Access", "Action", "Authenticate", "Authorize", "OnDenied"),
     "web.authentication": ("Handshake", "Identity", "TokenFrom", "UserKey"),
+    "web.client_script": ("create_script_router",),
     "web.dependencies": ("ConnectionDep", "ManagerDep", "connection_dependency", "get_connection", "get_manager"),
     "web.event_commands": ("Accepts", "Inbound"),
     "web.routing": ("create_router", "create_routes", "create_sse_router"),
@@ -174,6 +176,7 @@ __all__ = [
     "connection_dependency",
     "create_router",
     "create_routes",
+    "create_script_router",
     "create_sse_router",
     "get_connection",
     "get_manager",

@@ -1,4 +1,4 @@
-"""The command line: `wsbroadcast demo` and `wsbroadcast publish`, or `python -m wsbroadcast …`."""
+"""The command line: `wsbroadcast demo`, `wsbroadcast publish` and `wsbroadcast js`, or `python -m wsbroadcast …`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import errno
 import logging
 import os
+import shutil
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -89,7 +90,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
     _add_publish(commands)
+    _add_js(commands)
     return parser
+
+
+def _add_js(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    js = commands.add_parser(
+        "js",
+        help="print the browser's client, or copy it and its types into a directory",
+        description="Print the browser's client, which routers serve as wsbroadcast.js, in its readable form.",
+    )
+    form = js.add_mutually_exclusive_group()
+    form.add_argument("--out", metavar="DIR", help="write wsbroadcast.js and wsbroadcast.d.ts there instead")
+    form.add_argument(
+        "--sri", action="store_true", help="print the name under which the served script never changes, and its hash"
+    )
+    js.set_defaults(run=_js)
+
+
+def _js(arguments: argparse.Namespace) -> int:
+    from wsbroadcast.web.client_script import DIRECTORY, NAME, client_script
+
+    if arguments.sri:
+        print(f"{client_script().name} {client_script().integrity}")  # noqa: T201
+    elif arguments.out is None:
+        sys.stdout.write((DIRECTORY / NAME).read_text(encoding="utf-8"))
+    else:
+        try:
+            os.makedirs(arguments.out, exist_ok=True)
+            for name in (NAME, "wsbroadcast.d.ts"):
+                shutil.copyfile(DIRECTORY / name, os.path.join(arguments.out, name))
+        except OSError as error:
+            raise CommandFailed(f"can't write into {arguments.out!r}: {error}") from error
+    return 0
 
 
 def _add_publish(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

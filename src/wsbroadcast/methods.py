@@ -14,7 +14,6 @@ from starlette.concurrency import run_in_threadpool
 from wsbroadcast.concurrency import finished
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, WSBroadcastError
-from wsbroadcast.signatures import without_parentheses
 from wsbroadcast.text import plain
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -162,7 +161,6 @@ class HasMethods:
 
     _methods: Methods
 
-    @without_parentheses
     def method(self, name: str) -> Callable[[F], F]:
         """Let clients of events call a function: `@manager.method("add")`.
 

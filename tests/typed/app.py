@@ -21,6 +21,8 @@ from wsbroadcast import (
     Access,
     Action,
     Audience,
+    CallError,
+    ClientTiming,
     CloseCode,
     Connection,
     ConnectionClosed,
@@ -28,6 +30,7 @@ from wsbroadcast import (
     ConnectionManager,
     Delivery,
     EngineUnavailable,
+    ErrorCode,
     FastPath,
     Gap,
     Handshake,
@@ -346,4 +349,16 @@ def observe(hook: Hook, connection: Connection[Any]) -> Awaitable[object] | obje
     return hook.on_connect(connection)
 
 
+@manager.method("add")
+async def add(a: int, b: int, caller: Connection) -> int:
+    if a < 0:
+        raise CallError(ErrorCode.FORBIDDEN, "no debts")
+    return a + b + len(caller.channels)
+
+
+async def call_it(connection: Connection) -> int:
+    return await add(1, 2, connection)  # it is still the function that it was
+
+
 TIMING = Timing(linger=2.0)
+QUICK = ConnectionManager(client_timing=ClientTiming(ping_interval=5))

@@ -12,7 +12,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.support.asgi import Peer, eventually, turns
-from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, History, SlowConsumer, create_router
+from wsbroadcast import EVERYONE, USERS, ConnectionManager, EngineUnavailable, Gap, History, SlowConsumer, create_router
 from wsbroadcast.options import Policy
 from wsbroadcast.protocols.events import SUBPROTOCOL
 from wsbroadcast.testing import Cluster
@@ -473,3 +473,33 @@ async def test_slow_client_that_misses_more_than_is_kept_is_told() -> None:
         await manager.broadcast("live", channel="room:1")
         await eventually(lambda: peer.events[-1].get("data") == "live")
         assert manager.stats().refused_recoveries == {"too_many": 1}
+
+
+async def test_client_that_comes_back_gets_what_was_sent_to_its_user_and_to_everyone() -> None:
+    manager = ConnectionManager(history={"room:*": History(), USERS: History(), EVERYONE: History()})
+
+    async def user() -> str:
+        return "ada"
+
+    async with serving(manager, authenticate=user) as client:
+        first = client("room:1")
+        await eventually(lambda: len(first.of("subscribed")) == 3)
+        at = {event.get("channel") or event["to"]: event["position"] for event in first.of("subscribed")}
+        first.leave()
+        await eventually(lambda: not manager.connections)
+        await manager.broadcast("hers", user="ada")
+        await manager.broadcast("all", to=EVERYONE)
+        await manager.broadcast("room", channel="room:1")
+        back = client("room:1", f"{at['room:1']}&since_user={at['user']}&since_everyone={at['everyone']}")
+        await eventually(lambda: len(back.of("message")) == 3)
+        assert sorted(event["data"] for event in back.of("message")) == ["all", "hers", "room"]
+        assert [event["recovered"] for event in back.of("subscribed")] == [True] * 3
+
+
+async def test_position_of_a_user_is_nothing_to_who_has_none() -> None:
+    manager = ConnectionManager(history=KEPT)
+    async with serving(manager) as client:
+        peer = client("room:1", "&since_user=epoch:1&since_everyone=epoch:1&since_everyone=x")
+        events = await peer.wait_events(3)
+        assert [event.get("reason") for event in events] == [None, None, "not_kept"]
+        assert events[2]["to"] == "everyone"

@@ -290,12 +290,14 @@ async def test_methods_that_make_no_sense_are_refused_when_they_are_made() -> No
 
     def strange(a: Connection | None, b: threading.Lock) -> None: ...
 
+    function: Any
     for name, function in [("one", one), ("", one), ("x" * 201, one), ("p", positional), ("s", several)]:
         with pytest.raises(ConfigurationError):
             manager.method(name)(function)
+    wrong: Any
     for wrong in (unknown, strange, 5):
         with pytest.raises(ConfigurationError):
-            manager.method("x")(wrong)  # type: ignore[type-var]
+            manager.method("x")(wrong)
     with pytest.raises(ConfigurationError, match="has a name"):
         manager.method(one)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="sold_out"):

@@ -188,7 +188,7 @@ class Continuity:
         own = [EVERYONE, *([] if joining.user_key is None else [Audience("user", joining.user_key)])]
         audiences = [Audience("channel", channel) for channel in joining.channels]
         audiences += [audience for audience in own if self.is_kept(audience)]
-        return {audience: joining.since.get(audience, NOW) for audience in audiences}
+        return dict.fromkeys(audiences, NOW) | dict(joining.since)
 
     def hold(self, connection: Connection, since: SinceByAudience) -> None:
         """Let a member get nothing of these audiences until it has to `recover`.

@@ -194,6 +194,12 @@ class Core(Broadcasting):
         """Send a connection something of its protocol's."""
         self.life.node.continuity.say(connection, message)
 
+    async def ease(self, connection: Connection) -> None:
+        """Wait, before more is asked that a connection is answered, until it takes what it is sent."""
+        dispatcher = self.life.node.dispatcher
+        if not dispatcher.is_clear:
+            await dispatcher.ease(0, Audience("connection", connection.id))
+
     async def unsubscribe(self, websocket: WebSocket | Connection, channels: tuple[str, ...]) -> None:
         """Unsubscribe a connection from channels."""
         connection = self._find_here(websocket)

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException, WebSocketException
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
 
-from wsbroadcast.audience import user_key
+from wsbroadcast.audience import EVERYONE, Audience, UserId, user_key
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.concurrency import finished
 from wsbroadcast.connection import Connection
@@ -28,6 +28,7 @@ from wsbroadcast.exceptions import (
     kind_of,
     ungrouped,
 )
+from wsbroadcast.history import SinceOption
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.node.admission import Joining
@@ -149,7 +150,8 @@ class Access:
         try:
             async with core_of(manager).handshake(websocket):
                 identity = await self._admit(websocket, channel)
-                websocket.scope[_INFO] = identity.info
+                if identity.info is not None:
+                    websocket.scope[_INFO] = identity.info
                 channels = () if channel is None else (channel,)
                 joining = partial(
                     Joining.of,
@@ -157,7 +159,7 @@ class Access:
                     channels,
                     identity.info,
                     expires_at=identity.expires_at,
-                    since=None if channel is None else _since(websocket),
+                    since=_since_of(websocket, channel, identity.user),
                 )
                 return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):
@@ -293,6 +295,21 @@ class Access:
         return identity_of(found, self._user_key)
 
 
+def _since_of(websocket: WebSocket, channel: str | None, user: UserId | None) -> SinceOption:
+    # Since when a client wants what it missed: of the path's channel, its user and everyone. An empty text is none.
+    # What a browser's `EventSource` has seen last stands before its URL, which it uses again.
+    query = dict(websocket.query_params)
+    if last := websocket.headers.get("last-event-id"):
+        query["since"] = last
+    audiences = {
+        "since": channel,
+        "since_user": None if user is None else Audience.user(user),
+        "since_everyone": EVERYONE,
+    }
+    wanted = {each: query[name] for name, each in audiences.items() if each is not None and query.get(name)}
+    return wanted or None
+
+
 # Names that routers and dependencies had before there was an `Access`.
 _MOVED = ("allow_missing_origin", "on_denied", "subprotocols", "user_key")
 
@@ -321,11 +338,6 @@ def choose_access(
         if value is not None:
             raise ConfigurationError(f"{name} belongs into the Access: pass access=Access({name}=…, …) alone")
     return access
-
-
-def _since(websocket: WebSocket) -> str | None:
-    # What a browser's `EventSource` has seen last stands before its URL, which it uses again. Empty is none.
-    return websocket.headers.get("last-event-id") or websocket.query_params.get("since") or None
 
 
 def _is_yes(allowed: object) -> bool:

@@ -102,6 +102,7 @@ class EventCommands:
         try:
             while True:
                 await self.obey(connection, session, calls, await connection.receive_json())
+                await self._core.ease(connection)
         finally:
             for call in calls:
                 call.cancel()

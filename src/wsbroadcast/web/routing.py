@@ -5,7 +5,7 @@ from typing import Any, Never, get_args
 
 from fastapi import APIRouter, WebSocket, params
 from starlette.exceptions import WebSocketException
-from starlette.routing import WebSocketRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from wsbroadcast.audience import UNSET
 from wsbroadcast.close_codes import CloseCode, is_sendable
@@ -29,6 +29,7 @@ from wsbroadcast.transports.http import STREAM
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access, Authenticate, Authorize, choose_access
 from wsbroadcast.web.authentication import MAX_SUBPROTOCOLS
+from wsbroadcast.web.client_script import is_script, script_routes
 from wsbroadcast.web.commands import Commands, Outage
 from wsbroadcast.web.event_commands import Accepts, EventCommands, Inbound
 from wsbroadcast.web.http_streams import HTTPStreams
@@ -88,6 +89,8 @@ class Endpoint:
         """Serve one connection from its handshake to its end."""
         try:
             name = self._channel.of(websocket.path_params)
+            if name is not None and is_script(websocket.scope["path"]):
+                raise InvalidChannel(name, "this is the name of the client's script")
             if self._place is not None and name is not None:
                 self._place.see(websocket.scope, websocket.path_params)
             websocket.scope[ROUTER] = True
@@ -196,6 +199,7 @@ def create_router(
     access: Access | None = None,
     dependencies: Sequence[params.Depends] | None = None,
     http: bool = False,
+    script: bool = True,
     **moved: Never,
 ) -> APIRouter:
     """Make a router with one WebSocket endpoint, for `app.include_router`.
@@ -225,6 +229,7 @@ def create_router(
         dependencies: FastAPI dependencies that run first. Those that `yield` end with the connection.
         http: Whether the path serves HTTP as well: events and long poll by GET, and what clients say by POST; see
             `create_sse_router`.
+        script: Whether the browser's client is served beside the endpoint, as `wsbroadcast.js`; to anybody.
         moved: None: what was here before is an option of `Access`.
 
     Raises:
@@ -234,7 +239,7 @@ def create_router(
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
-    router = APIRouter(lifespan=manager.lifespan)
+    router = APIRouter(lifespan=manager.lifespan, routes=script_routes(path) if script else None)
     router.add_api_websocket_route(path, endpoint.open, name="wsbroadcast", dependencies=dependencies)
     if http:
         endpoint.http.add_to(router, path, dependencies)
@@ -252,6 +257,7 @@ def create_sse_router(
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
     dependencies: Sequence[params.Depends] | None = None,
+    script: bool = True,
     **moved: Never,
 ) -> APIRouter:
     """Make a router that serves server-sent events, to which `new EventSource("/sse/news")` listens.
@@ -272,6 +278,7 @@ def create_sse_router(
         allowed_origins: The pages that may connect; see `Access`.
         access: An `Access` instead of these three, which has more options and may be shared.
         dependencies: FastAPI dependencies that run first.
+        script: As for `create_router`.
         moved: None.
 
     Raises:
@@ -279,7 +286,7 @@ def create_sse_router(
     """
     access = choose_access(access, authenticate, authorize, allowed_origins, moved)
     endpoint = Endpoint(manager, path, access, channel=channel, inbound=inbound, accepts="any", include_sender=True)
-    router = APIRouter(lifespan=manager.lifespan)
+    router = APIRouter(lifespan=manager.lifespan, routes=script_routes(path) if script else None)
     endpoint.http.add_to(router, path, dependencies)
     return router
 
@@ -296,8 +303,9 @@ def create_routes(
     authorize: Authorize | None = None,
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
+    script: bool = True,
     **moved: Never,
-) -> list[WebSocketRoute]:
+) -> list[BaseRoute]:
     """Make the same endpoint as routes for plain Starlette; pass `manager.lifespan` to `Starlette` yourself.
 
     `authenticate` is a FastAPI dependency here too.
@@ -309,4 +317,4 @@ def create_routes(
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
-    return [WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
+    return [*(script_routes(path) if script else ()), WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
