@@ -24,6 +24,7 @@ LAYERS = [
     {"demo", "testing"},
     {"__init__"},
     {"web"},
+    {"telemetry"},
     {"manager"},
     {"node"},
     {"hooks"},
@@ -54,6 +55,8 @@ OUTSIDE: dict[str, set[str] | None] = {
     "asyncpg": {"engines"},
     "nats": {"engines"},
     "redis": {"engines"},
+    "opentelemetry": {"telemetry"},
+    "prometheus_client": {"telemetry"},
 }
 
 

@@ -81,53 +81,56 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """One node at one moment. The counters run from the manager's creation and never go down."""
+    """One node at one moment. The counters run from the manager's creation and never go down.
 
-    connections: int
+    What a node of another version doesn't say is zero.
+    """
+
+    connections: int = 0
     """Connections that are registered now."""
-    users: int
+    users: int = 0
     """Users with at least one connection now."""
-    channels: int
+    channels: int = 0
     """Channels with at least one connection now."""
-    sinks: dict[str, int]
+    sinks: dict[str, int] = field(default_factory=dict)
     """Connections now by how they are written to: `uvicorn` is the fast path, `asgi` works on every server."""
-    fast_path_refused: dict[str, int]
+    fast_path_refused: dict[str, int] = field(default_factory=dict)
     """Connections now that are not on the fast path, by the reason why."""
-    connects: int
-    disconnects: int
-    broadcasts: int
+    connects: int = 0
+    disconnects: int = 0
+    broadcasts: int = 0
     """Broadcasts that were handed to recipients on this node."""
-    sends: int
+    sends: int = 0
     """Messages to single connections."""
-    deliveries: int
+    deliveries: int = 0
     """Messages handed over to connections: one broadcast to ten connections is ten."""
-    dropped: dict[str, int]
+    dropped: dict[str, int] = field(default_factory=dict)
     """Messages that were handed over and will not arrive, by reason: a slow-consumer policy, or `closed` for what
     was still waiting when a connection ended, or found its socket gone."""
-    evicted: dict[str, int]
+    evicted: dict[str, int] = field(default_factory=dict)
     """Connections that were thrown out, by reason: `backlog_full` or `send_timeout`."""
-    limited: dict[str, int]
+    limited: dict[str, int] = field(default_factory=dict)
     """What was refused because it went past a limit, by the name of the limit."""
-    vetoed: int
+    vetoed: int = 0
     """Broadcasts that an `on_broadcast` hook held back."""
-    unpublished: int
+    unpublished: int = 0
     """Messages of a router's clients that were ignored, because the broker did not take them."""
-    hook_errors: int
+    hook_errors: int = 0
     """Hooks that raised or were cut off."""
-    heals: int
+    heals: int = 0
     """Times that a history was read on this node because something had not come, and everything was there."""
-    recoveries: int
+    recoveries: int = 0
     """Connections that were away, and got exactly what they had missed in an audience."""
-    refused_recoveries: dict[str, int]
+    refused_recoveries: dict[str, int] = field(default_factory=dict)
     """Connections that could not be given what they had missed in an audience, and were told so, by reason: see
     `Recovery.reason`."""
-    unkept: int
+    unkept: int = 0
     """Messages to an audience with a history that were published past it: without a position, and never replayed."""
-    backlog_bytes: int
+    backlog_bytes: int = 0
     """Bytes that wait for slow consumers now."""
-    backlog_messages: int
+    backlog_messages: int = 0
     """Messages that wait for slow consumers now."""
-    behind: int
+    behind: int = 0
     """Connections past their high-water mark now."""
-    engine: EngineStats
+    engine: EngineStats = field(default_factory=EngineStats)
     """What the engine has counted."""

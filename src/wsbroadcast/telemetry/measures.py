@@ -1,0 +1,185 @@
+"""Which metrics there are: their names, what they mean, and where they stand in `Stats`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from wsbroadcast.stats import Stats
+
+PREFIX = "wsbroadcast"
+"""What all names begin with."""
+
+OTHER = "other"
+"""What stands for a value of a label that isn't known here, such as one of a newer node."""
+
+Kind = Literal["gauge", "counter"]
+
+Value = int | Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """One metric.
+
+    A label has the values that are known here, each with a number from the beginning, so that the first event of a kind
+    is an increase. What else is found is counted as `other`. So neither a client nor a forged message of another node
+    can make series.
+    """
+
+    name: str
+    """Its name in OpenTelemetry, without the prefix."""
+    kind: Kind
+    """Whether it goes up and down, or is counted."""
+    unit: str
+    """Its unit, as UCUM writes it."""
+    help: str
+    """What it means, in one line."""
+    read: Callable[[Stats], Value]
+    """Finds it: a number, or numbers by the value of the label."""
+    label: str = ""
+    """The name of the label; empty for none."""
+    values: tuple[str, ...] = ()
+    """The values that the label has."""
+
+    @property
+    def prometheus_name(self) -> str:
+        """The name of its family in Prometheus, without `_total`."""
+        name = f"{PREFIX}.{self.name}".replace(".", "_")
+        return f"{name}_bytes" if self.unit == "By" and not name.endswith("_bytes") else name
+
+    def points(self, stats: Stats) -> Iterator[tuple[dict[str, str], int]]:
+        """Return the numbers, each with its label."""
+        found = self.read(stats)
+        if isinstance(found, Mapping):
+            known = dict.fromkeys(self.values, 0)
+            for value, number in found.items():
+                value = self._known(value)
+                known[value] = known.get(value, 0) + number
+            for value, number in known.items():
+                yield {self.label: value}, number
+        else:
+            yield {}, found
+
+    def _known(self, value: str) -> str:
+        if value in self.values:
+            return value
+        # "server protocol WSProtocol" and "unknown uvicorn: transport" say what it was
+        return next((known for known in self.values if value.startswith((f"{known} ", f"{known}:"))), OTHER)
+
+
+_REFUSED = (
+    "send is taken over",
+    "receive is wrapped",
+    "send is wrapped",
+    "server protocol",
+    "unknown uvicorn",
+    "the handshake is not complete",
+)
+_DROPPED = ("disconnect", "drop_newest", "drop_oldest", "conflate", "closed")
+_LIMITS = (
+    "max_connections",
+    "max_connections_per_user",
+    "max_connections_per_address",
+    "max_handshake_rate",
+    "max_channels_per_connection",
+    "max_inbound_bytes",
+    "max_inbound_rate",
+    "max_router_inbound_rate",
+)
+_RECOVERIES = ("recovered", "epoch", "expired", "too_many", "unavailable", "not_kept")
+_BAD_ENVELOPES = ("echo", "forged", "header", "must", "schema", "stale", "text", "too_large", "unknown_name", "version")
+
+
+def _gauge(name: str, unit: str, help: str, read: Callable[[Stats], Value], **label: tuple[str, ...]) -> Measure:  # noqa: A002
+    return _measure("gauge", name, unit, help, read, label)
+
+
+def _counter(name: str, unit: str, help: str, read: Callable[[Stats], Value], **label: tuple[str, ...]) -> Measure:  # noqa: A002
+    return _measure("counter", name, unit, help, read, label)
+
+
+def _measure(
+    kind: Kind,
+    name: str,
+    unit: str,
+    help: str,  # noqa: A002
+    read: Callable[[Stats], Value],
+    label: Mapping[str, tuple[str, ...]],
+) -> Measure:
+    [(key, values)] = label.items() or [("", ())]
+    return Measure(name=name, kind=kind, unit=unit, help=help, read=read, label=key, values=values)
+
+
+# In OpenTelemetry the names are nested with dots, as those of SignalR are, which are the only stable ones for sockets.
+MEASURES = (
+    _gauge("connections", "{connection}", "Open connections.", lambda s: s.sinks, sink=("uvicorn", "asgi")),
+    _gauge("users", "{user}", "Users with at least one connection.", lambda s: s.users),
+    _gauge("channels", "{channel}", "Channels with at least one connection.", lambda s: s.channels),
+    _gauge(
+        "fast_path.refused",
+        "{connection}",
+        "Open connections that are not on the fast path.",
+        lambda s: s.fast_path_refused,
+        reason=_REFUSED,
+    ),
+    _gauge("slow_consumers", "{connection}", "Connections past their high-water mark.", lambda s: s.behind),
+    _gauge("backlog.bytes", "By", "Bytes that wait for slow consumers.", lambda s: s.backlog_bytes),
+    _gauge("backlog.messages", "{message}", "Messages that wait for slow consumers.", lambda s: s.backlog_messages),
+    _counter("connects", "{connection}", "Connections that came.", lambda s: s.connects),
+    _counter("disconnects", "{connection}", "Connections that went.", lambda s: s.disconnects),
+    _counter("broadcasts", "{message}", "Broadcasts handed to the recipients of this node.", lambda s: s.broadcasts),
+    _counter("sends", "{message}", "Messages to single connections.", lambda s: s.sends),
+    _counter("deliveries", "{message}", "Messages handed to connections.", lambda s: s.deliveries),
+    _counter(
+        "dropped",
+        "{message}",
+        "Messages that were handed to connections and do not arrive.",
+        lambda s: s.dropped,
+        reason=_DROPPED,
+    ),
+    _counter(
+        "evicted",
+        "{connection}",
+        "Slow consumers that were thrown out.",
+        lambda s: s.evicted,
+        reason=("backlog_full", "send_timeout"),
+    ),
+    _counter("limited", "{refusal}", "What went past a limit and was refused.", lambda s: s.limited, limit=_LIMITS),
+    _counter("held_back", "{message}", "Broadcasts that an on_broadcast hook held back.", lambda s: s.vetoed),
+    _counter(
+        "unpublished",
+        "{message}",
+        "Messages of clients of a router that the broker did not take.",
+        lambda s: s.unpublished,
+    ),
+    _counter("hook_errors", "{error}", "Hooks that raised or were cut off.", lambda s: s.hook_errors),
+    _counter("heals", "{heal}", "Times that missing messages were read from a history.", lambda s: s.heals),
+    _counter(
+        "recoveries",
+        "{recovery}",
+        "Connections that asked for what they had missed, by what became of it.",
+        lambda s: {"recovered": s.recoveries, **s.refused_recoveries},
+        result=_RECOVERIES,
+    ),
+    _counter("unkept", "{message}", "Messages that were published past a history.", lambda s: s.unkept),
+    _counter(
+        "engine.reconnects", "{reconnect}", "Lost connections to the broker, replaced.", lambda s: s.engine.reconnects
+    ),
+    _counter("engine.gaps", "{gap}", "Outages of the broker in which messages were lost.", lambda s: s.engine.gaps),
+    _counter(
+        "engine.publish_failures",
+        "{message}",
+        "Publications that the broker did not take.",
+        lambda s: s.engine.publish_failures,
+    ),
+    _counter(
+        "engine.bad_envelopes",
+        "{message}",
+        "What came from the broker and was dropped.",
+        lambda s: s.engine.bad_envelopes,
+        reason=_BAD_ENVELOPES,
+    ),
+)
+"""All metrics."""
