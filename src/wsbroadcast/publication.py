@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from secrets import token_urlsafe
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic_core import SchemaSerializer, from_json
 
@@ -398,7 +398,35 @@ class Forgetting:
         return 0
 
 
-Control = Dismissal | Unsubscription | Forgetting
+MAX_NODE_MESSAGE_BYTES = 256 * 1024
+"""The largest body of what one node tells another."""
+
+NodeMessageKind = Literal["hello", "bye", "question", "answer"]
+"""What a node says: that it is there, that it ends, what it wants to know of the others, and what it was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMessage:
+    """What nodes say to each other about themselves. It changes no connection, and none is sent it."""
+
+    audience: Audience
+    """All nodes that take part, or one of them."""
+    kind: NodeMessageKind
+    """What it is."""
+    sender: str
+    """The id of the node that says it."""
+    id: str = ""
+    """Of a question and its answers: which one."""
+    body: bytes = b""
+    """JSON."""
+
+    @property
+    def size(self) -> int:
+        """The size of the body in bytes."""
+        return len(self.body)
+
+
+Control = Dismissal | Unsubscription | Forgetting | NodeMessage
 """What nodes tell each other beside messages. No connection is sent it."""
 
 

@@ -15,7 +15,7 @@ from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError,
 from wsbroadcast.history import Appended
 from wsbroadcast.logs import Throttle, logger
 from wsbroadcast.options import Timing
-from wsbroadcast.publication import Control, Publication
+from wsbroadcast.publication import Control, NodeMessage, Publication
 from wsbroadcast.stats import EngineCounters
 
 # What one call of `Link.publish` gets at most, so that its timeout is for something that can be done in time.
@@ -129,7 +129,7 @@ class Outgoing:
     def _parcel(self, publication: Publication | Control, keep: Keep | None) -> Parcel:
         link = self.link
         if link is None:
-            self._counters.publish_failures += 1
+            self._counters.publish_failures += not isinstance(publication, NodeMessage)  # which nobody wants to send
             raise EngineUnavailable(f"{self.away()}; nothing was sent")
         if publication.size > self._max_message_bytes:  # the other nodes would drop it
             raise MessageTooLarge(publication.size, self._max_message_bytes)
