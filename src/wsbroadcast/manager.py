@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, Unpack, overload
@@ -30,7 +31,7 @@ from wsbroadcast.message import JSONDefault, check_json_default
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.core import Core
 from wsbroadcast.node.listening import Listener, ListenPolicy
-from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive
+from wsbroadcast.options import ExpiresAt, Limits, Policy, SlowConsumer, check_positive, check_seconds
 from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
@@ -62,6 +63,9 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         history: What is kept, so that who comes back gets what it missed: a `History` for all channels, or a dict by
             pattern, such as `{"room:*": History(messages=100, seconds=300), USERS: History()}`. `*` is any text, and
             the longest pattern holds that fits.
+        drain: Seconds over which the connections are closed at SIGTERM or SIGINT, before the server closes all of them
+            at once; see `drain`. That goes by itself where the server is uvicorn, also under gunicorn, with `--workers`
+            or with `--reload`: the manager puts a signal handler before the server's. `None` leaves the signals alone.
 
     Raises:
         ConfigurationError: If an option or the URL makes no sense, or the engine can't keep anything.
@@ -77,12 +81,15 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         hook_timeout: float = 5.0,
         json_default: JSONDefault | None = None,
         history: Histories | None = None,
+        drain: float | None = 5.0,
     ) -> None:
         if isinstance(slow_consumer, str):
             slow_consumer = SlowConsumer(policy=slow_consumer)
         if not isinstance(limits, Limits) or not isinstance(slow_consumer, SlowConsumer):
             raise ConfigurationError("limits is a Limits(…), slow_consumer is a policy or a SlowConsumer(…)")
         check_positive("hook_timeout", hook_timeout)
+        if drain is not None:
+            check_seconds("drain", drain)
         check_json_default(json_default)
         counters = Counters()
         self.hooks = HookChain(hook_timeout, counters)
@@ -93,7 +100,8 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         for hook in hooks:
             self.hooks.add(hook)
         rules = None if history is None else HistoryRules(history)
-        self._core = Core(self, create_engine(engine), self.hooks, limits, slow_consumer, json_default, counters, rules)
+        engine = create_engine(engine)
+        self._core = Core(self, engine, self.hooks, limits, slow_consumer, json_default, counters, rules, drain)
 
     if not TYPE_CHECKING:
 
@@ -125,6 +133,31 @@ class ConnectionManager(HookDecorators, KnowsHistory):
             LifecycleError: If it runs in another event loop.
         """
         await self._core.life.aclose()
+
+    async def drain(self, over: float = 5.0) -> None:
+        """Let everybody go to another node before this one ends: refuse newcomers, close the connections one by one.
+
+        From now on handshakes are refused with 503 and `Retry-After`, and `connect` raises `LimitExceeded` with the
+        limit `draining`. The connections are closed with 1012 at random moments, each behind what was sent to it
+        before. Returns when all are gone; a peer that takes nothing is cut off `close_timeout` after the last moment.
+
+        If it drains already, waits for that. Afterwards it goes on refusing, until it is closed and started again.
+        `aclose` ends it at once. Nothing is left to do for a manager that is closed.
+
+        Args:
+            over: Seconds within which all are closed. Fewer connections take less: 50 of them a second.
+
+        Raises:
+            ConfigurationError: If `over` is not a number of seconds.
+            LifecycleError: If it runs in another event loop.
+        """
+        check_seconds("over", over)
+        await self._core.drain(over)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a drain has begun, and perhaps is over, since it was started."""
+        return self._core.life.node.drain.is_begun
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -204,7 +237,8 @@ class ConnectionManager(HookDecorators, KnowsHistory):
             PermissionDenied: If a hook refuses it; the socket is closed with 1008. Or if it has expired; the handshake
                 is refused with 401, or a socket that is accepted already closed with 4401.
             LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
-                socket that is accepted already closed with 1008 or 1013.
+                socket that is accepted already closed with 1008 or 1013. Or if the manager drains; then it is 503, or
+                1012.
             EngineUnavailable: If the broker forbids us to subscribe to it. One that is out of reach is not an error:
                 what is missed is announced as a gap.
             LifecycleError: If the manager is closed, or runs in another event loop.
@@ -278,7 +312,7 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         again. A block inside such a block has the same place.
 
         Raises:
-            LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
+            LimitExceeded: If there is no place, or the manager drains, as for `connect`; the handshake is refused.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         async with self._core.handshake(websocket):
@@ -617,9 +651,13 @@ class ConnectionManager(HookDecorators, KnowsHistory):
         return self._core.life.node.stats()
 
     async def health(self) -> Health:
-        """Tell whether messages travel between the nodes now."""
-        await self._core.life.run_here()
-        return await self._core.life.engine.health()
+        """Tell whether messages travel between the nodes now, and whether newcomers are taken here."""
+        life = self._core.life
+        was_started = life.is_started
+        await life.run_here()
+        health = await life.engine.health()
+        is_ready = was_started and not self.is_draining
+        return health if is_ready else replace(health, is_ready=False)
 
     def __repr__(self) -> str:
         life = self._core.life

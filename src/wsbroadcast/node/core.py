@@ -71,6 +71,7 @@ class Core(Broadcasting):
         json_default: Writes what JSON doesn't know.
         counters: Of the manager.
         rules: What is kept; `None` for nothing.
+        drain: Seconds of the drain at a signal; `None` for none.
 
     Raises:
         ConfigurationError: If the engine can't keep it.
@@ -86,13 +87,14 @@ class Core(Broadcasting):
         json_default: JSONDefault | None,
         counters: Counters,
         rules: HistoryRules | None = None,
+        drain: float | None = None,
     ) -> None:
         self._limits = limits
         self._slow_consumer = slow_consumer
         self.counters = counters
         """What was counted, on all nodes that the manager has been."""
         super().__init__(manager, engine, hooks, limits.max_outbound_bytes, json_default, rules)
-        self.life = Lifecycle(engine, self._new_node)
+        self.life = Lifecycle(engine, self._new_node, drain)
 
     def _new_node(self, engine: Engine) -> Node:
         node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules)
@@ -132,6 +134,11 @@ class Core(Broadcasting):
                 yield
         finally:
             node.entering -= 1
+
+    async def drain(self, over: float) -> None:
+        """Refuse newcomers and close everybody; see `ConnectionManager.drain`."""
+        if not self.life.is_closed:
+            await self.life.settle_here().drain.run(over)
 
     def disconnect(self, websocket: WebSocket | Connection) -> None:
         """Remove a connection whose peer is gone."""

@@ -21,6 +21,7 @@ from wsbroadcast.history import NOW, NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
 from wsbroadcast.logs import logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
+from wsbroadcast.node.ages import Ages
 from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures, EndpointGuard, code_of
@@ -91,6 +92,8 @@ class Membership:
         self._gone: set[Connection] = set()
         self.admission = Admission(limits, slow_consumers.counters, self._make_room)
         """Who may come in, and what they may do there."""
+        age = limits.max_connection_age
+        self._ages = None if age is None else Ages(age, self._too_old)
 
     # In.
 
@@ -107,8 +110,12 @@ class Membership:
             if audiences:
                 await self.demand.hold(audiences)
             try:
+                if self.admission.drains_until is not None:
+                    await self.admission.refuse_draining(websocket)
                 await _accept(websocket, joining.subprotocol, joining.headers)
                 self._check_running()
+                if self.admission.drains_until is not None:
+                    await self.admission.refuse_draining(websocket)
                 # Another task may have connected it.
                 if is_known(websocket) and (known := await self._known(websocket, joining)) is not None:
                     lease.release()
@@ -144,6 +151,8 @@ class Membership:
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self.endpoint_ended, connection))
         self._look_later()
+        if self._ages is not None:
+            self._ages.begin(connection)
         try:
             if joining.expires_at is not None:
                 connection.renew(joining.expires_at)
@@ -270,6 +279,8 @@ class Membership:
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
         connection._enter(state, code, reason)
+        if self._ages is not None:
+            self._ages.left()
         if state is ConnectionState.CLOSED and not connection._sink.is_ended:
             self._departures.release(connection)  # `disconnect`: what becomes of the socket is up to the app
         self._announcements.disconnected(connection)
@@ -353,9 +364,31 @@ class Membership:
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
         self._is_ended = True
+        if self._ages is not None:
+            self._ages.end()
         for connection in self._registry.recipients(EVERYONE):
-            if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
-                self._departures.close(connection, code, reason)
+            self.send_away(connection, code, reason)
+
+    def send_away(self, connection: Connection, code: int, reason: str) -> None:
+        """Send what was handed over before, then close and remove; returns at once. One that has left is let be."""
+        if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
+            self._departures.close(connection, code, reason)
+
+    def _too_old(self, connection: Connection) -> None:
+        self.send_away(connection, CloseCode.SERVICE_RESTART, "max_connection_age")
+
+    def turn_away(self, until: float) -> None:
+        """Refuse newcomers from now on, also those that are being authenticated.
+
+        Args:
+            until: When everybody who is here will be closed, by the event loop's clock; for `Retry-After`.
+        """
+        for refusing in self.admission.drain(until):
+            self._tasks.spawn(refusing, "refusal")
+
+    async def seen_off(self, seconds: float) -> int:
+        """Wait until the sockets of all that are being closed are freed; then cut off the others, and count them."""
+        return await self._departures.seen_off(seconds)
 
     def _look_around(self) -> None:
         # An endpoint that neither reads nor writes doesn't notice that its peer is gone; the server's transport does.

@@ -19,6 +19,7 @@ from wsbroadcast.history import HistoryRules
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.logs import Clock, logger
 from wsbroadcast.node.continuity import Continuity
+from wsbroadcast.node.drain import Drain
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
 from wsbroadcast.options import Limits, SlowConsumer
@@ -106,6 +107,8 @@ class Node:
             limits,
             self.continuity,
         )
+        self.drain = Drain(self.registry, self.membership, self._tasks, slow_consumer.close_timeout)
+        """Lets its connections go before it ends."""
         self._hooks = hooks
         self._encode = core.encode
         self._counters = counters
@@ -225,6 +228,7 @@ class Node:
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
+        self.drain.end()
         if not self.is_own_task():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
