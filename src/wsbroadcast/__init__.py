@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         get_connection,
         get_manager,
     )
+    from wsbroadcast.web.operations import create_operations_router
     from wsbroadcast.web.routing import Accepts, Inbound, create_router, create_routes
 
 __version__ = "0.1.0"
@@ -70,6 +71,7 @@ _LAZY = {
     "web.access": ("Access", "Action", "Authenticate", "Authorize", "OnDenied"),
     "web.authentication": ("Handshake", "Identity", "TokenFrom", "UserKey"),
     "web.dependencies": ("ConnectionDep", "ManagerDep", "connection_dependency", "get_connection", "get_manager"),
+    "web.operations": ("create_operations_router",),
     "web.routing": ("Accepts", "Inbound", "create_router", "create_routes"),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
@@ -166,6 +168,7 @@ __all__ = [
     "WSBroadcastError",
     "__version__",
     "connection_dependency",
+    "create_operations_router",
     "create_router",
     "create_routes",
     "get_connection",

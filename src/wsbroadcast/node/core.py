@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
@@ -34,6 +34,7 @@ from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.node.node import Node
+from wsbroadcast.node.siblings import Answers
 from wsbroadcast.options import Limits, SlowConsumer
 from wsbroadcast.publication import (
     NOBODY,
@@ -94,12 +95,25 @@ class Core(Broadcasting):
         self.counters = counters
         """What was counted, on all nodes that the manager has been."""
         super().__init__(manager, engine, hooks, limits.max_outbound_bytes, json_default, rules)
+        self._knows_siblings = False
         self.life = Lifecycle(engine, self._new_node, drain)
 
     def _new_node(self, engine: Engine) -> Node:
         node = Node(self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules)
         node.outbox = Outbox(partial(self.broadcast, node=node))
+        if self._knows_siblings:
+            node.know_siblings()
         return node
+
+    def know_siblings(self) -> None:
+        """Take part in questions to all nodes, from the next start on, or from the first question of its own."""
+        self._knows_siblings = True
+        self.life.node.know_siblings()
+
+    async def ask_nodes(self, topic: str, arguments: Mapping[str, Any], read: Callable[[bytes], T]) -> Answers[T]:
+        """Ask all nodes; see `Siblings.ask`."""
+        node = await self.life.run_here()
+        return await node.know_siblings().ask(topic, arguments, read)
 
     # Connections.
 

@@ -242,6 +242,8 @@ class Lifecycle:
                 with self._lock:
                     if self._is_current(node):
                         self.is_started = True
+                        if node.siblings is not None:
+                            node.siblings.begin()
                         if self._drain is not None:
                             SIGNALS.attach(self)
                 if not self._is_current(node) and (self.node is node or self.loop is None):

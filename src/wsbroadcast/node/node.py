@@ -22,8 +22,18 @@ from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.drain import Drain
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
+from wsbroadcast.node.reports import Reports
+from wsbroadcast.node.siblings import Siblings
 from wsbroadcast.options import Limits, SlowConsumer
-from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
+from wsbroadcast.publication import (
+    Control,
+    Dismissal,
+    Gap,
+    NodeMessage,
+    Publication,
+    Publications,
+    Unsubscription,
+)
 from wsbroadcast.stats import Counters, Stats
 
 # For how long it is remembered who got a broadcast to several audiences.
@@ -122,6 +132,8 @@ class Node:
         self._once_each = OnceEach()
         self.outbox: Outbox
         """Broadcasts that nobody waits for."""
+        self.siblings: Siblings | None = None
+        """The other nodes, where something asks them."""
         self._is_closed = False
 
     # What an engine calls.
@@ -162,6 +174,8 @@ class Node:
     def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing. Never blocks."""
         if not self._is_closed:
+            if self.siblings is not None:
+                self.siblings.greet_again()
             self._tasks.spawn(self.continuity.tell_gap(gap), "on_gap hooks")
 
     def suspect(self) -> None:
@@ -170,6 +184,12 @@ class Node:
             self.continuity.tails.suspect()
 
     # What the manager calls.
+
+    def know_siblings(self) -> Siblings:
+        """Return the other nodes; from the first call on this one takes part in questions to all of them."""
+        if self.siblings is None:
+            self.siblings = Siblings(self._engine, self._tasks, Reports(self, self._engine).respond)
+        return self.siblings
 
     def count(self, publications: Publications) -> int:
         """Tell how many connections a broadcast is for, each counted once."""
@@ -229,6 +249,8 @@ class Node:
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
         self.drain.end()
+        if self.siblings is not None:
+            self.siblings.end()
         if not self.is_own_task():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
@@ -318,6 +340,9 @@ class Node:
             self.membership.dismiss_all(control.audience, control.exclude, control.code, control.reason)
         elif isinstance(control, Unsubscription):
             self.membership.unsubscribe_all(control.audience, control.channels)
+        elif isinstance(control, NodeMessage):
+            if self.siblings is not None:
+                self.siblings.take(control)
         else:
             self.continuity.forgotten(control.audience)
 

@@ -40,7 +40,7 @@ MAX_QUESTIONS = 32
 """As many questions are asked at the same time, and as many of others are answered."""
 
 # For so many bytes an answer is made, if the broker doesn't take the one before.
-_BUDGETS = (MAX_NODE_MESSAGE_BYTES, 64 * 1024, 4 * 1024)
+_BUDGETS = (MAX_NODE_MESSAGE_BYTES, 64 * 1024, 16 * 1024)
 
 _MAX_DESCRIPTION = 255
 
