@@ -209,7 +209,7 @@ class Siblings:
 
     def _meet(self, message: NodeMessage) -> None:
         known, now = self._known.get(message.sender), asyncio.get_running_loop().time()
-        if known is not None:
+        if known is not None and now - known[1] <= KNOWN_SECONDS:
             self._known[message.sender] = known[0], now
             return
         info = _described(message.sender, message.body)
