@@ -149,7 +149,9 @@ class Operations:
             **common(answers),
             asked=answers.given[0].node.id,
             nodes=[
-                NodeReport(**NodeName.of(each.node).model_dump(), **each.content.head.model_dump())
+                NodeReport(
+                    **NodeName.of(each.node).model_dump(), server=each.node.family, **each.content.head.model_dump()
+                )
                 for each in answers.given
             ],
         )
@@ -259,14 +261,20 @@ class Operations:
     async def drain(
         self,
         over: Annotated[float, Query(ge=0, le=MAX_OVER, description="Seconds within which all are closed.")] = 5.0,
+        node: Annotated[
+            str | None, Query(max_length=64, description="Whose server; by default that of who is asked.")
+        ] = None,
     ) -> Drained:
-        """Let the connections of this server go to others: on this node, and on its siblings of the same server.
+        """Let the connections of a server go to others: of all processes of the server that is asked, or of a node's.
 
         Those are the processes with the same parent on the same host, such as the workers of `uvicorn --workers 4`.
         Nodes that drain take no connections until they are started again.
         """
-        family = self._core.life.node.know_siblings().me.family
-        answers = await self._ask("drain", {"family": family, "over": over}, DrainState)
+        siblings = self._core.life.node.know_siblings()
+        found = [each for each in (siblings.me, *siblings.others()) if node in (None, each.id)]
+        if not found:
+            raise HTTPException(404, "no node of this id is known")
+        answers = await self._ask("drain", {"family": found[0].family, "over": over}, DrainState)
         drained = [NodeName.of(each.node) for each in answers.given if each.content.head.is_meant]
         return Drained(**common(answers), nodes=drained)
 

@@ -117,6 +117,8 @@ class ClusterReport(BaseModel):
 class NodeReport(NodeName, NodeState):
     """A node, and how it is."""
 
+    server: str = Field(description="The same for the processes of one server, which drain together.")
+
 
 class Nodes(ClusterReport):
     """The nodes of the app."""
