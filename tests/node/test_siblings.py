@@ -36,8 +36,7 @@ async def acquainted(count: int) -> AsyncIterator[Cluster]:
     for manager in cluster:
         core_of(manager).know_siblings()
     async with cluster:
-        for manager in cluster:
-            await eventually(lambda manager=manager: len(siblings(manager).others()) == count - 1)
+        await eventually(lambda: all(len(siblings(manager).others()) == count - 1 for manager in cluster))
         yield cluster
 
 

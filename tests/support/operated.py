@@ -32,9 +32,11 @@ async def health() -> dict[str, str]:
 
 @app.websocket("/ws")
 async def endpoint(
-    websocket: WebSocket, channel: Annotated[list[str], Query()] = [], user: str | None = None  # noqa: B006
+    websocket: WebSocket,
+    channel: Annotated[list[str] | None, Query()] = None,
+    user: str | None = None,
 ) -> None:
-    async with manager.connect(websocket, user=user, channels=channel) as connection:
+    async with manager.connect(websocket, user=user, channels=channel or ()) as connection:
         await connection.wait_closed()
 
 
