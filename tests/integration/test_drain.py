@@ -482,7 +482,8 @@ async def test_drain_while_many_connect(deploy: Deploy) -> None:
     visits = asyncio.gather(*(visit() for _ in range(count)))
 
     async def some_came() -> bool:
-        return (await server.get("/stats"))["connections"] > 30
+        stats = await server.get("/stats")
+        return bool(stats["connections"] > 30)
 
     await eventually(some_came)
     assert await server.stopped(timeout=20) < 6

@@ -1,7 +1,7 @@
 """The app of a deploy, of which nodes end and others take over. WSBROADCAST_TEST_ENGINE links them.
 
-It has two managers: that of the router `/ws/<channel>`, and that of `/own`, an endpoint as people write it, which begins
-with its first connection. WSBROADCAST_TEST_DRAIN is the time of the drain at a signal.
+It has two managers: that of the router `/ws/<channel>`, and that of `/own`, an endpoint as people write it, which
+begins with its first connection. WSBROADCAST_TEST_DRAIN is the time of the drain at a signal.
 """
 
 from __future__ import annotations
