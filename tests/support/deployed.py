@@ -1,0 +1,45 @@
+"""The app of a deploy, of which nodes end and others take over. WSBROADCAST_TEST_ENGINE links them.
+
+It has two managers: that of the router `/ws/<channel>`, and that of `/own`, an endpoint as people write it, which
+begins with its first connection. WSBROADCAST_TEST_DRAIN is the time of the drain at a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from fastapi import WebSocket
+from starlette.websockets import WebSocketDisconnect
+
+from tests.support.scaled import made
+from wsbroadcast import ConnectionManager, History, ManagerDep
+
+DRAIN: float | None = json.loads(os.environ.get("WSBROADCAST_TEST_DRAIN", "5.0"))
+
+app = made(history=History(messages=10_000, seconds=300), drain=DRAIN)
+own = ConnectionManager(drain=DRAIN)
+
+
+@app.websocket("/own")
+async def endpoint(websocket: WebSocket) -> None:
+    await own.connect(websocket)
+    try:
+        while True:
+            await own.broadcast(await websocket.receive_text())
+    except WebSocketDisconnect:
+        own.disconnect(websocket)
+
+
+@app.get("/pid")
+async def pid() -> int:
+    return os.getpid()
+
+
+@app.post("/drain")
+async def drain(manager: ManagerDep, over: float) -> dict[str, Any]:
+    await manager.drain(over)
+    await own.drain(over)
+    health = await manager.health()
+    return {"connections": manager.stats().connections + own.stats().connections, "is_ready": health.is_ready}
