@@ -139,6 +139,7 @@ class Publication(Described):
         "position",
         "previous",
         "taken_at",
+        "traceparent",
     )
 
     def __init__(
@@ -174,6 +175,8 @@ class Publication(Described):
         """When it was kept, by the clock of the event loop, if it has a position."""
         self.taken_at = 0.0
         """When the node had it, by the monotonic clock, if it is one of those that are measured."""
+        self.traceparent: str | None = None
+        """Where its broadcast is found in a trace; empty if it is not recorded, `None` if nobody traces."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
 
@@ -238,7 +241,7 @@ class Publication(Described):
             previous=self.previous,
             kept_at=self.kept_at,
         )
-        other.taken_at = self.taken_at
+        other.taken_at, other.traceparent = self.taken_at, self.traceparent
         return other
 
     def place(self, position: Position, previous: int, kept_at: float = 0.0) -> None:

@@ -285,6 +285,9 @@ class Node:
     # Inside.
 
     def _deliver(self, publication: Publication) -> None:
+        if publication.traceparent and (tracing := self._hooks.tracing) is not None:
+            with tracing.delivering(publication):
+                pass  # nothing of the app runs here, and what is handed over is written at the end of the turn
         self._counters.broadcasts += 1
         if publication.id is None and not publication.exclude_users:
             self.dispatcher.dispatch(publication)
@@ -326,6 +329,13 @@ class Node:
             self.continuity.forgotten(control.audience)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
+        if publication.traceparent and (tracing := self._hooks.tracing) is not None:
+            with tracing.delivering(publication):
+                await self._ask_and_hand_over(publication)
+        else:
+            await self._ask_and_hand_over(publication)
+
+    async def _ask_and_hand_over(self, publication: Publication) -> None:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
         if not self.continuity.is_due(publication):
