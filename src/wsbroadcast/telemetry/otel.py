@@ -89,8 +89,12 @@ def _observe(measure: Measure, meter: Meter, sources: list[tuple[_Labels, Connec
                 attributes = labels if own is None else {**labels, f"{PREFIX}.{own[0]}": own[1]}
                 yield Observation(value, attributes)
 
-    # What has a sum over nodes is an up-down counter, not a gauge.
-    make = meter.create_observable_up_down_counter if measure.kind == "gauge" else meter.create_observable_counter
+    if measure.kind == "counter":
+        make: Callable[..., object] = meter.create_observable_counter
+    elif measure.unit == "1":
+        make = meter.create_observable_gauge
+    else:  # what has a sum over nodes
+        make = meter.create_observable_up_down_counter
     make(f"{PREFIX}.{measure.name}", [callback], measure.unit, measure.help)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, MissingDependency
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.stats import Stats
 from wsbroadcast.telemetry.measures import MEASURES, Measure
@@ -109,6 +109,10 @@ class StatsCollector:
             yield family
 
     def _family(self, measure: Measure) -> Metric:
-        from prometheus_client.metrics_core import Metric
-
+        try:
+            from prometheus_client.metrics_core import Metric
+        except ImportError as error:
+            raise MissingDependency(
+                'a StatsCollector needs prometheus_client: pip install "wsbroadcast[prometheus]"'
+            ) from error
         return Metric(measure.prometheus_name, measure.help, measure.kind)
