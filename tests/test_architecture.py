@@ -33,7 +33,7 @@ LAYERS = [
     {"delivery", "protocols", "publishing"},
     {"asking", "types"},
     {"engines"},
-    {"history"},
+    {"history", "tracing"},
     {"publication"},
     {"message"},
     {"audience", "concurrency", "options", "signatures"},

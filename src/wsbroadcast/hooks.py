@@ -23,6 +23,7 @@ from wsbroadcast.message import Message
 from wsbroadcast.publication import Gap
 from wsbroadcast.signatures import check_callable, may_return_none, without_parentheses
 from wsbroadcast.stats import Counters
+from wsbroadcast.tracing import Tracing
 from wsbroadcast.types import Guard
 
 HookEvent = Literal[
@@ -231,6 +232,8 @@ class HookChain:
         """Seconds after which a hook is cut off."""
         self.blocked_seconds = 1.0
         """A hook that keeps the event loop this many seconds is reported by name."""
+        self.tracing: Tracing | None = None
+        """Who traces the broadcasts of the manager; `None` for nobody."""
         self._counters = counters
         self._waiting: set[str] = set()
         self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
@@ -305,7 +308,7 @@ class HookChain:
         """
         for function in self._functions["on_broadcast"]:
             with _nested("on_broadcast"), self._counted():
-                result = await self._call("on_broadcast", function, (message, audience))
+                result = await self._call_traced("on_broadcast", function, (message, audience))
                 if isinstance(result, HoldBack):
                     self._counters.vetoed += 1
                     return None
@@ -324,11 +327,17 @@ class HookChain:
         try:
             for function in self._functions["on_deliver"]:
                 with _nested("on_deliver"), self._counted():
-                    await self._call("on_deliver", function, (delivery,))
+                    await self._call_traced("on_deliver", function, (delivery,))
                     delivery._settle()
         finally:
             delivery._is_running = False
             _delivery.reset(token)
+
+    async def _call_traced(self, event: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        if self.tracing is None:
+            return await self._call(event, function, args)
+        with self.tracing.hook(event, _name(function)):
+            return await self._call(event, function, args)
 
     async def _call(
         self, event: str, function: Callable[..., Any], args: tuple[object, ...], deadline: float | None = None

@@ -138,6 +138,8 @@ class Publication(Described):
         "message",
         "position",
         "previous",
+        "taken_at",
+        "traceparent",
     )
 
     def __init__(
@@ -171,6 +173,10 @@ class Publication(Described):
         """The offset before it in its audience, if it has a position: a jump shows that one is missing."""
         self.kept_at = kept_at
         """When it was kept, by the clock of the event loop, if it has a position."""
+        self.taken_at = 0.0
+        """When the node had it, by the monotonic clock, if it is one of those that are measured."""
+        self.traceparent: str | None = None
+        """Where its broadcast is found in a trace; empty if it is not recorded, `None` if nobody traces."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
 
@@ -224,7 +230,7 @@ class Publication(Described):
 
     def with_message(self, message: Message) -> Publication:
         """Return the same publication of another message."""
-        return Publication(
+        other = Publication(
             message,
             self.audience,
             self.exclude,
@@ -235,6 +241,8 @@ class Publication(Described):
             previous=self.previous,
             kept_at=self.kept_at,
         )
+        other.taken_at, other.traceparent = self.taken_at, self.traceparent
+        return other
 
     def place(self, position: Position, previous: int, kept_at: float = 0.0) -> None:
         """Give it its place in the history of its audience."""

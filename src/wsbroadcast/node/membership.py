@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable
 from contextvars import Context, copy_context
+from time import monotonic
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -88,6 +90,10 @@ class Membership:
         self._is_ended = False
         # The next look for sockets that are gone, while there are connections.
         self._look: asyncio.TimerHandle | None = None
+        self.sinks: Counter[str] = Counter()
+        """How many connections there are of each kind of sink."""
+        self.refused: Counter[str] = Counter()
+        """How many aren't on the fast path, by the reason."""
         # Those whose socket was gone at the last look.
         self._gone: set[Connection] = set()
         self.admission = Admission(limits, slow_consumers.counters, self._make_room)
@@ -148,6 +154,7 @@ class Membership:
         self._registry.add(connection)
         since = self.continuity.enter(connection, joining)
         self._counters.connects += 1
+        self._count(connection, 1)
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self.endpoint_ended, connection))
         self._look_later()
@@ -264,6 +271,12 @@ class Membership:
         self._slow_consumers.wake()  # as when one leaves
         return True
 
+    def _count(self, connection: Connection, more: int) -> None:
+        transport = connection._transport
+        self.sinks[connection._sink.kind] += more
+        if transport.fast_path_refused:
+            self.refused[transport.fast_path_refused] += more
+
     # Out.
 
     def leave(
@@ -278,6 +291,8 @@ class Membership:
         self.demand.left(last)
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
+        self._counters.connection_seconds.observe(monotonic() - connection._opened_at)
+        self._count(connection, -1)
         connection._enter(state, code, reason)
         if self._ages is not None:
             self._ages.left()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from contextlib import suppress
 from time import monotonic
 
-from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, Operations
@@ -142,7 +140,10 @@ class Node:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif not (self.continuity.is_kept(publication.audience) and self.continuity.take(publication)):
+            return
+        if not self.dispatcher.collected:
+            publication.taken_at = monotonic()
+        if not (self.continuity.is_kept(publication.audience) and self.continuity.take(publication)):
             self.continuity.offer(publication)
             if (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
                 self._lanes.put(publication)
@@ -153,7 +154,10 @@ class Node:
         """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif publication.position is not None and (tails := self.continuity.tails) is not None:
+            return
+        if not self.dispatcher.collected:  # of a turn of the event loop the first
+            publication.taken_at = monotonic()
+        if publication.position is not None and (tails := self.continuity.tails) is not None:
             tails.take(publication)
             if tails.deliveries.waits(publication, tails.of(publication.audience)):
                 await tails.deliveries.wait_delivered(publication)
@@ -213,14 +217,15 @@ class Node:
 
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
-        connections = self.registry.recipients(EVERYONE)
         counters = self._counters
+        # Copies first: it may be called in another thread. Nothing here takes longer with more connections.
+        waiting = list(self._slow_consumers.waiting)
         return Stats(
-            connections=len(connections),
+            connections=len(self.registry),
             users=len(self.registry.users),
             channels=len(self.registry.channels),
-            sinks=dict(Counter(connection._sink.kind for connection in connections)),
-            fast_path_refused=dict(Counter(why for c in connections if (why := c._transport.fast_path_refused))),
+            sinks={kind: number for kind, number in self.membership.sinks.copy().items() if number},
+            fast_path_refused={why: number for why, number in self.membership.refused.copy().items() if number},
             connects=counters.connects,
             disconnects=counters.disconnects,
             broadcasts=counters.broadcasts,
@@ -236,9 +241,12 @@ class Node:
             recoveries=counters.recoveries,
             refused_recoveries=dict(counters.refused_recoveries),
             unkept=counters.unkept,
-            backlog_bytes=sum(sink.held_bytes for sink in self._slow_consumers.waiting),
-            backlog_messages=sum(sink.held_messages for sink in self._slow_consumers.waiting),
+            backlog_bytes=sum(sink.held_bytes for sink in waiting),
+            backlog_messages=sum(sink.held_messages for sink in waiting),
             behind=len(self._slow_consumers.behind),
+            connection_seconds=counters.connection_seconds.snapshot(),
+            delivery_seconds=counters.delivery_seconds.snapshot(),
+            recovery_seconds=counters.recovery_seconds.snapshot(),
             engine=self._engine.stats(),
         )
 
@@ -303,6 +311,9 @@ class Node:
     # Inside.
 
     def _deliver(self, publication: Publication) -> None:
+        if publication.traceparent and (tracing := self._hooks.tracing) is not None:
+            with tracing.delivering(publication):
+                pass  # nothing of the app runs here, and what is handed over is written at the end of the turn
         self._counters.broadcasts += 1
         if publication.id is None and not publication.exclude_users:
             self.dispatcher.dispatch(publication)
@@ -347,6 +358,13 @@ class Node:
             self.continuity.forgotten(control.audience)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
+        if publication.traceparent and (tracing := self._hooks.tracing) is not None:
+            with tracing.delivering(publication):
+                await self._ask_and_hand_over(publication)
+        else:
+            await self._ask_and_hand_over(publication)
+
+    async def _ask_and_hand_over(self, publication: Publication) -> None:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
         if not self.continuity.is_due(publication):

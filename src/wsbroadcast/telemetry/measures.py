@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from wsbroadcast.stats import Stats
+from wsbroadcast.stats import CONNECTION_BOUNDS, WAIT_BOUNDS, Histogram, Stats
 
 PREFIX = "wsbroadcast"
 """What all names begin with."""
@@ -14,9 +14,9 @@ PREFIX = "wsbroadcast"
 OTHER = "other"
 """What stands for a value of a label that isn't known here, such as one of a newer node."""
 
-Kind = Literal["gauge", "counter"]
+Kind = Literal["gauge", "counter", "histogram"]
 
-Value = int | Mapping[str, int]
+Value = int | Mapping[str, int] | Histogram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Measure:
     name: str
     """Its name in OpenTelemetry, without the prefix."""
     kind: Kind
-    """Whether it goes up and down, or is counted."""
+    """Whether it goes up and down, is counted, or is a duration."""
     unit: str
     """Its unit, as UCUM writes it."""
     help: str
@@ -42,25 +42,31 @@ class Measure:
     """The name of the label; empty for none."""
     values: tuple[str, ...] = ()
     """The values that the label has."""
+    bounds: tuple[float, ...] = ()
+    """The bounds of a histogram, in seconds."""
+    prometheus_name: str
+    """The name of its family in Prometheus, without `_total`."""
 
-    @property
-    def prometheus_name(self) -> str:
-        """The name of its family in Prometheus, without `_total`."""
-        name = f"{PREFIX}.{self.name}".replace(".", "_")
-        return f"{name}_bytes" if self.unit == "By" and not name.endswith("_bytes") else name
-
-    def points(self, stats: Stats) -> Iterator[tuple[dict[str, str], int]]:
-        """Return the numbers, each with its label."""
+    def histogram(self, stats: Stats) -> Histogram:
+        """Return what is known of a duration; nothing if it has other bounds, as of a node of another version."""
         found = self.read(stats)
-        if isinstance(found, Mapping):
-            known = dict.fromkeys(self.values, 0)
-            for value, number in found.items():
-                value = self._known(value)
-                known[value] = known.get(value, 0) + number
-            for value, number in known.items():
-                yield {self.label: value}, number
-        else:
-            yield {}, found
+        if isinstance(found, Histogram) and found.bounds == self.bounds and len(found.counts) == len(self.bounds) + 1:
+            return found
+        return Histogram(bounds=self.bounds, counts=(0,) * (len(self.bounds) + 1))
+
+    def points(self, stats: Stats) -> Iterator[tuple[tuple[str, str] | None, int]]:
+        """Return the numbers of what is no histogram, each with its label."""
+        found = self.read(stats)
+        assert not isinstance(found, Histogram)
+        if not isinstance(found, Mapping):
+            yield None, found
+            return
+        known = dict.fromkeys(self.values, 0)
+        for value, number in found.items():
+            value = self._known(value)
+            known[value] = known.get(value, 0) + number
+        for value, number in known.items():
+            yield (self.label, value), number
 
     def _known(self, value: str) -> str:
         if value in self.values:
@@ -68,6 +74,9 @@ class Measure:
         # "server protocol WSProtocol" and "unknown uvicorn: transport" say what it was
         return next((known for known in self.values if value.startswith((f"{known} ", f"{known}:"))), OTHER)
 
+
+# How Prometheus writes units; the others only say what is counted.
+_SUFFIXES = {"By": "_bytes", "s": "_seconds"}
 
 _REFUSED = (
     "send is taken over",
@@ -109,7 +118,33 @@ def _measure(
     label: Mapping[str, tuple[str, ...]],
 ) -> Measure:
     [(key, values)] = label.items() or [("", ())]
-    return Measure(name=name, kind=kind, unit=unit, help=help, read=read, label=key, values=values)
+    return Measure(
+        name=name,
+        kind=kind,
+        unit=unit,
+        help=help,
+        read=read,
+        label=key,
+        values=values,
+        prometheus_name=_prometheus_name(name, unit),
+    )
+
+
+def _duration(name: str, help: str, bounds: tuple[float, ...], read: Callable[[Stats], Value]) -> Measure:  # noqa: A002
+    name = f"{name}.duration"
+    return Measure(
+        name=name,
+        kind="histogram",
+        unit="s",
+        help=help,
+        read=read,
+        bounds=bounds,
+        prometheus_name=_prometheus_name(name, "s"),
+    )
+
+
+def _prometheus_name(name: str, unit: str) -> str:
+    return f"{PREFIX}.{name}".replace(".", "_") + _SUFFIXES.get(unit, "")
 
 
 # In OpenTelemetry the names are nested with dots, as those of SignalR are, which are the only stable ones for sockets.
@@ -125,7 +160,7 @@ MEASURES = (
         reason=_REFUSED,
     ),
     _gauge("slow_consumers", "{connection}", "Connections past their high-water mark.", lambda s: s.behind),
-    _gauge("backlog.bytes", "By", "Bytes that wait for slow consumers.", lambda s: s.backlog_bytes),
+    _gauge("backlog.size", "By", "Bytes that wait for slow consumers.", lambda s: s.backlog_bytes),
     _gauge("backlog.messages", "{message}", "Messages that wait for slow consumers.", lambda s: s.backlog_messages),
     _counter("connects", "{connection}", "Connections that came.", lambda s: s.connects),
     _counter("disconnects", "{connection}", "Connections that went.", lambda s: s.disconnects),
@@ -164,6 +199,12 @@ MEASURES = (
         result=_RECOVERIES,
     ),
     _counter("unkept", "{message}", "Messages that were published past a history.", lambda s: s.unkept),
+    _gauge(
+        "engine.connected",
+        "1",
+        "Whether there is a connection to the broker, or none is needed.",
+        lambda s: int(s.engine.is_connected),
+    ),
     _counter(
         "engine.reconnects", "{reconnect}", "Lost connections to the broker, replaced.", lambda s: s.engine.reconnects
     ),
@@ -180,6 +221,30 @@ MEASURES = (
         "What came from the broker and was dropped.",
         lambda s: s.engine.bad_envelopes,
         reason=_BAD_ENVELOPES,
+    ),
+    _duration(
+        "connection", "How long connections lasted that have ended.", CONNECTION_BOUNDS, lambda s: s.connection_seconds
+    ),
+    _duration(
+        "delivery",
+        "From when the node had a message until it was written; the first of each turn of the event loop.",
+        WAIT_BOUNDS,
+        lambda s: s.delivery_seconds,
+    ),
+    _duration(
+        "recovery",
+        "From when a connection said where it was until it had what it had missed.",
+        WAIT_BOUNDS,
+        lambda s: s.recovery_seconds,
+    ),
+    _duration(
+        "engine.publish", "How long the broker took to take messages.", WAIT_BOUNDS, lambda s: s.engine.publish_seconds
+    ),
+    _duration(
+        "engine.round_trip",
+        "How long a message of the engine to itself took.",
+        WAIT_BOUNDS,
+        lambda s: s.engine.round_trip_seconds,
     ),
 )
 """All metrics."""

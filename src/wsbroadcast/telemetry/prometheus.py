@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, MissingDependency
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.stats import Stats
 from wsbroadcast.telemetry.measures import MEASURES, Measure
@@ -25,23 +25,46 @@ def exposition(stats: Mapping[str, Stats]) -> bytes:
     Args:
         stats: By the name of the node.
     """
+    names = {node: f'{{node="{_escaped(node)}"' for node in stats}
     lines: list[str] = []
-    for measure in MEASURES:
-        name = _sample_name(measure)
-        lines += (f"# HELP {name} {measure.help}", f"# TYPE {name} {measure.kind}")
+    for measure, head in _HEADS:
+        lines.append(head)
         for node, of_node in stats.items():
-            for labels, value in measure.points(of_node):
-                lines.append(f"{name}{_labels({'node': node, **labels})} {value}")
-    return "".join(f"{line}\n" for line in lines).encode()
+            label = names[node]
+            for sample, own, value in _samples(measure, of_node):
+                lines.append(f'{sample}{label},{own[0]}="{own[1]}"}} {value}' if own else f"{sample}{label}}} {value}")
+    lines.append("")
+    return "\n".join(lines).encode()
 
 
-def _sample_name(measure: Measure) -> str:
+_TOTAL = {"counter": "_total", "gauge": "", "histogram": ""}
+
+_HEADS = [
+    (
+        measure,
+        "# HELP {0} {1}\n# TYPE {0} {2}".format(
+            measure.prometheus_name + _TOTAL[measure.kind], measure.help, measure.kind
+        ),
+    )
+    for measure in MEASURES
+]
+
+
+def _samples(measure: Measure, stats: Stats) -> Iterator[tuple[str, tuple[str, str] | None, float]]:
+    # Each with its label, whose values are ours and need no escaping.
     name = measure.prometheus_name
-    return f"{name}_total" if measure.kind == "counter" else name
-
-
-def _labels(labels: Mapping[str, str]) -> str:
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+    if measure.kind != "histogram":
+        name += _TOTAL[measure.kind]
+        for label, value in measure.points(stats):
+            yield name, label, value
+        return
+    histogram = measure.histogram(stats)
+    bucket, so_far = f"{name}_bucket", 0
+    for bound, number in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+        so_far += number
+        yield bucket, ("le", str(bound)), so_far
+    yield f"{name}_count", None, so_far
+    yield f"{name}_sum", None, histogram.sum
 
 
 def _escaped(value: str) -> str:
@@ -66,9 +89,9 @@ class StatsCollector:
     def __init__(self, *managers: ConnectionManager, **named: ConnectionManager) -> None:
         if len(managers) + len(named) == 0 or (managers and len(managers) + len(named) > 1):
             raise ConfigurationError("write StatsCollector(manager), or with names StatsCollector(chat=…, prices=…)")
-        self._managers: list[tuple[dict[str, str], ConnectionManager]] = [
-            *(({}, manager) for manager in managers),
-            *(({"manager": name}, manager) for name, manager in named.items()),
+        self._managers: list[tuple[list[tuple[str, str]], ConnectionManager]] = [
+            *(([], manager) for manager in managers),
+            *(([("manager", name)], manager) for name, manager in named.items()),
         ]
 
     def describe(self) -> Iterable[Metric]:
@@ -81,11 +104,15 @@ class StatsCollector:
         for measure in MEASURES:
             family = self._family(measure)
             for labels, stats in found:
-                for own, value in measure.points(stats):
-                    family.add_sample(_sample_name(measure), {**labels, **own}, value)
+                for sample, own, value in _samples(measure, stats):
+                    family.add_sample(sample, dict([*labels, own] if own else labels), value)
             yield family
 
     def _family(self, measure: Measure) -> Metric:
-        from prometheus_client.metrics_core import Metric
-
+        try:
+            from prometheus_client.metrics_core import Metric
+        except ImportError as error:
+            raise MissingDependency(
+                'a StatsCollector needs prometheus_client: pip install "wsbroadcast[prometheus]"'
+            ) from error
         return Metric(measure.prometheus_name, measure.help, measure.kind)

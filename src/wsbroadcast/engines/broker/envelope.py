@@ -32,6 +32,7 @@ from wsbroadcast.publication import (
     Publication,
     Unsubscription,
 )
+from wsbroadcast.tracing import is_traceparent
 
 VERSION = 1
 """The version this library writes and reads."""
@@ -90,7 +91,7 @@ def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
         return _encoded(header, NOBODY, origin, publication.body)
     message, exclude = publication.message, publication.exclude
     form = message.form
-    is_special = publication.id is not None or publication.exclude_users
+    is_special = publication.id is not None or publication.exclude_users or publication.traceparent
     if origin is not None and form != "binary" and not exclude and message.key is None and not is_special:
         # Nearly all: what `json.dumps` would write, at a tenth of its price.
         template = _TEXT if form == "text" else _JSON
@@ -112,7 +113,11 @@ def _special(publication: Publication) -> dict[str, Any]:
         header["audiences"] = [list(audience) for audience in publication.audiences]
     if publication.exclude_users:
         header["exclude_users"] = sorted(publication.exclude_users)
-    return header | {"must": [name for name in _MUST if name in header]}
+    if must := [name for name in _MUST if name in header]:
+        header["must"] = must
+    if publication.traceparent:
+        header["traceparent"] = publication.traceparent
+    return header
 
 
 def _encoded(fields: dict[str, Any], exclude: frozenset[str], origin: Origin | None, payload: bytes) -> bytes:
@@ -189,6 +194,8 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
             id=id_,
             audiences=_audiences(header.get("audiences", [])),
         )
+        if is_traceparent(traceparent := header.get("traceparent")):  # what is none is nobody's loss
+            publication.traceparent = traceparent
         if "epoch" in header:
             publication.place(*_place(header))
         return publication

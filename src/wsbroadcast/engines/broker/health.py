@@ -213,6 +213,8 @@ class LinkHealth:
         except TimeoutError:
             if self.last_sign <= began:
                 raise
+        else:
+            self._counters.round_trip_seconds.observe(self._loop.time() - began)
 
     async def health(self) -> Health:
         """Tell whether an echo comes back."""

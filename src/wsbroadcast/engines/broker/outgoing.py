@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from secrets import token_urlsafe
+from time import monotonic
 
 from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.envelope import Origin, encode
@@ -187,8 +188,10 @@ class Outgoing:
                 self._emptied.set()
 
     async def _publish(self, link: Link, batch: Sequence[_Item]) -> None:
+        began = monotonic()
         async with Patience(self._timing.request_timeout):
             results = await link.publish([parcel for parcel, _ in batch])
+        self._counters.publish_seconds.observe(monotonic() - began)
         for (_, future), result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 self._refuse(future, result)
