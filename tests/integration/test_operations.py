@@ -287,19 +287,18 @@ async def test_page_asks_only_while_somebody_looks(browser: Browser, tmp_path: P
     with workers(1, file_of(tmp_path), tmp_path) as server:
         async with opened(browser, server, has_clock=True) as page:
             requests: list[str] = []
+            page.on("request", lambda request: requests.append(request.url))
             await expect(page.locator("#status")).to_have_text("1 of 1 node answered")
             async with page.expect_request("**/nodes"):  # without anybody doing anything
                 pass
             for stop, go_on in (("pause.click()", "pause.click()"), (show("true"), show("false"))):
                 await page.evaluate(stop)
                 await page.wait_for_load_state("networkidle")
-                page.on("request", lambda request: requests.append(request.url))
+                requests.clear()
                 await page.clock.run_for(60_000)
                 assert requests == []
                 async with page.expect_request("**/nodes"):
                     await page.evaluate(go_on)
-                page.remove_listener("request", page.listeners("request")[-1])
-                requests.clear()
 
 
 @needs_browser
