@@ -591,6 +591,33 @@ def snapshot(client: TestClient, block: Namespace) -> None:
         assert [page.receive_text(), page.receive_text()] == ["tea", "jam"]
 
 
+def operations(client: TestClient, block: Namespace) -> None:
+    assert client.get("/operations/nodes").status_code == 401
+    assert client.get("/operations/ready").text == "ready"
+    client.auth = ("ops", "a long secret")
+    with client.websocket_connect("/ws/tea") as one, client.websocket_connect("/ws/tea") as two:
+        one.send_text("milk?")
+        assert one.receive_text() == two.receive_text() == "milk?"
+        routes = ("nodes", "connections?limit=1", "channels")
+        for route, example in zip(routes, blocks_of("docs/operations.md", "json"), strict=True):
+            assert alike(client.get(f"/operations/{route}").json(), json.loads(example.source)), route
+        for line in PAGES["docs/operations.md"].partition("## What is where")[2].splitlines():
+            if route_of := re.match(r"\| `(GET|POST) (/operations/[^`]*)` \|", line):
+                path = route_of[2].replace("{user}", "ada")
+                expected = 404 if path.endswith("ada") else 202 if path.endswith("drain") else 200
+                assert client.request(route_of[1], path).status_code == expected, line
+        assert block["manager"].is_draining
+
+
+def alike(found: Any, example: Any) -> bool:
+    """Tell whether the example has the fields that were found, and where it holds for every answer, what is in them."""
+    if isinstance(found, dict) and isinstance(example, dict):
+        return found.keys() == example.keys() and all(alike(found[key], example[key]) for key in found)
+    if isinstance(found, list) and isinstance(example, list):
+        return len(found) == len(example) and all(map(alike, found, example))
+    return type(found) is type(example) and (not isinstance(found, (bool, int)) or found == example or found > 100)
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
@@ -625,6 +652,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#see-what-is-going-on": stats,
     "docs/from-broadcaster.md#from-encodebroadcaster": channels_by_path,
     "docs/listen.md#listen": watch,
+    "docs/operations.md#put-it-into-the-app": operations,
     "docs/listen.md#snapshot-and-follow": snapshot,
     "docs/servers.md#uvicorn": echo,
     "docs/scale-out.md#two-workers": scale_out,
