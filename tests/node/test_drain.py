@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -15,6 +17,7 @@ from wsbroadcast import (
     ConfigurationError,
     Connection,
     ConnectionManager,
+    History,
     LifecycleError,
     LimitExceeded,
     Limits,
@@ -371,3 +374,65 @@ async def test_event_loop_that_is_late_gives_others_a_turn(monkeypatch: pytest.M
             seen.add(manager.stats().connections)
             await asyncio.sleep(0)
         assert len(seen) >= 9
+
+
+# Brokers and histories.
+
+
+async def test_broker_that_is_away_changes_nothing() -> None:
+    broker = FakeBroker()
+    async with ConnectionManager(FakeEngine(broker)) as manager:
+        pairs = await connected(manager, 20, channels=["news"])
+        broker.is_down = True
+        broker.drop_links()
+
+        async def is_away() -> bool:
+            health = await manager.health()
+            assert health.is_ready
+            return not health.is_ok
+
+        while not await is_away():
+            await turns()
+        began = monotonic()
+        await manager.drain(over=0.2)
+        assert monotonic() - began < 1.0
+        assert {peer.end for peer, _ in pairs} == {(1012, "drain")}
+        with pytest.raises(LimitExceeded):
+            await manager.connect(Peer(can_deny=True).websocket, channels=["news"])
+        began = monotonic()
+    assert monotonic() - began < 1.0
+
+
+async def test_replay_is_cut_where_the_client_knows_and_goes_on_at_another_node(tmp_path: Path) -> None:
+    url, history = f"sqlite:///{tmp_path}/messages.db", History(messages=2000)
+    few = SlowConsumer(max_backlog_messages=50)
+    leaving, staying = (ConnectionManager(url, history=history, slow_consumer=few) for _ in range(2))
+    async with leaving, staying:
+        first = (await leaving.broadcast(0, channel="news")).position
+        await asyncio.gather(*(leaving.broadcast(number, channel="news") for number in range(1, 1000)))
+        seen: list[tuple[int, str]] = []
+        position = str(first)
+        for manager, count in ((leaving, 1), (staying, 999)):
+            app = FastAPI()
+            app.include_router(create_router(manager, "/ws/{channel}"))
+            peer = Peer("/ws/news", subprotocols=["wsbroadcast.v1"])
+            peer.scope["query_string"] = f"since={position}".encode()
+            async with visit(app, "/ws/news", peer):
+                await peer.wait_for(lambda count=count: len(_messages(peer)) + len(seen) >= count)  # type: ignore[misc]  # noqa: B023
+                if manager is leaving:
+                    peer.stall()
+                    draining = asyncio.create_task(manager.drain(over=0))
+                    await turns()
+                    peer.resume()
+                    await draining
+                    assert peer.end == (1012, "drain")
+                seen += _messages(peer)
+                position = seen[-1][1]
+            if manager is leaving:
+                assert 0 < len(seen) < 999
+        assert [number for number, _ in seen] == list(range(1, 1000))
+
+
+def _messages(peer: Peer) -> list[tuple[int, str]]:
+    events = [json.loads(text) for text in peer.messages]
+    return [(event["data"], event["position"]) for event in events if event["type"] == "message"]
