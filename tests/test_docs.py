@@ -23,7 +23,7 @@ from typing import Any
 
 import jwt
 import pytest
-from starlette.testclient import TestClient, WebSocketTestSession
+from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
 import wsbroadcast

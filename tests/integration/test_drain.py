@@ -52,6 +52,7 @@ GUNICORN = Flavour(
     ("-k", "uvicorn_worker.UvicornWorker", "-b", "127.0.0.1:{port}", "{app}"),
     requires=("uvicorn_worker",),
 )
+TWO_OF_GUNICORN = replace(GUNICORN, name="gunicorn -w 2", arguments=("-w", "2", *GUNICORN.arguments))
 WORKERS = replace(UVICORN, name="uvicorn --workers 2", arguments=("--workers", "2", *UVICORN.arguments))
 
 
@@ -529,8 +530,9 @@ async def _answer(server: Server, path: str) -> Any:
         return None
 
 
-async def test_sighup_replaces_the_workers_and_loses_nothing(deploy: Deploy) -> None:
-    server = deploy.start(WORKERS)
+@pytest.mark.parametrize("flavour", [WORKERS, TWO_OF_GUNICORN], ids=str)
+async def test_sighup_replaces_the_workers_and_loses_nothing(deploy: Deploy, flavour: Flavour) -> None:
+    server = deploy.start(flavour)
     before = await _pids(server)
     async with crowd(server.port, 30) as clients:
         async with published(deploy.engine) as numbers:

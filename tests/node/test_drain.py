@@ -182,6 +182,7 @@ async def test_handshake_that_is_looked_into_is_refused_at_once() -> None:
         await call
         assert len(peer.sent) == 2
         assert manager.stats().connections == 0
+        assert manager.stats().limited == {"draining": 1}
 
 
 async def test_socket_that_waits_for_its_first_message_is_closed_at_once() -> None:
