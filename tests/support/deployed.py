@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncIterator
 from importlib import import_module
 from itertools import count
@@ -19,11 +20,19 @@ from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
 
 from tests.support.scaled import made
-from wsbroadcast import ConnectionManager, History, ManagerDep
+from wsbroadcast import Connection, ConnectionManager, History, Hook, ManagerDep
 
 DRAIN: float | None = json.loads(os.environ.get("WSBROADCAST_TEST_DRAIN", "5.0"))
 
-app = made(history=History(messages=10_000, seconds=300), drain=DRAIN)
+
+class Closes(Hook):
+    """Says when connections end, in the log; the clock is the same in all processes of a machine."""
+
+    def on_disconnect(self, connection: Connection) -> None:
+        print(f"closed {time.monotonic():.4f}", flush=True)
+
+
+app = made(history=History(messages=10_000, seconds=300), drain=DRAIN, hooks=[Closes()])
 own = ConnectionManager(drain=DRAIN)
 
 

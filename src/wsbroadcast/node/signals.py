@@ -57,7 +57,7 @@ class SignalHandler:
         return any(getattr(_server_of(handler), "should_exit", False) for handler in self._before.values())
 
     def attach(self, manager: Drainable) -> None:
-        """Drain a manager at a signal, if the handler is one of a known server; called in its event loop, in any thread.
+        """Drain a manager at a signal, if the handler is a known server's; called in its event loop, in any thread.
 
         One that begins when the signal has come is drained at once: else it lets people in whom nobody closes.
         Nothing is done in a thread other than the main one, where Python sets no handlers, or where somebody else's
