@@ -63,6 +63,7 @@ class Deploy:
         self._directory = directory
         self.engine = f"sqlite:///{directory}/messages.db"
         self._stack = ExitStack()
+        self._started = 0
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +81,8 @@ class Deploy:
             "WSBROADCAST_TEST_DRAIN": json.dumps(drain),
         }
         flavour = replace(flavour, environment=flavour.environment | environment)
-        log = self._directory / f"{free_port()}.log"
+        self._started += 1
+        log = self._directory / f"server-{self._started}.log"
         return self._stack.enter_context(Server(flavour, log, app))
 
     def proxy(self, *servers: Server) -> int:

@@ -24,7 +24,7 @@ _STEP_SECONDS = 0.005
 
 # What is late, because the event loop was, is made up for at this many times the pace, and not at once: a burst of
 # closes is what a drain is there against. So much of a delay is let pass.
-_MOST_TIMES_FASTER = 2
+_MOST_TIMES_FASTER = 1.5
 _SLACK_SECONDS = 0.02
 
 # So many are closed before others have a turn.
