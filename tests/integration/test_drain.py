@@ -266,7 +266,7 @@ async def test_deploy_behind_nginx_is_noticed_by_nobody(deploy: Deploy) -> None:
     assert {tuple(client.received) for client in clients} == {tuple(numbers)}
     # As the server closed them: a client process that is busy sees some late, and then many at once. Of 1,000 at random
     # moments in 5 s, 100 ms see 20; of few closes they see a larger share.
-    closes = [float(moment) for moment in re.findall(r"^closed (\S+)", leaving.log(), re.MULTILINE)]
+    closes = _closes(leaving)
     most, seen = most_within(closes, 0.1), most_within([moment for moment, _, _ in ends], 0.1)
     print(f"{there} closes, at most {most} in 100 ms, at most {seen} as the clients saw them")
     print(f"everybody was back after {back:.2f} s, and the server had ended after {seconds:.2f} s")
@@ -274,6 +274,25 @@ async def test_deploy_behind_nginx_is_noticed_by_nobody(deploy: Deploy) -> None:
     assert most <= (0.05 if FULL else 0.2) * there
     assert not leaving.complaints(), leaving.log()
     assert not staying.complaints(), staying.log()
+
+
+@needs_nginx
+async def test_without_a_drain_behind_nginx_all_are_closed_at_once(deploy: Deploy) -> None:
+    """What is measured above shows the difference."""
+    leaving, staying = deploy.start(drain=None), deploy.start(drain=None)
+    port = deploy.proxy(leaving, staying)
+    async with crowd(port, 2000 if FULL else 200) as clients:
+        there = (await leaving.get("/stats"))["connections"]
+        await leaving.stopped(timeout=60)
+        await asyncio.gather(*(client.is_connected.wait() for client in clients))
+    most, seen = most_within(_closes(leaving), 0.1), most_within([end[0] for each in clients for end in each.ends], 0.1)
+    print(f"{there} closes, at most {most} in 100 ms, at most {seen} as the clients saw them")
+    assert most > 0.3 * there
+
+
+def _closes(server: Server) -> list[float]:
+    """When it has closed its clients, as it says itself."""
+    return [float(moment) for moment in re.findall(r"^closed (\S+)", server.log(), re.MULTILINE)]
 
 
 def _have(clients: list[Client], numbers: list[int], count: int) -> Any:
