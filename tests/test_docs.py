@@ -23,7 +23,7 @@ from typing import Any
 
 import jwt
 import pytest
-from starlette.testclient import TestClient, WebSocketTestSession
+from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
 import wsbroadcast
@@ -372,7 +372,7 @@ def prices(client: TestClient, block: Namespace) -> None:
 def stats(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws"):
         assert client.get("/stats").json()["connections"] == 1
-        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": "", "is_ready": True}
 
 
 def order(client: TestClient, block: Namespace) -> None:
@@ -618,10 +618,24 @@ def alike(found: Any, example: Any) -> bool:
     return type(found) is type(example) and (not isinstance(found, (bool, int)) or found == example or found > 100)
 
 
+def drained(client: TestClient, block: Namespace) -> None:
+    assert client.get("/ready").json() is True
+    with client.websocket_connect("/ws/news") as ada:
+        client.post("/internal/drain").raise_for_status()
+        with pytest.raises(WebSocketDisconnect) as caught:
+            ada.receive_text()
+    assert (caught.value.code, caught.value.reason) == (1012, "drain")
+    assert client.get("/ready").status_code == 503
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws/news"):
+        pass
+    assert refused.value.status_code == 503
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
     "docs/behind-a-proxy.md#the-server": named_origins,
+    "docs/deployment.md#restarts-that-nobody-notices-#2": drained,
     "docs/explanation.md#order": order,
     "docs/history.md#come-back": comes_back,
     "docs/history.md#snapshot-and-follow": snapshot_and_follow,

@@ -171,7 +171,7 @@ class Stats:
     evicted: dict[str, int] = field(default_factory=dict)
     """Connections that were thrown out, by reason: `backlog_full` or `send_timeout`."""
     limited: dict[str, int] = field(default_factory=dict)
-    """What was refused because it went past a limit, by the name of the limit."""
+    """What was refused because it went past a limit, by the name of the limit; `draining` for who came to a drain."""
     vetoed: int = 0
     """Broadcasts that an `on_broadcast` hook held back."""
     unpublished: int = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from time import monotonic
+import json
+from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from wsbroadcast import (
     ConfigurationError,
     Connection,
     ConnectionManager,
+    History,
     LifecycleError,
     LimitExceeded,
     Limits,
@@ -63,6 +66,26 @@ async def test_they_go_at_moments_spread_over_the_time() -> None:
     assert max(map(tenths.count, set(tenths))) < 46
     assert len(set(tenths)) >= 8
     assert 0.8 < took < 1.5
+
+
+async def test_event_loop_that_was_late_makes_up_for_it_slowly() -> None:
+    ends: list[float] = []
+    manager = ConnectionManager()
+
+    @manager.on_disconnect
+    def on_disconnect(connection: Connection) -> None:
+        ends.append(monotonic())
+
+    async with manager:
+        await connected(manager, 200)
+        draining = asyncio.create_task(manager.drain(over=1.0))
+        await eventually(lambda: len(ends) > 20)
+        sleep(0.3)  # noqa: ASYNC251  # an event loop that is blocked
+        blocked_until = monotonic()
+        await draining
+    # 60 are late then, and 20 more follow within 100 ms: at one and a half times the pace that makes 30, and a few.
+    assert sum(blocked_until <= end < blocked_until + 0.1 for end in ends) < 45
+    assert len(ends) == 200
 
 
 @pytest.mark.parametrize(
@@ -179,6 +202,7 @@ async def test_handshake_that_is_looked_into_is_refused_at_once() -> None:
         await call
         assert len(peer.sent) == 2
         assert manager.stats().connections == 0
+        assert manager.stats().limited == {"draining": 1}
 
 
 async def test_socket_that_waits_for_its_first_message_is_closed_at_once() -> None:
@@ -371,3 +395,65 @@ async def test_event_loop_that_is_late_gives_others_a_turn(monkeypatch: pytest.M
             seen.add(manager.stats().connections)
             await asyncio.sleep(0)
         assert len(seen) >= 9
+
+
+# Brokers and histories.
+
+
+async def test_broker_that_is_away_changes_nothing() -> None:
+    broker = FakeBroker()
+    async with ConnectionManager(FakeEngine(broker)) as manager:
+        pairs = await connected(manager, 20, channels=["news"])
+        broker.is_down = True
+        broker.drop_links()
+
+        async def is_away() -> bool:
+            health = await manager.health()
+            assert health.is_ready
+            return not health.is_ok
+
+        while not await is_away():
+            await turns()
+        began = monotonic()
+        await manager.drain(over=0.2)
+        assert monotonic() - began < 1.0
+        assert {peer.end for peer, _ in pairs} == {(1012, "drain")}
+        with pytest.raises(LimitExceeded):
+            await manager.connect(Peer(can_deny=True).websocket, channels=["news"])
+        began = monotonic()
+    assert monotonic() - began < 1.0
+
+
+async def test_replay_is_cut_where_the_client_knows_and_goes_on_at_another_node(tmp_path: Path) -> None:
+    url, history = f"sqlite:///{tmp_path}/messages.db", History(messages=2000)
+    few = SlowConsumer(max_backlog_messages=50)
+    leaving, staying = (ConnectionManager(url, history=history, slow_consumer=few) for _ in range(2))
+    async with leaving, staying:
+        first = (await leaving.broadcast(0, channel="news")).position
+        await asyncio.gather(*(leaving.broadcast(number, channel="news") for number in range(1, 1000)))
+        seen: list[tuple[int, str]] = []
+        position = str(first)
+        for manager, count in ((leaving, 1), (staying, 999)):
+            app = FastAPI()
+            app.include_router(create_router(manager, "/ws/{channel}"))
+            peer = Peer("/ws/news", subprotocols=["wsbroadcast.v1"])
+            peer.scope["query_string"] = f"since={position}".encode()
+            async with visit(app, "/ws/news", peer):
+                await peer.wait_for(lambda count=count: len(_messages(peer)) + len(seen) >= count)  # type: ignore[misc]  # noqa: B023
+                if manager is leaving:
+                    peer.stall()
+                    draining = asyncio.create_task(manager.drain(over=0))
+                    await turns()
+                    peer.resume()
+                    await draining
+                    assert peer.end == (1012, "drain")
+                seen += _messages(peer)
+                position = seen[-1][1]
+            if manager is leaving:
+                assert 0 < len(seen) < 999
+        assert [number for number, _ in seen] == list(range(1, 1000))
+
+
+def _messages(peer: Peer) -> list[tuple[int, str]]:
+    events = [json.loads(text) for text in peer.messages]
+    return [(event["data"], event["position"]) for event in events if event["type"] == "message"]

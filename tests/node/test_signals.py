@@ -17,7 +17,7 @@ import uvicorn
 
 from tests.support.asgi import Peer, connected, eventually
 from tests.support.loops import loop_in_thread
-from wsbroadcast import ConnectionManager, SlowConsumer
+from wsbroadcast import ConnectionManager, LimitExceeded, SlowConsumer
 from wsbroadcast.node import signals
 from wsbroadcast.node.signals import SIGNALS
 
@@ -155,6 +155,19 @@ async def test_signal_after_a_drain_passes_at_once(server: Server) -> None:
     async with ConnectionManager() as manager:
         await manager.drain()
         send()
+        await eventually(lambda: server.told)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+async def test_manager_that_begins_after_the_signal_takes_nobody(server: Server, is_told: bool) -> None:
+    async with ConnectionManager(drain=0.2) as manager:
+        await connected(manager, 50 if not is_told else 0)
+        send()
+        await eventually(lambda: server.told if is_told else manager.is_draining)
+        late = ConnectionManager()
+        with pytest.raises(LimitExceeded):
+            await late.connect(Peer().websocket)
+        await late.aclose()
         await eventually(lambda: server.told)
 
 

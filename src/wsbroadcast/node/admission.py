@@ -84,7 +84,12 @@ class Violations:
         if self._throttle.is_due(limit):
             level = logging.INFO if limit == DRAINING else logging.WARNING  # which is what a deploy is about
             logger.log(level, "%s: refused %d so far, the last was %.200r", limit, limited[limit], who)
-        return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
+        return limit_error(limit)
+
+
+def limit_error(limit: str) -> LimitExceeded:
+    """Make the error for what went past a limit."""
+    return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
 
 
 class Counted:
@@ -389,7 +394,7 @@ class Admission:
     def __init__(self, limits: Limits, counters: Counters, make_room: Callable[[str], None]) -> None:
         self._make_room = make_room if limits.when_full == "oldest" else None
         self._violations = violations = Violations(counters)
-        # The WebSockets in the blocks of `handshake`.
+        # The WebSockets in the blocks of `handshake`; once a drain has begun, those that it has refused there.
         self._arriving: set[WebSocket] = set()
         self.drains_until: float | None = None
         """When a drain ends or has ended, by the event loop's clock; `None` if none has begun."""
@@ -462,11 +467,8 @@ class Admission:
         """
         self.drains_until = until
         # Who is being connected is refused there.
-        return [
-            _refuse(each, self._draining(each), self._retry_after())
-            for each in self._arriving
-            if self.quotas in each.scope.get(_LEASES_KEY, ())
-        ]
+        self._arriving = {each for each in self._arriving if self.quotas in each.scope.get(_LEASES_KEY, ())}
+        return [_refuse(each, self._draining(each), self._retry_after()) for each in self._arriving]
 
     async def refuse_draining(self, websocket: WebSocket) -> NoReturn:
         """Refuse a WebSocket because of a drain.
@@ -474,6 +476,8 @@ class Admission:
         Raises:
             LimitExceeded: Always.
         """
+        if websocket in self._arriving:  # it knows, and is counted
+            raise limit_error(DRAINING)
         error = self._draining(websocket)
         await _refuse(websocket, error, self._retry_after())
         raise error

@@ -57,8 +57,9 @@ class SignalHandler:
         return any(getattr(_server_of(handler), "should_exit", False) for handler in self._before.values())
 
     def attach(self, manager: Drainable) -> None:
-        """Drain a manager at a signal, if the handler is one of a server that is known; in any thread.
+        """Drain a manager at a signal, if the handler is a known server's; called in its event loop, in any thread.
 
+        One that begins when the signal has come is drained at once: else it lets people in whom nobody closes.
         Nothing is done in a thread other than the main one, where Python sets no handlers, or where somebody else's
         handler is: pytest's, a notebook's, the app's own.
         """
@@ -72,6 +73,8 @@ class SignalHandler:
                     self._held.clear()
                     with suppress(ValueError):  # a subinterpreter
                         signal.signal(number, self.handle)
+        if (self._held or self.should_exit) and signal.getsignal(signal.SIGTERM) == self.handle:
+            manager.begin_drain()
 
     def detach(self, manager: Drainable) -> None:
         """Drain a manager no more; the last one puts back what was there, unless somebody has replaced our handler."""
