@@ -167,7 +167,8 @@ class Stats:
     """Messages handed over to connections: one broadcast to ten connections is ten."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Messages that were handed over and will not arrive, by reason: a slow-consumer policy, or `closed` for what
-    was still waiting when a connection ended, or found its socket gone."""
+    was still waiting when a connection ended, or found its socket gone. What is being written when a connection
+    ends may arrive, and isn't counted."""
     evicted: dict[str, int] = field(default_factory=dict)
     """Connections that were thrown out, by reason: `backlog_full` or `send_timeout`."""
     limited: dict[str, int] = field(default_factory=dict)

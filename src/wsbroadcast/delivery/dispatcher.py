@@ -94,7 +94,8 @@ class Dispatcher(Generic[R]):
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
-            self._slow_consumers.counters.deliveries += len(recipients) * len(batch.publications)
+            if first.__class__ is Publication:  # all of a batch are, or none
+                self._count(len(recipients) * len(batch.publications))
             if first.taken_at and recipients:
                 self._slow_consumers.counters.delivery_seconds.observe(monotonic() - first.taken_at)
 
@@ -104,7 +105,13 @@ class Dispatcher(Generic[R]):
             self._deliver_large(batch, (recipient,))
         else:
             UvicornSink.deliver_all(batch, (recipient,), self._failed)
-        self._slow_consumers.counters.deliveries += len(batch.publications)
+        self._count(batch.messages)
+
+    def _count(self, messages: int) -> None:
+        slow_consumers = self._slow_consumers
+        # What falls back is delivered, and counted, when there is room.
+        slow_consumers.counters.deliveries += messages - slow_consumers.postponed
+        slow_consumers.postponed = 0
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:

@@ -137,7 +137,6 @@ class Replays:
             cursor.epoch, cursor.offset = begins.epoch, begins.offset
             announce(recovery, begins)
             if since is not NOW:
-                self._counters.recoveries += 1
                 cursor.began = began
             self._schedule(cursor)
         return recovery
@@ -261,6 +260,7 @@ class Replays:
             if cursor.offset == tail.delivered and not self._tails.deliveries.is_in_flight(cursor.audience):
                 self._join(cursor)
                 if cursor.began:
+                    self._counters.recoveries += 1
                     self._counters.recovery_seconds.observe(monotonic() - cursor.began)
         elif not tail.has_all_after(cursor.offset):
             self._lose(cursor, tail.why_not(cursor.offset))

@@ -243,12 +243,13 @@ class Tails:
                 if self._tails.get(audience) is not tail:
                     return
                 failures, pause = 0, _FIRST_PAUSE
+                top = tail.top
                 broken = tail.filled(replay, number)
                 tail.read = number
                 seconds, tail.heard_at = _now() - tail.heard_at, _now()
                 if broken is not None:
                     self._break(audience, broken, seconds)
-                elif not was_unknown:
+                elif not was_unknown and tail.top > top:  # else nothing was missing
                     self._counters.heals += 1
                 self._node.arrived(audience)
                 self.deliveries.go_on(audience, tail)

@@ -75,6 +75,8 @@ class Outgoing:
         # Why there is no link; empty if nothing is wrong.
         self._trouble = "not connected yet"
         self._throttle = Throttle()
+        # What carries no publication.
+        self._echoes: set[_Taken] = set()
         # Of `broadcast_nowait`, refused since the log was told last.
         self._refused = 0
         self._tasks = Tasks()
@@ -116,6 +118,8 @@ class Outgoing:
         """Put a parcel before all that wait, because nothing has to come before it."""
         future = self._put(parcel)
         self._waiting.rotate(1)
+        self._echoes.add(future)
+        future.add_done_callback(self._echoes.discard)
         return future
 
     def is_forged(self, origin: Origin) -> bool:
@@ -221,7 +225,7 @@ class Outgoing:
         lost = sum(future is None for _, future in (*in_flight, *waiting))
         for some, consequence in ((in_flight, unknown), (waiting, "nothing was sent")):
             for _, future in some:
-                self._counters.publish_failures += 1
+                self._counters.publish_failures += future not in self._echoes
                 _tell(future, EngineUnavailable(f"{why}; {consequence}", may_have_been_sent=some is in_flight))
         if lost:
             logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
@@ -246,7 +250,7 @@ class Outgoing:
         return batch
 
     def _refuse(self, future: _Taken | None, error: Exception) -> None:
-        self._counters.publish_failures += 1
+        self._counters.publish_failures += future not in self._echoes
         if future is not None:
             _tell(future, _documented(error))
             return
