@@ -17,7 +17,7 @@ from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import NOBODYS, SlowConsumers
 from wsbroadcast.delivery.uvicorn import UvicornSink
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import NOBODY, Publication
 
 # A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
@@ -121,7 +121,9 @@ class Dispatcher(Generic[R]):
                 self._failed(recipient)
 
     def _failed(self, recipient: R) -> None:
-        logger.exception("the server failed on a write")  # it must not cost the others their message
+        logger.exception(
+            "the server failed on a write", extra=about("write.failed")
+        )  # it must not cost the others their message
         recipient._sink.owner.lost(ABNORMAL, "")
 
     @property

@@ -16,7 +16,7 @@ from wsbroadcast.audience import UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
 from wsbroadcast.history import NOWHERE, SinceByAudience, SinceOption, since_of
-from wsbroadcast.logs import Clock, Throttle, logger
+from wsbroadcast.logs import Clock, Throttle, about, logger
 from wsbroadcast.options import ExpiresAt, Limits, unix_seconds
 from wsbroadcast.stats import Counters
 from wsbroadcast.transports.refusal import refuse
@@ -75,7 +75,13 @@ class Violations:
         limited = self._counters.limited
         limited[limit] += 1
         if self._throttle.is_due(limit):
-            logger.warning("%s: refused %d so far, the last was %.200r", limit, limited[limit], who)
+            logger.warning(
+                "%s: refused %d so far, the last was %.200r",
+                limit,
+                limited[limit],
+                who,
+                extra=about("limit.exceeded", limit=limit, count=limited[limit]),
+            )
         return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
 
 

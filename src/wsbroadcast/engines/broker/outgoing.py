@@ -14,7 +14,7 @@ from wsbroadcast.engines.broker.link import Keep, KeptParcel, Link, Parcel
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.history import Appended
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Control, Publication
 from wsbroadcast.stats import EngineCounters
@@ -158,7 +158,12 @@ class Outgoing:
                 async with Patience(self._timing.connect_timeout):
                     await self.link.read_limits()
         except Exception as error:  # who publishes is told of the limit that is known
-            logger.info("%s doesn't say whether its limits have changed: %s", self._where, error)
+            logger.info(
+                "%s doesn't say whether its limits have changed: %s",
+                self._where,
+                error,
+                extra=about("engine.limits_unknown"),
+            )
         finally:
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = None
@@ -228,7 +233,12 @@ class Outgoing:
                 self._counters.publish_failures += future not in self._echoes
                 _tell(future, EngineUnavailable(f"{why}; {consequence}", may_have_been_sent=some is in_flight))
         if lost:
-            logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
+            logger.error(
+                "not published, of broadcast_nowait: %d, because %s",
+                lost,
+                why,
+                extra=about("publish.failed", count=lost),
+            )
 
     async def aclose(self, why: str) -> None:
         """Tell everybody who still waits, and take nothing more."""
@@ -257,7 +267,12 @@ class Outgoing:
         self._refused += 1
         if self._throttle.is_due("refused"):
             count, self._refused = self._refused, 0
-            logger.error("not published, of broadcast_nowait: %d, because %s", count, error)
+            logger.error(
+                "not published, of broadcast_nowait: %d, because %s",
+                count,
+                error,
+                extra=about("publish.failed", count=count),
+            )
 
 
 def _documented(error: Exception) -> Exception:
