@@ -182,7 +182,7 @@ class Stats:
     heals: int = 0
     """Times that a history was read on this node because something had not come, and everything was there."""
     recoveries: int = 0
-    """Connections that were away, and got exactly what they had missed in an audience."""
+    """Connections that were away, and have now got exactly what they had missed in an audience."""
     refused_recoveries: dict[str, int] = field(default_factory=dict)
     """Connections that could not be given what they had missed in an audience, and were told so, by reason: see
     `Recovery.reason`."""
