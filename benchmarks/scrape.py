@@ -47,7 +47,7 @@ class Turn:
             if scrapes and now >= next_scrape:  # in the worst place: a message is on its way
                 next_scrape += _SCRAPE_PAUSE
                 self._scrape(manager)
-            while len(peers[-1].sent) == before:
+            while len(peers[-1].sent) == before:  # noqa: ASYNC110  # an event would be one more turn
                 await asyncio.sleep(0)
             self.delays.append(time.perf_counter() - now)
             await asyncio.sleep(_PAUSE)
@@ -64,7 +64,9 @@ class Turn:
         ordered = sorted(self.delays)
         middle, high = statistics.median(ordered) * 1000, ordered[int(len(ordered) * 0.99)] * 1000
         share = 100 * self.scraping / self.seconds
-        return f"{name:10} {self.scrapes / self.seconds:10.1f} {share:10.2f} {middle:12.3f} {high:12.3f} {self.bytes:10}"
+        return (
+            f"{name:10} {self.scrapes / self.seconds:10.1f} {share:10.2f} {middle:12.3f} {high:12.3f} {self.bytes:10}"
+        )
 
 
 async def _measure(connections: int, seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
+from functools import partial
 from random import Random
 
 import pytest
@@ -107,7 +108,7 @@ class Run:
             for peer, _ in node.everybody:
                 peer.resume()
         for node in self.nodes:
-            await eventually(lambda node=node: node.manager.stats().backlog_messages == 0)
+            await eventually(partial(has_nothing_waiting, node.manager))
         await turns(20)
         for node in self.nodes:
             node.forget_ended()
@@ -194,6 +195,10 @@ class Run:
                 await eventually(lambda: there.manager.stats().heals == there.counts["heals"])
             except TimeoutError:
                 raise AssertionError((there.manager.stats().heals, there.counts, self.published)) from None
+
+
+def has_nothing_waiting(manager: ConnectionManager) -> bool:
+    return manager.stats().backlog_messages == 0
 
 
 async def test_counters_say_what_happened(caplog: pytest.LogCaptureFixture) -> None:

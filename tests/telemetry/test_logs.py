@@ -62,7 +62,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 def events() -> Iterator[Event]:
     for where, call in calls():
         assert isinstance(call.func, ast.Attribute)
-        [extra] = [keyword.value for keyword in call.keywords if keyword.arg == "extra"] or [None]
+        extra = next((keyword.value for keyword in call.keywords if keyword.arg == "extra"), None)
         assert isinstance(extra, ast.Call), f"{where}: say extra=about(…)"
         assert isinstance(extra.func, ast.Name)
         assert extra.func.id == "about"

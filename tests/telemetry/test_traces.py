@@ -303,8 +303,9 @@ async def test_traces_cross_a_broker(recorder: Recorder, redis_server: Endpoint,
     url = f"{redis_server.url}?prefix={prefix}"
     managers = [ConnectionManager(url, history=History()) for _ in range(2)]
     publisher = Publisher(url)
-    for source in (*managers, publisher):
-        trace(source, recorder.provider)
+    trace(publisher, recorder.provider)
+    for manager in managers:
+        trace(manager, recorder.provider)
     async with managers[0], managers[1], publisher:
         pairs = [pair for manager in managers for pair in await connected(manager, 2, channels=["news"])]
         with recorder.within("job"):
