@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 from pydantic import TypeAdapter
 
-from tests.support.asgi import connected, eventually, turns
+from tests.support.asgi import Peer, connected, eventually, turns
 from wsbroadcast import ConfigurationError, ConnectionManager, Stats
 from wsbroadcast.stats import WAIT_BOUNDS, Durations, EngineStats, Histogram
 from wsbroadcast.telemetry.measures import MEASURES
@@ -292,6 +293,19 @@ async def test_gauges_come_back_to_zero() -> None:
         await eventually(lambda: not manager.connections)
         assert (manager.stats().sinks, manager.stats().fast_path_refused) == ({}, {})
         assert manager.stats().connection_seconds.count == 4
+
+
+async def test_scrape_takes_less_than_a_millisecond_however_many_are_connected() -> None:
+    # So that ten in a second take less than a hundredth of a core.
+    async with ConnectionManager() as manager:
+        for number in range(2000):
+            await manager.connect(Peer().websocket, user=number, channels=[f"c{number}"])
+        took = []
+        for _ in range(50):
+            before = time.process_time()
+            exposition({"n": manager.stats()})
+            took.append(time.process_time() - before)
+    assert min(took) < 0.001
 
 
 def test_bounds_are_in_order() -> None:
