@@ -334,7 +334,9 @@ class HookChain:
         try:
             for function in self._functions["on_deliver"]:
                 with _nested("on_deliver"), self._counted():
-                    await self._call_traced("on_deliver", function, (delivery,))
+                    # A replay is to one connection, and no span is.
+                    call = self._call if delivery.is_replay else self._call_traced
+                    await call("on_deliver", function, (delivery,))
                     delivery._settle()
         finally:
             delivery._is_running = False
