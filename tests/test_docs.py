@@ -560,6 +560,13 @@ def comes_back(client: TestClient, block: Namespace) -> None:
         assert ada.receive_text() == "reload"
 
 
+def metrics(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws"):
+        page = client.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'wsbroadcast_connections{node="web-1",sink="asgi"} 1' in page.text.splitlines()
+
+
 def snapshot_and_follow(client: TestClient, block: Namespace) -> None:
     since = client.get("/prices").json()["since"]
     say(client, block, "prices", "72")
@@ -664,6 +671,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#send-something-else-to-some-of-the-recipients": by_role,
     "docs/how-to.md#choose-what-happens-to-slow-consumers": prices,
     "docs/how-to.md#see-what-is-going-on": stats,
+    "docs/observe.md#prometheus": metrics,
     "docs/from-broadcaster.md#from-encodebroadcaster": channels_by_path,
     "docs/listen.md#listen": watch,
     "docs/operations.md#put-it-into-the-app": operations,

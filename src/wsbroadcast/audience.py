@@ -195,3 +195,8 @@ def as_channels(channels: object) -> tuple[str, ...]:
     if isinstance(channels, str):
         return (check_channel(channels),)
     return tuple(dict.fromkeys(check_channel(channel) for channel in cast("tuple[object, ...]", channels)))
+
+
+def for_logs(audience: Audience) -> str:
+    """Return what a log may say of an audience: no user's name."""
+    return f"channel {audience.name!r}" if audience.kind == "channel" else audience.kind

@@ -296,6 +296,33 @@ async def test_replay_makes_no_span(recorder: Recorder) -> None:
     assert len(recorder.spans(SpanKind.CONSUMER)) == len(recorder.spans(SpanKind.PRODUCER)) == 2
 
 
+async def test_hooks_of_a_replay_make_no_span(recorder: Recorder) -> None:
+    async with Cluster(1, history=History()) as cluster:
+        manager = cluster[0]
+        trace(manager, recorder.provider)
+        seen: list[bool] = []
+        manager.on_deliver(lambda delivery: seen.append(delivery.is_replay))
+        first = await manager.broadcast("1", channel="news")
+        await manager.broadcast("2", channel="news")
+        with recorder.within("socket"):
+            [(late, _)] = await connected(manager, 1, channels=["news"], since={"news": first.position})
+            assert await late.wait_messages(1) == ["2"]
+    assert True in seen
+    assert [span.name for span in recorder.spans(SpanKind.INTERNAL)] == ["on_deliver"] * seen.count(False) + ["socket"]
+
+
+async def test_hooks_of_what_nobody_traced_make_no_span(recorder: Recorder) -> None:
+    async with Cluster(2) as cluster:
+        trace(cluster[1], recorder.provider)  # the other one isn't
+        seen: list[str] = []
+        cluster[1].on_deliver(lambda delivery: seen.append(delivery.message.data))
+        [(peer, _)] = await connected(cluster[1], 1)
+        await cluster[0].broadcast("x")
+        assert await peer.wait_messages(1) == ["x"]
+    assert seen == ["x"]
+    assert recorder.spans() == []
+
+
 # A real broker.
 
 
@@ -303,8 +330,9 @@ async def test_traces_cross_a_broker(recorder: Recorder, redis_server: Endpoint,
     url = f"{redis_server.url}?prefix={prefix}"
     managers = [ConnectionManager(url, history=History()) for _ in range(2)]
     publisher = Publisher(url)
-    for source in (*managers, publisher):
-        trace(source, recorder.provider)
+    trace(publisher, recorder.provider)
+    for manager in managers:
+        trace(manager, recorder.provider)
     async with managers[0], managers[1], publisher:
         pairs = [pair for manager in managers for pair in await connected(manager, 2, channels=["news"])]
         with recorder.within("job"):

@@ -17,7 +17,7 @@ from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import NOBODYS, SlowConsumers
 from wsbroadcast.delivery.uvicorn import UvicornSink
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import NOBODY, Publication
 
 # A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
@@ -94,7 +94,8 @@ class Dispatcher(Generic[R]):
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
-            self._slow_consumers.counters.deliveries += len(recipients) * len(batch.publications)
+            if first.__class__ is Publication:  # all of a batch are, or none
+                self._count(len(recipients) * len(batch.publications))
             if first.taken_at and recipients:
                 self._slow_consumers.counters.delivery_seconds.observe(monotonic() - first.taken_at)
 
@@ -104,7 +105,13 @@ class Dispatcher(Generic[R]):
             self._deliver_large(batch, (recipient,))
         else:
             UvicornSink.deliver_all(batch, (recipient,), self._failed)
-        self._slow_consumers.counters.deliveries += len(batch.publications)
+        self._count(batch.messages)
+
+    def _count(self, messages: int) -> None:
+        slow_consumers = self._slow_consumers
+        # What falls back is delivered, and counted, when there is room.
+        slow_consumers.counters.deliveries += messages - slow_consumers.postponed
+        slow_consumers.postponed = 0
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
@@ -114,7 +121,9 @@ class Dispatcher(Generic[R]):
                 self._failed(recipient)
 
     def _failed(self, recipient: R) -> None:
-        logger.exception("the server failed on a write")  # it must not cost the others their message
+        logger.exception(
+            "the server failed on a write", extra=about("write.failed")
+        )  # it must not cost the others their message
         recipient._sink.owner.lost(ABNORMAL, "")
 
     @property

@@ -19,7 +19,7 @@ from wsbroadcast.audience import UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
 from wsbroadcast.history import NOWHERE, SinceByAudience, SinceOption, since_of
-from wsbroadcast.logs import Clock, Throttle, logger
+from wsbroadcast.logs import Clock, Throttle, about, logger
 from wsbroadcast.options import ExpiresAt, Limits, unix_seconds
 from wsbroadcast.stats import Counters
 from wsbroadcast.transports.refusal import refuse
@@ -83,7 +83,14 @@ class Violations:
         limited[limit] += 1
         if self._throttle.is_due(limit):
             level = logging.INFO if limit == DRAINING else logging.WARNING  # which is what a deploy is about
-            logger.log(level, "%s: refused %d so far, the last was %.200r", limit, limited[limit], who)
+            logger.log(
+                level,
+                "%s: refused %d so far, the last was %.200r",
+                limit,
+                limited[limit],
+                who,
+                extra=about("limit.exceeded", limit=limit, count=limited[limit]),
+            )
         return limit_error(limit)
 
 

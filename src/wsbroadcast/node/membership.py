@@ -21,7 +21,7 @@ from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
 from wsbroadcast.history import NOW, NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
 from wsbroadcast.node.ages import Ages
 from wsbroadcast.node.continuity import Continuity
@@ -317,7 +317,13 @@ class Membership:
             connection._sink.abort()  # it had left already, and now what it was still owed doesn't go out either
             return
         self._counters.evicted[cause] += 1
-        logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
+        logger.warning(
+            "evicted %r as a slow consumer (%s) with %d bytes unsent",
+            connection,
+            cause,
+            held,
+            extra=about("connection.evicted", connection=connection.id, reason=cause, bytes=held),
+        )
         connection._sink.discard()
         self._departures.close(connection, code, reason)
 

@@ -15,7 +15,7 @@ from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.history import HistoryRules
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
-from wsbroadcast.logs import Clock, logger
+from wsbroadcast.logs import Clock, about, logger
 from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.drain import Drain
 from wsbroadcast.node.lanes import Lanes, Outbox
@@ -286,7 +286,9 @@ class Node:
         try:
             self._deliver(publication)
         except Exception:  # whatever it is, the engine goes on
-            logger.exception("a message was not delivered")
+            logger.exception(
+                "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
+            )
 
     async def deliver_paced(self, publication: Publication) -> None:
         """Hand it over when most clients keep up, through the hooks."""
@@ -304,6 +306,7 @@ class Node:
             "messages of the last %.1f s are missing here: more came by the %s engine than connections and hooks take",
             seconds,
             self._engine.name,
+            extra=about("engine.overrun", engine=self._engine.name, seconds=seconds),
         )
         if self._links_nodes:
             self.gap(Gap(self._engine.name, seconds))

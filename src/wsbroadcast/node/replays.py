@@ -16,7 +16,7 @@ from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.slow_consumers import NOBODYS
 from wsbroadcast.history import LAST, NOW, Reason, Recovery, Since
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.node.tail import Stretch, Tail, batch_of
 from wsbroadcast.node.tails import Tails
 from wsbroadcast.publication import MAX_OFFSET, Position, Publication
@@ -137,7 +137,6 @@ class Replays:
             cursor.epoch, cursor.offset = begins.epoch, begins.offset
             announce(recovery, begins)
             if since is not NOW:
-                self._counters.recoveries += 1
                 cursor.began = began
             self._schedule(cursor)
         return recovery
@@ -261,6 +260,7 @@ class Replays:
             if cursor.offset == tail.delivered and not self._tails.deliveries.is_in_flight(cursor.audience):
                 self._join(cursor)
                 if cursor.began:
+                    self._counters.recoveries += 1
                     self._counters.recovery_seconds.observe(monotonic() - cursor.began)
         elif not tail.has_all_after(cursor.offset):
             self._lose(cursor, tail.why_not(cursor.offset))
@@ -299,7 +299,9 @@ class Replays:
                     has_room = partial(self._has_room, cursor)
                     await self._node.replay_through_hooks(publication, cursor.connection, has_room)
             except Exception:
-                logger.exception("a message was not delivered")
+                logger.exception(
+                    "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
+                )
                 await self._tell_withheld(cursor, publication)
             if not self._is_behind(cursor):
                 return

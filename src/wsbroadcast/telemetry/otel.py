@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from wsbroadcast.exceptions import ConfigurationError, MissingDependency
 from wsbroadcast.manager import ConnectionManager
@@ -26,13 +25,14 @@ try:
         TraceFlags,
         Tracer,
         TracerProvider,
+        get_current_span,
         get_tracer,
         set_span_in_context,
     )
 except ImportError as error:
     raise MissingDependency('traces and metrics need OpenTelemetry: pip install "wsbroadcast[otel]"') from error
 
-# A histogram is told of no more durations than this when it is collected, which takes about 5 ms.
+# A histogram is told of no more durations than this when it is collected, which takes about 18 ms.
 _MOST_RECORDED = 1000
 
 # How many broadcasts are remembered, so that a node makes one span for one that comes to several audiences.
@@ -215,8 +215,10 @@ class Spans:
             self._remember(where, span.get_span_context())
             yield
 
-    def hook(self, event: str, name: str) -> Any:
-        """Make the span of a hook."""
+    def hook(self, event: str, name: str) -> AbstractContextManager[object]:
+        """Make the span of a hook, if what it belongs to is recorded."""
+        if not get_current_span().is_recording() and not get_current_span().get_span_context().trace_flags.sampled:
+            return nullcontext()
         return self._tracer.start_as_current_span(event, attributes={"code.function.name": name})
 
     def _remember(self, where: str, context: SpanContext) -> None:

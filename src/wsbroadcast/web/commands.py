@@ -26,7 +26,7 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     ungrouped,
 )
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.message import Message
 from wsbroadcast.node.core import Core
 from wsbroadcast.publication import POSITION_TEXT
@@ -50,7 +50,7 @@ class Outage:
     def log(self, text: str, *arguments: object) -> None:
         """Log a warning, if there was none in the last minute."""
         if self._throttle.is_due("outage"):
-            logger.warning(text, *arguments)
+            logger.warning(text, *arguments, extra=about("client.unavailable"))
 
 
 class Commands:

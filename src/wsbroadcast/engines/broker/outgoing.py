@@ -14,7 +14,7 @@ from wsbroadcast.engines.broker.link import Keep, KeptParcel, Link, Parcel
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.history import Appended
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Control, NodeMessage, Publication
 from wsbroadcast.stats import EngineCounters
@@ -75,6 +75,8 @@ class Outgoing:
         # Why there is no link; empty if nothing is wrong.
         self._trouble = "not connected yet"
         self._throttle = Throttle()
+        # What carries no publication.
+        self._echoes: set[_Taken] = set()
         # Of `broadcast_nowait`, refused since the log was told last.
         self._refused = 0
         self._tasks = Tasks()
@@ -116,6 +118,8 @@ class Outgoing:
         """Put a parcel before all that wait, because nothing has to come before it."""
         future = self._put(parcel)
         self._waiting.rotate(1)
+        self._echoes.add(future)
+        future.add_done_callback(self._echoes.discard)
         return future
 
     def is_forged(self, origin: Origin) -> bool:
@@ -154,7 +158,12 @@ class Outgoing:
                 async with Patience(self._timing.connect_timeout):
                     await self.link.read_limits()
         except Exception as error:  # who publishes is told of the limit that is known
-            logger.info("%s doesn't say whether its limits have changed: %s", self._where, error)
+            logger.info(
+                "%s doesn't say whether its limits have changed: %s",
+                self._where,
+                error,
+                extra=about("engine.limits_unknown"),
+            )
         finally:
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = None
@@ -221,10 +230,15 @@ class Outgoing:
         lost = sum(future is None for _, future in (*in_flight, *waiting))
         for some, consequence in ((in_flight, unknown), (waiting, "nothing was sent")):
             for _, future in some:
-                self._counters.publish_failures += 1
+                self._counters.publish_failures += future not in self._echoes
                 _tell(future, EngineUnavailable(f"{why}; {consequence}", may_have_been_sent=some is in_flight))
         if lost:
-            logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
+            logger.error(
+                "not published, of broadcast_nowait: %d, because %s",
+                lost,
+                why,
+                extra=about("publish.failed", count=lost),
+            )
 
     async def aclose(self, why: str) -> None:
         """Tell everybody who still waits, and take nothing more."""
@@ -246,14 +260,19 @@ class Outgoing:
         return batch
 
     def _refuse(self, future: _Taken | None, error: Exception) -> None:
-        self._counters.publish_failures += 1
+        self._counters.publish_failures += future not in self._echoes
         if future is not None:
             _tell(future, _documented(error))
             return
         self._refused += 1
         if self._throttle.is_due("refused"):
             count, self._refused = self._refused, 0
-            logger.error("not published, of broadcast_nowait: %d, because %s", count, error)
+            logger.error(
+                "not published, of broadcast_nowait: %d, because %s",
+                count,
+                error,
+                extra=about("publish.failed", count=count),
+            )
 
 
 def _documented(error: Exception) -> Exception:

@@ -16,7 +16,7 @@ from wsbroadcast.engines.broker.link import Entry, KeptParcel, Parcel, Place, St
 from wsbroadcast.engines.sqlite.file import Identity, check_local
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Position
 
 # Rows that a node reads at once.
@@ -184,6 +184,7 @@ class Store:
                 self.path,
                 text,
                 known,
+                extra=about("history.rules_differ", engine="sqlite"),
             )
 
     def read_rules(self, prefix: str) -> HistoryRules | None:
