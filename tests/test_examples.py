@@ -139,7 +139,7 @@ def engine(client: TestClient) -> None:
 def scale_out(client: TestClient) -> None:
     # With brokers and several workers: tests/integration/test_workers.py.
     announce(client)
-    assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+    assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": "", "is_ready": True}
 
 
 def login(client: TestClient) -> None:

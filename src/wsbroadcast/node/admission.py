@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
@@ -82,15 +81,11 @@ class Violations:
         limited = self._counters.limited
         limited[limit] += 1
         if self._throttle.is_due(limit):
-            level = logging.INFO if limit == DRAINING else logging.WARNING  # which is what a deploy is about
-            logger.log(
-                level,
-                "%s: refused %d so far, the last was %.200r",
-                limit,
-                limited[limit],
-                who,
-                extra=about("limit.exceeded", limit=limit, count=limited[limit]),
-            )
+            text, count = "%s: refused %d so far, the last was %.200r", limited[limit]
+            if limit == DRAINING:  # which is what a deploy is about
+                logger.info(text, limit, count, who, extra=about("limit.exceeded", limit=limit, count=count))
+            else:
+                logger.warning(text, limit, count, who, extra=about("limit.exceeded", limit=limit, count=count))
         return limit_error(limit)
 
 

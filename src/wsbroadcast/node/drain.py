@@ -10,7 +10,7 @@ from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.registry import Registry
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.node.membership import Membership
 
 DRAIN = "drain"
@@ -69,7 +69,12 @@ class Drain:
             loop = asyncio.get_running_loop()
             connections = list(self._registry.recipients(EVERYONE))
             seconds = min(over, len(connections) / _PER_SECOND)
-            logger.info("draining: %d connections are closed within %.1f s", len(connections), seconds)
+            logger.info(
+                "draining: %d connections are closed within %.1f s",
+                len(connections),
+                seconds,
+                extra=about("drain.begun", count=len(connections), seconds=seconds),
+            )
             begun = loop.time()
             self._membership.turn_away(begun + seconds)
             self._task = self._tasks.spawn(self._run(connections, begun, seconds), "drain")
@@ -102,4 +107,6 @@ class Drain:
             self._membership.send_away(connection, CloseCode.SERVICE_RESTART, DRAIN)
         left = until + self.close_timeout - loop.time()
         cut_off = await self._membership.seen_off(max(0.0, left))
-        logger.info("drained, and %d peers were cut off that took nothing", cut_off)
+        logger.info(
+            "drained, and %d peers were cut off that took nothing", cut_off, extra=about("drain.over", count=cut_off)
+        )

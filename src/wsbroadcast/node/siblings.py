@@ -19,7 +19,7 @@ from wsbroadcast.audience import NODES, Audience
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import EngineError, LimitExceeded, MessageTooLarge
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES, NodeMessage, NodeMessageKind
 
 T = TypeVar("T")
@@ -149,7 +149,11 @@ class Siblings:
         try:
             await self._engine.confirmed(audiences)
         except EngineError as error:
-            logger.warning("other nodes are not heard, so that this one answers for itself alone: %s", error)
+            logger.warning(
+                "other nodes are not heard, so that this one answers for itself alone: %s",
+                error,
+                extra=about("nodes.unheard", engine=self._engine.name),
+            )
         if not self._is_ended:
             self._say_hello()
 
@@ -190,7 +194,8 @@ class Siblings:
                 self._take(message)
         except Exception as error:  # it may be forged, or of another release
             if self._throttle.is_due("node message"):
-                logger.warning("dropped a %s of a node, which can't be read: %s", message.kind, error)
+                text = "dropped a %s of a node, which can't be read: %s"
+                logger.warning(text, message.kind, error, extra=about("nodes.bad_message"))
 
     def _take(self, message: NodeMessage) -> None:
         if message.kind == "hello":
@@ -303,7 +308,8 @@ class Siblings:
             pass  # it counts as silent
         except ValueError as error:  # broken JSON, too
             if self._throttle.is_due("question"):
-                logger.warning("a question of another node was not understood: %s", error)
+                text = "a question of another node was not understood: %s"
+                logger.warning(text, error, extra=about("nodes.bad_question"))
         finally:
             self._answering -= 1
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -79,7 +79,9 @@ class SignalHandler:
     def detach(self, manager: Drainable) -> None:
         """Drain a manager no more; the last one puts back what was there, unless somebody has replaced our handler."""
         self._managers.discard(manager)
-        if self._managers or threading.current_thread() is not threading.main_thread():
+        # One whose event loop has ended, without a word, needs no handler either.
+        others = any(each.loop is not None and each.loop.is_running() for each in list(self._managers))
+        if others or threading.current_thread() is not threading.main_thread():
             return
         for number, handler in self._before.items():
             if signal.getsignal(number) == self.handle:
@@ -110,7 +112,7 @@ class SignalHandler:
         try:
             task, seconds = manager.begin_drain()
         except Exception:
-            logger.exception("a drain at a signal failed")
+            logger.exception("a drain at a signal failed", extra=about("drain.failed"))
             self._ended(manager)
             return
         # However long somebody else's drain takes, which may have begun before, or the event loop of another thread.

@@ -91,6 +91,7 @@ _LIMITS = (
     "max_connections",
     "max_connections_per_user",
     "max_connections_per_address",
+    "draining",
     "max_handshake_rate",
     "max_channels_per_connection",
     "max_inbound_bytes",
