@@ -24,6 +24,7 @@ LAYERS = [
     {"demo", "testing"},
     {"__init__"},
     {"web"},
+    {"telemetry"},
     {"manager"},
     {"node"},
     {"hooks", "methods"},
@@ -33,7 +34,7 @@ LAYERS = [
     {"protocols"},
     {"asking", "types"},
     {"engines"},
-    {"history"},
+    {"history", "tracing"},
     {"publication"},
     {"message"},
     {"audience", "concurrency", "options", "signatures"},
@@ -55,6 +56,8 @@ OUTSIDE: dict[str, set[str] | None] = {
     "asyncpg": {"engines"},
     "nats": {"engines"},
     "redis": {"engines"},
+    "opentelemetry": {"telemetry"},
+    "prometheus_client": {"telemetry"},
 }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import jwt
 import pytest
 from fastapi import FastAPI
-from starlette.testclient import TestClient, WebSocketTestSession
+from starlette.testclient import TestClient, WebSocketDenialResponse, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosedError
 
@@ -377,7 +377,7 @@ def prices(client: TestClient, block: Namespace) -> None:
 def stats(client: TestClient, block: Namespace) -> None:
     with client.websocket_connect("/ws"):
         assert client.get("/stats").json()["connections"] == 1
-        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": "", "is_ready": True}
 
 
 def order(client: TestClient, block: Namespace) -> None:
@@ -565,6 +565,13 @@ def comes_back(client: TestClient, block: Namespace) -> None:
         assert ada.receive_text() == "reload"
 
 
+def metrics(client: TestClient, block: Namespace) -> None:
+    with client.websocket_connect("/ws"):
+        page = client.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'wsbroadcast_connections{node="web-1",sink="asgi"} 1' in page.text.splitlines()
+
+
 def snapshot_and_follow(client: TestClient, block: Namespace) -> None:
     since = client.get("/prices").json()["since"]
     say(client, block, "prices", "72")
@@ -596,10 +603,51 @@ def snapshot(client: TestClient, block: Namespace) -> None:
         assert [page.receive_text(), page.receive_text()] == ["tea", "jam"]
 
 
+def operations(client: TestClient, block: Namespace) -> None:
+    assert client.get("/operations/nodes").status_code == 401
+    assert client.get("/operations/ready").text == "ready"
+    client.auth = ("ops", "a long secret")
+    with client.websocket_connect("/ws/tea") as one, client.websocket_connect("/ws/tea") as two:
+        one.send_text("milk?")
+        assert one.receive_text() == two.receive_text() == "milk?"
+        routes = ("nodes", "connections?limit=1", "channels")
+        for route, example in zip(routes, blocks_of("docs/operations.md", "json"), strict=True):
+            assert alike(client.get(f"/operations/{route}").json(), json.loads(example.source)), route
+        for line in PAGES["docs/operations.md"].partition("## What is where")[2].splitlines():
+            if route_of := re.match(r"\| `(GET|POST) (/operations/[^`]*)` \|", line):
+                path = route_of[2].replace("{user}", "ada")
+                expected = 404 if path.endswith("ada") else 202 if path.endswith("drain") else 200
+                assert client.request(route_of[1], path).status_code == expected, line
+        assert block["manager"].is_draining
+
+
+def alike(found: Any, example: Any) -> bool:
+    """Tell whether the example has the fields that were found, and where it holds for every answer, what is in them."""
+    if isinstance(found, dict) and isinstance(example, dict):
+        return found.keys() == example.keys() and all(alike(found[key], example[key]) for key in found)
+    if isinstance(found, list) and isinstance(example, list):
+        return len(found) == len(example) and all(map(alike, found, example))
+    return type(found) is type(example) and (not isinstance(found, (bool, int)) or found == example or found > 100)
+
+
+def drained(client: TestClient, block: Namespace) -> None:
+    assert client.get("/ready").json() is True
+    with client.websocket_connect("/ws/news") as ada:
+        client.post("/internal/drain").raise_for_status()
+        with pytest.raises(WebSocketDisconnect) as caught:
+            ada.receive_text()
+    assert (caught.value.code, caught.value.reason) == (1012, "drain")
+    assert client.get("/ready").status_code == 503
+    with pytest.raises(WebSocketDenialResponse) as refused, client.websocket_connect("/ws/news"):
+        pass
+    assert refused.value.status_code == 503
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
     "docs/behind-a-proxy.md#the-server": named_origins,
+    "docs/deployment.md#restarts-that-nobody-notices-#2": drained,
     "docs/explanation.md#order": order,
     "docs/history.md#come-back": comes_back,
     "docs/history.md#snapshot-and-follow": snapshot_and_follow,
@@ -628,8 +676,10 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/how-to.md#send-something-else-to-some-of-the-recipients": by_role,
     "docs/how-to.md#choose-what-happens-to-slow-consumers": prices,
     "docs/how-to.md#see-what-is-going-on": stats,
+    "docs/observe.md#prometheus": metrics,
     "docs/from-broadcaster.md#from-encodebroadcaster": channels_by_path,
     "docs/listen.md#listen": watch,
+    "docs/operations.md#put-it-into-the-app": operations,
     "docs/listen.md#snapshot-and-follow": snapshot,
     "docs/servers.md#uvicorn": echo,
     "docs/scale-out.md#two-workers": scale_out,

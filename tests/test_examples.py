@@ -139,7 +139,7 @@ def engine(client: TestClient) -> None:
 def scale_out(client: TestClient) -> None:
     # With brokers and several workers: tests/integration/test_workers.py.
     announce(client)
-    assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+    assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": "", "is_ready": True}
 
 
 def login(client: TestClient) -> None:
@@ -417,6 +417,18 @@ async def come_from_broadcaster(example: ModuleType) -> None:
         example.Broadcast("kafka://localhost")
 
 
+def operations(client: TestClient) -> None:
+    assert client.get("/operations/nodes").status_code == 401
+    assert client.get("/operations/ready").text == "ready"
+    with client.websocket_connect("/ws/tea") as ada, client.websocket_connect("/ws/tea") as bob:
+        ada.send_text("milk?")
+        assert ada.receive_text() == bob.receive_text() == "milk?"
+        client.auth = ("ops", "sesame")
+        found = client.get("/operations/channels").json()
+        assert (found["channels"], found["scope"]) == ([{"name": "tea", "connections": 2}], "cluster")
+        assert "<title>Operations</title>" in client.get("/operations/").text
+
+
 EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "01_chat": chat,
     "02_router": router,
@@ -435,6 +447,7 @@ EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "15_graphql": graphql,
     "16_documents": documents,
     "17_broadcaster": broadcaster,
+    "18_operations": operations,
 }
 
 # Examples that want more than the extra `demo`, and don't run in this process alone.

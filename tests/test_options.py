@@ -77,7 +77,7 @@ for no_number in ((SlowConsumer, "policy"), (SlowConsumer, "by_channel"), (Limit
 
 def is_measured(name: str) -> bool:
     """Whether an option is seconds or a rate, not a count."""
-    return name.endswith(("_timeout", "_rate", "_interval", "_backoff")) or name == "linger"
+    return name.endswith(("_timeout", "_rate", "_age", "_interval", "_backoff")) or name == "linger"
 
 
 @pytest.mark.parametrize(("kind", "name"), NUMBERS)

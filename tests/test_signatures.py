@@ -153,7 +153,8 @@ def test_results_may_be_what_a_route_returns() -> None:
 
     with TestClient(app) as client:
         assert client.get("/stats").json()["connections"] == 0
-        assert client.get("/health").json() == {"engine": "memory", "is_ok": True, "detail": ""}
+        expected = {"engine": "memory", "is_ok": True, "detail": "", "is_ready": True}
+        assert client.get("/health").json() == expected
         assert client.get("/me").json() == {"user": "ada", "info": None, "expires_at": None}
 
 

@@ -31,6 +31,7 @@ from wsbroadcast.publication import (
     Dismissal,
     Forgetting,
     Gap,
+    NodeMessage,
     Position,
     Publication,
     Receipt,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         get_manager,
     )
     from wsbroadcast.web.event_commands import Accepts, Inbound
+    from wsbroadcast.web.operations import create_operations_router
     from wsbroadcast.web.routing import create_router, create_routes, create_sse_router
 
 __version__ = "0.1.0"
@@ -76,6 +78,7 @@ _LAZY = {
     "web.client_script": ("create_script_router",),
     "web.dependencies": ("ConnectionDep", "ManagerDep", "connection_dependency", "get_connection", "get_manager"),
     "web.event_commands": ("Accepts", "Inbound"),
+    "web.operations": ("create_operations_router",),
     "web.routing": ("create_router", "create_routes", "create_sse_router"),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
@@ -151,6 +154,7 @@ __all__ = [
     "Message",
     "MessageTooLarge",
     "MissingDependency",
+    "NodeMessage",
     "OnDenied",
     "Page",
     "PermissionDenied",
@@ -174,6 +178,7 @@ __all__ = [
     "WSBroadcastError",
     "__version__",
     "connection_dependency",
+    "create_operations_router",
     "create_router",
     "create_routes",
     "create_script_router",

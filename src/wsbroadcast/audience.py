@@ -29,9 +29,9 @@ UNSET = Unset()
 class Audience(NamedTuple):
     """The connections a message is meant for, by what they have in common."""
 
-    kind: Literal["everyone", "channel", "user", "connection"]
+    kind: Literal["everyone", "channel", "user", "connection", "nodes"]
     name: str = ""
-    """The channel, the user or the connection's id; empty for everyone."""
+    """The channel, the user, the connection's id or the node's; empty for everyone and for all nodes."""
 
     @classmethod
     def channel(cls, channel: str) -> Audience:
@@ -70,6 +70,9 @@ class Audience(NamedTuple):
 
 EVERYONE = Audience("everyone")
 """The audience of all connections."""
+
+NODES = Audience("nodes")
+"""The audience of all nodes that take part in questions to all of them. No connection is in it."""
 
 MAX_AUDIENCES = 1000
 """The most that one broadcast goes to."""
@@ -192,3 +195,8 @@ def as_channels(channels: object) -> tuple[str, ...]:
     if isinstance(channels, str):
         return (check_channel(channels),)
     return tuple(dict.fromkeys(check_channel(channel) for channel in cast("tuple[object, ...]", channels)))
+
+
+def for_logs(audience: Audience) -> str:
+    """Return what a log may say of an audience: no user's name."""
+    return f"channel {audience.name!r}" if audience.kind == "channel" else audience.kind

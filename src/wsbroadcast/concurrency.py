@@ -14,7 +14,7 @@ from types import AsyncGeneratorType, GeneratorType, TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from wsbroadcast.exceptions import ConfigurationError, LifecycleError
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -89,7 +89,7 @@ class Tasks:
 
 def _log_error(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("%s failed", task.get_name(), exc_info=error)
+        logger.error("%s failed", task.get_name(), exc_info=error, extra=about("task.failed", task=task.get_name()))
 
 
 def _look_at(task: asyncio.Task[Any]) -> None:
@@ -199,7 +199,12 @@ def name_if_it_blocked(name: str, started: float, seconds: float) -> None:
     """
     took = time.perf_counter() - started
     if took >= seconds:
-        logger.warning("%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread", name, took)
+        logger.warning(
+            "%s blocked the event loop for %.1f s; run blocking code with asyncio.to_thread",
+            name,
+            took,
+            extra=about("loop.blocked", blocker=name, seconds=took),
+        )
 
 
 class Timed(Generic[T]):

@@ -103,6 +103,7 @@ class Connection(Generic[Info]):
         "_end",
         "_expiry",
         "_inbound_full_at",
+        "_opened_at",
         "_sink",
         "_state",
         "_transport",
@@ -142,6 +143,8 @@ class Connection(Generic[Info]):
         """When it ends unless it is renewed, in seconds since 1970; `None` for never."""
         self._sink: Sink = transport.sink
         """Where its messages go."""
+        self._opened_at = time.monotonic()
+        """When it was accepted, by the monotonic clock."""
         self._inbound_full_at: float | None = None
         """When the bucket of its peer's messages is full again, by the clock of the limits; `None` if nothing limits
         them."""

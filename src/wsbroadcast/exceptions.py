@@ -112,7 +112,7 @@ class LimitExceeded(WSBroadcastError, WebSocketException):
 
     def __init__(self, limit: str, message: str, code: int = _POLICY_VIOLATION) -> None:
         self.limit = limit
-        """The name of the limit, a field of `Limits`."""
+        """The name of the limit, a field of `Limits`; `draining` where a node takes nobody."""
         WebSocketException.__init__(self, code, plain(message))
 
     def __str__(self) -> str:

@@ -18,11 +18,12 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Timed, Unfinished, finished, name_if_it_blocked
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, PermissionDenied, ungrouped
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.message import Message
 from wsbroadcast.publication import Gap
 from wsbroadcast.signatures import check_callable, may_return_none, without_parentheses
 from wsbroadcast.stats import Counters
+from wsbroadcast.tracing import Tracing
 from wsbroadcast.types import Guard
 
 HookEvent = Literal[
@@ -231,6 +232,8 @@ class HookChain:
         """Seconds after which a hook is cut off."""
         self.blocked_seconds = 1.0
         """A hook that keeps the event loop this many seconds is reported by name."""
+        self.tracing: Tracing | None = None
+        """Who traces the broadcasts of the manager; `None` for nobody."""
         self._counters = counters
         self._waiting: set[str] = set()
         self._functions: dict[str, tuple[Callable[..., Any], ...]] = dict.fromkeys(get_args(HookEvent), ())
@@ -244,7 +247,13 @@ class HookChain:
                 self.add_function(event, getattr(hook, event))
         for name in dir(type(hook)):
             if not hasattr(Hook, name) and (meant := get_close_matches(name, get_args(HookEvent), 1, 0.8)):
-                logger.warning("%s.%s is never called: %s is meant?", type(hook).__qualname__, name, meant[0])
+                logger.warning(
+                    "%s.%s is never called: %s is meant?",
+                    type(hook).__qualname__,
+                    name,
+                    meant[0],
+                    extra=about("hook.misnamed", hook=name),
+                )
 
     def add_function(self, event: HookEvent, function: M) -> M:
         """Append a function, `async def` or `def`, for one event.
@@ -258,6 +267,7 @@ class HookChain:
                 "on_broadcast hook %s may return None, which sends the message unchanged: to hold it back, "
                 "return HOLD_BACK",
                 _name(function),
+                extra=about("hook.may_return_none", hook=_name(function)),
             )
         self._functions[event] = (*self._functions[event], function)
         if not isinstance(function, (FunctionType, MethodType)) or iscoroutinefunction(function):
@@ -305,7 +315,7 @@ class HookChain:
         """
         for function in self._functions["on_broadcast"]:
             with _nested("on_broadcast"), self._counted():
-                result = await self._call("on_broadcast", function, (message, audience))
+                result = await self._call_traced("on_broadcast", function, (message, audience))
                 if isinstance(result, HoldBack):
                     self._counters.vetoed += 1
                     return None
@@ -324,11 +334,19 @@ class HookChain:
         try:
             for function in self._functions["on_deliver"]:
                 with _nested("on_deliver"), self._counted():
-                    await self._call("on_deliver", function, (delivery,))
+                    # A replay is to one connection, and no span is.
+                    call = self._call if delivery.is_replay else self._call_traced
+                    await call("on_deliver", function, (delivery,))
                     delivery._settle()
         finally:
             delivery._is_running = False
             _delivery.reset(token)
+
+    async def _call_traced(self, event: str, function: Callable[..., Any], args: tuple[object, ...]) -> Any:
+        if self.tracing is None:
+            return await self._call(event, function, args)
+        with self.tracing.hook(event, _name(function)):
+            return await self._call(event, function, args)
 
     async def _call(
         self, event: str, function: Callable[..., Any], args: tuple[object, ...], deadline: float | None = None
@@ -376,13 +394,17 @@ class HookChain:
 
     async def _report(self, error: Exception, where: str) -> None:
         self._counters.hook_errors += 1
-        logger.error("%s failed", where, exc_info=error)
+        logger.error("%s failed", where, exc_info=error, extra=about("hook.failed", hook=where))
         for function in self._functions["on_error"]:
             try:
                 await self._call("on_error", function, (error, where))
             except Exception:
                 self._counters.hook_errors += 1
-                logger.exception("on_error hook %s failed", _name(function))
+                logger.exception(
+                    "on_error hook %s failed",
+                    _name(function),
+                    extra=about("hook.failed", hook=f"on_error hook {_name(function)}"),
+                )
 
 
 def _says_nothing(error: Exception) -> bool:

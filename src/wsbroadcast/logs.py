@@ -8,6 +8,15 @@ from time import monotonic
 
 logger = logging.getLogger("wsbroadcast")
 
+
+def about(event: str, **fields: object) -> dict[str, object]:
+    """Return what a log record says beside its text, as its `extra`: the event's name, which stays, and its fields.
+
+    No field holds what a client has sent: no message, no query, no token, no user's name. docs/logs.md has them all.
+    """
+    return {"event": event, **fields}
+
+
 Clock = Callable[[], float]
 """Seconds of a clock that only goes forward."""
 

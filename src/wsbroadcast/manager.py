@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeAlias, Unpack, overload
@@ -31,7 +32,7 @@ from wsbroadcast.methods import HasMethods, Methods
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.core import Core
 from wsbroadcast.node.listening import Listener, ListenPolicy
-from wsbroadcast.options import ClientTiming, ExpiresAt, Limits, Policy, SlowConsumer, check_positive
+from wsbroadcast.options import ClientTiming, ExpiresAt, Limits, Policy, SlowConsumer, check_positive, check_seconds
 from wsbroadcast.publication import Dismissal, Receipt, Unsubscription
 from wsbroadcast.signatures import no_dependency, without_parentheses
 from wsbroadcast.stats import Counters, Stats
@@ -63,6 +64,9 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
         history: What is kept, so that who comes back gets what it missed: a `History` for all channels, or a dict by
             pattern, such as `{"room:*": History(messages=100, seconds=300), USERS: History()}`. `*` is any text, and
             the longest pattern holds that fits.
+        drain: Seconds over which the connections are closed at SIGTERM or SIGINT, before the server closes all of them
+            at once; see `drain`. That goes by itself where the server is uvicorn, also under gunicorn, with `--workers`
+            or with `--reload`: the manager puts a signal handler before the server's. `None` leaves the signals alone.
         client_timing: What clients that speak events are told to do when: pings, and how soon they come back.
 
     Raises:
@@ -79,6 +83,7 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
         hook_timeout: float = 5.0,
         json_default: JSONDefault | None = None,
         history: Histories | None = None,
+        drain: float | None = 5.0,
         client_timing: ClientTiming = ClientTiming(),  # noqa: B008  # frozen
     ) -> None:
         if isinstance(slow_consumer, str):
@@ -88,6 +93,8 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
         if not isinstance(client_timing, ClientTiming):
             raise ConfigurationError("client_timing is a ClientTiming(…)")
         check_positive("hook_timeout", hook_timeout)
+        if drain is not None:
+            check_seconds("drain", drain)
         check_json_default(json_default)
         counters = Counters()
         self.hooks = HookChain(hook_timeout, counters)
@@ -108,6 +115,7 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
             json_default,
             counters,
             rules,
+            drain,
             self._methods,
             client_timing,
         )
@@ -142,6 +150,31 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
             LifecycleError: If it runs in another event loop.
         """
         await self._core.life.aclose()
+
+    async def drain(self, over: float = 5.0) -> None:
+        """Let everybody go to another node before this one ends: refuse newcomers, close the connections one by one.
+
+        From now on handshakes are refused with 503 and `Retry-After`, and `connect` raises `LimitExceeded` with the
+        limit `draining`. The connections are closed with 1012 at random moments, each behind what was sent to it
+        before. Returns when all are gone; a peer that takes nothing is cut off `close_timeout` after the last moment.
+
+        If it drains already, waits for that. Afterwards it goes on refusing, until it is closed and started again.
+        `aclose` ends it at once. Nothing is left to do for a manager that is closed.
+
+        Args:
+            over: Seconds within which all are closed. Fewer connections take less: 50 of them a second.
+
+        Raises:
+            ConfigurationError: If `over` is not a number of seconds.
+            LifecycleError: If it runs in another event loop.
+        """
+        check_seconds("over", over)
+        await self._core.drain(over)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a drain has begun, and perhaps is over, since it was started."""
+        return self._core.life.node.drain.is_begun
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -221,7 +254,8 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
             PermissionDenied: If a hook refuses it; the socket is closed with 1008. Or if it has expired; the handshake
                 is refused with 401, or a socket that is accepted already closed with 4401.
             LimitExceeded: If it is one too many; the handshake is refused with 429, 503 for `max_connections`, or a
-                socket that is accepted already closed with 1008 or 1013.
+                socket that is accepted already closed with 1008 or 1013. Or if the manager drains; then it is 503, or
+                1012.
             EngineUnavailable: If the broker forbids us to subscribe to it. One that is out of reach is not an error:
                 what is missed is announced as a gap.
             LifecycleError: If the manager is closed, or runs in another event loop.
@@ -295,7 +329,7 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
         again. A block inside such a block has the same place.
 
         Raises:
-            LimitExceeded: If there is no place, as for `connect`; the handshake is refused.
+            LimitExceeded: If there is no place, or the manager drains, as for `connect`; the handshake is refused.
             LifecycleError: If the manager is closed, or runs in another event loop.
         """
         async with self._core.handshake(websocket):
@@ -634,9 +668,13 @@ class ConnectionManager(HookDecorators, HasMethods, KnowsHistory):
         return self._core.life.node.stats()
 
     async def health(self) -> Health:
-        """Tell whether messages travel between the nodes now."""
-        await self._core.life.run_here()
-        return await self._core.life.engine.health()
+        """Tell whether messages travel between the nodes now, and whether newcomers are taken here."""
+        life = self._core.life
+        was_started = life.is_started
+        await life.run_here()
+        health = await life.engine.health()
+        is_ready = was_started and not self.is_draining
+        return health if is_ready else replace(health, is_ready=False)
 
     def __repr__(self) -> str:
         life = self._core.life

@@ -89,6 +89,9 @@ class Limits:
     """The largest message that can be broadcast or sent to clients, in bytes."""
     max_connections: int | None = None
     """Connections in all; the next handshake is refused with 503."""
+    max_connection_age: float | None = None
+    """Seconds after which a connection is closed with 1012, so that its client comes back, perhaps to another node; for
+    each connection up to a tenth more or less. What waits for it is sent before."""
     max_connections_per_user: int | None = None
     """Connections of one user; see `when_full`."""
     when_full: Literal["refuse", "oldest"] = "refuse"
@@ -121,8 +124,9 @@ class Limits:
         always = ("max_outbound_bytes", "handshake_burst", "inbound_burst")
         names = [f.name for f in fields(self) if f.name in always or getattr(self, f.name) is not None]
         names.remove("when_full")
-        _check_fields(self, *(name for name in names if not name.endswith("_rate")), check=check_count)
-        _check_fields(self, *(name for name in names if name.endswith("_rate")), check=check_positive)
+        numbers = [name for name in names if name.endswith(("_rate", "_age"))]
+        _check_fields(self, *(name for name in names if name not in numbers), check=check_count)
+        _check_fields(self, *numbers, check=check_positive)
 
 
 def check_positive(name: str, value: object) -> None:
@@ -133,6 +137,16 @@ def check_positive(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
         raise ConfigurationError(f"{name} must be a positive number, not {value!r:.80}")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Check an option that is a time, which may be none at all.
+
+    Raises:
+        ConfigurationError: If it is not a number, not finite or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+        raise ConfigurationError(f"{name} must be seconds, 0 or more, not {value!r:.80}")
 
 
 def check_count(name: str, value: object) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from secrets import token_urlsafe
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic_core import SchemaSerializer, from_json
 
@@ -138,6 +138,8 @@ class Publication(Described):
         "message",
         "position",
         "previous",
+        "taken_at",
+        "traceparent",
     )
 
     def __init__(
@@ -171,6 +173,10 @@ class Publication(Described):
         """The offset before it in its audience, if it has a position: a jump shows that one is missing."""
         self.kept_at = kept_at
         """When it was kept, by the clock of the event loop, if it has a position."""
+        self.taken_at = 0.0
+        """When the node had it, by the monotonic clock, if it is one of those that are measured."""
+        self.traceparent: str | None = None
+        """Where its broadcast is found in a trace; empty if it is not recorded, `None` if nobody traces."""
         # What clients of other protocols than the plain one get of it, once one of them has asked.
         self._seen: dict[Protocol, Message] | None = None
 
@@ -224,7 +230,7 @@ class Publication(Described):
 
     def with_message(self, message: Message) -> Publication:
         """Return the same publication of another message."""
-        return Publication(
+        other = Publication(
             message,
             self.audience,
             self.exclude,
@@ -235,6 +241,8 @@ class Publication(Described):
             previous=self.previous,
             kept_at=self.kept_at,
         )
+        other.taken_at, other.traceparent = self.taken_at, self.traceparent
+        return other
 
     def place(self, position: Position, previous: int, kept_at: float = 0.0) -> None:
         """Give it its place in the history of its audience."""
@@ -398,7 +406,35 @@ class Forgetting:
         return 0
 
 
-Control = Dismissal | Unsubscription | Forgetting
+MAX_NODE_MESSAGE_BYTES = 256 * 1024
+"""The largest body of what one node tells another."""
+
+NodeMessageKind = Literal["hello", "bye", "question", "answer"]
+"""What a node says: that it is there, that it ends, what it wants to know of the others, and what it was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMessage:
+    """What nodes say to each other about themselves. It changes no connection, and none is sent it."""
+
+    audience: Audience
+    """All nodes that take part, or one of them."""
+    kind: NodeMessageKind
+    """What it is."""
+    sender: str
+    """The id of the node that says it."""
+    id: str = ""
+    """Of a question and its answers: which one."""
+    body: bytes = b""
+    """JSON."""
+
+    @property
+    def size(self) -> int:
+        """The size of the body in bytes."""
+        return len(self.body)
+
+
+Control = Dismissal | Unsubscription | Forgetting | NodeMessage
 """What nodes tell each other beside messages. No connection is sent it."""
 
 

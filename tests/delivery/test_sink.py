@@ -377,7 +377,7 @@ async def test_close_sends_what_was_handed_over_and_then_the_code() -> None:
     wire.deliver("too late")
     assert wire.peer.taken == ["one", "two", (1001, "x" * 123)]
     await wire.drained()
-    assert wire.counters.dropped == {}
+    assert wire.counters.dropped == {"closed": 1}
 
 
 async def test_close_towards_a_peer_that_takes_nothing_ends_after_close_timeout() -> None:

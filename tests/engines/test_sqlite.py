@@ -244,6 +244,26 @@ def test_other_file_is_refused(path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
+async def test_process_that_closes_the_file_is_not_taken_for_the_last_one(path: Path) -> None:
+    """Else it removes the write-ahead log that others go on writing to, and what they write is lost."""
+    visit = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA user_version'); c.close()"
+    async with node(path) as one, node(path) as another:  # each opens it twice
+        await append(one, "before")
+        log = path.with_name("messages.db-wal")
+        inode = log.stat().st_ino
+        await asyncio.to_thread(subprocess.run, [sys.executable, "-c", visit, str(path)], check=True)
+        assert log.stat().st_ino == inode
+        await append(another, "after")
+        read = (
+            "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); "
+            "print(*c.execute('SELECT max(place) FROM wsbroadcast_places'))"
+        )
+        done = await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-c", read, str(path)], check=True, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "(2,)"
+
+
 async def test_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no directory for"):
         async with node(tmp_path / "none" / "messages.db"):

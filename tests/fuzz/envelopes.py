@@ -12,7 +12,7 @@ if __name__ == "__main__":
 from tests.fuzz.harness import fuzz, watched
 
 with watched():
-    from wsbroadcast.audience import Audience
+    from wsbroadcast.audience import NODES, Audience
     from wsbroadcast.engines.broker.envelope import BadEnvelope, decode, encode
     from wsbroadcast.engines.nats.protocol import Answer, Reader, chain
     from wsbroadcast.engines.postgres.protocol import unpack
@@ -30,6 +30,7 @@ STARTS = (
     b'{"v":1,"node":"a","seq":',
     b'{"v":1}\n',
     b'{"v":1,"exclude":[',
+    b'{"v":1,"type":"nodes","kind":"answer","sender":"a","id":"q"',
 )
 
 HEADERS = (b"", b"NATS/1.0 ", b"NATS/1.0\r\nNats-Time-Stamp: ", b"NATS/1.0\r\nNats-Last-Sequence: 1\r\nNats-Sequence: ")
@@ -38,7 +39,8 @@ HEADERS = (b"", b"NATS/1.0 ", b"NATS/1.0\r\nNats-Time-Stamp: ", b"NATS/1.0\r\nNa
 def check(data: bytes) -> None:
     """An envelope is read or refused, and one that was read can be written and read again."""
     for start in STARTS:
-        _check_envelope(start + data)
+        _check_envelope(start + data, NEWS)
+        _check_envelope(start + data, NODES)
     _check_stream(Reader(lambda _words, _payload, _headers: None, lambda _line: None).feed, data)
     for start in HEADERS:
         _check_headers(start + data + b"\r\n")
@@ -49,15 +51,15 @@ def check(data: bytes) -> None:
         pass
 
 
-def _check_envelope(envelope: bytes) -> None:
+def _check_envelope(envelope: bytes, audience: Audience) -> None:
     try:
-        publication, origin = decode(envelope, NEWS, MAX_BYTES)
+        publication, origin = decode(envelope, audience, MAX_BYTES)
     except BadEnvelope:
         return
     assert publication.size <= MAX_BYTES
     if isinstance(publication, Publication):
         assert isinstance(publication.message.data, str) is publication.message.is_text
-    assert decode(encode(publication, origin), NEWS, MAX_BYTES) == (publication, origin)
+    assert decode(encode(publication, origin), audience, MAX_BYTES) == (publication, origin)
 
 
 def _check_headers(headers: bytes) -> None:

@@ -75,13 +75,12 @@ async def test_nothing_pings_where_nobody_speaks_events() -> None:
         plain, peer = client("news", subprotocols=()), client("news")
         clients = manager._core.life.node.continuity.clients
         await eventually(lambda: len(manager.connections) == 2)
-        timer = clients._timer
-        assert timer is not None
+        assert list(clients._timers) == [False]
         peer.leave()
         await eventually(lambda: len(manager.connections) == 1)
-        assert clients._timer is None
+        assert clients._timers == {}
         assert plain.messages == []
-    assert clients.count == 0
+    assert len(clients) == 0
 
 
 async def test_crowd_is_pinged_in_parts_with_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from time import monotonic
 from typing import Generic
 
 from wsbroadcast.audience import Audience
@@ -16,7 +17,7 @@ from wsbroadcast.delivery.pace import Pace, R, Wait
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import NOBODYS, SlowConsumers
 from wsbroadcast.delivery.uvicorn import UvicornSink
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import NOBODY, Publication
 
 # A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
@@ -47,7 +48,8 @@ class Dispatcher(Generic[R]):
         """How many bytes are delivered at once."""
         self.turn_messages = min(_TURN_MESSAGES, slow_consumers.options.max_backlog_messages // HIGH_WATER_PART)
         """How many messages are."""
-        self._batches: list[Batch[R]] = []
+        self.collected: list[Batch[R]] = []
+        """What this turn of the event loop has so far."""
         self._bytes = 0
         self._messages = 0
         self._is_scheduled = False
@@ -58,7 +60,7 @@ class Dispatcher(Generic[R]):
 
     def dispatch(self, publication: Publication, recipients: Sequence[R] | None = None) -> None:
         """Hand over a publication to its audience, or to some in it. Written in this turn of the event loop."""
-        batches = self._batches
+        batches = self.collected
         if batches and batches[-1].takes(publication, recipients):
             batches[-1].publications.append(publication)
         else:
@@ -76,9 +78,9 @@ class Dispatcher(Generic[R]):
 
     def flush(self) -> None:
         """Deliver what was collected, now."""
-        if not self._batches:
+        if not self.collected:
             return
-        batches, self._batches = self._batches, []
+        batches, self.collected = self.collected, []
         may_be_large = self._bytes > FRAGMENT_BYTES
         self._bytes = self._messages = 0
         for batch in batches:
@@ -92,7 +94,10 @@ class Dispatcher(Generic[R]):
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
-            self._slow_consumers.counters.deliveries += len(recipients) * len(batch.publications)
+            if first.__class__ is Publication:  # all of a batch are, or none
+                self._count(len(recipients) * len(batch.publications))
+            if first.taken_at and recipients:
+                self._slow_consumers.counters.delivery_seconds.observe(monotonic() - first.taken_at)
 
     def deliver_batch(self, batch: Batch[R], recipient: R) -> None:
         """Deliver a batch to one recipient, now. Call `flush` first."""
@@ -100,7 +105,13 @@ class Dispatcher(Generic[R]):
             self._deliver_large(batch, (recipient,))
         else:
             UvicornSink.deliver_all(batch, (recipient,), self._failed)
-        self._slow_consumers.counters.deliveries += len(batch.publications)
+        self._count(batch.messages)
+
+    def _count(self, messages: int) -> None:
+        slow_consumers = self._slow_consumers
+        # What falls back is delivered, and counted, when there is room.
+        slow_consumers.counters.deliveries += messages - slow_consumers.postponed
+        slow_consumers.postponed = 0
 
     def _deliver_large(self, batch: Batch[R], recipients: Sequence[R]) -> None:
         for recipient in recipients:
@@ -110,7 +121,9 @@ class Dispatcher(Generic[R]):
                 self._failed(recipient)
 
     def _failed(self, recipient: R) -> None:
-        logger.exception("the server failed on a write")  # it must not cost the others their message
+        logger.exception(
+            "the server failed on a write", extra=about("write.failed")
+        )  # it must not cost the others their message
         recipient._sink.owner.lost(ABNORMAL, "")
 
     @property

@@ -227,7 +227,13 @@ class Batch(Generic[R]):
             and first.exclude == publication.exclude
             and self.recipients == recipients
             and (first.position is None) is (publication.position is None)
+            and first.__class__ is publication.__class__
         )
+
+    @property
+    def messages(self) -> int:
+        """How many of them were broadcast or sent; the others are of a protocol, or say where a connection is."""
+        return sum(publication.__class__ is Publication for publication in self.publications)
 
     @property
     def is_large(self) -> bool:

@@ -151,6 +151,7 @@ class Sink:
     def enqueue(self, entries: Iterable[Entry]) -> None:
         """Put messages into the backlog for the writer task."""
         if self.is_ended:
+            self.count_lost(sum(1 for _ in entries))
             return
         backlog = self.backlog or self._open_backlog()
         rest = iter(entries)
@@ -159,8 +160,10 @@ class Sink:
             if entry.place is not None:
                 # Who knows where it is gets the rest later, under every policy.
                 if left_behind is not None and entry.place.audience in left_behind:
+                    self._slow_consumers.postponed += 1
                     continue
                 if not backlog.has_room_for(entry) and self.owner.fall_back(entry.place):
+                    self._slow_consumers.postponed += 1
                     left_behind = {entry.place.audience, *(left_behind or ())}
                     continue
             try:
@@ -377,7 +380,7 @@ class Sink:
                 if self._is_behind and not backlog.is_past_high_water:
                     self._catch_up()
                 if isinstance(item, Entry):
-                    await self.write(item, backlog)
+                    await self.write(item, backlog)  # if it fails, nobody knows whether it has arrived: not counted
                 elif isinstance(item, AppSend):
                     await self._run(item)
                     backlog.hand_over(item.size)

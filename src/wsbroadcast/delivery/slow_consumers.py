@@ -132,6 +132,9 @@ class SlowConsumers:
     def __init__(self, options: SlowConsumer, counters: Counters) -> None:
         self.options = options
         self.counters = counters
+        self.postponed = 0
+        """How many messages of the batch that is being delivered are delivered later, to those who know where they
+        are."""
         self.events = Events()
         """What is written to servers that make the frames themselves."""
         self.waiting: dict[Waiting, Progress] = {}

@@ -128,8 +128,8 @@ class UvicornSink(DirectSink):
             self._found_lost(batch)
 
     def _found_lost(self, batch: Batch[Any]) -> None:
+        self.count_lost(batch.messages)
         if not self.is_ended:
-            self.count_lost(len(batch.publications))
             self.owner.lost(ABNORMAL, "")
 
     @staticmethod

@@ -27,6 +27,9 @@ class Health:
     """Whether the engine's own echo came back through the broker."""
     detail: str = ""
     """What is wrong, if anything."""
+    is_ready: bool = True
+    """Whether this node takes connections: not before its start, nor from the beginning of a drain on. A broker that
+    is away changes nothing about it. An engine leaves it to the manager."""
 
 
 class Receiver(Protocol):

@@ -17,7 +17,7 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
 from wsbroadcast.history import Appended, History, HistoryRules, Replay
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Control, Position, Publication
 
 # Programs that serve an app with several processes, and the option that they have in common.
@@ -227,6 +227,7 @@ def _warn_of_several_workers() -> None:
             "in. Give the ConnectionManager sqlite:///messages.db, which links the processes of one machine, or the "
             "URL of a broker, such as redis://localhost; or run one worker",
             sign,
+            extra=about("engine.several_workers"),
         )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from ipaddress import IPv6Address, ip_address
+from math import ceil
 from time import monotonic
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, NoReturn, Protocol, Self
 
 from starlette.websockets import WebSocket
 
@@ -16,7 +18,7 @@ from wsbroadcast.audience import UserId, as_channels, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
 from wsbroadcast.history import NOWHERE, SinceByAudience, SinceOption, since_of
-from wsbroadcast.logs import Clock, Throttle, logger
+from wsbroadcast.logs import Clock, Throttle, about, logger
 from wsbroadcast.options import ExpiresAt, Limits, unix_seconds
 from wsbroadcast.stats import Counters
 from wsbroadcast.transports.refusal import refuse
@@ -40,7 +42,11 @@ class Refusal(NamedTuple):
     """The HTTP status for one that isn't."""
 
 
+DRAINING = "draining"
+"""What stands for a limit where a node takes nobody, because it is about to end."""
+
 REFUSALS = {
+    DRAINING: Refusal("draining", CloseCode.SERVICE_RESTART, 503),
     "max_connections": Refusal("too many connections here", CloseCode.TRY_AGAIN_LATER, 503),
     "max_connections_per_user": Refusal("too many connections of this user", CloseCode.POLICY_VIOLATION, 429),
     "max_connections_per_address": Refusal("too many connections from this address", CloseCode.POLICY_VIOLATION, 429),
@@ -69,14 +75,23 @@ class Violations:
         """Count one more, and return the error to raise.
 
         Args:
-            limit: The name of a field of `Limits`.
+            limit: The name of a field of `Limits`, or `DRAINING`.
             who: A connection or an address, for the log.
         """
         limited = self._counters.limited
         limited[limit] += 1
         if self._throttle.is_due(limit):
-            logger.warning("%s: refused %d so far, the last was %.200r", limit, limited[limit], who)
-        return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
+            text, count = "%s: refused %d so far, the last was %.200r", limited[limit]
+            if limit == DRAINING:  # which is what a deploy is about
+                logger.info(text, limit, count, who, extra=about("limit.exceeded", limit=limit, count=count))
+            else:
+                logger.warning(text, limit, count, who, extra=about("limit.exceeded", limit=limit, count=count))
+        return limit_error(limit)
+
+
+def limit_error(limit: str) -> LimitExceeded:
+    """Make the error for what went past a limit."""
+    return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
 
 
 class Counted:
@@ -404,7 +419,11 @@ class Admission:
 
     def __init__(self, limits: Limits, counters: Counters, make_room: Callable[[str], None]) -> None:
         self._make_room = make_room if limits.when_full == "oldest" else None
-        violations = Violations(counters)
+        self._violations = violations = Violations(counters)
+        # The WebSockets in the blocks of `handshake`; once a drain has begun, those that it has refused there.
+        self._arriving: set[WebSocket] = set()
+        self.drains_until: float | None = None
+        """When a drain ends or has ended, by the event loop's clock; `None` if none has begun."""
         self.quotas = Quotas(limits, violations)
         """Counts connections, and paces handshakes."""
         self.check_channels = self.quotas.check_channels
@@ -418,9 +437,12 @@ class Admission:
         """Take a place for a WebSocket that is about to be accepted, or refuse it.
 
         Raises:
-            LimitExceeded: If no place is free, or the channels are too many; the refusal has been sent.
+            LimitExceeded: If no place is free, the channels are too many, or the node is drained; the refusal has been
+                sent.
             PermissionDenied: If it has expired; the refusal has been sent.
         """
+        if self.drains_until is not None:
+            await self.refuse_draining(websocket)
         lease = self._take_over(websocket) or await self._take_lease(websocket)
         try:
             key = joining.user_key
@@ -445,19 +467,55 @@ class Admission:
         """Hold a place for a handshake; `admit` takes it over. Inside another such block it is the same place.
 
         Raises:
-            LimitExceeded: If no place is free; the refusal has been sent.
+            LimitExceeded: If no place is free, or the node is drained; the refusal has been sent.
         """
+        if self.drains_until is not None:
+            await self.refuse_draining(websocket)
         leases: dict[Quotas, Lease] = websocket.scope.setdefault(_LEASES_KEY, {})
         if self.quotas in leases:
             yield
             return
         lease = leases[self.quotas] = await self._take_lease(websocket)
+        self._arriving.add(websocket)
         try:
             yield
         finally:
+            self._arriving.discard(websocket)
             if leases.get(self.quotas) is lease:  # else it is a connection's now
                 del leases[self.quotas]
                 lease.release()
+
+    def drain(self, until: float) -> list[Coroutine[Any, Any, None]]:
+        """Take nobody any more; return what refuses those that are looked into now.
+
+        Args:
+            until: When everybody who is here will be closed, by the event loop's clock.
+        """
+        self.drains_until = until
+        # Who is being connected is refused there.
+        self._arriving = {each for each in self._arriving if self.quotas in each.scope.get(_LEASES_KEY, ())}
+        return [_refuse(each, self._draining(each), self._retry_after()) for each in self._arriving]
+
+    async def refuse_draining(self, websocket: WebSocket) -> NoReturn:
+        """Refuse a WebSocket because of a drain.
+
+        Raises:
+            LimitExceeded: Always.
+        """
+        if websocket in self._arriving:  # it knows, and is counted
+            raise limit_error(DRAINING)
+        error = self._draining(websocket)
+        await _refuse(websocket, error, self._retry_after())
+        raise error
+
+    def _draining(self, websocket: WebSocket) -> LimitExceeded:
+        return self._violations.count(DRAINING, websocket.scope.get("client"))
+
+    def _retry_after(self) -> list[tuple[bytes, bytes]]:
+        # Whoever can go to no other node comes back when this one is done.
+        assert self.drains_until is not None
+        left = self.drains_until - asyncio.get_running_loop().time()
+        return [(b"retry-after", b"%d" % max(1, ceil(left)))]
 
     def _take_over(self, websocket: WebSocket) -> Lease | None:
         leases: dict[Quotas, Lease] = websocket.scope.get(_LEASES_KEY, {})
@@ -471,5 +529,5 @@ class Admission:
             raise
 
 
-async def _refuse(websocket: WebSocket, error: LimitExceeded) -> None:
-    await refuse(websocket, REFUSALS[error.limit].status, error.code, error.reason)
+async def _refuse(websocket: WebSocket, error: LimitExceeded, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    await refuse(websocket, REFUSALS[error.limit].status, error.code, error.reason, headers)

@@ -39,6 +39,7 @@ from wsbroadcast.publication import (
     Receipt,
     publications_of,
 )
+from wsbroadcast.tracing import is_untraced
 from wsbroadcast.types import Manager
 
 T = TypeVar("T")
@@ -159,6 +160,9 @@ class Broadcasting:
             idempotency_key: See there.
             node: What the manager is here, if that is known. It is where the manager is closed, too.
         """
+        if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
+            with tracing.publishing(publications):
+                return await self.broadcast(publications, transaction, idempotency_key, node=node)
         if node is None:
             node = self.life.node
             if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
@@ -185,6 +189,9 @@ class Broadcasting:
 
     async def broadcast_local(self, publications: Publications) -> Receipt:
         """Send to the connections of this node only."""
+        if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
+            with tracing.publishing(publications):
+                return await self.broadcast_local(publications)
         node = await self.life.run_here()
         members = node.count(publications)
         prepared = await self._prepare_all(node, publications)
@@ -194,6 +201,9 @@ class Broadcasting:
 
     def broadcast_nowait(self, publications: Publications) -> Receipt:
         """Publish to all nodes without awaiting anything."""
+        if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
+            with tracing.publishing(publications):
+                return self.broadcast_nowait(publications)
         if not self.life.is_started or self.life.loop is not running_loop():
             self.life.settle_here()
             if self.life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
@@ -208,6 +218,9 @@ class Broadcasting:
 
     def broadcast_threadsafe(self, publications: Publications) -> Receipt:
         """Publish from a thread, which is blocked until the engine has taken it."""
+        if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
+            with tracing.publishing(publications):  # here, because the event loop doesn't know the thread's span
+                return self.broadcast_threadsafe(publications)
         while True:
             loop = self.life.loop
             if loop is None or not loop.is_running():
@@ -226,6 +239,9 @@ class Broadcasting:
 
     def broadcast_soon(self, publications: Publications) -> None:
         """Publish later, in the order of the calls; from any thread."""
+        if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
+            with tracing.publishing(publications):  # it ends with the call; what is sent later names it
+                return self.broadcast_soon(publications)
         node = self.life.node  # before the look at the loop
         loop = self.life.loop
         if loop is None or not loop.is_running() or not self.life.is_started:

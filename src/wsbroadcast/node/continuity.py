@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Protocol
 
-from wsbroadcast.audience import EVERYONE, Audience
+from wsbroadcast.audience import EVERYONE, Audience, for_logs
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
@@ -15,7 +15,7 @@ from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.engines.contract import Engine, keeps_history
 from wsbroadcast.history import NOW, HistoryRules, Reason, Recovery, SinceByAudience
 from wsbroadcast.hooks import Delivery, Encode, HookChain
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.node.event_clients import EventClients
 from wsbroadcast.node.listening import Listener
@@ -113,7 +113,8 @@ class Continuity:
                 "messages came that were published past the history of their audience, %d so far, the last to %s: who "
                 "publishes them doesn't know that it is kept, and nobody gets them again",
                 self._counters.unkept,
-                publication.audience,
+                for_logs(publication.audience),
+                extra=about("history.unkept", count=self._counters.unkept),
             )
         return False
 

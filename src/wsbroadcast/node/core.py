@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocket
@@ -35,6 +35,7 @@ from wsbroadcast.node.lanes import Outbox
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.listening import Listener, ListenPolicy
 from wsbroadcast.node.node import Node
+from wsbroadcast.node.siblings import Answers
 from wsbroadcast.options import ClientTiming, Limits, SlowConsumer
 from wsbroadcast.publication import (
     NOBODY,
@@ -72,6 +73,7 @@ class Core(Broadcasting):
         json_default: Writes what JSON doesn't know.
         counters: Of the manager.
         rules: What is kept; `None` for nothing.
+        drain: Seconds of the drain at a signal; `None` for none.
         methods: What clients may call; `None` for nothing.
         client_timing: What clients of events are told to do when.
 
@@ -89,6 +91,7 @@ class Core(Broadcasting):
         json_default: JSONDefault | None,
         counters: Counters,
         rules: HistoryRules | None = None,
+        drain: float | None = None,
         methods: Methods | None = None,
         client_timing: ClientTiming = ClientTiming(),  # noqa: B008  # frozen
     ) -> None:
@@ -101,14 +104,27 @@ class Core(Broadcasting):
         self.counters = counters
         """What was counted, on all nodes that the manager has been."""
         super().__init__(manager, engine, hooks, limits.max_outbound_bytes, json_default, rules)
-        self.life = Lifecycle(engine, self._new_node)
+        self._knows_siblings = False
+        self.life = Lifecycle(engine, self._new_node, drain)
 
     def _new_node(self, engine: Engine) -> Node:
         node = Node(
             self, engine, self._hooks, self._slow_consumer, self._limits, self.counters, self.rules, self.client_timing
         )
         node.outbox = Outbox(partial(self.broadcast, node=node))
+        if self._knows_siblings:
+            node.know_siblings()
         return node
+
+    def know_siblings(self) -> None:
+        """Take part in questions to all nodes, from the next start on, or from the first question of its own."""
+        self._knows_siblings = True
+        self.life.node.know_siblings()
+
+    async def ask_nodes(self, topic: str, arguments: Mapping[str, Any], read: Callable[[bytes], T]) -> Answers[T]:
+        """Ask all nodes; see `Siblings.ask`."""
+        node = await self.life.run_here()
+        return await node.know_siblings().ask(topic, arguments, read)
 
     # Connections.
 
@@ -143,6 +159,11 @@ class Core(Broadcasting):
                 yield
         finally:
             node.entering -= 1
+
+    async def drain(self, over: float) -> None:
+        """Refuse newcomers and close everybody; see `ConnectionManager.drain`."""
+        if not self.life.is_closed:
+            await self.life.settle_here().drain.run(over)
 
     def disconnect(self, websocket: WebSocket | Connection) -> None:
         """Remove a connection whose peer is gone."""

@@ -10,7 +10,7 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.history import Reason
 from wsbroadcast.hooks import is_delivering
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.node.tail import Tail
 from wsbroadcast.publication import Publication
 
@@ -128,7 +128,9 @@ class Deliveries:
         if tail.epoch == epoch:  # else there was a break meanwhile, and it has begun anew
             tail.delivered = max(tail.delivered, publication.offset)
         if not self._settle(audience, publication.offset, failure) and failure is not None:
-            logger.error("a message was not delivered", exc_info=failure)
+            logger.error(
+                "a message was not delivered", exc_info=failure, extra=about("delivery.failed", audience=audience.kind)
+            )
         self._node.delivered(audience)
 
     def _settle(self, audience: Audience, offset: int | None, failure: Exception | None) -> bool:

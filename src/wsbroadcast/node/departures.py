@@ -59,6 +59,8 @@ class Departures:
         self._closing: dict[Connection, asyncio.Future[None]] = {}
         # The places of connections, where places are counted, until their sockets are freed.
         self._leases: dict[Connection, Lease] = {}
+        # Done when nobody is being closed, while somebody waits for that.
+        self._emptied: asyncio.Future[None] | None = None
 
     def hold(self, connection: Connection, lease: Lease) -> None:
         """Keep a connection's place until its socket is freed."""
@@ -114,7 +116,22 @@ class Departures:
         closing = self._closing.get(connection)
         if closing is not None and closing.done():  # else those who wait for the close still have to find it
             del self._closing[connection]
+            if self._emptied is not None and not self._closing and not self._emptied.done():
+                self._emptied.set_result(None)
         connection._transport.let_go()
+
+    async def seen_off(self, seconds: float) -> int:
+        """Wait until the sockets of all that are being closed are freed; then cut off the others, and count them."""
+        if self._closing:
+            self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._emptied}, timeout=seconds)
+            self._emptied = None
+        late = list(self._closing)
+        for connection in late:
+            connection._sink.abort()
+        if closings := [closing for closing in self._closing.values() if not closing.done()]:
+            await asyncio.wait(closings)  # whose writers were cancelled
+        return len(late)
 
 
 class Announcements:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias
 from wsbroadcast.audience import Audience
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.publication import Publication, Publications
 
 # A lane delivers no more than this before the event loop gets its chance, although no hook waits for anything.
@@ -101,7 +101,12 @@ class Outbox:
             except Exception as error:
                 self._failed += 1
                 if self._throttle.is_due(type(error).__name__):
-                    logger.error("broadcast_soon: not sent so far: %d", self._failed, exc_info=error)
+                    logger.error(
+                        "broadcast_soon: not sent so far: %d",
+                        self._failed,
+                        exc_info=error,
+                        extra=about("publish.failed", count=self._failed),
+                    )
         self._idle.set()
 
     def _next(self) -> Publications | None:
@@ -230,7 +235,9 @@ class Lanes:
         try:
             await self._node.deliver_paced(publication)
         except Exception:  # a hook's: it fails closed, and there is no caller here to see it
-            logger.exception("a message was not delivered")
+            logger.exception(
+                "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
+            )
 
     def _drop(self) -> None:
         if self._report is None and not self._is_closed:

@@ -13,6 +13,7 @@ from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import LifecycleError
 from wsbroadcast.node.membership import CLOSED
 from wsbroadcast.node.node import Node
+from wsbroadcast.node.signals import SIGNALS
 
 _FROM_A_THREAD = (
     "from a thread use `manager.broadcast_threadsafe(…)`, for anything else in a sync endpoint "
@@ -115,17 +116,20 @@ class Lifecycle:
     Args:
         engine: Starts with the manager, and stops with it.
         new_node: Makes what the manager is in the next event loop.
+        drain: Seconds of the drain at a signal; `None` for none.
     """
 
-    def __init__(self, engine: Engine, new_node: Callable[[Engine], Node]) -> None:
+    def __init__(self, engine: Engine, new_node: Callable[[Engine], Node], drain: float | None = None) -> None:
         self.engine = engine
+        self._drain = drain
         self.loop: asyncio.AbstractEventLoop | None = None
         """The event loop it runs in, or begins to; `None` before that and after the end."""
         self.is_started = False
         """Whether the engine is started in that event loop."""
         self._new_node = new_node
         self._starts = 0
-        self._is_closed = False
+        self.is_closed = False
+        """Whether it has ended, or is about to."""
         # There while the manager ends.
         self._ending: _Ending | None = None
         # What another event loop has begun because we took the manager from it.
@@ -171,8 +175,8 @@ class Lifecycle:
             self._starts = max(0, self._starts - 1)
             if self._starts:
                 return
-            if is_first := not self._is_closed:
-                self._is_closed = True
+            if is_first := not self.is_closed:
+                self.is_closed = True
                 self._ending = _Ending(here, asyncio.Event())
                 if is_elsewhere:
                     self._take_to(None)
@@ -191,6 +195,7 @@ class Lifecycle:
         finally:
             with self._lock:
                 if self._ending is ending:  # else this event loop had stopped, and another one has taken over
+                    SIGNALS.detach(self)
                     self._move_to(None)
                     self._ending = None
             ending.over.set()
@@ -237,6 +242,10 @@ class Lifecycle:
                 with self._lock:
                     if self._is_current(node):
                         self.is_started = True
+                        if node.siblings is not None:
+                            node.siblings.begin()
+                        if self._drain is not None:
+                            SIGNALS.attach(self)
                 if not self._is_current(node) and (self.node is node or self.loop is None):
                     # The manager was closed while it started. If another event loop has taken over, that one stops it.
                     await self.engine.aclose()
@@ -244,8 +253,18 @@ class Lifecycle:
             raise self.elsewhere()
         return node
 
+    @property
+    def needs_drain(self) -> bool:
+        """Whether it runs, in an event loop that runs too, and isn't drained yet."""
+        return self.is_started and not self.node.drain.is_over and self.loop is not None and self.loop.is_running()
+
+    def begin_drain(self) -> tuple[asyncio.Task[None], float]:
+        """Begin the drain at a signal, in its event loop; return it, and for how many seconds to wait for it."""
+        drain, seconds = self.node.drain, self._drain or 0.0
+        return drain.begin(seconds), seconds + drain.close_timeout
+
     def _is_current(self, node: Node) -> bool:
-        return self.node is node and not self._is_closed
+        return self.node is node and not self.is_closed
 
     def check_here(self) -> None:
         """Check that the caller is in the event loop that the manager runs in, before anything changes.
@@ -265,7 +284,7 @@ class Lifecycle:
         """
         loop = asyncio.get_running_loop()
         with self._lock:
-            is_here = self.is_started and self.loop is loop and not self._is_closed
+            is_here = self.is_started and self.loop is loop and not self.is_closed
             node = self.node if is_here else self._settle(is_owner=True)
             node.entering += 1
             return node
@@ -283,7 +302,7 @@ class Lifecycle:
         loop = running_loop()
         if loop is None:
             raise LifecycleError(f"no event loop runs here: {_FROM_A_THREAD}")
-        if self._is_closed and not reopens:
+        if self.is_closed and not reopens:
             raise LifecycleError(CLOSED)
         if self.loop is not None and self.loop is not loop:
             if not self.loop.is_running():
@@ -293,7 +312,7 @@ class Lifecycle:
             else:
                 raise LifecycleError(_ELSEWHERE)
         self.loop = loop
-        self._is_closed = False
+        self.is_closed = False
         return self.node
 
     @property

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable
 from contextvars import Context, copy_context
+from time import monotonic
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
@@ -19,8 +21,9 @@ from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConnectionClosed, LifecycleError, PermissionDenied
 from wsbroadcast.history import NOW, NOWHERE, SinceByAudience
 from wsbroadcast.hooks import HookChain
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.node.admission import EXPIRED, Admission, Joining, Lease
+from wsbroadcast.node.ages import Ages
 from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.demand import Demand
 from wsbroadcast.node.departures import Announcements, Departures, EndpointGuard, code_of
@@ -88,10 +91,16 @@ class Membership:
         self._is_ended = False
         # The next look for sockets that are gone, while there are connections.
         self._look: asyncio.TimerHandle | None = None
+        self.sinks: Counter[str] = Counter()
+        """How many connections there are of each kind of sink."""
+        self.refused: Counter[str] = Counter()
+        """How many aren't on the fast path, by the reason."""
         # Those whose socket was gone at the last look.
         self._gone: set[Connection] = set()
         self.admission = Admission(limits, slow_consumers.counters, self._make_room)
         """Who may come in, and what they may do there."""
+        age = limits.max_connection_age
+        self._ages = None if age is None else Ages(age, self._too_old)
 
     # In.
 
@@ -108,8 +117,12 @@ class Membership:
             if audiences:
                 await self.demand.hold(audiences)
             try:
+                if self.admission.drains_until is not None:
+                    await self.admission.refuse_draining(websocket)
                 await _accept(websocket, joining.subprotocol, joining.headers)
                 self._check_running()
+                if self.admission.drains_until is not None:
+                    await self.admission.refuse_draining(websocket)
                 # Another task may have connected it.
                 if is_known(websocket) and (known := await self._known(websocket, joining)) is not None:
                     lease.release()
@@ -142,9 +155,12 @@ class Membership:
         self._registry.add(connection)
         since = self.continuity.enter(connection, joining)
         self._counters.connects += 1
+        self._count(connection, 1)
         if (stack := exit_stack_of(websocket.scope)) is not None:
             stack.push_async_exit(EndpointGuard(self.endpoint_ended, connection))
         self._look_later()
+        if self._ages is not None:
+            self._ages.begin(connection)
         try:
             if joining.expires_at is not None:
                 connection.renew(joining.expires_at)
@@ -256,6 +272,12 @@ class Membership:
         self._slow_consumers.wake()  # as when one leaves
         return True
 
+    def _count(self, connection: Connection, more: int) -> None:
+        transport = connection._transport
+        self.sinks[connection._sink.kind] += more
+        if transport.fast_path_refused:
+            self.refused[transport.fast_path_refused] += more
+
     # Out.
 
     def leave(
@@ -270,7 +292,11 @@ class Membership:
         self.demand.left(last)
         self._slow_consumers.wake()  # the crowd that a broadcaster waits for has changed
         self._counters.disconnects += 1
+        self._counters.connection_seconds.observe(monotonic() - connection._opened_at)
+        self._count(connection, -1)
         connection._enter(state, code, reason)
+        if self._ages is not None:
+            self._ages.left()
         if state is ConnectionState.CLOSED and not connection._sink.is_ended:
             self._departures.release(connection)  # `disconnect`: what becomes of the socket is up to the app
         self._announcements.disconnected(connection)
@@ -292,7 +318,13 @@ class Membership:
             connection._sink.abort()  # it had left already, and now what it was still owed doesn't go out either
             return
         self._counters.evicted[cause] += 1
-        logger.warning("evicted %r as a slow consumer (%s) with %d bytes unsent", connection, cause, held)
+        logger.warning(
+            "evicted %r as a slow consumer (%s) with %d bytes unsent",
+            connection,
+            cause,
+            held,
+            extra=about("connection.evicted", connection=connection.id, reason=cause, bytes=held),
+        )
         connection._sink.discard()
         self._departures.close(connection, code, reason)
 
@@ -359,9 +391,31 @@ class Membership:
     async def close_all(self, code: int, reason: str) -> None:
         """Close every connection at the same time, and let nobody in any more."""
         self._is_ended = True
+        if self._ages is not None:
+            self._ages.end()
         for connection in self._registry.recipients(EVERYONE):
-            if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
-                self._departures.close(connection, code, reason)
+            self.send_away(connection, code, reason)
+
+    def send_away(self, connection: Connection, code: int, reason: str) -> None:
+        """Send what was handed over before, then close and remove; returns at once. One that has left is let be."""
+        if self.leave(connection, code, reason, ConnectionState.CLOSING):  # else what was handed over ended it
+            self._departures.close(connection, code, reason)
+
+    def _too_old(self, connection: Connection) -> None:
+        self.send_away(connection, CloseCode.SERVICE_RESTART, "max_connection_age")
+
+    def turn_away(self, until: float) -> None:
+        """Refuse newcomers from now on, also those that are being authenticated.
+
+        Args:
+            until: When everybody who is here will be closed, by the event loop's clock; for `Retry-After`.
+        """
+        for refusing in self.admission.drain(until):
+            self._tasks.spawn(refusing, "refusal")
+
+    async def seen_off(self, seconds: float) -> int:
+        """Wait until the sockets of all that are being closed are freed; then cut off the others, and count them."""
+        return await self._departures.seen_off(seconds)
 
     def _look_around(self) -> None:
         # An endpoint that neither reads nor writes doesn't notice that its peer is gone; the server's transport does.

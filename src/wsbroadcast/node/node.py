@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from contextlib import suppress
 from time import monotonic
 
-from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, Operations
@@ -17,12 +15,23 @@ from wsbroadcast.delivery.slow_consumers import SlowConsumers
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.history import HistoryRules
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
-from wsbroadcast.logs import Clock, logger
+from wsbroadcast.logs import Clock, about, logger
 from wsbroadcast.node.continuity import Continuity
+from wsbroadcast.node.drain import Drain
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
+from wsbroadcast.node.reports import Reports
+from wsbroadcast.node.siblings import Siblings
 from wsbroadcast.options import ClientTiming, Limits, SlowConsumer
-from wsbroadcast.publication import Control, Dismissal, Gap, Publication, Publications, Unsubscription
+from wsbroadcast.publication import (
+    Control,
+    Dismissal,
+    Gap,
+    NodeMessage,
+    Publication,
+    Publications,
+    Unsubscription,
+)
 from wsbroadcast.stats import Counters, Stats
 
 # For how long it is remembered who got a broadcast to several audiences.
@@ -108,6 +117,8 @@ class Node:
             limits,
             self.continuity,
         )
+        self.drain = Drain(self.registry, self.membership, self.tasks, slow_consumer.close_timeout)
+        """Lets its connections go before it ends."""
         self._hooks = hooks
         self._encode = core.encode
         self._counters = counters
@@ -121,6 +132,8 @@ class Node:
         self._once_each = OnceEach()
         self.outbox: Outbox
         """Broadcasts that nobody waits for."""
+        self.siblings: Siblings | None = None
+        """The other nodes, where something asks them."""
         self._is_closed = False
 
     # What an engine calls.
@@ -129,7 +142,10 @@ class Node:
         """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif not (self.continuity.is_kept(publication.audience) and self.continuity.take(publication)):
+            return
+        if not self.dispatcher.collected:
+            publication.taken_at = monotonic()
+        if not (self.continuity.is_kept(publication.audience) and self.continuity.take(publication)):
             self.continuity.offer(publication)
             if (self._lanes.waiting and publication.audience in self._lanes.waiting) or not self.is_ready(publication):
                 self._lanes.put(publication)
@@ -140,7 +156,10 @@ class Node:
         """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
-        elif publication.position is not None and (tails := self.continuity.tails) is not None:
+            return
+        if not self.dispatcher.collected:  # of a turn of the event loop the first
+            publication.taken_at = monotonic()
+        if publication.position is not None and (tails := self.continuity.tails) is not None:
             tails.take(publication)
             if tails.deliveries.waits(publication, tails.of(publication.audience)):
                 await tails.deliveries.wait_delivered(publication)
@@ -161,6 +180,8 @@ class Node:
     def gap(self, gap: Gap) -> None:
         """Tell the hooks that messages of other nodes are missing. Never blocks."""
         if not self._is_closed:
+            if self.siblings is not None:
+                self.siblings.greet_again()
             self.tasks.spawn(self.continuity.tell_gap(gap), "on_gap hooks")
 
     def suspect(self) -> None:
@@ -169,6 +190,12 @@ class Node:
             self.continuity.tails.suspect()
 
     # What the manager calls.
+
+    def know_siblings(self) -> Siblings:
+        """Return the other nodes; from the first call on this one takes part in questions to all of them."""
+        if self.siblings is None:
+            self.siblings = Siblings(self._engine, self.tasks, Reports(self, self._engine).respond)
+        return self.siblings
 
     def count(self, publications: Publications) -> int:
         """Tell how many connections a broadcast is for, each counted once."""
@@ -192,14 +219,15 @@ class Node:
 
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
-        connections = self.registry.recipients(EVERYONE)
         counters = self._counters
+        # Copies first: it may be called in another thread. Nothing here takes longer with more connections.
+        waiting = list(self._slow_consumers.waiting)
         return Stats(
-            connections=len(connections),
+            connections=len(self.registry),
             users=len(self.registry.users),
             channels=len(self.registry.channels),
-            sinks=dict(Counter(connection._sink.kind for connection in connections)),
-            fast_path_refused=dict(Counter(why for c in connections if (why := c._transport.fast_path_refused))),
+            sinks={kind: number for kind, number in self.membership.sinks.copy().items() if number},
+            fast_path_refused={why: number for why, number in self.membership.refused.copy().items() if number},
             connects=counters.connects,
             disconnects=counters.disconnects,
             broadcasts=counters.broadcasts,
@@ -215,9 +243,12 @@ class Node:
             recoveries=counters.recoveries,
             refused_recoveries=dict(counters.refused_recoveries),
             unkept=counters.unkept,
-            backlog_bytes=sum(sink.held_bytes for sink in self._slow_consumers.waiting),
-            backlog_messages=sum(sink.held_messages for sink in self._slow_consumers.waiting),
+            backlog_bytes=sum(sink.held_bytes for sink in waiting),
+            backlog_messages=sum(sink.held_messages for sink in waiting),
             behind=len(self._slow_consumers.behind),
+            connection_seconds=counters.connection_seconds.snapshot(),
+            delivery_seconds=counters.delivery_seconds.snapshot(),
+            recovery_seconds=counters.recovery_seconds.snapshot(),
             engine=self._engine.stats(),
         )
 
@@ -227,6 +258,9 @@ class Node:
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
+        self.drain.end()
+        if self.siblings is not None:
+            self.siblings.end()
         if not self.is_own_task():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
@@ -254,7 +288,9 @@ class Node:
         try:
             self._deliver(publication)
         except Exception:  # whatever it is, the engine goes on
-            logger.exception("a message was not delivered")
+            logger.exception(
+                "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
+            )
 
     async def deliver_paced(self, publication: Publication) -> None:
         """Hand it over when most clients keep up, through the hooks."""
@@ -272,6 +308,7 @@ class Node:
             "messages of the last %.1f s are missing here: more came by the %s engine than connections and hooks take",
             seconds,
             self._engine.name,
+            extra=about("engine.overrun", engine=self._engine.name, seconds=seconds),
         )
         if self._links_nodes:
             self.gap(Gap(self._engine.name, seconds))
@@ -279,6 +316,9 @@ class Node:
     # Inside.
 
     def _deliver(self, publication: Publication) -> None:
+        if publication.traceparent and (tracing := self._hooks.tracing) is not None:
+            with tracing.delivering(publication):
+                pass  # nothing of the app runs here, and what is handed over is written at the end of the turn
         self._counters.broadcasts += 1
         if publication.id is None and not publication.exclude_users:
             self.dispatcher.dispatch(publication)
@@ -316,10 +356,20 @@ class Node:
             self.membership.dismiss_all(control.audience, control.exclude, control.code, control.reason)
         elif isinstance(control, Unsubscription):
             self.membership.unsubscribe_all(control.audience, control.channels)
+        elif isinstance(control, NodeMessage):
+            if self.siblings is not None:
+                self.siblings.take(control)
         else:
             self.continuity.forgotten(control.audience)
 
     async def _deliver_through_hooks(self, publication: Publication) -> None:
+        if publication.traceparent and (tracing := self._hooks.tracing) is not None:
+            with tracing.delivering(publication):
+                await self._ask_and_hand_over(publication)
+        else:
+            await self._ask_and_hand_over(publication)
+
+    async def _ask_and_hand_over(self, publication: Publication) -> None:
         delivery = Delivery(publication.message, publication.audience, self._recipients(publication), self._encode)
         await self._hooks.deliver(delivery)
         if not self.continuity.is_due(publication):

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
+from time import monotonic
 from typing import Any, Protocol
 
 from wsbroadcast.audience import Audience
@@ -15,7 +16,7 @@ from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.slow_consumers import NOBODYS
 from wsbroadcast.history import LAST, NOW, Reason, Recovery, Since
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.node.tail import Stretch, Tail, batch_of
 from wsbroadcast.node.tails import Tails
 from wsbroadcast.publication import MAX_OFFSET, Position, Publication
@@ -47,11 +48,13 @@ class Replayer(Protocol):
 class Cursor:
     """A connection that is behind in an audience, and where it is."""
 
-    __slots__ = ("audience", "connection", "epoch", "is_busy", "offset")
+    __slots__ = ("audience", "began", "connection", "epoch", "is_busy", "offset")
 
     def __init__(self, connection: Connection, audience: Audience) -> None:
         self.connection = connection
         self.audience = audience
+        self.began = 0.0
+        """When it said where it was, by the monotonic clock; 0 for one that was never away."""
         self.epoch = ""
         """That of its offset; empty as long as it hasn't begun."""
         self.offset = 0
@@ -117,6 +120,7 @@ class Replays:
             since: Where it was.
             announce: Called with what is returned, and with the position from which messages follow, before any does.
         """
+        began = monotonic()
         cursor = self.cursors.get(audience, {}).get(connection)
         if cursor is None:
             recovery, begins = Recovery(False, "unavailable", self._position(audience)), None
@@ -133,7 +137,7 @@ class Replays:
             cursor.epoch, cursor.offset = begins.epoch, begins.offset
             announce(recovery, begins)
             if since is not NOW:
-                self._counters.recoveries += 1
+                cursor.began = began
             self._schedule(cursor)
         return recovery
 
@@ -255,6 +259,9 @@ class Replays:
             # Else it waits for `moved`: it is settled already who gets what is being delivered, or it is ahead.
             if cursor.offset == tail.delivered and not self._tails.deliveries.is_in_flight(cursor.audience):
                 self._join(cursor)
+                if cursor.began:
+                    self._counters.recoveries += 1
+                    self._counters.recovery_seconds.observe(monotonic() - cursor.began)
         elif not tail.has_all_after(cursor.offset):
             self._lose(cursor, tail.why_not(cursor.offset))
         elif cursor.connection._sink.backlog is not None:
@@ -292,7 +299,9 @@ class Replays:
                     has_room = partial(self._has_room, cursor)
                     await self._node.replay_through_hooks(publication, cursor.connection, has_room)
             except Exception:
-                logger.exception("a message was not delivered")
+                logger.exception(
+                    "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
+                )
                 await self._tell_withheld(cursor, publication)
             if not self._is_behind(cursor):
                 return

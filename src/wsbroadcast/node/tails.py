@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from contextvars import Context
 
-from wsbroadcast.audience import Audience
+from wsbroadcast.audience import Audience, for_logs
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.engines.contract import KeepsHistory
 from wsbroadcast.exceptions import EngineError
 from wsbroadcast.history import History, HistoryRules, Reason
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.node.deliveries import Deliverer, Deliveries
 from wsbroadcast.node.tail import Tail, Taken
 from wsbroadcast.publication import Publication
@@ -217,7 +217,12 @@ class Tails:
                 tail.want_read()
                 self._begin_reading(audience, tail)
         except EngineError as error:
-            logger.info("what was forgotten of %s can't be read (%s)", audience, error)
+            logger.info(
+                "what was forgotten of %s can't be read (%s)",
+                for_logs(audience),
+                error,
+                extra=about("history.unreadable", audience=audience.kind),
+            )
         finally:
             del self._refilling[audience]
 
@@ -243,12 +248,13 @@ class Tails:
                 if self._tails.get(audience) is not tail:
                     return
                 failures, pause = 0, _FIRST_PAUSE
+                top = tail.top
                 broken = tail.filled(replay, number)
                 tail.read = number
                 seconds, tail.heard_at = _now() - tail.heard_at, _now()
                 if broken is not None:
                     self._break(audience, broken, seconds)
-                elif not was_unknown:
+                elif not was_unknown and tail.top > top:  # else nothing was missing
                     self._counters.heals += 1
                 self._node.arrived(audience)
                 self.deliveries.go_on(audience, tail)
@@ -260,7 +266,12 @@ class Tails:
     def _failed(self, audience: Audience, tail: Tail, failures: int, error: EngineError) -> None:
         tail.has_failed = True
         if self._throttle.is_due("read"):
-            logger.warning("what was missed of %s can't be read (%s); trying again", audience, error)
+            logger.warning(
+                "what was missed of %s can't be read (%s); trying again",
+                for_logs(audience),
+                error,
+                extra=about("history.unreadable", audience=audience.kind),
+            )
         if failures >= _MAX_FAILURES:
             if (reason := tail.given_up()) is not None:
                 self._break(audience, reason, _now() - tail.heard_at)

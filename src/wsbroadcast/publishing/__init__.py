@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack, overload
 from weakref import finalize
@@ -44,6 +44,7 @@ from wsbroadcast.publication import (
 )
 from wsbroadcast.publishing.host import CLOSED, HasEnded, Host, State
 from wsbroadcast.signatures import no_dependency
+from wsbroadcast.tracing import Tracing
 from wsbroadcast.types import PublisherOptions, PublisherTransactionOptions, To, Users
 
 T = TypeVar("T")
@@ -111,6 +112,8 @@ class Publisher(KnowsHistory):
         self._rules = None if history is None else HistoryRules(history)
         if self._rules is not None or isinstance(self._engine, KeepsHistory):
             keeps_history(self._engine).keep(self._rules, only_publishes=True)
+        self.tracing: Tracing | None = None
+        """Who traces its broadcasts; `None` for nobody. `wsbroadcast.telemetry.otel.trace` sets it."""
         self._limits = limits
         self._start_timeout = start_timeout
         # By process id. A forked process neither uses what it inherits nor lets it be collected: a transport that is
@@ -189,9 +192,11 @@ class Publisher(KnowsHistory):
                 raise LifecycleError(CLOSED)
             if idempotency_key is not None:
                 check_key(idempotency_key, self._rules, (), transaction)
-            await publish_in(self._engine, transaction, publications, self._rules)
+            with self._traced(publications):
+                await publish_in(self._engine, transaction, publications, self._rules)
             return Receipt(0)
-        return _receipt(await self._run(lambda host: host.publish(publications, idempotency_key)))
+        with self._traced(publications):
+            return _receipt(await self._run(lambda host: host.publish(publications, idempotency_key)))
 
     @overload
     def broadcast_nowait(
@@ -235,7 +240,8 @@ class Publisher(KnowsHistory):
         if host is None or not host.is_started:
             raise LifecycleError("the publisher isn't started in this event loop: await `start` or `broadcast` first")
         rules = self._engine.rules if isinstance(self._engine, KeepsHistory) else None
-        publish_all_nowait(self._engine, publications, rules)
+        with self._traced(publications):
+            publish_all_nowait(self._engine, publications, rules)
         return Receipt(0)
 
     @overload
@@ -272,7 +278,8 @@ class Publisher(KnowsHistory):
         """
         publications = self._publications(message, key, channel, user, channels, to, exclude_users)
         call: _Publish = partial(Host.publish, publications=publications)
-        return _receipt(self._run_threadsafe(call, "broadcast_threadsafe", "broadcast"))
+        with self._traced(publications):
+            return _receipt(self._run_threadsafe(call, "broadcast_threadsafe", "broadcast"))
 
     async def close_user(self, user: UserId, *, code: int = CloseCode.UNAUTHENTICATED, reason: str = "") -> Receipt:
         """Close every connection of a user, on all nodes; like `ConnectionManager.close_user`.
@@ -373,6 +380,9 @@ class Publisher(KnowsHistory):
         users = user_keys(exclude_users) if exclude_users != () else NOBODY
         encoded = Message.of(message, key, json_default=self._json_default)._within(self._limits.max_outbound_bytes)
         return publications_of(encoded, audiences, exclude_users=users)
+
+    def _traced(self, publications: Publications) -> AbstractContextManager[object]:
+        return nullcontext() if self.tracing is None else self.tracing.publishing(publications)
 
     async def _control(self, control: Control) -> Receipt:
         await self._run(lambda host: host.publish((control,)))

@@ -8,10 +8,10 @@ from contextlib import suppress
 
 import pytest
 
-from wsbroadcast.audience import EVERYONE, Audience
+from wsbroadcast.audience import EVERYONE, NODES, Audience
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError, MessageTooLarge, WSBroadcastError
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Control, Dismissal, Forgetting, Publication, Unsubscription
+from wsbroadcast.publication import Control, Dismissal, Forgetting, NodeMessage, Publication, Unsubscription
 from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, use
 
@@ -46,6 +46,14 @@ class EngineContract(Nodes):
         left = [Unsubscription(kind, ("news", "späße")) for kind in kinds]
         forgotten = [Forgetting(kind) for kind in kinds]
         await self._check_same([*published, Dismissal(NEWS, 4999), *left, *forgotten])
+
+    async def test_nodes_hear_each_other(self) -> None:
+        """What nodes say about themselves arrives as it was: at all that want it, or at the one that it is for."""
+        one = Audience("nodes", "kX2-_")
+        hello, bye = NodeMessage(NODES, "hello", "a", body=b'{"host":"h\xc3\xb6st"}'), NodeMessage(NODES, "bye", "a")
+        question = NodeMessage(NODES, "question", "a", "q1", b'{"topic":"node"}')
+        answers = [NodeMessage(one, "answer", "b", "q1", b"[" + b"1," * size + b"1]") for size in (1, 100_000)]
+        await self._check_same([hello, question, *answers, NodeMessage(one, "hello", "b"), bye])
 
     async def _check_same(self, published: Sequence[Publication | Control]) -> None:
         audiences = list(dict.fromkeys(each.audience for each in published))

@@ -60,7 +60,9 @@ async def refuse_handshake(
         mute(websocket)
 
 
-async def refuse(websocket: WebSocket, status: int, code: int, reason: str) -> None:
+async def refuse(
+    websocket: WebSocket, status: int, code: int, reason: str, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
     """Refuse a WebSocket that is not registered: by HTTP before it is accepted, with a close frame afterwards.
 
     Never raises and never hangs; a peer that has gone is not an error. A later `close` does nothing.
@@ -70,9 +72,10 @@ async def refuse(websocket: WebSocket, status: int, code: int, reason: str) -> N
         status: The HTTP status, as for `refuse_handshake`.
         code: The close code; where the server refuses it, the same plus 3000, or 1000.
         reason: The body of the response, or the reason of the close, cut to 123 bytes of UTF-8.
+        headers: Of the response, as for `refuse_handshake`.
     """
     if can_refuse_handshake(websocket):
-        await refuse_handshake(websocket, status, reason)
+        await refuse_handshake(websocket, status, reason, headers)
         return
     if websocket.application_state is not WebSocketState.CONNECTED:
         return

@@ -29,7 +29,7 @@ from wsbroadcast.exceptions import (
     ungrouped,
 )
 from wsbroadcast.history import SinceOption
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.node.admission import Joining
 from wsbroadcast.options import unix_seconds
@@ -166,7 +166,7 @@ class Access:
             raise
         except EngineError as error:  # one that is to fail fast, and was started by this handshake
             if self._throttle.is_due("engine"):
-                logger.warning("refused a handshake: %s", error)
+                logger.warning("refused a handshake: %s", error, extra=about("handshake.unavailable"))
             await _refuse(websocket, 503, "try again later", code=CloseCode.TRY_AGAIN_LATER)
         except Exception:
             if not can_refuse_handshake(websocket):  # else the server answers with 500
@@ -278,7 +278,7 @@ class Access:
             return
         has_room = len(self._logged) < _MAX_LOGGED
         if refusal not in self._logged and (has_room or self._throttle.is_due("origin")):
-            logger.warning("refused a handshake: %s", refusal)
+            logger.warning("refused a handshake: %s", refusal, extra=about("handshake.origin_refused"))
             if has_room:
                 self._logged.add(refusal)
         await _refuse(websocket, 403, refusal)

@@ -24,7 +24,7 @@ from wsbroadcast.exceptions import (
     PermissionDenied,
     ungrouped,
 )
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.node.core import Core
 from wsbroadcast.protocols.commands import Answer, ErrorCode, Refused, error_answer, id_of
 from wsbroadcast.web.access import Access
@@ -43,7 +43,7 @@ class Outage:
     def log(self, text: str, *arguments: object) -> None:
         """Log a warning, if there was none in the last minute."""
         if self._throttle.is_due("outage"):
-            logger.warning(text, *arguments)
+            logger.warning(text, *arguments, extra=about("client.unavailable"))
 
 
 class Commands:

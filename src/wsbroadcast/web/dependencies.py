@@ -14,7 +14,7 @@ from starlette.websockets import WebSocketDisconnect
 from wsbroadcast.close_codes import CloseCode, is_sendable
 from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import ConfigurationError, ConnectionClosed, PermissionDenied, ungrouped
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.web.access import Access, Authenticate, choose_access, end_quietly
@@ -77,7 +77,12 @@ async def _connected(
                 code, reason = refusal.code, refusal.reason or ""
                 raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
             case HTTPException():  # which FastAPI makes a response of that goes nowhere
-                logger.error("an endpoint raised %r, which no WebSocket's client sees: %s", error, _RAISE_INSTEAD)
+                logger.error(
+                    "an endpoint raised %r, which no WebSocket's client sees: %s",
+                    error,
+                    _RAISE_INSTEAD,
+                    extra=about("endpoint.failed"),
+                )
                 raise
             case _:
                 raise

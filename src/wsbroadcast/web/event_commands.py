@@ -17,7 +17,7 @@ from wsbroadcast.exceptions import (
     EngineError,
     PermissionDenied,
 )
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.message import Message
 from wsbroadcast.methods import CallError, InvalidArguments, Method
 from wsbroadcast.node.core import Core
@@ -238,7 +238,8 @@ class EventCommands:
         except (Refused, ConnectionClosed):
             raise
         except Exception:
-            logger.exception("authenticate failed for a token that a client goes on with")
+            text = "authenticate failed for a token that a client goes on with"
+            logger.exception(text, extra=about("refresh.failed"))
             raise Refused(ErrorCode.FAILED, _FAILED) from None
         return {"type": "refreshed"} if expires_at is None else {"type": "refreshed", "expires_at": expires_at}
 
@@ -314,7 +315,8 @@ class EventCommands:
             return self._failed(method, error)
 
     def _failed(self, method: Method, error: Exception) -> Answer:
-        logger.error("method %r failed", method.name, exc_info=error)
+        name = method.name
+        logger.error("method %r failed", name, exc_info=error, extra=about("method.failed", method=name))
         return error_answer(ErrorCode.FAILED, _FAILED)
 
 

@@ -13,7 +13,7 @@ from starlette.types import Scope
 
 from wsbroadcast.audience import check_channel
 from wsbroadcast.exceptions import ConfigurationError, InvalidChannel
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.text import plain, text_of
 
@@ -76,6 +76,7 @@ class PathChannel:
                     "%s: the channel %r is the same for every %s, which is a parameter of a mount or a prefix: put "
                     "{%s} into the pattern if each has channels of its own",
                     *(self._path, self._pattern, name, name),
+                    extra=about("channel.ignores_parameter", path=self._path, parameter=name),
                 )
         self._seen.update(parameters)  # once
 
@@ -158,6 +159,7 @@ class Place:
                 "%s and %s make the same channels, so their clients hear each other: pass channel='%s:{%s}' to one, or "
                 "channel='{%s}' if that is meant",
                 *(min(others), place, kind, parameter, parameter),
+                extra=about("channel.shared", path=place),
             )
 
 

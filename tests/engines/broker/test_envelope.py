@@ -8,8 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsbroadcast import EVERYONE, Audience, Control, Dismissal, EncodeError, Message, Publication, Unsubscription
+from wsbroadcast import (
+    EVERYONE,
+    Audience,
+    Control,
+    Dismissal,
+    EncodeError,
+    Message,
+    NodeMessage,
+    Publication,
+    Unsubscription,
+)
+from wsbroadcast.audience import NODES
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, BadEnvelope, Origin, decode, encode
+from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES
 
 NEWS = Audience("channel", "news")
 LIMIT = 10_000
@@ -88,6 +100,61 @@ def test_dismissal_survives_the_way(exclude: frozenset[str], origin: Origin | No
 def test_unsubscription_survives_the_way() -> None:
     unsubscription = Unsubscription(Audience.user(5), ("news", "späße"))
     assert decode(encode(unsubscription, ORIGIN), Audience.user(5), LIMIT) == (unsubscription, ORIGIN)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        NodeMessage(NODES, "hello", "kX2-_", body=b'{"host":"h"}'),
+        NodeMessage(NODES, "bye", "a" * 64),
+        NodeMessage(NODES, "question", "a", "q1", b"[1]"),
+        NodeMessage(Audience("nodes", "b"), "answer", "a", "q1", b"\xff\n\n"),
+    ],
+)
+@pytest.mark.parametrize("origin", [None, ORIGIN])
+def test_node_message_survives_the_way(message: NodeMessage, origin: Origin | None) -> None:
+    assert decode(encode(message, origin), message.audience, LIMIT) == (message, origin)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {},
+        {"node": "a", "seq": 1},
+        {"type": "json"},
+        {"type": "close", "code": 4401},
+        {"type": "unsubscribe", "channels": ["news"]},
+        {"type": "forgotten"},
+        {"type": "nodes"},
+        {"type": "nodes", "kind": "hello"},
+        {"type": "nodes", "kind": "hello", "sender": ""},
+        {"type": "nodes", "kind": "hello", "sender": "a" * 65},
+        {"type": "nodes", "kind": "hello", "sender": "a\n"},
+        {"type": "nodes", "kind": "hello", "sender": 1},
+        {"type": "nodes", "kind": "hello", "sender": "a", "id": "q"},
+        {"type": "nodes", "kind": "shout", "sender": "a"},
+        {"type": "nodes", "kind": ["hello"], "sender": "a"},
+        {"type": "nodes", "kind": "question", "sender": "a"},
+        {"type": "nodes", "kind": "answer", "sender": "a", "id": ""},
+        {"type": "nodes", "kind": "answer", "sender": "a", "id": 5},
+        {"type": "nodes", "kind": "answer", "sender": "a", "id": ["q"]},
+    ],
+)
+def test_nothing_but_node_messages_goes_to_nodes(header: dict[str, Any]) -> None:
+    with pytest.raises(BadEnvelope, match="schema"):
+        decode(with_header(b'{"v":1}', **header), NODES, LIMIT)
+
+
+def test_node_message_goes_to_nodes_only() -> None:
+    assert refused(with_header(b"{}", type="nodes", kind="hello", sender="a")) == "schema"
+
+
+def test_larger_node_message_than_any_is_refused() -> None:
+    header = {"type": "nodes", "kind": "answer", "sender": "a", "id": "q"}
+    most = b"x" * MAX_NODE_MESSAGE_BYTES
+    decode(with_header(most, **header), NODES, 2**24)
+    with pytest.raises(BadEnvelope, match="too_large"):
+        decode(with_header(most + b"x", **header), NODES, 2**24)
 
 
 @pytest.mark.parametrize("field", ["something", 1, None, ["audiences"]])

@@ -172,7 +172,7 @@ class BrokerEngine(Engine):
 
     def stats(self) -> EngineStats:
         """Return what was counted since the engine was made."""
-        return self._counters.snapshot()
+        return self._counters.snapshot(is_connected=self.link is not None)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}>"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic_core import from_json
 
@@ -20,15 +20,19 @@ from wsbroadcast.exceptions import EncodeError
 from wsbroadcast.message import Form, Message
 from wsbroadcast.publication import (
     EPOCH,
+    MAX_NODE_MESSAGE_BYTES,
     MAX_OFFSET,
     NOBODY,
     Control,
     Dismissal,
     Forgetting,
+    NodeMessage,
+    NodeMessageKind,
     Position,
     Publication,
     Unsubscription,
 )
+from wsbroadcast.tracing import is_traceparent
 
 VERSION = 1
 """The version this library writes and reads."""
@@ -41,6 +45,10 @@ _MUST = ("audiences", "exclude_users")
 
 _MAX_NODE_LENGTH = 64
 _MAX_ID_LENGTH = 64
+
+# What the id of a node and that of a question look like.
+_NODE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NODE_MESSAGES: dict[str, NodeMessageKind] = {kind: kind for kind in get_args(NodeMessageKind)}
 
 # What `encode` writes for nearly all messages, so that the header need not be parsed.
 _TEXT = b'{"v":1,"node":"%s","seq":%d}\n%s'
@@ -76,9 +84,14 @@ def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
         return _encoded({"type": "unsubscribe", "channels": publication.channels}, NOBODY, origin, b"")
     if isinstance(publication, Forgetting):
         return _encoded({"type": "forgotten"}, NOBODY, origin, b"")
+    if isinstance(publication, NodeMessage):
+        header = {"type": "nodes", "kind": publication.kind, "sender": publication.sender}
+        if publication.id:
+            header["id"] = publication.id
+        return _encoded(header, NOBODY, origin, publication.body)
     message, exclude = publication.message, publication.exclude
     form = message.form
-    is_special = publication.id is not None or publication.exclude_users
+    is_special = publication.id is not None or publication.exclude_users or publication.traceparent
     if origin is not None and form != "binary" and not exclude and message.key is None and not is_special:
         # Nearly all: what `json.dumps` would write, at a tenth of its price.
         template = _TEXT if form == "text" else _JSON
@@ -100,7 +113,11 @@ def _special(publication: Publication) -> dict[str, Any]:
         header["audiences"] = [list(audience) for audience in publication.audiences]
     if publication.exclude_users:
         header["exclude_users"] = sorted(publication.exclude_users)
-    return header | {"must": [name for name in _MUST if name in header]}
+    if must := [name for name in _MUST if name in header]:
+        header["must"] = must
+    if publication.traceparent:
+        header["traceparent"] = publication.traceparent
+    return header
 
 
 def _encoded(fields: dict[str, Any], exclude: frozenset[str], origin: Origin | None, payload: bytes) -> bytes:
@@ -124,7 +141,7 @@ def decode(envelope: bytes, audience: Audience, max_bytes: int) -> tuple[Publica
             that must be understood and isn't.
     """
     plain = _PLAIN.match(envelope)
-    if plain is not None and len(envelope) - plain.end() <= max_bytes:
+    if plain is not None and len(envelope) - plain.end() <= max_bytes and audience.kind != "nodes":
         publication = Publication(_message(envelope[plain.end() :], "json" if plain[3] else "text", None), audience)
         if plain[4] is not None:
             publication.place(Position(plain[4].decode(), int(plain[5])), int(plain[6]))
@@ -162,6 +179,8 @@ def _split(envelope: bytes) -> tuple[dict[str, Any], bytes]:
 
 def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> Publication | Control:
     kind = header.get("type", "text")
+    if kind == "nodes" or audience.kind == "nodes":
+        return _node_message(header, payload, audience)
     if kind in ("text", "json", "binary"):
         key, id_ = header.get("key"), header.get("id")
         is_id = id_ is None or (type(id_) is str and 0 < len(id_) <= _MAX_ID_LENGTH)
@@ -175,6 +194,8 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
             id=id_,
             audiences=_audiences(header.get("audiences", [])),
         )
+        if is_traceparent(traceparent := header.get("traceparent")):  # what is none is nobody's loss
+            publication.traceparent = traceparent
         if "epoch" in header:
             publication.place(*_place(header))
         return publication
@@ -186,6 +207,23 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
     if kind != "close" or type(code) is not int or not is_sendable(code):
         raise BadEnvelope("schema")
     return Dismissal(audience, code, _decoded(payload), _texts(header, "exclude"))
+
+
+def _node_message(header: dict[str, Any], payload: bytes, audience: Audience) -> NodeMessage:
+    if len(payload) > MAX_NODE_MESSAGE_BYTES:
+        raise BadEnvelope("too_large")
+    match header:
+        case {"type": "nodes", "kind": str() as kind, "sender": str() as sender} if audience.kind == "nodes":
+            id_ = header.get("id")
+            is_asked = kind in ("question", "answer")
+            is_id = _is_node_id(id_) if is_asked else id_ is None
+            if kind in _NODE_MESSAGES and _is_node_id(sender) and is_id:
+                return NodeMessage(audience, _NODE_MESSAGES[kind], sender, id_ or "", payload)
+    raise BadEnvelope("schema")
+
+
+def _is_node_id(text: object) -> bool:
+    return type(text) is str and _NODE_ID.fullmatch(text) is not None
 
 
 def _place(header: dict[str, Any]) -> tuple[Position, int]:

@@ -9,7 +9,7 @@ from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.contract import Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, WSBroadcastError
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Gap
 from wsbroadcast.stats import EngineCounters
 
@@ -198,7 +198,7 @@ class LinkHealth:
         """
         if name == self.echoes.name:
             raise error
-        logger.error("%s: %s", self._where, error)
+        logger.error("%s: %s", self._where, error, extra=about("engine.forbidden", engine=self._engine))
 
     async def probe(self) -> None:
         """Find out whether messages arrive: an echo, or any other message that comes while we wait for it.
@@ -213,6 +213,8 @@ class LinkHealth:
         except TimeoutError:
             if self.last_sign <= began:
                 raise
+        else:
+            self._counters.round_trip_seconds.observe(self._loop.time() - began)
 
     async def health(self) -> Health:
         """Tell whether an echo comes back."""
@@ -233,12 +235,29 @@ class LinkHealth:
 
     def _log(self, bug: Exception | None = None) -> None:
         if bug is None:
-            logger.warning("%s is out of reach (%s); trying again until it is back", self._where, self.trouble)
+            logger.warning(
+                "%s is out of reach (%s); trying again until it is back",
+                self._where,
+                self.trouble,
+                extra=about("engine.down", engine=self._engine),
+            )
         else:
-            logger.error("%s can't be used (%s)", self._where, self.trouble, exc_info=bug)
+            logger.error(
+                "%s can't be used (%s)",
+                self._where,
+                self.trouble,
+                exc_info=bug,
+                extra=about("engine.unusable", engine=self._engine),
+            )
 
     def _tell(self, since: float, why: str) -> None:
         seconds = self._loop.time() - since
         self._counters.gaps += 1
-        logger.warning("%s: messages of the last %.1f s may be missing (%s)", self._where, seconds, why)
+        logger.warning(
+            "%s: messages of the last %.1f s may be missing (%s)",
+            self._where,
+            seconds,
+            why,
+            extra=about("engine.gap", engine=self._engine, seconds=seconds),
+        )
         self._receiver.gap(Gap(self._engine, seconds))

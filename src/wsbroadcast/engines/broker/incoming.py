@@ -13,7 +13,7 @@ from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.engines.contract import Receiver
 from wsbroadcast.history import History, Replay
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.publication import Position, Publication
 from wsbroadcast.stats import EngineCounters
 
@@ -161,4 +161,11 @@ class Incoming:
     def _drop(self, reason: str, name: str, size: int) -> None:
         self._counters.bad_envelopes[reason] += 1
         if self._throttle.is_due("bad envelope"):  # a broken publisher usually sends many
-            logger.warning("%s: dropped a bad envelope (%s), %d bytes under %.200r", self._where, reason, size, name)
+            logger.warning(
+                "%s: dropped a bad envelope (%s), %d bytes under %.200r",
+                self._where,
+                reason,
+                size,
+                self._names.for_logs(name),
+                extra=about("envelope.bad", reason=reason, bytes=size),
+            )

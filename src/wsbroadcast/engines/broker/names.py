@@ -51,6 +51,11 @@ class AudienceNames:
             self._names[audience] = name
         return name
 
+    def for_logs(self, name: str) -> str:
+        """Return what a log may say of a name: not which user it is."""
+        of_user = f"{self._start}user{self._separator}"
+        return f"{of_user}…" if name.startswith(of_user) else name
+
     def of_node(self, node: str) -> str:
         """Return the name under which a node sends messages to itself."""
         return f"{self._start}node{self._separator}{node}"

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from secrets import token_urlsafe
+from time import monotonic
 
 from wsbroadcast.concurrency import Patience, Tasks
 from wsbroadcast.engines.broker.envelope import Origin, encode
@@ -13,9 +14,9 @@ from wsbroadcast.engines.broker.link import Keep, KeptParcel, Link, Parcel
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.exceptions import ConfigurationError, EncodeError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.history import Appended
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.options import Timing
-from wsbroadcast.publication import Control, Publication
+from wsbroadcast.publication import Control, NodeMessage, Publication
 from wsbroadcast.stats import EngineCounters
 
 # What one call of `Link.publish` gets at most, so that its timeout is for something that can be done in time.
@@ -74,6 +75,8 @@ class Outgoing:
         # Why there is no link; empty if nothing is wrong.
         self._trouble = "not connected yet"
         self._throttle = Throttle()
+        # What carries no publication.
+        self._echoes: set[_Taken] = set()
         # Of `broadcast_nowait`, refused since the log was told last.
         self._refused = 0
         self._tasks = Tasks()
@@ -115,6 +118,8 @@ class Outgoing:
         """Put a parcel before all that wait, because nothing has to come before it."""
         future = self._put(parcel)
         self._waiting.rotate(1)
+        self._echoes.add(future)
+        future.add_done_callback(self._echoes.discard)
         return future
 
     def is_forged(self, origin: Origin) -> bool:
@@ -129,7 +134,7 @@ class Outgoing:
     def _parcel(self, publication: Publication | Control, keep: Keep | None) -> Parcel:
         link = self.link
         if link is None:
-            self._counters.publish_failures += 1
+            self._counters.publish_failures += not isinstance(publication, NodeMessage)  # which nobody wants to send
             raise EngineUnavailable(f"{self.away()}; nothing was sent")
         if publication.size > self._max_message_bytes:  # the other nodes would drop it
             raise MessageTooLarge(publication.size, self._max_message_bytes)
@@ -153,7 +158,12 @@ class Outgoing:
                 async with Patience(self._timing.connect_timeout):
                     await self.link.read_limits()
         except Exception as error:  # who publishes is told of the limit that is known
-            logger.info("%s doesn't say whether its limits have changed: %s", self._where, error)
+            logger.info(
+                "%s doesn't say whether its limits have changed: %s",
+                self._where,
+                error,
+                extra=about("engine.limits_unknown"),
+            )
         finally:
             self._looked_at = asyncio.get_running_loop().time()
             self._looking = None
@@ -187,8 +197,10 @@ class Outgoing:
                 self._emptied.set()
 
     async def _publish(self, link: Link, batch: Sequence[_Item]) -> None:
+        began = monotonic()
         async with Patience(self._timing.request_timeout):
             results = await link.publish([parcel for parcel, _ in batch])
+        self._counters.publish_seconds.observe(monotonic() - began)
         for (_, future), result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 self._refuse(future, result)
@@ -218,10 +230,15 @@ class Outgoing:
         lost = sum(future is None for _, future in (*in_flight, *waiting))
         for some, consequence in ((in_flight, unknown), (waiting, "nothing was sent")):
             for _, future in some:
-                self._counters.publish_failures += 1
+                self._counters.publish_failures += future not in self._echoes
                 _tell(future, EngineUnavailable(f"{why}; {consequence}", may_have_been_sent=some is in_flight))
         if lost:
-            logger.error("not published, of broadcast_nowait: %d, because %s", lost, why)
+            logger.error(
+                "not published, of broadcast_nowait: %d, because %s",
+                lost,
+                why,
+                extra=about("publish.failed", count=lost),
+            )
 
     async def aclose(self, why: str) -> None:
         """Tell everybody who still waits, and take nothing more."""
@@ -243,14 +260,19 @@ class Outgoing:
         return batch
 
     def _refuse(self, future: _Taken | None, error: Exception) -> None:
-        self._counters.publish_failures += 1
+        self._counters.publish_failures += future not in self._echoes
         if future is not None:
             _tell(future, _documented(error))
             return
         self._refused += 1
         if self._throttle.is_due("refused"):
             count, self._refused = self._refused, 0
-            logger.error("not published, of broadcast_nowait: %d, because %s", count, error)
+            logger.error(
+                "not published, of broadcast_nowait: %d, because %s",
+                count,
+                error,
+                extra=about("publish.failed", count=count),
+            )
 
 
 def _documented(error: Exception) -> Exception:

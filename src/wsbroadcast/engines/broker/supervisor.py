@@ -14,7 +14,7 @@ from wsbroadcast.engines.broker.interest import Interest
 from wsbroadcast.engines.broker.link import Inlet, Link
 from wsbroadcast.engines.broker.outgoing import Outgoing
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.options import Timing
 
 # Names in one call of `Link.subscribe` or `Link.unsubscribe`, so that its timeout is for something that can be done in
@@ -106,7 +106,9 @@ class Supervisor:
                 await link.abort()
         except Exception:  # a driver's, on a connection that is given up anyway
             if self._throttle.is_due("abort"):
-                logger.exception("a connection to the broker could not be dropped cleanly")
+                logger.exception(
+                    "a connection to the broker could not be dropped cleanly", extra=about("engine.abort_failed")
+                )
 
     def _lose(self, error: Exception) -> None:
         why = f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__

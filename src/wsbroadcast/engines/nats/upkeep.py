@@ -16,7 +16,7 @@ from wsbroadcast.engines.nats.jetstream import API, NAME_IN_USE, NO_STREAM, WRON
 from wsbroadcast.engines.nats.protocol import Answer, Record, moment_of, nanoseconds
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.history import HistoryRules
-from wsbroadcast.logs import Throttle, logger
+from wsbroadcast.logs import Throttle, about, logger
 
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 """The header of a record that is kept only if the record before it has this number."""
@@ -80,7 +80,7 @@ class Keeping:
         try:
             self.learned = HistoryRules.from_json(text)
         except ConfigurationError as error:
-            logger.warning("%s: %s", self.who, error)
+            logger.warning("%s: %s", self.who, error, extra=about("history.upkeep_failed", engine="nats"))
 
     @property
     def time(self) -> int:
@@ -195,7 +195,13 @@ class Upkeep:
         keeping = self._keeping
         if not keeping.is_short_told and (shortfall := keeping.stream.shortfall(config)):
             keeping.is_short_told = True
-            logger.warning("%s: the stream %s stands already, and %s", keeping.who, keeping.stream.name, shortfall)
+            logger.warning(
+                "%s: the stream %s stands already, and %s",
+                keeping.who,
+                keeping.stream.name,
+                shortfall,
+                extra=about("history.stream_differs", engine="nats"),
+            )
 
     async def _change(self, verb: str, config: Mapping[str, Any]) -> None:
         try:
@@ -217,6 +223,7 @@ class Upkeep:
                 keeping.who,
                 others,
                 text.decode(),
+                extra=about("history.rules_differ", engine="nats"),
             )
         await self._api.put("rules", text, _FOREVER)
 
@@ -260,7 +267,12 @@ class Upkeep:
                     await self._write_again()
         except (EngineError, ConfigurationError, TimeoutError) as error:
             if self._throttle.is_due("look"):
-                logger.warning("%s: its histories can't be looked after: %s", self._keeping.who, error)
+                logger.warning(
+                    "%s: its histories can't be looked after: %s",
+                    self._keeping.who,
+                    error,
+                    extra=about("history.upkeep_failed", engine="nats"),
+                )
             await asyncio.wait([self._lost], timeout=_LOOK_AGAIN)
 
     async def _write_again(self) -> None:

@@ -25,7 +25,7 @@ from wsbroadcast.engines.postgres.protocol import (
 from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Position
 
 OLDEST_VERSION = 13
@@ -221,7 +221,11 @@ class Keeper:
             self._tables.open_sql, text, milliseconds, self._tables.tables
         )
         if is_restored:
-            logger.warning("%s: the tables of the history were restored: new histories begin", self._where)
+            logger.warning(
+                "%s: the tables of the history were restored: new histories begin",
+                self._where,
+                extra=about("history.restored", engine="postgres"),
+            )
             await self._connection.execute(self._tables.renew_sql)
         return before, is_permitted
 
@@ -249,7 +253,12 @@ class Keeper:
             if is_loss(error, self._connection):
                 raise
             self._trim_at = now + 6 * _TRIM_SECONDS
-            logger.warning("%s: what is too old can't be removed: %s", self._where, said(error))
+            logger.warning(
+                "%s: what is too old can't be removed: %s",
+                self._where,
+                said(error),
+                extra=about("history.upkeep_failed", engine="postgres"),
+            )
         else:
             if has_more:
                 self._trim_at = now

@@ -28,7 +28,7 @@ from wsbroadcast.engines.postgres.protocol import (
 )
 from wsbroadcast.exceptions import ConfigurationError, EngineError
 from wsbroadcast.history import Appended
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.text import plain
 
 
@@ -227,7 +227,13 @@ class Notifier:
         except PostgresError as error:
             if is_loss(error, self._connection):
                 raise
-            logger.warning("%s: old rows of %s can't be removed: %s", self._where, self._table.name, said(error))
+            logger.warning(
+                "%s: old rows of %s can't be removed: %s",
+                self._where,
+                self._table.name,
+                said(error),
+                extra=about("engine.upkeep_failed", engine="postgres"),
+            )
         self._table.end_clean_up(is_behind=is_behind, has_more=has_more)
 
 

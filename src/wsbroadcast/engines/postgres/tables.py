@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wsbroadcast.history import History, HistoryRules
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.text import plain
 
 # For which a row stays at least if its notification has only its place: longer than any node takes to read it.
@@ -361,4 +361,10 @@ class HistoryTables:
         """Warn, once for each, of other rules that stood there."""
         if before != self._warned_of and before != rules.to_json().decode():
             self._warned_of = before
-            logger.warning("%s: another node keeps other histories, %s; now it is %r", where, before, rules)
+            logger.warning(
+                "%s: another node keeps other histories, %s; now it is %r",
+                where,
+                before,
+                rules,
+                extra=about("history.rules_differ", engine="postgres"),
+            )

@@ -21,7 +21,7 @@ from wsbroadcast.engines.redis.connection import Asker
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Position
 
 # Larger numbers Lua doesn't count exactly, and Redis doesn't take as a time.
@@ -419,7 +419,12 @@ class Written:
                 error = keeper.explain(answer)
                 if rules is not None and not isinstance(error, EngineError):
                     raise error
-                logger.info("who keeps what, in %s, can't be read or written (%s); that needs +get", self.key, error)
+                logger.info(
+                    "who keeps what, in %s, can't be read or written (%s); that needs +get",
+                    self.key,
+                    error,
+                    extra=about("history.rules_unknown", engine="redis"),
+                )
                 return rules or self._others  # of a server that isn't ready yet, those of before
         found, self._others = answers[0], None
         if not isinstance(found, bytes) or (rules is not None and found == rules.to_json()):
@@ -438,4 +443,4 @@ class Written:
     def _warn(self, found: bytes, text: str) -> None:
         if found != self._told:
             self._told = found
-            logger.warning("%s in Redis: %s", self.key, text)
+            logger.warning("%s in Redis: %s", self.key, text, extra=about("history.rules_differ", engine="redis"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,7 @@ from wsbroadcast.engines.broker.link import Entry, KeptParcel, Parcel, Place, St
 from wsbroadcast.engines.sqlite.file import Identity, check_local
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
-from wsbroadcast.logs import logger
+from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Position
 
 # Rows that a node reads at once.
@@ -90,16 +91,8 @@ class Store:
 
     def __init__(self, path: Path, busy_seconds: float) -> None:
         self.path = path
-        self.is_new = not path.exists()
+        self.is_new = _make(path)
         """Whether this has made the file."""
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        except FileNotFoundError:
-            raise ConfigurationError(f"there is no directory for {path}: make it, or give another path") from None
-        except PermissionError:
-            raise ConfigurationError(f"{path} may not be read and written by this user") from None
-        except IsADirectoryError:
-            raise ConfigurationError(f"{path} is a directory: name a file in it") from None
         self.identity = Identity.of(path)
         """Which file it is."""
         self._busy_seconds = busy_seconds
@@ -191,6 +184,7 @@ class Store:
                 self.path,
                 text,
                 known,
+                extra=about("history.rules_differ", engine="sqlite"),
             )
 
     def read_rules(self, prefix: str) -> HistoryRules | None:
@@ -336,6 +330,30 @@ class Store:
                 break  # the one after it was too large to be kept
             base -= 1
         return Stretch(Position(epoch, top), entries, max(base, min(since, top)))
+
+
+# Held while a file is made. It is never opened but by SQLite after that: to close a file gives up the locks that other
+# connections of this process have on it (fcntl(2)). Another process would then take itself for the last one, and remove
+# the write-ahead log that these go on writing to.
+_MAKING = threading.Lock()
+
+
+def _make(path: Path) -> bool:
+    """Make the file, readable for its owner alone, unless it is there; return whether it wasn't."""
+    try:
+        with _MAKING:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        if path.is_dir():
+            raise ConfigurationError(f"{path} is a directory: name a file in it") from None
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise ConfigurationError(f"{path} may not be read and written by this user") from None
+        return False
+    except FileNotFoundError:
+        raise ConfigurationError(f"there is no directory for {path}: make it, or give another path") from None
+    except PermissionError:
+        raise ConfigurationError(f"{path} may not be read and written by this user") from None
+    return True
 
 
 class _Batch:

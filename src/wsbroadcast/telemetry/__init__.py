@@ -1,0 +1,1 @@
+"""What `stats()` counts, in the forms that Prometheus and OpenTelemetry read. Imports neither."""
