@@ -1,18 +1,16 @@
-"""A site for the browser's client: a router, its HTTP side as a stand-in, a page, and a proxy that misbehaves."""
+"""A site for the browser's client: a router, a page, and a proxy that misbehaves."""
 
 # No postponed annotations: FastAPI reads them.
 
 import asyncio
-import json
 import re
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Self
 
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi import Depends, FastAPI, Response
+from fastapi.responses import HTMLResponse
 
 from tests.support.brokers import Endpoint, free_port
 from tests.support.proxy import FaultProxy
@@ -94,8 +92,6 @@ class Site:
         """What `/token` gives, the last for ever."""
         self.asked: list[str] = []
         """How the page has come: `ws`, `sse`, `poll`, `post`."""
-        self.streams: set[asyncio.Task[Any]] = set()
-        """The server-sent events that are open."""
         self.sent = 0
         """How many ticks there were."""
         self.log = 0
@@ -134,8 +130,6 @@ class Site:
 
     async def end(self) -> None:
         """Stop it: uvicorn closes with 1012."""
-        for stream in self.streams:
-            stream.cancel()
         await self._server.aclose()
 
     async def restart(self, *, loses_log: bool = False) -> None:
@@ -161,7 +155,7 @@ class Site:
                 return Identity("ada") if token == "good" else None
 
             self._options["authenticate"] = user
-        app.include_router(create_router(manager, "/ws/{channel}", inbound="broadcast", **self._options))
+        app.include_router(create_router(manager, "/ws/{channel}", http=True, **self._options))
 
         @manager.method("double")
         async def double(number: int) -> int:
@@ -188,73 +182,41 @@ class Site:
         async def token() -> str:
             return self.tokens.pop(0) if len(self.tokens) > 1 else self.tokens[0]
 
-        app.get("/ws/{channel}")(self._get)
-        app.post("/ws/{channel}")(self._post)
         return self._proxied(app)
 
     def _proxied(self, app: Any) -> Any:
         async def run(scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "websocket":
-                self.asked.append("ws")
-                if self.blocks_upgrades:
-                    await send({"type": "websocket.http.response.start", "status": 400, "headers": []})
-                    await send({"type": "websocket.http.response.body", "body": b""})
-                    return
-            await app(scope, receive, send)
+            if (way := _way_of(scope)) is None:
+                await app(scope, receive, send)
+                return
+            self.asked.append(way)
+            if way == "ws" and self.blocks_upgrades:
+                await send({"type": "websocket.http.response.start", "status": 400, "headers": []})
+                await send({"type": "websocket.http.response.body", "body": b""})
+            elif way != "ws" and not self.has_http:
+                await Response(status_code=404)(scope, receive, send)
+            elif way == "sse" and self.holds_back:
+                await app(scope, receive, self._held_back(send))
+            else:
+                await app(scope, receive, send)
 
         return run
 
-    # The HTTP side.
+    def _held_back(self, send: Any) -> Any:
+        async def hold(event: Any) -> None:
+            # What a proxy has collected is gone with it.
+            if event["type"] == "http.response.start" and self.holds_back == "body":
+                await send(event)
 
-    async def _get(self, request: Request, channel: str, since: str | None = None, wait: float = 0) -> Response:
-        if not self.has_http:
-            raise HTTPException(404)
-        if self._authenticates and request.headers.get("authorization") != "Bearer good":
-            raise HTTPException(401)
-        if "text/event-stream" in request.headers["accept"]:
-            self.asked.append("sse")
-            if self.holds_back == "all":
-                await asyncio.Event().wait()
-            return StreamingResponse(self._events(channel, since), media_type="text/event-stream")
-        self.asked.append("poll")
-        messages: list[Any] = []
-        begins = await self.manager.position(channel)
-        async with self.manager.listen(channel, since=since or str(begins)) as listener:
-            recovered = listener.recovered[channel].recovered
-            if wait and recovered:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(wait):
-                        messages.append({"type": "message", **await anext(listener)})
-        position = messages[-1]["position"] if messages else since if recovered and since else str(begins)
-        answer = {"position": position, "recovered": recovered, "messages": messages}
-        return Response(json.dumps(answer), media_type="application/json")
-
-    async def _events(self, channel: str, since: str | None) -> AsyncIterator[str]:
-        task = asyncio.current_task()
-        assert task is not None
-        self.streams.add(task)
-        try:
-            if self.holds_back == "body":
-                await asyncio.Event().wait()
-            yield _event({"type": "hello", "id": "x", "version": 1, "ping": 1.0, "reconnect": {"min": 0.2, "max": 2}})
-            begins = since or str(await self.manager.position(channel))
-            async with self.manager.listen(channel, since=begins) as listener:
-                recovered = listener.recovered[channel]
-                answer: dict[str, Any] = {"type": "subscribed", "channel": channel, "position": recovered.position}
-                yield _event(answer | ({"recovered": recovered.recovered} if since else {}))
-                async for publication in listener:
-                    yield f"id: {publication.position}\n" + _event({"type": "message", **publication})
-        finally:
-            self.streams.discard(task)
-
-    async def _post(self, request: Request, channel: str) -> Response:
-        self.asked.append("post")
-        command = await request.json()
-        if command["type"] == "publish":
-            await self.manager.broadcast(command["data"], channel=channel)
-            return JSONResponse({"type": "published", "channel": channel})
-        return JSONResponse({"type": "error", "code": "not_supported", "text": "no"})
+        return hold
 
 
-def _event(event: dict[str, Any]) -> str:
-    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+def _way_of(scope: Any) -> str | None:
+    """How a page comes in: `ws`, `sse`, `poll`, `post`; `None` if it asks for something else."""
+    if scope["type"] == "websocket":
+        return "ws"
+    if scope["type"] != "http" or not scope["path"].startswith("/ws/") or scope["path"].endswith(".js"):
+        return None
+    if scope["method"] == "POST":
+        return "post"
+    return "sse" if b"text/event-stream" in dict(scope["headers"]).get(b"accept", b"") else "poll"
