@@ -1,18 +1,25 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["wsbroadcast[demo]"]
+# dependencies = ["wsbroadcast[demo]", "sqlmodel"]
 # ///
-"""Snapshot and follow: a page loads what there is, then gets every change since, over all its reconnects.
+"""Snapshot and follow: a page loads a list from the database, then gets every change since, over all its reconnects.
 
 Run it with `uvicorn 12_snapshot:app` in this directory, and open http://localhost:8000 in several tabs. Then
 `curl -X PUT "http://127.0.0.1:8000/tasks/1?title=milk"`. Put a machine to sleep and write another task: its page gets
 that when it wakes up.
 """
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Annotated
 
-from wsbroadcast import ConnectionManager, History, create_router
+from fastapi import Depends, FastAPI
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
+from sqlmodel import Field, Session, SQLModel, create_engine, select
+
+from wsbroadcast import ConnectionManager, History, Position, create_router
 
 PAGE = """<!doctype html>
 <title>Tasks</title>
@@ -45,11 +52,38 @@ PAGE = """<!doctype html>
 """
 
 
-tasks: dict[int, str] = {}  # stands for your database
+class Task(SQLModel, table=True):
+    id: int | None = Field(default=None, primary_key=True)
+    title: str
 
+
+class Snapshot(BaseModel):
+    tasks: list[Task]
+    position: Position
+
+
+engine = create_engine(os.environ.get("DATABASE_URL", "sqlite:///tasks.db"))
 manager = ConnectionManager(history={"tasks": History(messages=1000, seconds=3600)})
-app = FastAPI()
-app.include_router(create_router(manager, "/follow", channel="tasks", inbound="ignore"))  # it reads `?since=`
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    SQLModel.metadata.create_all(engine)
+    yield
+    engine.dispose()
+
+
+def session() -> Iterator[Session]:
+    with Session(engine) as opened:
+        yield opened
+
+
+SessionDep = Annotated[Session, Depends(session)]
+
+app = FastAPI(lifespan=lifespan)
+app.include_router(
+    create_router(manager, "/follow", channel="tasks", inbound="ignore", http=True)
+)  # it reads `?since=`
 
 
 @app.get("/")
@@ -57,16 +91,22 @@ async def page() -> HTMLResponse:
     return HTMLResponse(PAGE)
 
 
+async def position() -> Position:
+    return await manager.position("tasks")
+
+
 @app.get("/tasks")
-async def load() -> dict[str, object]:
-    position = await manager.position("tasks")  # first, so that nothing falls in between
-    return {"tasks": [{"id": number, "title": title} for number, title in tasks.items()], "position": str(position)}
+def load(position: Annotated[Position, Depends(position)], session: SessionDep) -> Snapshot:
+    # The position first, then the query: what is written in between comes again, and nothing is missed.
+    return Snapshot(tasks=list(session.exec(select(Task))), position=position)
 
 
 @app.put("/tasks/{number}", status_code=204)
-async def write(number: int, title: str) -> None:
-    tasks[number] = title  # first, so that nobody is told of what a snapshot doesn't have
-    await manager.broadcast({"id": number, "title": title}, channel="tasks")
+def write(number: int, title: str, session: SessionDep) -> None:
+    task = session.merge(Task(id=number, title=title))
+    session.commit()  # first, so that nobody is told of what a snapshot doesn't have
+    session.refresh(task)
+    manager.broadcast_threadsafe(task, channel="tasks")
 
 
 if __name__ == "__main__":

@@ -453,7 +453,7 @@ EXERCISES: dict[str, Callable[[TestClient], None]] = {
 # Examples that want more than the extra `demo`, and don't run in this process alone.
 EXTRAS = {"09_scale_out": "demo,nats,postgres,redis"}
 RUNS = {"09_scale_out": '"09_scale_out:app", workers=4'}
-MORE = {"15_graphql": ["strawberry-graphql[fastapi]"], "16_documents": ["pycrdt"]}
+MORE = {"12_snapshot": ["sqlmodel"], "15_graphql": ["strawberry-graphql[fastapi]"], "16_documents": ["pycrdt"]}
 BROKERS = {"16_documents": "sqlite:///documents.db"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -179,29 +180,44 @@ async def test_page_of_the_tutorial_shows_markup_as_text_and_keeps_what_it_can_n
         await page.close()
 
 
-async def test_page_of_the_snapshot_misses_no_task(browser: Browser) -> None:
+async def test_page_of_the_snapshot_misses_no_task(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     example = load(EXAMPLES / "12_snapshot.py")
+
+    def save(number: int, title: str, *, is_told: bool = True) -> None:
+        with example.Session(example.engine) as session:
+            if is_told:
+                example.write(number, title, session)
+            else:
+                session.merge(example.Task(id=number, title=title))
+                session.commit()
+
+    async def write(number: int, title: str) -> None:
+        await asyncio.to_thread(save, number, title)
+
     async with serve_here(example.app) as port:
         page = await browser.new_page()
-        await example.write(1, "milk")
+        await write(1, "milk")
         await page.goto(f"http://127.0.0.1:{port}/")
         tasks = partial(expect(page.get_by_role("listitem")).to_have_text, timeout=PATIENCE_MS)
         await tasks(["milk"])
-        await example.write(2, "tea")
+        await write(2, "tea")
         await tasks(["milk", "tea"])
         # What is written while it is away comes over the socket: the snapshot isn't loaded again.
         loads: list[str] = []
         page.on("request", lambda request: loads.append(request.url))
         (connection,) = example.manager.connections
         await connection.close(1012)
-        await example.write(1, "bread")
-        await example.write(3, "jam")
+        await write(1, "bread")
+        await write(3, "jam")
         await tasks(["bread", "tea", "jam"])
         assert not [url for url in loads if url.endswith("/tasks")]
         # What can't be had any more begins with a snapshot.
-        example.tasks[4] = "eggs"
+        save(4, "eggs", is_told=False)
         await example.manager.forget("tasks")
         await tasks(["bread", "tea", "jam", "eggs"])
-        await example.write(2, "coffee")
+        await write(2, "coffee")
         await tasks(["bread", "coffee", "jam", "eggs"])
         await page.close()

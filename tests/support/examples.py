@@ -12,8 +12,16 @@ from starlette.testclient import TestClient
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
+def _forget_models() -> None:
+    # SQLModel knows the models of all modules in one place, and an example is loaded more than once.
+    if (sqlmodel := sys.modules.get("sqlmodel")) is not None:
+        sqlmodel.main.default_registry.dispose()
+        sqlmodel.SQLModel.metadata.clear()
+
+
 def load(path: Path) -> ModuleType:
     """Import an example afresh, so that every test has its own manager."""
+    _forget_models()
     spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
