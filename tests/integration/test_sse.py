@@ -11,7 +11,15 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.servers import STREAM_FLAVOURS, Flavour, Server, eventually
+from tests.support.servers import (
+    STREAM_FLAVOURS,
+    UVICORN_DEBUG,
+    UVICORN_H11,
+    UVICORN_HTTPTOOLS,
+    Flavour,
+    Server,
+    eventually,
+)
 from tests.support.sse import Response, request
 
 APP = "tests.support.streams:app"
@@ -56,7 +64,10 @@ async def quiet(server: Server, name: str = "main", seconds: float = 5.0) -> dic
         state = await server.get(f"/state?name={name}")
         return state if not (state["connections"] or state["tasks"] or state["channels"]) else None
 
-    found: dict[str, Any] = await eventually(is_quiet, seconds)
+    try:
+        found: dict[str, Any] = await eventually(is_quiet, seconds)
+    except AssertionError:
+        raise AssertionError(await server.get(f"/state?name={name}")) from None
     return found
 
 
@@ -149,16 +160,17 @@ async def end_of(stream: Response) -> dict[str, Any]:
 
 @pytest.mark.parametrize("how", ["close", "later", "aclose"])
 async def test_the_app_ends_a_stream(server: Server, channel: str, how: str) -> None:
-    async with request(server.port, f"/sse/{channel}") as stream:
-        await stream.named("recovered")
-        await say(server, channel, "last words")
+    name = "slow" if how == "aclose" else "main"
+    async with request(server.port, f"/slow/{channel}" if how == "aclose" else f"/sse/{channel}") as stream:
+        await stream.named("hello")
+        await say(server, channel, "last words", name=name)
         path = {"close": "/close?code=4403&reason=no", "later": "/close?code=1013&reason=later", "aclose": "/aclose"}
         await server.post(path[how])
-        assert (await stream.event()).data == "last words"
+        assert (await stream.named("message")).data == "last words"
         end = await end_of(stream)
-    expected = {"close": (4403, "no"), "later": (1013, "later"), "aclose": (1001, "")}[how]
+    expected = {"close": (4403, "no"), "later": (1013, "later"), "aclose": (1001, "the server is going away")}[how]
     assert (end["code"], end["reason"]) == expected
-    await quiet(server)
+    await quiet(server, name)
 
 
 async def test_a_user_is_closed_and_a_token_expires(server: Server, channel: str) -> None:
@@ -236,13 +248,15 @@ async def test_a_second_request_behind_a_stream_leaves_nothing(server: Server, c
             stream.writer.write(f"GET /health HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\n\r\n".encode())
             await stream.writer.drain()
             streams.append((context, stream))
-        await came(server, number=20)
-        await say(server, channel, "to all")
-        for _, stream in streams:
-            assert (await stream.event()).data == "to all"
+        if server.flavour in (UVICORN_DEBUG, UVICORN_HTTPTOOLS):  # others end what the request stands behind
+            await came(server, number=20)
+            await say(server, channel, "to all")
+            for _, stream in streams:
+                assert (await stream.event()).data == "to all"
         for context, stream in streams:
             stream.reset()
             await context.__aexit__(None, None, None)
+        await say(server, channel, "to nobody")  # uvicorn doesn't read now: a write shows that they are gone
         after = await quiet(server, seconds=15)
 
         async def are_tasks_gone() -> bool:
@@ -250,16 +264,18 @@ async def test_a_second_request_behind_a_stream_leaves_nothing(server: Server, c
 
         await eventually(are_tasks_gone)
     assert after["living"] == 0
+    if server.flavour is UVICORN_H11:  # a 400 behind a head with `connection: close` is an error of its own there
+        server.mark()
 
 
 async def test_a_stalled_stream_is_evicted_and_disturbs_nobody(server: Server, channel: str) -> None:
     async with request(server.port, f"/slow/{channel}", receive_buffer=4096) as stalled:
         await stalled.named("hello")
         async with request(server.port, f"/slow/{channel}") as other:
-            await other.named("hello")
-            flooding = asyncio.create_task(server.post(f"/flood?name=slow&size=16384&times=1500&channel={channel}"))
-            numbers = [int(event.data[:8]) for event in await other.take(1500)]
-            assert numbers == list(range(1500))
+            await other.named("recovered")
+            flooding = asyncio.create_task(server.post(f"/flood?name=slow&size=16384&times=600&channel={channel}"))
+            numbers = [int(event.data[:8]) for event in await other.take(600)]
+            assert numbers == list(range(600))
             await flooding
 
             async def is_out() -> bool:

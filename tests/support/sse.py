@@ -121,11 +121,11 @@ class Response:
             try:
                 line = await self.reader.readuntil(b"\r\n")
             except asyncio.IncompleteReadError as error:
-                if error.partial and not re.fullmatch(rb"[0-9a-f]+\r?", error.partial):
+                if error.partial and not re.fullmatch(rb"[0-9a-fA-F]+\r?", error.partial):
                     raise BrokenChunk(error.partial) from None
                 self.is_cut = True
                 return b""
-            if not re.fullmatch(rb"[0-9a-f]+\r\n", line):
+            if not re.fullmatch(rb"[0-9a-fA-F]+\r\n", line):
                 raise BrokenChunk(line[:80])
             size = int(line, 16)
             try:

@@ -94,7 +94,10 @@ class EventStream:
 
     async def serve(self, connection: Any) -> None:
         """Wait for the connection's end."""
-        await connection.wait_closed()
+        try:
+            await connection.wait_closed()
+        finally:
+            await self._opened.finish()
 
     # What the WebSocket receives and sends.
 
