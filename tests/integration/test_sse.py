@@ -88,8 +88,10 @@ async def test_a_stream_from_its_beginning_to_its_end(server: Server, channel: s
         hello = await stream.event()
         assert (hello.name, hello.json["type"]) == ("hello", "hello")
         recovered = await stream.event()
-        assert recovered.name == "recovered" and recovered.id == recovered.json["position"]
-        assert stream.parser.retry is not None and 1000 <= stream.parser.retry <= 5000
+        assert recovered.name == "recovered"
+        assert recovered.id == recovered.json["position"]
+        assert stream.parser.retry is not None
+        assert 1000 <= stream.parser.retry <= 5000
         state = await server.get("/state")
         fast = server.flavour.package == "uvicorn"
         assert state["sinks"] == {"uvicorn_sse" if fast else "asgi_sse": 1}
@@ -122,7 +124,7 @@ async def test_who_comes_back_gets_what_it_missed(server: Server, channel: str) 
     second = await say(server, channel, "second")
     third = await say(server, channel, "third")
 
-    async def seen(path: str, **headers: str) -> tuple[Any, list[str]]:
+    async def seen(path: str, **headers: Any) -> tuple[Any, list[str]]:
         async with request(server.port, path, **headers) as stream:
             recovered = (await stream.named("recovered")).json
             await say(server, channel, "end")
@@ -134,18 +136,24 @@ async def test_who_comes_back_gets_what_it_missed(server: Server, channel: str) 
         return recovered, texts
 
     recovered, texts = await seen(f"/sse/{channel}?since={first}")
-    assert recovered["recovered"] is True and texts == ["second", "third"]
+    assert recovered["recovered"] is True
+    assert texts == ["second", "third"]
     recovered, texts = await seen(f"/sse/{channel}?since={first}", Last_Event_ID=str(second))
-    assert recovered["recovered"] is True and texts[0] == "third"
+    assert recovered["recovered"] is True
+    assert texts[0] == "third"
     assert third is not None
     lost, texts = await seen(f"/sse/{channel}?since=other-epoch:3")
-    assert lost["recovered"] is False and lost["reason"] and texts == []
+    assert lost["recovered"] is False
+    assert lost["reason"]
+    assert texts == []
     for text in range(25):
         await say(server, channel, str(text))
     lost, texts = await seen(f"/sse/{channel}", Last_Event_ID=str(first))
-    assert lost["recovered"] is False and lost["position"]
+    assert lost["recovered"] is False
+    assert lost["position"]
     fresh, texts = await seen(f"/both/{channel}")
-    assert "recovered" not in fresh and texts == []
+    assert "recovered" not in fresh
+    assert texts == []
     await quiet(server)
 
 
@@ -198,14 +206,16 @@ async def test_who_may_not_come_in_learns_it_by_status(server: Server, channel: 
         async with request(server.port, f"/sse/{channel}", Accept=accept, Origin="https://evil.example") as answer:
             assert answer.status == 403
         async with request(server.port, "/sse/%0Anews", Accept=accept) as answer:
-            assert answer.status == 403 and b"invalid channel" in await answer.whole()
+            assert answer.status == 403
+            assert b"invalid channel" in await answer.whole()
     await quiet(server, "members")
 
 
 async def test_head_is_answered_at_once(server: Server, channel: str) -> None:
     before = (await quiet(server))["hooked"].get("connect", 0)
     async with request(server.port, f"/sse/{channel}", "HEAD") as answer:
-        assert answer.status == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.status == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
     async with request(server.port, f"/member/{channel}", "HEAD") as answer:
         assert answer.status == 401
     async with request(server.port, "/sse/%0Anews", "HEAD") as answer:
@@ -290,14 +300,16 @@ async def test_a_stalled_stream_is_evicted_and_disturbs_nobody(server: Server, c
 # Long poll.
 
 
-async def poll(server: Server, path: str, **headers: str) -> tuple[int, Any]:
-    async with request(server.port, path, Accept="application/json", **headers) as answer:
+async def poll(server: Server, path: str) -> tuple[int, Any]:
+    async with request(server.port, path, Accept="application/json") as answer:
         return answer.status, await answer.json()
 
 
 async def test_a_poll(server: Server, channel: str) -> None:
     status, first = await poll(server, f"/sse/{channel}")
-    assert status == 200 and first["messages"] == [] and first["position"]
+    assert status == 200
+    assert first["messages"] == []
+    assert first["position"]
     waiting = asyncio.create_task(poll(server, f"/sse/{channel}?since={first['position']}"))
     await came(server)
     position = await say(server, channel, "one")
@@ -309,7 +321,8 @@ async def test_a_poll(server: Server, channel: str) -> None:
     again = await poll(server, f"/sse/{channel}?since={first['position']}")
     assert [message["data"] for message in again[1]["messages"]] == ["one"]
     empty = await poll(server, f"/sse/{channel}?since={position}&wait=0.2")
-    assert empty[1]["messages"] == [] and empty[1]["position"] == position
+    assert empty[1]["messages"] == []
+    assert empty[1]["position"] == position
     await quiet(server)
 
 

@@ -162,12 +162,14 @@ def test_the_last_event_says_why_and_when_to_come_back() -> None:
     parser = EventParser()
     [event] = parser.feed(last_event(1012, "drain"))
     assert (event.name, event.json) == ("close", {"type": "close", "code": 1012, "reason": "drain"})
-    assert parser.retry is not None and 1000 <= parser.retry <= 5000
+    assert parser.retry is not None
+    assert 1000 <= parser.retry <= 5000
     parser = EventParser()
     [event] = parser.feed(last_event(1008, "x\r\nid: forged\n\n" + "ü" * 200))
     assert event.json["reason"].startswith("x\r\nid: forged\n\n")
     assert len(event.json["reason"].encode()) <= 123
-    assert parser.retry is None and parser.last_id == ""
+    assert parser.retry is None
+    assert parser.last_id == ""
 
 
 def test_browsers_come_back_at_different_moments() -> None:

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import WebSocketException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -52,6 +53,13 @@ class HTTPStreams:
         )
         router.add_api_route(path, self.get, methods=["HEAD"], include_in_schema=False, dependencies=dependencies)
         router.add_api_route(path, self.options, methods=["OPTIONS"], include_in_schema=False)
+
+    def routes(self, path: str) -> list[BaseRoute]:
+        """Return its routes for plain Starlette, where GET stands for HEAD too."""
+        return [
+            Route(path, self.get, methods=["GET"], name="wsbroadcast_http"),
+            Route(path, self.options, methods=["OPTIONS"]),
+        ]
 
     async def get(self, request: Request) -> Response:
         """Answer with a stream of events, or with what has come."""
@@ -144,8 +152,8 @@ class Head(Response):
 
 def prefers_json(headers: Headers) -> bool:
     """Tell whether a client asks for JSON, and not for events; one that takes anything gets events."""
-    accept = headers.get("accept", "")
-    return "application/json" in accept and "text/event-stream" not in accept
+    kinds = {each.partition(";")[0].strip().lower() for each in headers.get("accept", "").split(",")}
+    return "application/json" in kinds and "text/event-stream" not in kinds
 
 
 def wait_of(text: str | None) -> float | None:

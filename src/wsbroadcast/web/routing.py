@@ -5,7 +5,7 @@ from typing import Any, Literal, Never, get_args
 
 from fastapi import APIRouter, WebSocket, params
 from starlette.exceptions import WebSocketException
-from starlette.routing import WebSocketRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from wsbroadcast.audience import UNSET
 from wsbroadcast.close_codes import CloseCode, is_sendable
@@ -307,11 +307,12 @@ def create_routes(
     authorize: Authorize | None = None,
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
+    http: bool = False,
     **moved: Never,
-) -> list[WebSocketRoute]:
+) -> list[BaseRoute]:
     """Make the same endpoint as routes for plain Starlette; pass `manager.lifespan` to `Starlette` yourself.
 
-    `authenticate` is a FastAPI dependency here too.
+    `authenticate` is a FastAPI dependency here too. With `http` the path serves events and long poll as well.
 
     Raises:
         ConfigurationError: If an option makes no sense.
@@ -320,4 +321,5 @@ def create_routes(
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
-    return [WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
+    routes: list[BaseRoute] = [WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
+    return routes + endpoint.http.routes(path) if http else routes
