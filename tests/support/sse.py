@@ -53,7 +53,7 @@ class EventParser:
         if self._is_first and len(self._bytes) >= 3:
             self._bytes = self._bytes.removeprefix(b"\xef\xbb\xbf")
             self._is_first = False
-        events = []
+        events: list[Event] = []
         while True:
             if self._after_cr and self._bytes:  # the LF of a CR LF
                 self._bytes = self._bytes.removeprefix(b"\n")

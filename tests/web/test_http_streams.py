@@ -260,7 +260,7 @@ async def test_over_tls() -> None:
 @pytest.mark.parametrize("end", ["timeout", "fin", "reset"])
 async def test_a_large_message_that_is_broken_off_is_never_completed(http: str, end: str) -> None:
     manager = ConnectionManager(slow_consumer=SlowConsumer(send_timeout=0.5, close_timeout=0.2))
-    async with serving(manager=manager, http=http) as (_, port):
+    async with serving(manager=manager, http=http) as (_, port):  # noqa: SIM117  # the server ends after its clients
         async with request(port, "/sse/news", receive_buffer=4096) as stream:
             await stream.named("recovered")
             for _ in range(8):
@@ -449,10 +449,10 @@ async def test_what_a_client_accepts(accept: str, kind: str) -> None:
 
 @pytest.mark.parametrize("wait", ["", "-1", "x", "1e3", "nan", "inf", "1.2.3", "٣", ".", "1 2"])
 async def test_a_bad_wait_is_said(wait: str) -> None:
-    async with serving() as (_, port):
-        async with request(port, f"/sse/news?wait={quote(wait)}", Accept="application/json") as answer:
-            assert answer.status == 422
-            assert b"seconds" in await answer.whole()
+    path = f"/sse/news?wait={quote(wait)}"
+    async with serving() as (_, port), request(port, path, Accept="application/json") as answer:
+        assert answer.status == 422
+        assert b"seconds" in await answer.whole()
 
 
 # Long poll.
