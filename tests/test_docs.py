@@ -643,6 +643,18 @@ def drained(client: TestClient, block: Namespace) -> None:
     assert refused.value.status_code == 503
 
 
+def events_over_http(client: TestClient, block: Namespace) -> None:
+    def poll(query: str = "") -> Any:
+        return client.get(f"/sse/news{query}", headers={"Accept": "application/json"}).json()
+
+    at = poll()["position"]
+    client.post("/news", params={"text": "hello"})
+    answer = poll(f"?since={at}&wait=20")
+    assert answer["recovered"] is True
+    assert [(each["type"], each["data"]) for each in answer["messages"]] == [("message", "hello")]
+    assert set(answer) == {"position", "recovered", "messages"}
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
@@ -682,6 +694,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/operations.md#put-it-into-the-app": operations,
     "docs/listen.md#snapshot-and-follow": snapshot,
     "docs/servers.md#uvicorn": echo,
+    "docs/sse.md#the-app": events_over_http,
     "docs/scale-out.md#two-workers": scale_out,
     "docs/scale-out.md#background-tasks": local_ticks,
     "docs/scale-out.md#background-tasks-#3": leader,

@@ -64,8 +64,8 @@ class Flavour:
         return not (self.package == "hypercorn" and sys.version_info >= (3, 12, 1))
 
 
-def _uvicorn(name: str, loop: str, ws: str, **options: Any) -> Flavour:
-    arguments = ("--host", "127.0.0.1", "--port", "{port}", "--loop", loop, "--ws", ws, "{app}")
+def _uvicorn(name: str, loop: str, ws: str, http: str = "auto", **options: Any) -> Flavour:
+    arguments = ("--host", "127.0.0.1", "--port", "{port}", "--loop", loop, "--ws", ws, "--http", http, "{app}")
     return Flavour(name, "uvicorn", arguments, **options)
 
 
@@ -81,6 +81,10 @@ UVICORN_DEBUG = _uvicorn(
 )
 UVICORN_WSPROTO = _uvicorn("uvicorn-wsproto", "asyncio", "wsproto", requires=("wsproto",))
 UVICORN_WSPROTO_UVLOOP = _uvicorn("uvicorn-wsproto-uvloop", "uvloop", "wsproto", requires=("wsproto", "uvloop"))
+UVICORN_H11 = _uvicorn("uvicorn-h11", "asyncio", "auto", "h11", fast_path=True, requires=("websockets", "h11"))
+UVICORN_HTTPTOOLS = _uvicorn(
+    "uvicorn-httptools", "uvloop", "auto", "httptools", fast_path=True, requires=("websockets", "uvloop", "httptools")
+)
 HYPERCORN = Flavour("hypercorn", "hypercorn", ("--bind", "127.0.0.1:{port}", "{app}"))
 GRANIAN = Flavour(
     "granian", "granian", ("--interface", "asgi", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1", "{app}")
@@ -97,6 +101,9 @@ FLAVOURS = (
     GRANIAN,
     DAPHNE,
 )
+
+STREAM_FLAVOURS = (UVICORN_DEBUG, UVICORN_H11, UVICORN_HTTPTOOLS, HYPERCORN, GRANIAN, DAPHNE)
+"""One of each thing that HTTP responses go through."""
 
 
 class Server:

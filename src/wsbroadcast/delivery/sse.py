@@ -212,6 +212,22 @@ class Opened:
                 cycle.transport = real
         self.refused = recorder.refusal(first)
 
+    async def finish(self) -> None:
+        """Say that nothing follows, where uvicorn hasn't noticed that the peer is gone and nobody else has said it.
+
+        It tells only the last of the requests that a peer has sent, and not those before which it still answers.
+        """
+        cycle = self._cycle
+        if cycle is None or not self.is_open or not cycle.transport.is_closing():
+            return
+        is_over = getattr(cycle, "disconnected", True) or getattr(cycle, "response_complete", True)
+        if is_over or cycle.flow.write_paused:  # which would wait until the transport takes more
+            return
+        try:
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        except (OSError, RuntimeError):  # what uvloop says of a handle that is closed
+            pass
+
     async def _begin(self, head: dict[str, Any], first: bytes) -> None:
         await self._send(head)
         await self._send({"type": "http.response.body", "body": first, "more_body": True})

@@ -103,9 +103,12 @@ class EventStream:
 
     async def serve(self, connection: Any) -> None:
         """Wait for the connection's end."""
-        if self._begin is not None:
-            await self._begin(connection)
-        await connection.wait_closed()
+        try:
+            if self._begin is not None:
+                await self._begin(connection)
+            await connection.wait_closed()
+        finally:
+            await self._opened.finish()
 
     # What the WebSocket receives and sends.
 

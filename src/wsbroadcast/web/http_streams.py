@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import WebSocketException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import compile_path
+from starlette.routing import BaseRoute, Route, compile_path
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -101,6 +101,14 @@ class HTTPStreams:
         )
         router.add_api_route(path, self.get, methods=["HEAD"], include_in_schema=False, dependencies=dependencies)
         router.add_api_route(path, self.options, methods=["OPTIONS"], include_in_schema=False)
+
+    def routes(self, path: str) -> list[BaseRoute]:
+        """Return its routes for plain Starlette, where GET stands for HEAD too."""
+        return [
+            Route(path, self.get, methods=["GET"], name="wsbroadcast_events"),
+            Route(path, self.post, methods=["POST"], name="wsbroadcast_command"),
+            Route(path, self.options, methods=["OPTIONS"]),
+        ]
 
     async def get(self, request: Request) -> Response:
         """Answer with a stream of events, or with what has come."""
@@ -298,8 +306,8 @@ async def read_json(request: Request, check: Callable[[int], None]) -> object:
 
 def prefers_json(headers: Headers) -> bool:
     """Tell whether a client asks for JSON, and not for events; one that takes anything gets events."""
-    accept = headers.get("accept", "")
-    return "application/json" in accept and "text/event-stream" not in accept
+    kinds = {each.partition(";")[0].strip().lower() for each in headers.get("accept", "").split(",")}
+    return "application/json" in kinds and "text/event-stream" not in kinds
 
 
 def wait_of(text: str | None) -> float | None:

@@ -304,11 +304,12 @@ def create_routes(
     allowed_origins: Iterable[str] | None = None,
     access: Access | None = None,
     script: bool = True,
+    http: bool = False,
     **moved: Never,
 ) -> list[BaseRoute]:
     """Make the same endpoint as routes for plain Starlette; pass `manager.lifespan` to `Starlette` yourself.
 
-    `authenticate` is a FastAPI dependency here too.
+    `authenticate` is a FastAPI dependency here too. With `http` the path serves events and long poll as well.
 
     Raises:
         ConfigurationError: If an option makes no sense.
@@ -317,4 +318,8 @@ def create_routes(
     endpoint = Endpoint(
         manager, path, access, channel=channel, inbound=inbound, accepts=accepts, include_sender=include_sender
     )
-    return [*(script_routes(path) if script else ()), WebSocketRoute(path, endpoint.open, name="wsbroadcast")]
+    routes: list[BaseRoute] = [
+        *(script_routes(path) if script else ()),
+        WebSocketRoute(path, endpoint.open, name="wsbroadcast"),
+    ]
+    return routes + endpoint.http.routes(path) if http else routes
