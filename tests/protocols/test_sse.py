@@ -16,6 +16,7 @@ from tests.support.sse import Event, EventParser
 from wsbroadcast.audience import EVERYONE, Audience
 from wsbroadcast.delivery.sse import chunk, drawn_retry, last_event
 from wsbroadcast.message import Message
+from wsbroadcast.options import ClientTiming
 from wsbroadcast.protocols import sse
 from wsbroadcast.protocols.events import gap, hello
 from wsbroadcast.publication import Frame, Position, Publication, Withheld
@@ -115,7 +116,8 @@ def test_what_the_protocol_says_itself() -> None:
     def said(message: Message) -> bytes:
         return speaks(Frame(message, Audience("connection"))).payload
 
-    assert parse(said(hello("kX2"))) == [Event('{"type":"hello","id":"kX2"}', "hello")]
+    [event] = parse(said(hello("kX2", ClientTiming(), 15.0)))
+    assert (event.name, event.json["id"], event.json["ping"]) == ("hello", "kX2", 15.0)
     joined = {"type": "subscribed", "channel": "news", "position": str(AT), "recovered": True}
     [event] = parse(said(Message.json(joined)))
     assert (event.name, event.id, event.json) == ("recovered", str(AT), joined)
