@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
+from secrets import token_urlsafe
 
 from fastapi import APIRouter, params
 from starlette.datastructures import Headers
@@ -17,14 +19,18 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.exceptions import InvalidChannel
 from wsbroadcast.manager import ConnectionManager, core_of
+from wsbroadcast.node.admission import POLL, Poll
 from wsbroadcast.node.membership import SPEAKS
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
 from wsbroadcast.transports.http import EventStream, Header, stream_headers
-from wsbroadcast.transports.long_poll import MAX_WAIT_SECONDS, LongPoll
+from wsbroadcast.transports.long_poll import KEPT_SECONDS, MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.path_channel import PathChannel
+
+# What a place is called that is kept between two polls.
+_POLL = re.compile("[A-Za-z0-9_-]{16,64}")
 
 Open = Callable[[WebSocket], Awaitable[None]]
 """Serves a connection from its handshake to its end."""
@@ -88,6 +94,11 @@ class HTTPStreams:
         most = self._core.life.node.dispatcher.turn_bytes * 8
         poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most)
         poll.websocket.scope[SPEAKS] = events
+        if self._core.life.node.membership.admission.quotas.counts_places:
+            named = request.query_params.get("id", "")
+            if _POLL.fullmatch(named):
+                poll.websocket.scope[POLL] = Poll(named, wait + KEPT_SECONDS)
+            poll.tell(named if POLL in poll.websocket.scope else token_urlsafe(12))
         await self._open(poll.websocket)
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
