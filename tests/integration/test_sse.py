@@ -267,7 +267,13 @@ async def test_a_second_request_behind_a_stream_leaves_nothing(server: Server, c
         for context, stream in streams:
             stream.reset()
             await context.__aexit__(None, None, None)
-        await say(server, channel, "to nobody")  # uvicorn doesn't read now: a write shows that they are gone
+
+        async def is_everybody_gone() -> bool:
+            # uvicorn doesn't read now: a write, as the comments that keep streams alive are, shows that they are gone.
+            await say(server, channel, "to nobody")
+            return not (await server.get("/state"))["connections"]
+
+        await eventually(is_everybody_gone, 15)
         after = await quiet(server, seconds=15)
 
         async def are_tasks_gone() -> bool:
