@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import random
 import ssl
 import zlib
@@ -571,3 +572,54 @@ async def test_many_streams_of_one_address_leave_nothing() -> None:
         await gone(manager)
         gc.collect()
         assert not [each for each in gc.get_objects() if isinstance(each, Connection)]
+
+
+async def test_a_poller_keeps_its_place_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsbroadcast.web.http_streams.KEPT_SECONDS", 0.3)
+    manager = ConnectionManager(limits=Limits(max_connections=2, max_connections_per_address=2))
+    async with serving(manager=manager) as (_, port):
+
+        async def poll(query: str = "") -> tuple[int, Any]:
+            async with request(port, f"/sse/news?wait=0{query}", Accept="application/json") as answer:
+                body = await answer.whole()
+                return answer.status, json.loads(body) if answer.status == 200 else None
+
+        names = []
+        for _ in range(2):
+            status, answer = await poll()
+            assert status == 200
+            names.append(answer["id"])
+        for _ in range(3):
+            for name in names:
+                status, answer = await poll(f"&id={name}")
+                assert (status, answer["id"]) == (200, name)
+        assert (await poll())[0] == 429  # both places are kept
+        assert (await poll("&id=" + "x" * 20))[0] == 429
+
+        async def has_room() -> bool:
+            return (await poll())[0] == 200
+
+        await eventually(has_room)
+        for name in ("short", "x" * 65, "a b" * 10, "%0A" * 20):  # is no name of ours: nothing is kept
+            for _ in range(4):
+                assert (await poll(f"&id={name.replace(' ', '%20')}"))[0] == 200
+
+
+async def test_a_place_kept_by_a_poll_gives_way_to_a_newer_connection_of_its_user() -> None:
+    async def user() -> str:
+        return "ann"
+
+    manager = ConnectionManager(limits=Limits(max_connections_per_user=1, when_full="oldest"))
+    async with serving(manager=manager, authenticate=user) as (_, port):
+        for _ in range(2):
+            async with request(port, f"/sse/news?wait=0&id={'x' * 16}", Accept="application/json") as answer:
+                assert answer.status == 200
+        async with request(port, "/sse/news") as stream:
+            assert (await stream.event()).name == "hello"
+
+
+async def test_nothing_is_told_where_nothing_is_counted() -> None:
+    manager = ConnectionManager(limits=Limits(max_connections=None, max_connections_per_address=None))
+    path = "/sse/news?wait=0"
+    async with serving(manager=manager) as (_, port), request(port, path, Accept="application/json") as answer:
+        assert set(await answer.json()) == {"position", "recovered", "messages"}

@@ -150,6 +150,19 @@ class UvicornStreamSink(Stream, DirectSink):
             await super()._write_close(turn)
 
 
+class Nowhere:
+    """Stands in for a transport whose peer is gone: uvloop's raises where it is written to."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        """Write nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Recorder:
     """Stands in for the transport of one of uvicorn's request cycles while a head is sent, and remembers what goes out.
 
@@ -223,10 +236,11 @@ class Opened:
         is_over = getattr(cycle, "disconnected", True) or getattr(cycle, "response_complete", True)
         if is_over or cycle.flow.write_paused:  # which would wait until the transport takes more
             return
+        real, cycle.transport = cycle.transport, Nowhere(cycle.transport)
         try:
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (OSError, RuntimeError):  # what uvloop says of a handle that is closed
-            pass
+        finally:
+            cycle.transport = real
 
     async def _begin(self, head: dict[str, Any], first: bytes) -> None:
         await self._send(head)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
+from contextvars import Context
 from ipaddress import IPv6Address, ip_address
 from math import ceil
 from time import monotonic
@@ -127,6 +128,15 @@ class Counted:
             del self.taken[key]
 
 
+class Poll(NamedTuple):
+    """Which place a client keeps that polls."""
+
+    name: str
+    """What it is called."""
+    seconds: float
+    """For how long it is kept after a poll."""
+
+
 class Lease:
     """A connection's place among those that are counted.
 
@@ -147,7 +157,9 @@ class Lease:
         Raises:
             LimitExceeded: If there is no room; the place is as it was.
         """
-        if key is not None and self.quotas.take(limit, key, self._address):
+        if key is None or (limit, key) in self._taken:
+            return
+        if self.quotas.take(limit, key, self._address):
             self._taken += ((limit, key),)
 
     @property
@@ -159,6 +171,55 @@ class Lease:
         """Give everything back. Idempotent."""
         taken, self._taken = self._taken, ()
         self.quotas.give_back(taken)
+
+
+class PollLease(Lease):
+    """The place of a client that polls and says who it is: it keeps it for a while after each poll, and counts once.
+
+    Args:
+        quotas: Where the place is taken.
+        address: The client's.
+        name: What it is called in its next poll.
+        seconds: For how long it is kept.
+    """
+
+    __slots__ = ("_seconds", "_timer", "name")
+
+    def __init__(self, quotas: Quotas, address: str | None, name: str, seconds: float) -> None:
+        super().__init__(quotas, address)
+        self.name = name
+        """What it is called."""
+        self._seconds = seconds
+        self._timer: asyncio.TimerHandle | None = None
+
+    def release(self) -> None:
+        """Keep it for the next poll."""
+        if not self._taken or self._timer is not None:
+            return
+        if self.quotas.polls.setdefault(self.name, self) is not self:
+            super().release()  # two polls of one name at once: one place is kept
+            return
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self.expire, context=Context())
+
+    def expire(self) -> None:
+        """Give it back: no poll has come."""
+        self.take_back()
+        super().release()
+
+    def take_back(self) -> None:
+        """Let the next poll have it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+            del self.quotas.polls[self.name]
+
+    def is_of(self, address: str | None) -> bool:
+        """Tell whether it is a client's of this address."""
+        return self._address == address
+
+    def counts_for(self, limit: str, key: str) -> bool:
+        """Tell whether it is counted under this key."""
+        return (limit, key) in self._taken
 
 
 class TokenBuckets:
@@ -212,13 +273,31 @@ class Quotas:
         # The lease of every connection where no places are counted. It holds nothing, so all can share it.
         self._uncounted = None if any(each.is_limited for each in self.counted.values()) else Lease(self, None)
         rate = limits.max_handshake_rate
+        self.polls: dict[str, PollLease] = {}
+        """The places that are kept between two polls, by their names, the oldest first."""
         self.pace = None if rate is None else TokenBuckets(rate, limits.handshake_burst, clock)
         """The pace of handshakes by address, where it is limited."""
         self.needs_address = self._uncounted is None or self.pace is not None
         """Whether a handshake's address matters, if only for the log."""
 
-    def admit(self, address: str | None) -> Lease:
+    @property
+    def counts_places(self) -> bool:
+        """Whether places are counted at all."""
+        return self._uncounted is None
+
+    def make_room(self, user_key: str) -> None:
+        """Give a place back that a user keeps between two polls, if there is one."""
+        for lease in self.polls.values():
+            if lease.counts_for(PER_USER, user_key):
+                lease.expire()
+                return
+
+    def admit(self, address: str | None, poll: Poll | None = None) -> Lease:
         """Take a place for a handshake. Whose it is, `Lease.take` adds once it is known.
+
+        Args:
+            address: Its address.
+            poll: Which place it keeps between polls, if it polls.
 
         Raises:
             LimitExceeded: If there is no place here or for its address, or if that one makes too many handshakes.
@@ -228,6 +307,12 @@ class Quotas:
         if self._uncounted is not None:
             return self._uncounted
         lease = Lease(self, address)
+        if poll is not None:
+            kept = self.polls.get(poll.name)
+            if kept is not None and kept.is_of(address):
+                kept.take_back()
+                return kept
+            lease = PollLease(self, address, *poll)
         try:
             lease.take(PER_ADDRESS, address)
             lease.take(IN_ALL, "")
@@ -366,6 +451,10 @@ def address_of(scope: Mapping[str, Any]) -> str | None:
 EXPIRED = "it has expired"
 """What a client is told when `expires_at` has come."""
 
+POLL = "wsbroadcast.poll"
+"""Where in its scope a long poll says which place it keeps: a `Poll`."""
+
+
 # Where in its scope a handshake has the leases that are held for it until it is connected, by their quotas.
 _LEASES_KEY = "wsbroadcast.leases"
 
@@ -447,7 +536,9 @@ class Admission:
         try:
             key = joining.user_key
             if self._make_room is not None and key is not None and self.quotas.is_full(PER_USER, key):
-                self._make_room(key)
+                self.quotas.make_room(key)
+                if self.quotas.is_full(PER_USER, key):
+                    self._make_room(key)
             lease.take(PER_USER, key)
             self.check_channels(len(joining.channels), websocket.scope.get("client"))
             if joining.expires_at is not None and joining.expires_at <= time.time():
@@ -523,7 +614,8 @@ class Admission:
 
     async def _take_lease(self, websocket: WebSocket) -> Lease:
         try:
-            return self.quotas.admit(address_of(websocket.scope) if self.quotas.needs_address else None)
+            address = address_of(websocket.scope) if self.quotas.needs_address else None
+            return self.quotas.admit(address, websocket.scope.get(POLL))
         except LimitExceeded as error:
             await _refuse(websocket, error)
             raise

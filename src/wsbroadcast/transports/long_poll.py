@@ -26,6 +26,9 @@ from wsbroadcast.transports.http import Header, websocket_scope
 MAX_WAIT_SECONDS = 30.0
 """The longest that a request waits."""
 
+KEPT_SECONDS = 30.0
+"""How long the place of a client that names it is kept after the longest wait."""
+
 _OWN = Audience("connection")
 
 # What comes so soon after the first message goes with it.
@@ -52,8 +55,8 @@ class Collected:
         """What became of what was missed; `None` if nothing was asked for."""
         self.reason: str | None = None
         """Why that is lost."""
-        self.id: str | None = None
-        """The connection's id."""
+        self.place: str | None = None
+        """What the client's next poll calls its place; `None` where places aren't counted."""
 
     @property
     def is_full(self) -> bool:
@@ -75,8 +78,6 @@ class Collected:
             self.position = publication.position
 
     def _hear(self, said: dict[str, Any]) -> None:
-        if said["type"] == "hello":
-            self.id = said["id"]
         if self._channel is None or said.get("channel") != self._channel:
             return
         if said["type"] == "subscribed":
@@ -92,6 +93,8 @@ class Collected:
         told: dict[str, Any] = {"position": self.position, "recovered": self.recovered}
         if self.reason is not None:
             told["reason"] = self.reason
+        if self.place is not None:
+            told["id"] = self.place
         return b'%b,"messages":[%b]}' % (to_json(told)[:-1], b",".join(self.messages))
 
 
@@ -155,6 +158,10 @@ class LongPoll:
         self._is_accepted = False
         self._timeout: asyncio.Timeout | None = None
         self.websocket = WebSocket(websocket_scope(scope, self), self._next, self._say)
+
+    def tell(self, place: str) -> None:
+        """Tell the client what its next poll calls its place, so that it keeps it."""
+        self._collected.place = place
 
     def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
         """Make its sink; return it with why it isn't the fast one."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
+from secrets import token_urlsafe
 from typing import Any
 
 from fastapi import APIRouter, params
@@ -22,14 +24,14 @@ from wsbroadcast.connection import Connection
 from wsbroadcast.exceptions import InvalidChannel, LimitExceeded
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.message import Message
-from wsbroadcast.node.admission import address_of
+from wsbroadcast.node.admission import POLL, Poll, address_of
 from wsbroadcast.node.membership import SPEAKS
 from wsbroadcast.protocols.commands import MAX_ID_CHARACTERS, Answer, ErrorCode, error_answer
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
 from wsbroadcast.publication import Position
 from wsbroadcast.transports.http import EventStream, Header, stream_headers
-from wsbroadcast.transports.long_poll import MAX_WAIT_SECONDS, LongPoll
+from wsbroadcast.transports.long_poll import KEPT_SECONDS, MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.authentication import Handshake
@@ -49,6 +51,9 @@ STATUSES: dict[str, int] = {
     ErrorCode.TIMEOUT: 504,
 }
 """What a request is answered with whose command was not done; 400 for the rest."""
+
+# What a place is called that is kept between two polls.
+_POLL = re.compile("[A-Za-z0-9_-]{16,64}")
 
 Open = Callable[[WebSocket], Awaitable[None]]
 """Serves a connection from its handshake to its end."""
@@ -157,6 +162,11 @@ class HTTPStreams:
         most = self._core.life.node.dispatcher.turn_bytes * 8
         poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most)
         poll.websocket.scope[SPEAKS] = events
+        if self._core.life.node.membership.admission.quotas.counts_places:
+            named = request.query_params.get("id", "")
+            if _POLL.fullmatch(named):
+                poll.websocket.scope[POLL] = Poll(named, wait + KEPT_SECONDS)
+            poll.tell(named if POLL in poll.websocket.scope else token_urlsafe(12))
         await self._open(poll.websocket)
 
     async def post(self, request: Request) -> Response:
