@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from playwright.async_api import async_playwright
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus
 from websockets.typing import Subprotocol
 
 from tests.integration.conftest import ConnectRaw
+from tests.integration.test_browser import BROWSER_ARGUMENTS
 from tests.support.brokers import free_port
-from tests.support.programs import NGINX, needs_nginx
+from tests.support.programs import BROWSER, NGINX, needs_browser, needs_nginx
 from tests.support.servers import (
     DAPHNE,
     GRANIAN,
@@ -38,6 +40,7 @@ from tests.support.servers import (
     Server,
     eventually,
 )
+from tests.support.sse import Response, request
 from wsbroadcast import Publisher
 
 FULL = bool(os.environ.get("WSBROADCAST_TEST_FULL"))
@@ -645,3 +648,128 @@ async def streaming(port: int) -> AsyncIterator[asyncio.StreamReader]:
         yield reader
     finally:
         writer.close()
+
+
+# Event streams, without which no server would end that has one open.
+
+
+async def close_of(stream: Response) -> tuple[int, str]:
+    """Return how a stream has ended, which has said when to come back."""
+    event = await stream.named("close")
+    assert await stream.rest() == []
+    assert not stream.is_cut
+    assert stream.parser.retry is not None
+    return event.json["code"], event.json["reason"]
+
+
+@asynccontextmanager
+async def streams(server: Server, count: int) -> AsyncIterator[list[Response]]:
+    """So many open streams of the router's."""
+    async with AsyncExitStack() as stack:
+        opened = [await stack.enter_async_context(request(server.port, "/ws/news")) for _ in range(count)]
+        for stream in opened:
+            await stream.named("recovered")
+        yield opened
+
+
+@pytest.mark.parametrize("flavour", [*UVICORNS, WORKERS, GUNICORN], ids=str)
+async def test_open_streams_are_drained_and_hold_up_no_end(deploy: Deploy, flavour: Flavour) -> None:
+    server = deploy.start(flavour)
+    async with streams(server, 5) as opened, people(server, 5) as links:
+        server.process.send_signal(signal.SIGTERM)
+        assert Counter([await close_of(stream) for stream in opened]) == {(1012, "drain"): 5}
+        assert Counter([await end_of(link) for link in links]) == {(1012, "drain"): 5}
+        await ended(server, 8)
+    assert not server.complaints(), server.log()
+
+
+async def test_poll_that_waits_is_answered_by_a_drain(deploy: Deploy) -> None:
+    server = deploy.start()
+    epoch = (await server.get("/position/news"))["epoch"]
+    poll = asyncio.create_task(_poll(server, f"/ws/news?since={epoch}:0&wait=30"))
+
+    async def is_there() -> bool:
+        return bool((await server.get("/stats"))["sinks"] == {"long_poll": 1})
+
+    await eventually(is_there)
+    assert await server.stopped() < 2
+    assert (await poll) == {"position": f"{epoch}:0", "recovered": True, "messages": []}
+
+
+async def _poll(server: Server, path: str) -> Any:
+    async with request(server.port, path, accept="application/json") as response:
+        return await response.json()
+
+
+async def test_sigterm_with_one_open_stream_ends_at_once(deploy: Deploy) -> None:
+    server = deploy.start()
+    async with streams(server, 1):
+        assert await server.stopped() < 2
+
+
+async def test_reload_with_an_open_stream_reloads(deploy: Deploy, tmp_path: Path) -> None:
+    watched = tmp_path / "watched"
+    watched.mkdir()
+    (watched / "module.py").write_text("")
+    arguments = ("--reload", "--reload-dir", str(watched), *UVICORN.arguments)
+    server = deploy.start(replace(UVICORN, name="uvicorn --reload", arguments=arguments))
+    before = await server.get("/pid")
+    async with streams(server, 2) as opened:
+        (watched / "module.py").write_text("changed = True")
+        assert Counter([await close_of(stream) for stream in opened]) == {(1012, "drain"): 2}
+
+        async def is_another() -> bool:
+            return bool(await _answer(server, "/pid") not in (None, before))
+
+        await eventually(is_another, 20)
+
+
+async def test_stream_that_meets_a_drain_is_told_when_to_come_back(deploy: Deploy) -> None:
+    server = deploy.start()
+    async with people(server, 100):  # which takes two seconds
+        draining = asyncio.create_task(server.post("/drain?over=2"))
+
+        async def is_refused() -> bool:
+            async with request(server.port, "/ws/news") as stream:
+                events = await stream.rest() if stream.headers["content-type"].startswith("text/event") else None
+                assert stream.status == 200  # any other ends a browser's EventSource for ever
+                return events == [] and stream.parser.retry is not None
+
+        await eventually(is_refused)
+        async with request(server.port, "/ws/news?events=1") as stream:
+            assert stream.status == 503
+            assert int(stream.headers["retry-after"]) >= 1
+        await draining
+
+
+LISTEN = """
+(url) => {
+  window.seen = []; window.finals = 0;
+  const source = window.source = new EventSource(url);
+  source.onmessage = (event) => seen.push(event.data);
+  source.onerror = () => { window.finals += source.readyState == 2 };
+  return new Promise((opened) => source.addEventListener("recovered", () => opened(), { once: true }));
+}
+"""
+
+
+@needs_nginx
+@needs_browser
+async def test_event_source_goes_to_the_other_node_and_misses_nothing(deploy: Deploy) -> None:
+    servers = [deploy.start(drain=1.0), deploy.start(drain=1.0)]
+    port = deploy.proxy(*servers)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=BROWSER, args=BROWSER_ARGUMENTS)
+        page = await browser.new_page()
+        await page.goto(f"http://127.0.0.1:{port}/health")
+        await page.evaluate(LISTEN, "/ws/news")
+        async with published(deploy.engine, 0.05) as numbers:
+            await page.wait_for_function("seen.length > 5")
+            there = [(await server.get("/stats"))["connections"] for server in servers]
+            leaving = servers[there.index(1)]
+            await leaving.stopped(timeout=20)
+            await page.wait_for_function(f"seen.length > {len(numbers) + 5}", timeout=20_000)
+        await page.wait_for_function(f"seen.length >= {len(numbers)}", timeout=20_000)
+        assert [json.loads(each) for each in await page.evaluate("seen")] == numbers
+        assert await page.evaluate("[finals, source.readyState]") == [0, 1]
+        await browser.close()

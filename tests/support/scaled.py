@@ -19,7 +19,7 @@ def made(**options: Any) -> FastAPI:
     engine, slow_consumer = os.environ["WSBROADCAST_TEST_ENGINE"], SlowConsumer(max_backlog_messages=10_000)
     app = FastAPI()
     app.include_router(
-        create_router(ConnectionManager(engine, slow_consumer=slow_consumer, **options), "/ws/{channel}")
+        create_router(ConnectionManager(engine, slow_consumer=slow_consumer, **options), "/ws/{channel}", http=True)
     )
     app.include_router(router)
     return app
