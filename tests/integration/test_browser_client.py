@@ -181,7 +181,8 @@ async def test_state_that_can_not_be_loaded_is_loaded_later(tmp_path: Path) -> N
     async with a_tab(tmp_path, state=True) as tab:
         await tab.run(
             "(() => { let failures = 2; const { fetch } = window; window.fetch = (...what) => "
-            "(failures-- > 0 ? Promise.reject(new TypeError('no network')) : fetch(...what)) })()"
+            "(what[0] === '/position' && failures-- > 0"
+            " ? Promise.reject(new TypeError('no network')) : fetch(...what)) })()"
         )
         await tab.site.restart(loses_log=True)
         await tab.gets_ticks(within=2 * SPARE)
@@ -461,6 +462,20 @@ async def test_events_that_are_held_back_are_gone_around_by_polls(tmp_path: Path
 
         await eventually(is_back, 8 * after("STEADY") + SPARE)
         await tab.gets_ticks()
+
+
+async def test_stream_has_further_channels_and_ends_with_a_code(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, starts=False) as tab:
+        tab.site.blocks_upgrades = True
+        await tab.start()
+        await tab.gets_ticks()
+        assert (await tab.run("ws.subscribe('room:2')"))["channel"] == "room:2"
+        await tab.gets_ticks()
+        await tab.lost_nothing()
+        tab.site.closes_streams = 4403
+        tab.site.proxy.reset()
+        await tab.becomes("closed", 2 * SPARE)
+        assert (await tab.told())["closed"] == {"code": 4403, "reason": "because"}
 
 
 async def test_token_goes_along_over_http(tmp_path: Path) -> None:

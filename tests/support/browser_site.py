@@ -88,6 +88,8 @@ class Site:
         """Whether a proxy answers WebSocket handshakes with 400."""
         self.holds_back = ""
         """What it holds back of server-sent events: `all`, the `body`, or nothing."""
+        self.closes_streams: int | None = None
+        """The code that server-sent events end with at once."""
         self.has_http = True
         """Whether the server has another way in than a WebSocket."""
         self.tokens = ["good"]
@@ -215,7 +217,8 @@ class Site:
             self.asked.append("sse")
             if self.holds_back == "all":
                 await asyncio.Event().wait()
-            return StreamingResponse(self._events(channel, since), media_type="text/event-stream")
+            more = [name.rpartition("@")[0] or name for name in request.query_params.getlist("channel")]
+            return StreamingResponse(self._events(channel, since, more), media_type="text/event-stream")
         self.asked.append("poll")
         messages: list[Any] = []
         begins = await self.manager.position(channel)
@@ -229,7 +232,7 @@ class Site:
         answer = {"position": position, "recovered": recovered, "messages": messages}
         return Response(json.dumps(answer), media_type="application/json")
 
-    async def _events(self, channel: str, since: str | None) -> AsyncIterator[str]:
+    async def _events(self, channel: str, since: str | None, more: list[str]) -> AsyncIterator[str]:
         task = asyncio.current_task()
         assert task is not None
         self.streams.add(task)
@@ -242,6 +245,11 @@ class Site:
                 recovered = listener.recovered[channel]
                 answer: dict[str, Any] = {"type": "subscribed", "channel": channel, "position": recovered.position}
                 yield _event(answer | ({"recovered": recovered.recovered} if since else {}))
+                for name in more:
+                    yield _event({"type": "subscribed", "channel": name})
+                if self.closes_streams is not None:
+                    yield _event({"type": "close", "code": self.closes_streams, "reason": "because"})
+                    return
                 async for publication in listener:
                     yield f"id: {publication.position}\n" + _event({"type": "message", **publication})
         finally:

@@ -10,7 +10,6 @@ const FIRST_BYTE_TIMEOUT = 5000 // the server says hello at once: later means th
 const SLACK = 10_000, WAIT = 20 // how much later than its interval a ping may come (ms); of a long poll (s)
 const WAKES = ["visibilitychange", "resume", "online", "pageshow", "pagehide"] // those of the document pass by, too
 const SINCE = [["", "since"], [">user", "since_user"], [">everyone", "since_everyone"]] // positions in the URL
-
 const failure = (code, text, more) => Object.assign(new Error(text), more, { code })
 const split = (position = "") => position.split(":") // into epoch and offset
 const lost = () => failure("lost", "no connection; what waited for its answer may have been done")
@@ -44,7 +43,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     link = next
     openedAt = Date.now()
     become("open")
-    if (link.probe) wanted.forEach((subscribe) => subscribe())
+    if (link.probe) wanted.forEach(({ again }) => again())
   }
   function lose() { // what was asked for is not answered any more; the page is told, unless it is back soon
     link = end = clearTimeout(watch)
@@ -76,7 +75,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (type === "expiring" && token) refresh().catch(() => {}) // then it ends with 4401
     taken = taken.then(() => take(event)).catch((error) => tell("error", error))
   }
-
   const refresh = async () => ask({ type: "refresh", token: await token() })
   async function take(event) {
     const { type, channel, position, recovered } = event
@@ -89,6 +87,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (loaded === undefined) return end?.(1006) // the next connection asks from the same place
     if (loaded || (position && (type !== "subscribed" || isMissed || !before))) positions.set(key, loaded || position)
     if (event.encoding) event.data = Uint8Array.from(atob(event.data), (byte) => byte.charCodeAt(0))
+    if (type === "subscribed") wanted.get(channel)?.resolve(event)
     tell(type, event)
   }
   async function load(channel) { // the page loads what it shows; returns where that was, if that could be done
@@ -99,7 +98,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       tell("error", error)
     }
   }
-
   const ask = (command) => new Promise((resolve, reject) => {
     if (!link) return reject(lost())
     if (plain) return reject(failure("not_supported", "the connection is plain"))
@@ -110,6 +108,8 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     const found = new URL(address)
     for (const [key, name] of SINCE) if (positions.has(key)) query[name] = positions.get(key)
     for (const name in query) found.searchParams.set(name, query[name])
+    const at = (name) => (positions.has(name) ? `${name}@${positions.get(name)}` : name)
+    if (query.events) for (const name of wanted.keys()) found.searchParams.append("channel", at(name))
     return found
   }
   // One connection each. They resolve with [code, reason, wait] when it has ended.
@@ -136,7 +136,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     }
     alive(OPEN_TIMEOUT)
   })
-
   const overHttp = (secret) => new Promise((done) => {
     let over = new AbortController()
     const finish = (end = (...outcome) => done(outcome, over.abort(), clearTimeout(retry)))
@@ -144,7 +143,8 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       const headers = { accept, ...(secret && { authorization: `Bearer ${secret}` }), ...(body && { "content-type": accept }) }
       const options = { method: body ? "POST" : "GET", body, headers, cache: "no-store", signal: over.signal }
       const response = await fetch(body ? address : target(query), options)
-      if (!response.ok && !body) finish({ 401: 4401, 403: 4403 }[response.status] ?? 1006)
+      const told = response.ok || body ? {} : await response.json().catch(() => ({})) // as a close frame says it
+      if (!response.ok && !body) finish(told.code ?? { 401: 4401, 403: 4403 }[response.status] ?? 1006, told.reason)
       return response
     }
     const send = ({ id, ...command }) => request("application/json", {}, JSON.stringify(command))
@@ -163,6 +163,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
         for (const line of lines) {
           if (line.startsWith("retry:")) wait = +line.slice(6)
           const event = line.startsWith("data:") && JSON.parse(line.slice(5))
+          if (event.type === "close") return finish(event.code, event.reason, wait)
           if (event.type === "hello") opened({ send })
           if (event) receive(event)
         }
@@ -187,7 +188,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     const begun = isHeldBack ? poll() : stream().catch((error) => (isHeldBack ? poll() : Promise.reject(error)))
     begun.catch(() => finish(1006))
   })
-
   async function run() {
     let attempts = 0, refusals = 0, unopened = 0 // WebSockets in a row
     while (!isOver) {
@@ -238,11 +238,11 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     call: (name, args) => ask({ type: "call", name, args }),
     subscribe: (channel, { since } = {}) => new Promise((resolve, reject) => {
       if (since) positions.set(channel, since)
-      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).then(resolve, (error) => {
+      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).catch((error) => {
         if (error.code !== "lost") reject(error, wanted.delete(channel)) // else the next connection asks again
       })
-      wanted.set(channel, again)
-      if (link?.probe) again()
+      wanted.set(channel, { again, resolve })
+      link?.probe ? again() : link && end(1006, "", 0) // HTTP is told of it when it is opened
     }),
     unsubscribe: (channel) => (wanted.delete(channel), positions.delete(channel), ask({ type: "unsubscribe", channel })),
     close: () => close(),

@@ -101,15 +101,26 @@ class EventCommands:
         calls: set[asyncio.Task[Answer]] = set()
         try:
             while True:
-                await self._obey(connection, session, calls, await connection.receive_json())
+                await self.obey(connection, session, calls, await connection.receive_json())
                 await self._core.ease(connection)
         finally:
             for call in calls:
                 call.cancel()
 
-    async def _obey(
+    async def obey(
         self, connection: Connection, session: Session, calls: set[asyncio.Task[Answer]], asked: object
     ) -> None:
+        """Do what a connection asks for, and answer.
+
+        Args:
+            connection: Whose.
+            session: That of the connection.
+            calls: Its calls that run; another one is added.
+            asked: What it asks for.
+
+        Raises:
+            ConnectionClosed: If it has ended.
+        """
         try:
             command = session.read(asked)
             if isinstance(command, Call):
@@ -297,10 +308,9 @@ class EventCommands:
             with suppress(Exception):
                 return await self._commands.answer_to(error, who)
             return self._failed(method, error)
-        except ConnectionClosed:
-            return {}  # nobody is there to hear it
         except Exception as error:
-            return self._failed(method, error)
+            is_gone = isinstance(error, ConnectionClosed) and isinstance(who, Connection) and not who.is_open
+            return {} if is_gone else self._failed(method, error)  # nobody is there to hear it
 
     def _failed(self, method: Method, error: Exception) -> Answer:
         logger.error("method %r failed", method.name, exc_info=error)
