@@ -196,30 +196,39 @@ class Site:
 
     def _proxied(self, app: Any) -> Any:
         async def run(scope: Any, receive: Any, send: Any) -> None:
-            if scope["type"] == "websocket":
-                self.asked.append("ws")
-                if self.blocks_upgrades:
-                    await send({"type": "websocket.http.response.start", "status": 400, "headers": []})
-                    await send({"type": "websocket.http.response.body", "body": b""})
-                    return
-            await app(scope, receive, send)
+            if scope["type"] == "lifespan" or not scope["path"].endswith(CHANNEL):
+                await app(scope, receive, send)
+                return
+            headers = {name: value for name, value in scope["headers"] if name == b"accept"}
+            is_stream = headers.get(b"accept") == b"text/event-stream"
+            kind = "ws" if scope["type"] == "websocket" else "post" if scope["method"] == "POST" else "poll"
+            self.asked.append("sse" if is_stream else kind)
+            if kind == "ws" and self.blocks_upgrades:
+                await send({"type": "websocket.http.response.start", "status": 400, "headers": []})
+                await send({"type": "websocket.http.response.body", "body": b""})
+            elif kind != "ws" and not self.has_http:
+                await send({"type": "http.response.start", "status": 404, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await app(scope, receive, self._held_back(send) if is_stream and self.holds_back else send)
 
         return run
+
+    def _held_back(self, send: Any) -> Any:
+        async def hold(event: Any) -> None:
+            if self.holds_back == "body" and event["type"] == "http.response.start":
+                await send(event)
+
+        return hold
 
     # The HTTP side.
 
     async def _get(self, request: Request, channel: str, since: str | None = None, wait: float = 0) -> Response:
-        if not self.has_http:
-            raise HTTPException(404)
         if self._authenticates and request.headers.get("authorization") != "Bearer good":
             raise HTTPException(401)
         if "text/event-stream" in request.headers["accept"]:
-            self.asked.append("sse")
-            if self.holds_back == "all":
-                await asyncio.Event().wait()
             more = [name.rpartition("@")[0] or name for name in request.query_params.getlist("channel")]
             return StreamingResponse(self._events(channel, since, more), media_type="text/event-stream")
-        self.asked.append("poll")
         messages: list[Any] = []
         begins = await self.manager.position(channel)
         async with self.manager.listen(channel, since=since or str(begins)) as listener:
@@ -237,8 +246,6 @@ class Site:
         assert task is not None
         self.streams.add(task)
         try:
-            if self.holds_back == "body":
-                await asyncio.Event().wait()
             yield _event({"type": "hello", "id": "x", "version": 1, "ping": 1.0, "reconnect": {"min": 0.2, "max": 2}})
             begins = since or str(await self.manager.position(channel))
             async with self.manager.listen(channel, since=begins) as listener:
@@ -256,7 +263,6 @@ class Site:
             self.streams.discard(task)
 
     async def _post(self, request: Request, channel: str) -> Response:
-        self.asked.append("post")
         command = await request.json()
         if command["type"] == "publish":
             await self.manager.broadcast(command["data"], channel=channel)

@@ -15,22 +15,18 @@ const split = (position = "") => position.split(":") // into epoch and offset
 const lost = () => failure("lost", "no connection; what waited for its answer may have been done")
 
 export function connect(url, { token, state, plain, tokenProtocol = "bearer" } = {}) {
-  const address = new URL(url, location.href)
-  const handlers = {}
+  const address = new URL(url, location.href), handlers = {}
   const pending = new Map() // commands that wait for their answer, by id
   const positions = new Map() // where this client is, by channel; "" is the channel of the path
   const wanted = new Map() // how to subscribe again, by channel
-  const client = `${Math.random()}${Math.random()}` // names the keys of its publishes, over all connections
+  const client = `${Math.random()}${Math.random()}`.padEnd(16, "0") // names the keys of its publishes, over all connections
   const waits = { min: 0.5, max: 20, ping: 0 } // between attempts and pings (s); the server may say otherwise
   let status = "connecting", isOver, isHidden // for good; by `pagehide`
   let link, openedAt // what is open now; since when, or 0
-  let end // ends this attempt: end(code, reason, wait)
-  let wake = () => {} // ends the wait for the next attempt
-  let pathChannel, count = 0 // known from the first `subscribed`; of commands, for their ids
+  let end, wake = () => {} // ends this attempt: end(code, reason, wait); ends the wait for the next one
+  let pathChannel, count = 0, watch, grace // from the first `subscribed`; of commands; timers: all is silent, tell the page
   let isHeldBack, patience = STEADY // SSE, by a proxy; how long HTTP does until a WebSocket is tried again
-  let watch, grace // timers: nothing came, the page is told
   let taken = Promise.resolve() // messages are taken one after the other, and wait while `state` loads
-
   const tell = (type, ...what) => handlers[type]?.forEach((handler) => handler(...what))
   const sleep = (ms) => new Promise((done) => setTimeout((wake = done), ms))
   const keyOf = ({ channel, to }) => (to ? `>${to}` : channel === pathChannel ? "" : channel ?? "")
@@ -60,7 +56,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     become("closed", { code, reason })
     wake()
   }
-
   function alive(ms = waits.ping && waits.ping * 1000 + SLACK) { // something came: the next may take a ping and some slack
     clearTimeout(watch)
     if (ms) watch = setTimeout(() => end?.(1006), ms)
@@ -109,14 +104,16 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     for (const [key, name] of SINCE) if (positions.has(key)) query[name] = positions.get(key)
     for (const name in query) found.searchParams.set(name, query[name])
     const at = (name) => (positions.has(name) ? `${name}@${positions.get(name)}` : name)
-    if (query.events) for (const name of wanted.keys()) found.searchParams.append("channel", at(name))
+    if (query.events) wanted.forEach((_, name) => found.searchParams.append("channel", at(name)))
     return found
   }
   // One connection each. They resolve with [code, reason, wait] when it has ended.
-  const overWebSocket = (secret) => new Promise((done) => {
-    const place = target()
+  const newSocket = (secret, place = target()) => {
     place.protocol = place.protocol.replace("http", "ws")
-    const socket = new WebSocket(place, [...(plain ? [] : ["wsbroadcast.v1"]), ...(secret ? [tokenProtocol, secret] : [])])
+    return new WebSocket(place, [...(plain ? [] : ["wsbroadcast.v1"]), ...(secret ? [tokenProtocol, secret] : [])])
+  }
+  const overWebSocket = (secret) => new Promise((done) => {
+    const socket = newSocket(secret)
     const send = (command) => socket.send(plain ? command : JSON.stringify(command))
     end = (code, reason) => {
       socket.onopen = socket.onmessage = socket.onclose = null
@@ -143,15 +140,15 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       const headers = { accept, ...(secret && { authorization: `Bearer ${secret}` }), ...(body && { "content-type": accept }) }
       const options = { method: body ? "POST" : "GET", body, headers, cache: "no-store", signal: over.signal }
       const response = await fetch(body ? address : target(query), options)
-      const told = response.ok || body ? {} : await response.json().catch(() => ({})) // as a close frame says it
-      if (!response.ok && !body) finish(told.code ?? { 401: 4401, 403: 4403 }[response.status] ?? 1006, told.reason)
-      return response
+      if (response.ok || body) return response
+      const { code, reason } = await response.json().catch(() => ({})) // as a close frame says it
+      throw finish(code ?? { 401: 4401, 403: 4403 }[response.status] ?? 1006, reason)
     }
     const send = ({ id, ...command }) => request("application/json", {}, JSON.stringify(command))
       .then(async (response) => receive({ ...(await response.json()), id }))
       .catch(() => pending.get(id)?.reject(lost()))
     async function stream() {
-      const timer = setTimeout(() => over.abort((isHeldBack = true)), FIRST_BYTE_TIMEOUT)
+      const timer = setTimeout(() => over.signal.aborted || over.abort((isHeldBack = true)), FIRST_BYTE_TIMEOUT)
       const response = await request("text/event-stream", { events: 1 })
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
       for (let text = "", wait; ; alive()) {
@@ -182,11 +179,14 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
         await taken // the next asks from there
       }
     }
-    // In a while once more by WebSocket, which a server that restarted may let through again.
-    const retry = setInterval(() => openedAt && !pending.size && finish(1006, "", 0), patience)
-    patience = Math.min(patience * 2, 600_000)
-    const begun = isHeldBack ? poll() : stream().catch((error) => (isHeldBack ? poll() : Promise.reject(error)))
-    begun.catch(() => finish(1006))
+    let retry
+    const knock = () => (retry = setTimeout(() => { // in a while: a server that restarted may let WebSockets through again
+      const probe = newSocket(secret, new URL(address))
+      probe.onopen = () => probe.close() || pending.size || finish(1006, "", 0)
+      knock((patience = Math.min(patience * 2, 600_000)))
+    }, patience))
+    knock()
+    ;(isHeldBack ? poll() : stream().catch((error) => (isHeldBack ? poll() : Promise.reject(error)))).catch(() => finish(1006))
   })
   async function run() {
     let attempts = 0, refusals = 0, unopened = 0 // WebSockets in a row
