@@ -253,7 +253,12 @@ class Site:
                 answer: dict[str, Any] = {"type": "subscribed", "channel": channel, "position": recovered.position}
                 yield _event(answer | ({"recovered": recovered.recovered} if since else {}))
                 for name in more:
-                    yield _event({"type": "subscribed", "channel": name})
+                    kind = (
+                        {"type": "error", "code": "forbidden", "text": "no"}
+                        if name == "secret"
+                        else {"type": "subscribed"}
+                    )
+                    yield _event({**kind, "channel": name, "id": name})
                 if self.closes_streams is not None:
                     yield _event({"type": "close", "code": self.closes_streams, "reason": "because"})
                     return

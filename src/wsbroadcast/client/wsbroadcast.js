@@ -83,6 +83,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (loaded || (position && (type !== "subscribed" || isMissed || !before))) positions.set(key, loaded || position)
     if (event.encoding) event.data = Uint8Array.from(atob(event.data), (byte) => byte.charCodeAt(0))
     if (type === "subscribed") wanted.get(channel)?.resolve(event)
+    if (type === "error") wanted.get(event.id)?.refuse(failure(event.code, event.text)) // over HTTP, by the channel's name
     tell(type, event)
   }
   async function load(channel) { // the page loads what it shows; returns where that was, if that could be done
@@ -238,10 +239,9 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     call: (name, args) => ask({ type: "call", name, args }),
     subscribe: (channel, { since } = {}) => new Promise((resolve, reject) => {
       if (since) positions.set(channel, since)
-      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).catch((error) => {
-        if (error.code !== "lost") reject(error, wanted.delete(channel)) // else the next connection asks again
-      })
-      wanted.set(channel, { again, resolve })
+      const refuse = (error) => error.code !== "lost" && reject(error, wanted.delete(channel)) // else it is asked again
+      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).catch(refuse)
+      wanted.set(channel, { again, resolve, refuse })
       link?.probe ? again() : link && end(1006, "", 0) // HTTP is told of it when it is opened
     }),
     unsubscribe: (channel) => (wanted.delete(channel), positions.delete(channel), ask({ type: "unsubscribe", channel })),
