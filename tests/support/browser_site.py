@@ -163,7 +163,7 @@ class Site:
                 return Identity("ada") if token == "good" else None
 
             self._options["authenticate"] = user
-        app.include_router(create_router(manager, "/ws/{channel}", inbound="broadcast", **self._options))
+        app.include_router(create_router(manager, "/ws/{channel}", **self._options))
 
         @manager.method("double")
         async def double(number: int) -> int:
