@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from datetime import date
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -17,6 +18,7 @@ from wsbroadcast import (
     ClientTiming,
     ConfigurationError,
     Connection,
+    ConnectionClosed,
     ConnectionManager,
     EngineUnavailable,
     PermissionDenied,
@@ -98,6 +100,31 @@ async def test_arguments_that_do_not_fit_are_answered_with_their_places_and_noth
         assert len(many["errors"]) == 16
         assert max(len(each) for mistake in many["errors"] for each in mistake["loc"]) == 64
         assert ran == []
+
+
+class Adder:
+    async def __call__(self, a: int, b: int = 5) -> int:
+        return a + b
+
+
+async def test_methods_may_be_of_any_kind() -> None:
+    manager = ConnectionManager()
+    manager.method("object")(Adder())
+    manager.method("partial")(partial(Adder().__call__, b=2))
+    manager.method("awaitable")(lambda: asyncio.sleep(0, 7))
+    manager.method("generator")(lambda: (number for number in range(3)))
+    manager.method("closed")(closed)
+    async with serving(manager) as client:
+        peer = client("news")
+        assert (await called(peer, "object", 1, a="1"))["data"] == 6
+        assert (await called(peer, "partial", 2, a=1))["data"] == 3
+        assert (await called(peer, "awaitable", 3))["data"] == 7
+        assert (await called(peer, "generator", 4))["code"] == "failed"
+        assert (await called(peer, "closed", 5))["code"] == "failed"
+
+
+async def closed() -> None:
+    raise ConnectionClosed(1006)  # that of another connection, which it has asked
 
 
 def answer_text(kind: str) -> str:

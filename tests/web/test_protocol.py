@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import Callable
 from itertools import product
@@ -18,15 +19,20 @@ from tests.support.asgi import eventually, turns
 from tests.support.web import router_app
 from tests.web.test_events import KEPT, EventPeer, serving
 from wsbroadcast import (
+    Access,
     ClientTiming,
     ConfigurationError,
+    Connection,
     ConnectionManager,
     ErrorCode,
+    Handshake,
     Identity,
     Limits,
+    SlowConsumer,
     TokenFrom,
 )
 from wsbroadcast import connection as connection_module
+from wsbroadcast.manager import core_of
 from wsbroadcast.protocols.commands import (
     MAX_CALLS,
     Call,
@@ -39,6 +45,10 @@ from wsbroadcast.protocols.commands import (
     error_answer,
     id_of,
 )
+from wsbroadcast.web.commands import Commands, Outage
+from wsbroadcast.web.event_commands import EventCommands
+
+FULL = bool(os.environ.get("WSBROADCAST_TEST_FULL"))
 
 T = TypeVar("T")
 
@@ -89,6 +99,23 @@ async def test_crowd_is_pinged_in_parts_with_the_same_bytes(monkeypatch: pytest.
     async with serving(manager) as client:
         peers = [client("news") for _ in range(5)]
         await eventually(lambda: all(peer.of("ping") for peer in peers))
+
+
+async def test_ping_is_not_the_message_that_is_too_many() -> None:
+    manager = ConnectionManager(client_timing=SOON, slow_consumer=SlowConsumer(max_backlog_messages=16))
+    async with serving(manager) as client:
+        slow, peer = client("slow"), client("news")
+        await slow.wait_events(2)
+        slow.stall()
+        for number in range(16):
+            manager.broadcast_nowait(number, channel="slow")
+            await asyncio.sleep(0)
+        pings = len(peer.of("ping"))
+        await eventually(lambda: len(peer.of("ping")) >= pings + 3)
+        assert manager.stats().evicted == {}
+        slow.resume()
+        await eventually(lambda: len(slow.of("message")) == 16)
+        assert await answer_to(slow, type="ping") == {"type": "pong"}
 
 
 async def test_client_may_ping_and_answer_pings() -> None:
@@ -327,6 +354,91 @@ async def test_path_that_names_no_channel_publishes_to_everyone(inbound: str, co
     await task
 
 
+# Requests without a connection.
+
+
+def requests(manager: ConnectionManager, **options: Any) -> tuple[EventCommands, Callable[[str | None], Handshake]]:
+    """Make what obeys the commands of requests, and what makes who asks."""
+    access = Access(authorize=options.pop("authorize", None))
+    core = core_of(manager)
+    commands = Commands(core, access, Outage(), include_sender=True)
+    options = dict[str, Any](inbound="broadcast", accepts="any", include_sender=True) | options
+    websocket = EventPeer(path="/ws").websocket
+    return EventCommands(core, access, commands, **options), lambda user: Handshake(websocket, user)
+
+
+async def test_request_publishes_and_calls() -> None:
+    manager = ConnectionManager(history=KEPT)
+    manager.method("double")(double)
+    manager.method("own")(own)
+    obeys, who = requests(manager)
+    async with serving(manager) as client:
+        peer, other = client("room:1"), client("room:1")
+        await peer.wait_events(2)
+        await other.wait_events(2)
+
+        async def ask(user: str | None = None, exclude: tuple[str, ...] = (), **command: Any) -> dict[str, Any]:
+            return await obeys.answer(who(user), obeys.session("room:1"), command, exclude)
+
+        ids = [connection.id for connection in manager.connections]
+        published = await ask(type="publish", data="hello", exclude=(ids[0],), id=5)
+        at = str(await manager.position("room:1"))
+        assert published == {"type": "published", "channel": "room:1", "position": at, "id": 5}
+        await eventually(lambda: other.of("message"))
+        assert peer.of("message") == []
+        key: dict[str, Any] = {"type": "publish", "data": 1, "idempotency_key": "k"}
+        assert (await ask(**key))["code"] == "invalid_command"
+        assert "is_repeat" not in await ask("ada", **key)
+        assert (await ask("ada", **key))["is_repeat"]
+        assert (await ask(type="publish", channel="room:2", data=1))["code"] == "forbidden"
+        assert await ask(type="call", name="double", args={"number": 4}) == {"type": "result", "data": 8}
+        assert (await ask(type="call", name="double", args={"number": "x"}))["code"] == "invalid_arguments"
+        assert (await ask(type="call", name="own"))["code"] == "not_supported"
+        assert (await ask(type="call", name="none"))["code"] == "unknown_method"
+        for kind in ("subscribe", "unsubscribe"):
+            assert (await ask(type=kind, channel="room:1"))["code"] == "not_supported"
+        for kind in ("ping", "pong"):
+            assert (await ask(type=kind))["code"] == "not_supported"
+        assert (await ask(type="refresh", token="x"))["code"] == "not_supported"
+        assert (await ask(type="dance"))["code"] == "invalid_command"
+
+
+async def test_request_that_may_not_or_takes_too_long() -> None:
+    manager = ConnectionManager(client_timing=ClientTiming(call_timeout=0.02))
+    ends: list[str] = []
+
+    @manager.method("wait")
+    async def wait() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ends.append("cancelled")
+
+    def authorize(connection: Any, action: str, channel: str | None) -> bool:
+        return action == "call" and connection.user == "ada"
+
+    obeys, who = requests(manager, authorize=authorize)
+    async with manager:
+        session = obeys.session("news")
+        wanted = {"type": "call", "name": "wait"}
+        assert (await obeys.answer(who("ada"), session, wanted))["code"] == "timeout"
+        await eventually(lambda: ends)
+        assert (await obeys.answer(who("bob"), session, wanted))["code"] == "forbidden"
+        assert (await obeys.answer(who("ada"), session, {"type": "publish", "data": 1}))["code"] == "forbidden"
+        asking = asyncio.create_task(obeys.answer(who("ada"), session, wanted))
+        await turns()
+        asking.cancel()  # whoever asked has gone
+        await eventually(lambda: len(ends) == 2)
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+async def own(connection: Connection) -> str:
+    return connection.id
+
+
 # What is no command.
 
 WRONG: list[Any] = [
@@ -380,14 +492,15 @@ async def test_command_of_a_wrong_shape_is_answered_and_disturbs_nobody(inbound:
         assert (await other.wait_events(3))[2]["data"] == "still here"
 
 
-async def test_client_that_subscribes_to_ten_thousand_channels_is_stopped() -> None:
+async def test_client_that_subscribes_to_thousands_of_channels_is_stopped() -> None:
     manager = ConnectionManager(limits=Limits(max_router_inbound_rate=None))
     yes = lambda connection, action, channel: True  # noqa: E731
     async with serving(manager, inbound="commands", authorize=yes) as client:
         peer, other = client("news"), client("news")
-        for number in range(10_000):
+        count = 10_000 if FULL else 2_000
+        for number in range(count):
             peer.ask(type="subscribe", channel=f"room:{number}", since="garbage" * 20)
-        await eventually(lambda: len(peer.messages) == 10_002)
+        await eventually(lambda: len(peer.messages) == count + 2)
         assert len(peer.of("subscribed")) == 100
         assert {answer["code"] for answer in peer.of("error")} == {"limit_exceeded"}
         assert manager.stats().channels == 100

@@ -10,28 +10,23 @@ const FIRST_BYTE_TIMEOUT = 5000 // the server says hello at once: later means th
 const SLACK = 10_000, WAIT = 20 // how much later than its interval a ping may come (ms); of a long poll (s)
 const WAKES = ["visibilitychange", "resume", "online", "pageshow", "pagehide"] // those of the document pass by, too
 const SINCE = [["", "since"], [">user", "since_user"], [">everyone", "since_everyone"]] // positions in the URL
-
 const failure = (code, text, more) => Object.assign(new Error(text), more, { code })
 const split = (position = "") => position.split(":") // into epoch and offset
 const lost = () => failure("lost", "no connection; what waited for its answer may have been done")
 
 export function connect(url, { token, state, plain, tokenProtocol = "bearer" } = {}) {
-  const address = new URL(url, location.href)
-  const handlers = {}
+  const address = new URL(url, location.href), handlers = {}
   const pending = new Map() // commands that wait for their answer, by id
   const positions = new Map() // where this client is, by channel; "" is the channel of the path
   const wanted = new Map() // how to subscribe again, by channel
-  const client = `${Math.random()}${Math.random()}` // names the keys of its publishes, over all connections
+  const client = `${Math.random()}${Math.random()}`.padEnd(16, "0") // names the keys of its publishes, over all connections
   const waits = { min: 0.5, max: 20, ping: 0 } // between attempts and pings (s); the server may say otherwise
   let status = "connecting", isOver, isHidden // for good; by `pagehide`
   let link, openedAt // what is open now; since when, or 0
-  let end // ends this attempt: end(code, reason, wait)
-  let wake = () => {} // ends the wait for the next attempt
-  let pathChannel, count = 0 // known from the first `subscribed`; of commands, for their ids
+  let end, wake = () => {} // ends this attempt: end(code, reason, wait); ends the wait for the next one
+  let pathChannel, count = 0, watch, grace // from the first `subscribed`; of commands; timers: all is silent, tell the page
   let isHeldBack, patience = STEADY // SSE, by a proxy; how long HTTP does until a WebSocket is tried again
-  let watch, grace // timers: nothing came, the page is told
   let taken = Promise.resolve() // messages are taken one after the other, and wait while `state` loads
-
   const tell = (type, ...what) => handlers[type]?.forEach((handler) => handler(...what))
   const sleep = (ms) => new Promise((done) => setTimeout((wake = done), ms))
   const keyOf = ({ channel, to }) => (to ? `>${to}` : channel === pathChannel ? "" : channel ?? "")
@@ -44,7 +39,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     link = next
     openedAt = Date.now()
     become("open")
-    if (link.probe) wanted.forEach((subscribe) => subscribe())
+    if (link.probe) wanted.forEach(({ again }) => again())
   }
   function lose() { // what was asked for is not answered any more; the page is told, unless it is back soon
     link = end = clearTimeout(watch)
@@ -61,7 +56,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     become("closed", { code, reason })
     wake()
   }
-
   function alive(ms = waits.ping && waits.ping * 1000 + SLACK) { // something came: the next may take a ping and some slack
     clearTimeout(watch)
     if (ms) watch = setTimeout(() => end?.(1006), ms)
@@ -76,7 +70,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (type === "expiring" && token) refresh().catch(() => {}) // then it ends with 4401
     taken = taken.then(() => take(event)).catch((error) => tell("error", error))
   }
-
   const refresh = async () => ask({ type: "refresh", token: await token() })
   async function take(event) {
     const { type, channel, position, recovered } = event
@@ -89,6 +82,8 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (loaded === undefined) return end?.(1006) // the next connection asks from the same place
     if (loaded || (position && (type !== "subscribed" || isMissed || !before))) positions.set(key, loaded || position)
     if (event.encoding) event.data = Uint8Array.from(atob(event.data), (byte) => byte.charCodeAt(0))
+    if (type === "subscribed") wanted.get(channel)?.resolve(event)
+    if (type === "error") wanted.get(event.id)?.refuse(failure(event.code, event.text)) // over HTTP, by the channel's name
     tell(type, event)
   }
   async function load(channel) { // the page loads what it shows; returns where that was, if that could be done
@@ -99,7 +94,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       tell("error", error)
     }
   }
-
   const ask = (command) => new Promise((resolve, reject) => {
     if (!link) return reject(lost())
     if (plain) return reject(failure("not_supported", "the connection is plain"))
@@ -110,13 +104,17 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     const found = new URL(address)
     for (const [key, name] of SINCE) if (positions.has(key)) query[name] = positions.get(key)
     for (const name in query) found.searchParams.set(name, query[name])
+    const at = (name) => (positions.has(name) ? `${name}@${positions.get(name)}` : name)
+    if (query.events) wanted.forEach((_, name) => found.searchParams.append("channel", at(name)))
     return found
   }
   // One connection each. They resolve with [code, reason, wait] when it has ended.
-  const overWebSocket = (secret) => new Promise((done) => {
-    const place = target()
+  const newSocket = (secret, place = target()) => {
     place.protocol = place.protocol.replace("http", "ws")
-    const socket = new WebSocket(place, [...(plain ? [] : ["wsbroadcast.v1"]), ...(secret ? [tokenProtocol, secret] : [])])
+    return new WebSocket(place, [...(plain ? [] : ["wsbroadcast.v1"]), ...(secret ? [tokenProtocol, secret] : [])])
+  }
+  const overWebSocket = (secret) => new Promise((done) => {
+    const socket = newSocket(secret)
     const send = (command) => socket.send(plain ? command : JSON.stringify(command))
     end = (code, reason) => {
       socket.onopen = socket.onmessage = socket.onclose = null
@@ -136,7 +134,6 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     }
     alive(OPEN_TIMEOUT)
   })
-
   const overHttp = (secret) => new Promise((done) => {
     let over = new AbortController()
     const finish = (end = (...outcome) => done(outcome, over.abort(), clearTimeout(retry)))
@@ -144,14 +141,15 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       const headers = { accept, ...(secret && { authorization: `Bearer ${secret}` }), ...(body && { "content-type": accept }) }
       const options = { method: body ? "POST" : "GET", body, headers, cache: "no-store", signal: over.signal }
       const response = await fetch(body ? address : target(query), options)
-      if (!response.ok && !body) finish({ 401: 4401, 403: 4403 }[response.status] ?? 1006)
-      return response
+      if (response.ok || body) return response
+      const { code, reason } = await response.json().catch(() => ({})) // as a close frame says it
+      throw finish(code ?? { 401: 4401, 403: 4403 }[response.status] ?? 1006, reason)
     }
     const send = ({ id, ...command }) => request("application/json", {}, JSON.stringify(command))
       .then(async (response) => receive({ ...(await response.json()), id }))
       .catch(() => pending.get(id)?.reject(lost()))
     async function stream() {
-      const timer = setTimeout(() => over.abort((isHeldBack = true)), FIRST_BYTE_TIMEOUT)
+      const timer = setTimeout(() => over.signal.aborted || over.abort((isHeldBack = true)), FIRST_BYTE_TIMEOUT)
       const response = await request("text/event-stream", { events: 1 })
       const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
       for (let text = "", wait; ; alive()) {
@@ -163,6 +161,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
         for (const line of lines) {
           if (line.startsWith("retry:")) wait = +line.slice(6)
           const event = line.startsWith("data:") && JSON.parse(line.slice(5))
+          if (event.type === "close") return finish(event.code, event.reason, wait)
           if (event.type === "hello") opened({ send })
           if (event) receive(event)
         }
@@ -181,13 +180,15 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
         await taken // the next asks from there
       }
     }
-    // In a while once more by WebSocket, which a server that restarted may let through again.
-    const retry = setInterval(() => openedAt && !pending.size && finish(1006, "", 0), patience)
-    patience = Math.min(patience * 2, 600_000)
-    const begun = isHeldBack ? poll() : stream().catch((error) => (isHeldBack ? poll() : Promise.reject(error)))
-    begun.catch(() => finish(1006))
+    let retry
+    const knock = () => (retry = setTimeout(() => { // in a while: a server that restarted may let WebSockets through again
+      const probe = newSocket(secret, new URL(address))
+      probe.onopen = () => probe.close() || pending.size || finish(1006, "", 0)
+      knock((patience = Math.min(patience * 2, 600_000)))
+    }, patience))
+    knock()
+    ;(isHeldBack ? poll() : stream().catch((error) => (isHeldBack ? poll() : Promise.reject(error)))).catch(() => finish(1006))
   })
-
   async function run() {
     let attempts = 0, refusals = 0, unopened = 0 // WebSockets in a row
     while (!isOver) {
@@ -238,11 +239,10 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     call: (name, args) => ask({ type: "call", name, args }),
     subscribe: (channel, { since } = {}) => new Promise((resolve, reject) => {
       if (since) positions.set(channel, since)
-      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).then(resolve, (error) => {
-        if (error.code !== "lost") reject(error, wanted.delete(channel)) // else the next connection asks again
-      })
-      wanted.set(channel, again)
-      if (link?.probe) again()
+      const refuse = (error) => error.code !== "lost" && reject(error, wanted.delete(channel)) // else it is asked again
+      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).catch(refuse)
+      wanted.set(channel, { again, resolve, refuse })
+      link?.probe ? again() : link && end(1006, "", 0) // HTTP is told of it when it is opened
     }),
     unsubscribe: (channel) => (wanted.delete(channel), positions.delete(channel), ask({ type: "unsubscribe", channel })),
     close: () => close(),

@@ -75,8 +75,9 @@ class EventClients:
         self._ping([each for each, sink in sinks if sink.has_positions and sink.is_stream is is_stream])
 
     def _ping(self, connections: list[Connection]) -> None:
-        # The bytes are made once. A turn of the event loop takes some, so that nobody waits for all of them.
-        some = [each for each in connections[:_AT_ONCE] if each.is_open]
+        # The bytes are made once. A turn of the event loop takes some, so that nobody waits for all of them. Where
+        # something waits to be taken a ping would say nothing new, and fill a backlog.
+        some = [each for each in connections[:_AT_ONCE] if each.is_open and each._sink.backlog is None]
         if some:
             self._dispatcher.dispatch(Frame(events.PING, EVERYONE), some)
         if rest := connections[_AT_ONCE:]:

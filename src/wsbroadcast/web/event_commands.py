@@ -309,10 +309,9 @@ class EventCommands:
             with suppress(Exception):
                 return await self._commands.answer_to(error, who)
             return self._failed(method, error)
-        except ConnectionClosed:
-            return {}  # nobody is there to hear it
         except Exception as error:
-            return self._failed(method, error)
+            is_gone = isinstance(error, ConnectionClosed) and isinstance(who, Connection) and not who.is_open
+            return {} if is_gone else self._failed(method, error)  # nobody is there to hear it
 
     def _failed(self, method: Method, error: Exception) -> Answer:
         name = method.name

@@ -146,12 +146,12 @@ class HTTPStreams:
         # `name` or `name@position`, as the commands that a WebSocket would be sent; answered by events like those.
         session = self._commands.session(None)
         for each in channels:
-            name, _, since = each.rpartition("@")
+            name, at, since = each.rpartition("@")
             try:
-                Position.of(since)
-            except ValueError:  # a name that has an @ itself
+                Position.of(since if at else "")
+            except ValueError:  # the name alone, which may have an @ itself
                 name, since = each, ""
-            asked = {"type": "subscribe", "channel": name, "since": since or None}
+            asked = {"type": "subscribe", "channel": name, "since": since or None, "id": name}
             await self._commands.obey(connection, session, set(), asked)
 
     async def _poll(self, wait: float, scope: Scope, receive: Receive, send: Send) -> None:
