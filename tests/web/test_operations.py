@@ -261,6 +261,8 @@ OTHERS = [
     {"origin": "https://testserver"},
     {"sec-fetch-site": "cross-site"},
     {"sec-fetch-site": "same-site"},
+    {"sec-fetch-site": "Cross-Site"},
+    {"sec-fetch-site": "same-origin, cross-site"},
     {"sec-fetch-site": "cross-site", "origin": "http://evil.example"},
 ]
 

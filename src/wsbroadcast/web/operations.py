@@ -233,7 +233,7 @@ class Operations:
         if site == "same-origin":
             return
         refusal = self._origins.refusal(request.url.scheme, request.scope["headers"])
-        if refusal is None and site in ("cross-site", "same-site") and "origin" not in request.headers:
+        if refusal is None and site not in (None, "none") and "origin" not in request.headers:
             refusal = "a page of another origin may not do this"
         if refusal is not None:
             raise HTTPException(403, refusal)
