@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import process_time
@@ -307,6 +308,17 @@ async def test_flood_of_questions_runs_few_at_a_time() -> None:
             mine.take(message("question", siblings(cluster[1]).me.id, f"q{number}", body))
         assert mine._answering == MAX_QUESTIONS
         await eventually(lambda: mine._answering == 0)
+
+
+@pytest.mark.parametrize("links_nodes", [True, False])
+async def test_process_that_was_forked_off_is_another_node(links_nodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    managers = [Cluster(1)[0]] if links_nodes else [ConnectionManager()]
+    before = siblings(managers[0]).me
+    monkeypatch.setattr(os, "getpid", lambda: before.pid + 1)  # as in a worker of `gunicorn --preload`
+    async with managers[0]:
+        own = (await ask(managers[0])).given[0].node
+    assert own.pid == before.pid + 1
+    assert own.id != before.id
 
 
 async def test_node_of_a_process_of_its_own_has_no_family() -> None:

@@ -138,10 +138,11 @@ class Siblings:
 
     def begin(self) -> None:
         """Take part: the engine is started. Does nothing the second time, or if the engine links no nodes."""
+        if self.me.pid != os.getpid():
+            self.me = this_process()  # a process that was forked off is another one
         if self._is_begun or self._is_ended or not self._engine.links_nodes:
             return
         self._is_begun = True
-        self.me = this_process()  # a process that was forked off is another one
         audiences = (NODES, Audience("nodes", self.me.id))
         self._engine.subscribe(audiences)
         self._tasks.spawn(self._greet(audiences), "greeting of other nodes")
