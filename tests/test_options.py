@@ -80,6 +80,12 @@ def is_measured(name: str) -> bool:
     return name.endswith(("_timeout", "_rate", "_age", "_interval", "_backoff")) or name == "linger"
 
 
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, name in NUMBERS if is_measured(name)])
+def test_number_that_is_larger_than_any_float_is_refused(kind: Any, name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} must be a positive number"):
+        kind(**{name: 10**400})
+
+
 @pytest.mark.parametrize(("kind", "name"), NUMBERS)
 @pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, True, "1", b"1", [1]])
 def test_numbers_must_be_positive(kind: Any, name: str, value: Any) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cache
-from math import inf
 from typing import Literal, TypeVar, get_args
 
 from wsbroadcast.exceptions import ConfigurationError
+
+# An int may be larger, and can't be added to a time.
+_LARGEST = sys.float_info.max
 
 Policy = Literal["disconnect", "drop_newest", "drop_oldest", "conflate"]
 """What happens to a slow consumer whose backlog is full."""
@@ -135,7 +138,7 @@ def check_positive(name: str, value: object) -> None:
     Raises:
         ConfigurationError: If it is not a number, not finite, zero or negative.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= _LARGEST:
         raise ConfigurationError(f"{name} must be a positive number, not {value!r:.80}")
 
 
@@ -145,7 +148,7 @@ def check_seconds(name: str, value: object) -> None:
     Raises:
         ConfigurationError: If it is not a number, not finite or negative.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
         raise ConfigurationError(f"{name} must be seconds, 0 or more, not {value!r:.80}")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import process_time
 from typing import Any
 
 import pytest
@@ -14,9 +16,18 @@ from tests.support.asgi import Peer, eventually
 from wsbroadcast import Audience, ConnectionManager, LimitExceeded, NodeMessage
 from wsbroadcast.audience import NODES
 from wsbroadcast.manager import core_of
-from wsbroadcast.node.siblings import ANSWER_SECONDS, MAX_QUESTIONS, MAX_SIBLINGS, Answers, Siblings, this_process
+from wsbroadcast.node.siblings import (
+    ANSWER_SECONDS,
+    MAX_QUESTIONS,
+    MAX_SIBLINGS,
+    Answers,
+    Reply,
+    Siblings,
+    this_process,
+)
 from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES
 from wsbroadcast.testing import Cluster
+from wsbroadcast.web.reports import ConnectionReport, Head, reader
 
 NAMES = {"limit": 500, "after": "", "prefix": "", "largest": False}
 
@@ -75,7 +86,7 @@ async def test_node_that_was_killed_is_forgotten_after_15_seconds() -> None:
         await cluster.kill(2)
         assert dead in siblings(cluster[0]).others()
         await cluster.advance(14)
-        assert siblings(cluster[0]).others() == [siblings(cluster[1]).me, dead]
+        assert set(siblings(cluster[0]).others()) == {siblings(cluster[1]).me, dead}
         await cluster.advance(2)
         assert siblings(cluster[0]).others() == [siblings(cluster[1]).me]
         assert (await ask(cluster[0])).known == 2
@@ -227,6 +238,22 @@ async def test_garbage_of_nodes_harms_nobody(kind: str) -> None:
         assert not cluster[0].is_draining
 
 
+async def test_answer_that_cannot_be_read_shows_nobody_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with acquainted(2) as cluster:
+
+        async def respond(topic: str, arguments: Any) -> Reply:  # of a release with other fields
+            return Reply({"total": 1, "has_more": False}, [{"id": "x", "user": "alice", "channels": ["secret\nline"]}])
+
+        siblings(cluster[1])._respond = respond
+        arguments = {"limit": 1, "after": "", "channel": None, "user": None, "slow": False}
+        answers = await core_of(cluster[0]).ask_nodes("connections", arguments, reader(Head, ConnectionReport))
+        assert answers.silent == [siblings(cluster[1]).me]
+    [record] = [record for record in caplog.records if getattr(record, "event", "") == "nodes.bad_message"]
+    text = record.getMessage()
+    assert "missing at ('items', 0, 'channel_count'), and 5 more" in text
+    assert not any(word in text for word in ("alice", "secret", "\n"))
+
+
 async def test_answers_of_strangers_and_second_answers_are_dropped() -> None:
     async with acquainted(2) as cluster:
         node, mine, theirs = core_of(cluster[0]).life.node, siblings(cluster[0]), siblings(cluster[1])
@@ -262,6 +289,17 @@ async def test_forged_nodes_are_bounded() -> None:
         assert siblings(cluster[0]).others() == [siblings(cluster[1]).me]
 
 
+async def test_flood_of_forged_nodes_costs_little_for_each() -> None:
+    async with acquainted(2) as cluster:
+        node, many = core_of(cluster[0]).life.node, 30 * MAX_SIBLINGS
+        hellos = [message("hello", f"n{number}", body={"host": "h", "pid": 1, "family": ""}) for number in range(many)]
+        began = process_time()
+        for hello in hellos:
+            node.take(hello)
+        assert process_time() - began < 1.5  # a look at all that are known would take three times as long
+        assert len(siblings(cluster[0]).others()) == MAX_SIBLINGS
+
+
 async def test_flood_of_questions_runs_few_at_a_time() -> None:
     async with acquainted(2) as cluster:
         mine = siblings(cluster[0])
@@ -270,6 +308,17 @@ async def test_flood_of_questions_runs_few_at_a_time() -> None:
             mine.take(message("question", siblings(cluster[1]).me.id, f"q{number}", body))
         assert mine._answering == MAX_QUESTIONS
         await eventually(lambda: mine._answering == 0)
+
+
+@pytest.mark.parametrize("links_nodes", [True, False])
+async def test_process_that_was_forked_off_is_another_node(links_nodes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    managers = [Cluster(1)[0]] if links_nodes else [ConnectionManager()]
+    before = siblings(managers[0]).me
+    monkeypatch.setattr(os, "getpid", lambda: before.pid + 1)  # as in a worker of `gunicorn --preload`
+    async with managers[0]:
+        own = (await ask(managers[0])).given[0].node
+    assert own.pid == before.pid + 1
+    assert own.id != before.id
 
 
 async def test_node_of_a_process_of_its_own_has_no_family() -> None:

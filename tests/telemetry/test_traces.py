@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 from opentelemetry import trace as otel
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, StaticSampler
 from opentelemetry.trace import SpanKind
 
 from tests.support.asgi import Peer, connected, eventually, turns
@@ -27,6 +28,7 @@ from wsbroadcast import (
     EngineUnavailable,
     History,
     Message,
+    PermissionDenied,
     Publication,
     Publisher,
 )
@@ -178,6 +180,42 @@ async def test_what_fails_is_in_the_span(recorder: Recorder) -> None:
         with pytest.raises(EngineUnavailable):
             await cluster[0].broadcast("x")
     assert not recorder.one(SpanKind.PRODUCER).status.is_ok
+
+
+def breaks(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize(
+    ("broken", "name"), [(StaticSampler, "should_sample"), (SpanProcessor, "on_start"), (SpanProcessor, "on_end")]
+)
+async def test_tracer_that_raises_costs_no_message_and_hides_no_error(
+    broken: type, name: str, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Cluster(2) as cluster:
+        found = [(await connected(manager, 1, channels="news"))[0][0] for manager in cluster]
+        trace(cluster[0], recorder.provider)
+        await cluster[0].broadcast("0", channel="news")  # one that the other node is told to find
+        monkeypatch.setattr(broken, name, breaks)
+        recorder.provider.add_span_processor(SpanProcessor())
+        trace(cluster[1], recorder.provider)
+
+        @cluster[0].on_broadcast
+        def refuse(message: Message, audience: Audience) -> None:
+            if message.data == "2":
+                raise PermissionDenied("no")
+
+        for manager in cluster:
+            manager.on_deliver(lambda delivery: None)
+        await cluster[0].broadcast("1", channel="news")
+        with pytest.raises(PermissionDenied):
+            await cluster[0].broadcast("2", channel="news")
+        await cluster[0].broadcast("3", channel="news")
+        for peer in found:
+            assert await peer.wait_messages(3) == ["0", "1", "3"]
+    events = [getattr(record, "event", "") for record in caplog.records if record.levelno >= logging.ERROR]
+    assert set(events) == {"tracing.failed"}
+    assert len(events) <= 2  # one for each manager
 
 
 async def test_what_is_held_back_reaches_no_node(recorder: Recorder) -> None:

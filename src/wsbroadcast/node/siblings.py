@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from secrets import token_urlsafe
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from pydantic_core import from_json, to_json
+from pydantic_core import ValidationError, from_json, to_json
 
 from wsbroadcast.audience import NODES, Audience
 from wsbroadcast.concurrency import Tasks
@@ -124,6 +124,7 @@ class Siblings:
         self._respond = respond
         self.me = this_process()
         """This node."""
+        # With when it was heard of; the one that was heard of last comes last.
         self._known: dict[str, tuple[NodeInfo, float]] = {}
         # By their id, and by what is asked.
         self._asking: dict[str, _Question[Any]] = {}
@@ -137,10 +138,11 @@ class Siblings:
 
     def begin(self) -> None:
         """Take part: the engine is started. Does nothing the second time, or if the engine links no nodes."""
+        if self.me.pid != os.getpid():
+            self.me = this_process()  # a process that was forked off is another one
         if self._is_begun or self._is_ended or not self._engine.links_nodes:
             return
         self._is_begun = True
-        self.me = this_process()  # a process that was forked off is another one
         audiences = (NODES, Audience("nodes", self.me.id))
         self._engine.subscribe(audiences)
         self._tasks.spawn(self._greet(audiences), "greeting of other nodes")
@@ -182,10 +184,13 @@ class Siblings:
 
     def others(self) -> list[NodeInfo]:
         """Return the other nodes that were heard of within 15 s."""
-        oldest = asyncio.get_running_loop().time() - KNOWN_SECONDS
-        for id_ in [id_ for id_, (_, heard_at) in self._known.items() if heard_at < oldest]:
-            del self._known[id_]
+        self._forget_old()
         return [info for info, _ in self._known.values()]
+
+    def _forget_old(self) -> None:
+        oldest = asyncio.get_running_loop().time() - KNOWN_SECONDS
+        while self._known and self._known[id_ := next(iter(self._known))][1] < oldest:
+            del self._known[id_]
 
     def take(self, message: NodeMessage) -> None:
         """Take what a node says. Never blocks, never raises."""
@@ -194,8 +199,8 @@ class Siblings:
                 self._take(message)
         except Exception as error:  # it may be forged, or of another release
             if self._throttle.is_due("node message"):
-                text = "dropped a %s of a node, which can't be read: %s"
-                logger.warning(text, message.kind, error, extra=about("nodes.bad_message"))
+                text = "dropped what a node said (%s), which can't be read: %s"
+                logger.warning(text, message.kind, _what_is_wrong(error), extra=about("nodes.bad_message"))
 
     def _take(self, message: NodeMessage) -> None:
         if message.kind == "hello":
@@ -213,13 +218,12 @@ class Siblings:
             self._tasks.spawn(self._answer(message), "answer to a node")
 
     def _meet(self, message: NodeMessage) -> None:
-        known, now = self._known.get(message.sender), asyncio.get_running_loop().time()
-        if known is not None and now - known[1] <= KNOWN_SECONDS:
+        self._forget_old()
+        now = asyncio.get_running_loop().time()
+        if (known := self._known.pop(message.sender, None)) is not None:
             self._known[message.sender] = known[0], now
-            return
-        info = _described(message.sender, message.body)
-        if len(self._known) < MAX_SIBLINGS or len(self.others()) < MAX_SIBLINGS:
-            self._known[message.sender] = info, now
+        elif len(self._known) < MAX_SIBLINGS:
+            self._known[message.sender] = _described(message.sender, message.body), now
             if not message.audience.name:  # a newcomer, which knows nobody yet
                 self._tell(Audience("nodes", message.sender), "hello")
 
@@ -346,6 +350,14 @@ def _described(id_: str, body: bytes) -> NodeInfo:
             if max(len(host), len(family)) <= _MAX_DESCRIPTION:
                 return NodeInfo(id_, host, pid, family)
     raise ValueError("it doesn't say which node it is")
+
+
+def _what_is_wrong(error: Exception) -> str:
+    # The text of pydantic's error shows what it has read: users, channels and their line breaks.
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
+    return f"{first['type']} at {first['loc']!r:.200}" + (f", and {len(others)} more" if others else "")
 
 
 def this_process() -> NodeInfo:

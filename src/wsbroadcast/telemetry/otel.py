@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Any
 
 from wsbroadcast.exceptions import ConfigurationError, MissingDependency
+from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.manager import ConnectionManager
 from wsbroadcast.publication import Publication, Publications
 from wsbroadcast.publishing import Publisher
@@ -18,8 +21,10 @@ try:
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation, get_meter
     from opentelemetry.metrics import Histogram as Instrument
     from opentelemetry.trace import (
+        INVALID_SPAN,
         Link,
         NonRecordingSpan,
+        Span,
         SpanContext,
         SpanKind,
         TraceFlags,
@@ -171,7 +176,7 @@ def trace(source: ConnectionManager | Publisher, tracer_provider: TracerProvider
 
 
 class Spans:
-    """Makes the spans of broadcasts.
+    """Makes the spans of broadcasts. One that can't be made, or ended, costs no message.
 
     Args:
         tracer: Makes a span.
@@ -179,6 +184,7 @@ class Spans:
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
+        self._throttle = Throttle()
         # The spans of the newest broadcasts that came here, by where the broadcast is found.
         self._delivered: dict[str, SpanContext] = {}
 
@@ -189,7 +195,7 @@ class Spans:
         attributes = _attributes("publish", "send", kind)
         attributes["messaging.message.body.size"] = publications[0].size if publications else 0
         name = f"publish {kind}"
-        with self._tracer.start_as_current_span(name, kind=SpanKind.PRODUCER, attributes=attributes) as span:
+        with self._span(name, kind=SpanKind.PRODUCER, attributes=attributes) as span:
             context = span.get_span_context()
             where = _traceparent(context) if span.is_recording() and context.is_valid else ""
             for publication in publications:
@@ -205,7 +211,7 @@ class Spans:
                 yield
             return
         kind = publication.audience.kind
-        with self._tracer.start_as_current_span(
+        with self._span(
             f"deliver {kind}",
             context=Context(),
             kind=SpanKind.CONSUMER,
@@ -219,7 +225,34 @@ class Spans:
         """Make the span of a hook, if what it belongs to is recorded."""
         if not get_current_span().is_recording() and not get_current_span().get_span_context().trace_flags.sampled:
             return nullcontext()
-        return self._tracer.start_as_current_span(event, attributes={"code.function.name": name})
+        return self._span(event, attributes={"code.function.name": name})
+
+    @contextmanager
+    def _span(self, name: str, **options: Any) -> Iterator[Span]:
+        # A sampler or a processor of spans may raise.
+        making = self._tracer.start_as_current_span(name, **options)
+        try:
+            span = making.__enter__()
+        except Exception as error:
+            self._report(error)
+            yield INVALID_SPAN
+            return
+        raised: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+        raised = None, None, None
+        try:
+            yield span
+        except BaseException as error:
+            raised = type(error), error, error.__traceback__
+            raise
+        finally:
+            try:
+                making.__exit__(*raised)
+            except Exception as error:
+                self._report(error)
+
+    def _report(self, error: Exception) -> None:
+        if self._throttle.is_due("span"):
+            logger.error("a span was not made", exc_info=error, extra=about("tracing.failed"))
 
     def _remember(self, where: str, context: SpanContext) -> None:
         self._delivered[where] = context

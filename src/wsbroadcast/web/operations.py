@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from typing import Annotated, Any, Literal, NamedTuple
@@ -233,7 +234,7 @@ class Operations:
         if site == "same-origin":
             return
         refusal = self._origins.refusal(request.url.scheme, request.scope["headers"])
-        if refusal is None and site in ("cross-site", "same-site") and "origin" not in request.headers:
+        if refusal is None and site not in (None, "none") and "origin" not in request.headers:
             refusal = "a page of another origin may not do this"
         if refusal is not None:
             raise HTTPException(403, refusal)
@@ -310,12 +311,12 @@ def _label(info: NodeInfo) -> str:
 
 
 def _by_label(given: list[Answer[NodeReply[Stats, Any]]]) -> dict[str, Stats]:
+    # Two managers of one process are told apart by their ids, both of them: whichever is asked, a series stays itself.
+    times = Counter(_label(each.node) for each in given)
     stats: dict[str, Stats] = {}
     for each in given:
         label = _label(each.node)
-        if label in stats:  # two managers of one process
-            label = f"{label}:{each.node.id}"
-        stats[label] = each.content.head
+        stats[label if times[label] == 1 else f"{label}:{each.node.id}"] = each.content.head
     return stats
 
 
