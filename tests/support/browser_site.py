@@ -86,8 +86,6 @@ class Site:
         """Whether a proxy answers WebSocket handshakes with 400."""
         self.holds_back = ""
         """What it holds back of server-sent events: `all`, the `body`, or nothing."""
-        self.closes_streams: int | None = None
-        """The code that server-sent events end with at once."""
         self.has_http = True
         """Whether the server has another way in than a WebSocket."""
         self.tokens = ["good"]
