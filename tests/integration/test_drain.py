@@ -74,8 +74,10 @@ class Deploy:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def start(self, flavour: Flavour = UVICORN, drain: float | None = 5.0, app: str = APP) -> Server:
-        """Start one more node."""
+    def start(
+        self, flavour: Flavour = UVICORN, drain: float | None = 5.0, app: str = APP, port: int | None = None
+    ) -> Server:
+        """Start one more node, perhaps at the port of one that has ended."""
         if flavour.missing:
             pytest.skip(flavour.missing)
         environment = {
@@ -86,7 +88,9 @@ class Deploy:
         flavour = replace(flavour, environment=flavour.environment | environment)
         self._started += 1
         log = self._directory / f"server-{self._started}.log"
-        return self._stack.enter_context(Server(flavour, log, app))
+        server = Server(flavour, log, app)
+        server.port = port or server.port
+        return self._stack.enter_context(server)
 
     def proxy(self, *servers: Server) -> int:
         """Start an nginx before them, as the documentation shows it; return its port."""
@@ -94,7 +98,8 @@ class Deploy:
         page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
         documented = re.findall(r"^```nginx\n(.*?)^```", page, re.DOTALL | re.MULTILINE)[0]
         port = free_port()
-        upstream = "".join(f"server 127.0.0.1:{server.port};" for server in servers)
+        [parameters] = set(re.findall(r"server 10[.\d]+:8000(.*?);", documented))
+        upstream = "".join(f"server 127.0.0.1:{server.port}{parameters};" for server in servers)
         documented, count = re.subn(r"(upstream app \{).*?\}", rf"\1{upstream}}}", documented, flags=re.DOTALL)
         assert count == 1
         assert documented.count("listen 443 ssl") == 1
@@ -277,6 +282,20 @@ async def test_deploy_behind_nginx_is_noticed_by_nobody(deploy: Deploy) -> None:
     assert most <= (0.05 if FULL else 0.2) * there
     assert not leaving.complaints(), leaving.log()
     assert not staying.complaints(), staying.log()
+
+
+@needs_nginx
+async def test_node_after_node_is_restarted_behind_nginx_and_nobody_is_refused(deploy: Deploy) -> None:
+    nodes = [deploy.start(drain=1.0), deploy.start(drain=1.0)]
+    port = deploy.proxy(*nodes)
+    async with crowd(port, 60) as clients:
+        for node in nodes:  # the second one's clients go to the first one, which has refused some a moment ago
+            await node.stopped()
+            await asyncio.wait_for(asyncio.gather(*(client.is_connected.wait() for client in clients)), 15)
+            await asyncio.to_thread(deploy.start, drain=1.0, port=node.port)
+    assert sum(len(client.ends) for client in clients) > 60
+    assert [refusal for client in clients for refusal in client.refusals] == []
+    assert [failure for client in clients for failure in client.failures] == []
 
 
 @needs_nginx
