@@ -22,7 +22,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MESSAGE = "x" * 128
+# Its end is found wherever the kernel cuts what comes.
+END = b"!"
+MESSAGE = "x" * 127 + END.decode()
 
 STREAM = b"GET /events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
 SOCKET = (
@@ -109,7 +111,8 @@ def serve(variant: str, port: int) -> None:
         for _ in range(number):
             await send()
 
-    uvicorn.run(app, port=port, loop="asyncio", log_level="warning", ws_per_message_deflate=False, backlog=4096)
+    options = {"ws_per_message_deflate": False, "backlog": 4096, "timeout_keep_alive": 600}
+    uvicorn.run(app, port=port, loop="asyncio", log_level="warning", **options)
 
 
 # The clients.
@@ -140,7 +143,7 @@ class Crowd:
                 continue
             if not data:
                 raise SystemExit("the server has closed a connection")
-            self.messages += data.count(MESSAGE.encode())
+            self.messages += data.count(END)
             self.bytes += len(data)
         return bool(ready)
 
