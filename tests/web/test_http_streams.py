@@ -427,6 +427,46 @@ async def test_a_position_that_is_none_is_told_and_disturbs_nobody(position: str
                 assert (await answer.json())["recovered"] is False
 
 
+async def test_a_stream_of_events_has_further_channels() -> None:
+    manager = ConnectionManager(history=History(messages=5))
+
+    def authorize(connection: Any, action: str, channel: str | None) -> bool:
+        return channel != "secret"
+
+    async with serving(manager=manager, authorize=authorize) as (_, port):
+        before = (await manager.broadcast(1, channel="kept@home")).position
+        await manager.broadcast(2, channel="kept@home")
+        # A name may look like a position, or have an @ itself.
+        names = ["room:1", "a@b", f"kept@home@{before}", "secret", "", "x@", "@", "%00"]
+        query = "&".join(f"channel={each}" for each in names)
+        async with request(port, f"/sse/news?events=1&{query}") as stream:
+            said = [(await stream.event()).json for _ in range(11)]
+            assert [each["type"] for each in said[:2]] == ["hello", "subscribed"]
+            answers = [each.get("channel") or each.get("code") for each in said[2:] if each["type"] != "message"]
+            assert answers == [
+                *("room:1", "a@b", "kept@home", "forbidden"),
+                *("invalid_channel", "x@", "@", "invalid_channel"),
+            ]
+            assert [each["data"] for each in said if each["type"] == "message"] == [2]
+            assert [each["channel"] for each in said if each.get("recovered")] == ["kept@home"]
+            await manager.broadcast(3, channel="room:1")
+            assert (await stream.event()).json["data"] == 3
+        async with request(port, "/sse/news?" + "&".join(["channel=room:1"] * 2)) as stream:  # a plain stream has one
+            await stream.named("recovered")
+            assert manager.stats().channels == 1
+
+
+async def test_more_channels_than_one_may_have_are_refused_one_by_one() -> None:
+    manager = ConnectionManager(limits=Limits(max_channels_per_connection=3))
+    async with serving(manager=manager, authorize=lambda *_: True) as (_, port):
+        query = "&".join(f"channel=c{number}" for number in range(3_000))
+        async with request(port, f"/sse/news?events=1&{query}") as stream:
+            said = [(await stream.event()).json for _ in range(102)]
+            assert [each.get("code") for each in said] == [None] * 4 + ["limit_exceeded"] * 98
+            await manager.broadcast("still here", channel="c1")
+            assert (await stream.event()).json["data"] == "still here"
+
+
 @pytest.mark.parametrize(
     ("accept", "kind"),
     [
