@@ -22,6 +22,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.sessions import SessionMiddleware
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.support.servers import eventually, serve_here
@@ -656,6 +657,38 @@ async def test_a_place_kept_by_a_poll_gives_way_to_a_newer_connection_of_its_use
                 assert answer.status == 200
         async with request(port, "/sse/news") as stream:
             assert (await stream.event()).name == "hello"
+
+
+async def test_the_next_poll_takes_no_place_from_its_users_other_connections() -> None:
+    async def user() -> str:
+        return "ann"
+
+    manager = ConnectionManager(limits=Limits(max_connections_per_user=2, when_full="oldest"))
+    async with serving(manager=manager, authenticate=user) as (_, port), request(port, "/sse/news") as stream:
+        assert (await stream.event()).name == "hello"
+        name = "x" * 20
+        for _ in range(3):
+            async with request(port, f"/sse/news?wait=0&id={name}", Accept="application/json") as answer:
+                assert (await answer.json())["id"] == name
+        await manager.broadcast("still here", channel="news")
+        assert (await stream.named("message")).data == "still here"
+
+
+async def test_a_place_kept_by_a_poll_is_that_of_the_user_who_polled_last() -> None:
+    async def user(connection: HTTPConnection) -> str:
+        return connection.query_params["user"]
+
+    manager = ConnectionManager(limits=Limits(max_connections_per_user=1))
+    async with serving(manager=manager, authenticate=user) as (_, port):
+
+        async def poll(user: str, name: str) -> int:
+            path = f"/sse/news?wait=0&user={user}&id={name * 20}"
+            async with request(port, path, Accept="application/json") as answer:
+                return answer.status
+
+        assert [await poll("ann", "x"), await poll("bob", "x")] == [200, 200]
+        assert await poll("ann", "y") == 200  # she has left her first place to bob
+        assert await poll("bob", "z") == 429
 
 
 async def test_nothing_is_told_where_nothing_is_counted() -> None:
