@@ -448,6 +448,7 @@ async def test_a_stream_of_events_has_further_channels() -> None:
                 *("room:1", "a@b", "kept@home", "forbidden"),
                 *("invalid_channel", "x@", "@", "invalid_channel"),
             ]
+            assert [each["id"] for each in said[2:] if each["type"] != "message"] == [1, 2, 3, 4, 5, 6, 7, 8]
             assert [each["data"] for each in said if each["type"] == "message"] == [2]
             assert [each["channel"] for each in said if each.get("recovered")] == ["kept@home"]
             await manager.broadcast(3, channel="room:1")

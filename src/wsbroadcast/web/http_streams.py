@@ -149,7 +149,7 @@ class HTTPStreams:
     async def _subscribe(self, channels: list[str], connection: Connection) -> None:
         # `name` or `name@position`, as the commands that a WebSocket would be sent; answered by events like those.
         session = self._commands.session(None)
-        for each in channels:
+        for number, each in enumerate(channels, 1):
             name, at, since = each.rpartition("@")
             try:
                 Position.of(since)
@@ -157,7 +157,7 @@ class HTTPStreams:
                 at = ""
             if not at:
                 name, since = each, ""
-            asked = {"type": "subscribe", "channel": name, "since": since or None}
+            asked = {"type": "subscribe", "channel": name, "since": since or None, "id": number}
             await self._commands.obey(connection, session, set(), asked)
 
     async def _poll(self, wait: float, scope: Scope, receive: Receive, send: Send) -> None:
