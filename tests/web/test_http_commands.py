@@ -258,6 +258,7 @@ async def test_so_many_calls_of_a_client_run_at_once_on_requests_of_its_own_as_w
             response, said = await answer()
             assert (response.status, said["code"]) == (429, "limit_exceeded")
         release.set()
+        await eventually(lambda: "wsbroadcast call of thread" not in {task.get_name() for task in asyncio.all_tasks()})
         async with posting(port, CALL):
             await eventually(lambda: len(begun) == 16)
 

@@ -182,22 +182,18 @@ class HTTPStreams:
     async def _obey(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         sharing = self._access._sharing(request)
-        websocket = EventStream(scope, receive, send, sharing, is_event_source=False).websocket
+        if (admitted := await self._admit(scope, receive, send, sharing, listens=False)) is None:
+            return
         try:
-            channel = self._channel.of(request.path_params)
-            who = await self._access._look(websocket)
-            status, answer = await self._answer(request, who, channel)
-        except (WebSocketException, ClientDisconnect):
-            return  # refused and told so, or gone
-        except InvalidChannel as error:
-            await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
+            status, answer = await self._answer(request, *admitted)
+        except ClientDisconnect:
             return
         response = Response(to_json(answer), status, media_type="application/json")
         response.headers["cache-control"] = "no-store"
         response.raw_headers += sharing
         await response(scope, receive, send)
 
-    async def _answer(self, request: Request, who: Handshake, channel: str | None) -> tuple[int, Answer]:
+    async def _answer(self, request: Request, channel: str | None, who: Handshake) -> tuple[int, Answer]:
         inbound = self._core.life.node.membership.admission.inbound
         address = address_of(request.scope)
         key = address if who.user is None else f"user {user_key(who.user)}"
@@ -219,20 +215,25 @@ class HTTPStreams:
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
         # What a GET would be answered with, so that nobody learns more by asking this way.
-        request = Request(scope)
-        sharing = self._access._sharing(request)
+        sharing = self._access._sharing(Request(scope))
+        if await self._admit(scope, receive, send, sharing, listens=True) is not None:
+            headers = [*stream_headers(is_http_1_1=False), *sharing]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _admit(
+        self, scope: Scope, receive: Receive, send: Send, sharing: Iterable[Header], *, listens: bool
+    ) -> tuple[str | None, Handshake] | None:
+        # The channel and who asks, of a request that becomes no connection; `None` if it is refused, and told so.
         websocket = EventStream(scope, receive, send, sharing, is_event_source=False).websocket
         try:
-            channel = self._channel.of(request.path_params)
-            await self._access._look(websocket, channel)
+            channel = self._channel.of(websocket.path_params)
+            return channel, await self._access._look(websocket, channel if listens else None)
         except WebSocketException:
-            return
+            return None
         except InvalidChannel as error:
             await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
-            return
-        headers = [*stream_headers(is_http_1_1=False), *sharing]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+            return None
 
     async def options(self, request: Request) -> Response:
         """Answer a browser that asks what a page of another origin may do (Fetch, 3.2.2)."""
