@@ -53,6 +53,7 @@ from wsbroadcast import (
 from wsbroadcast.command import _parser
 from wsbroadcast.options import Timing
 from wsbroadcast.stats import EngineStats
+from wsbroadcast.web.http_streams import STATUSES
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -655,6 +656,23 @@ def events_over_http(client: TestClient, block: Namespace) -> None:
     assert set(answer) == {"position", "recovered", "messages"}
 
 
+def posted(client: TestClient, block: Namespace) -> None:
+    section = PAGES["docs/sse.md"].partition("## Publish and call")[2].partition("\n## ")[0]
+    (console,) = re.findall(r"^```console\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    lines = console.splitlines()
+    found: set[int] = set()
+    with client.websocket_connect("/rooms/tea") as one:
+        for command, expected in zip(lines[::2], lines[1::2], strict=True):
+            *_, header, _, body, url = shlex.split(command.removeprefix("$ "))
+            name, _, value = header.partition(": ")
+            answer = client.post(url.partition(":8000")[2], content=body, headers={name: value})
+            assert answer.json() == json.loads(expected), command
+            found.add(answer.status_code)
+        assert one.receive_text() == "hello"
+    told = {int(status) for status in re.findall(r"^\| (\d{3}) \|", section, re.MULTILINE)}
+    assert told == {200, 400, 408, 413, *STATUSES.values()} > found
+
+
 EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "README.md#wsbroadcast": readme_chat,
     "README.md#what-it-does-for-you": readme_rooms_and_news,
@@ -694,6 +712,7 @@ EXERCISES: dict[str, Callable[[TestClient, Namespace], None]] = {
     "docs/operations.md#put-it-into-the-app": operations,
     "docs/listen.md#snapshot-and-follow": snapshot,
     "docs/servers.md#uvicorn": echo,
+    "docs/sse.md#publish-and-call": posted,
     "docs/sse.md#the-app": events_over_http,
     "docs/scale-out.md#two-workers": scale_out,
     "docs/scale-out.md#background-tasks": local_ticks,

@@ -89,7 +89,7 @@ _NOTHING_RECOVERED: Mapping[str | Audience, Recovery] = MappingProxyType({})
 
 @no_dependency("take a ConnectionDep")
 class Connection(Generic[Info]):
-    """One accepted WebSocket, as `ConnectionManager.connect` returns it.
+    """One accepted WebSocket, stream of events or long poll, as `ConnectionManager.connect` returns it.
 
     It takes over `websocket.send` and `websocket.receive`: what the app sends itself keeps its place among the
     broadcasts, and whichever way the app reads, the connection learns of the peer's end.
@@ -161,7 +161,7 @@ class Connection(Generic[Info]):
 
     @property
     def websocket(self) -> WebSocket:
-        """The Starlette WebSocket."""
+        """The Starlette WebSocket; of a stream or a poll one that stands for the request, by which nothing comes in."""
         return self._transport.websocket
 
     @property

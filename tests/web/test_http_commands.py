@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from starlette.testclient import TestClient
 
+from tests.support.asgi import eventually
+from tests.support.servers import serve_here
+from tests.support.sse import Response, read_head, request_bytes
 from wsbroadcast import (
     Access,
     Connection,
@@ -21,6 +28,7 @@ from wsbroadcast import (
     create_router,
     create_sse_router,
 )
+from wsbroadcast.web import http_streams
 
 JSON = {"content-type": "application/json"}
 
@@ -161,3 +169,125 @@ def test_a_channel_that_is_none_is_refused() -> None:
     with served(ConnectionManager()) as client:
         response = client.post("/ws/%00", json={"type": "publish", "data": 1})
         assert response.status_code == 403
+
+
+def test_without_authorize_a_request_publishes_no_further_than_a_connection() -> None:
+    manager = ConnectionManager()
+    with served(manager, inbound="commands") as client, client.websocket_connect("/ws/secret") as one:
+        command = {"type": "publish", "channel": "secret", "data": "from elsewhere"}
+        status, answer = post(client, command)
+        assert (status, answer["code"]) == (403, "forbidden")
+        with client.websocket_connect("/ws/news", ["wsbroadcast.v1"]) as two:
+            assert [two.receive_json()["type"] for _ in range(2)] == ["hello", "subscribed"]
+            two.send_json(command)
+            assert two.receive_json()["code"] == "forbidden"
+        assert post(client, {"type": "publish", "data": "its own"}, "/ws/secret")[0] == 200
+        assert one.receive_json() == "its own"
+
+
+# On a server, where a client can leave.
+
+
+@asynccontextmanager
+async def posting(port: int, body: bytes, length: int | None = None) -> AsyncIterator[Any]:
+    """Send a command, or the beginning of one; yield what reads the answer. The client leaves at the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    size = str(len(body) if length is None else length)
+    head = {"Content_Type": "application/json", "Content_Length": size, "Connection": "close"}
+    writer.write(request_bytes(port, "/ws/news", "POST", **head) + body)
+
+    async def answer() -> tuple[Response, Any]:
+        response = await read_head(reader, writer)
+        return response, json.loads(await response.whole())
+
+    try:
+        yield answer
+    finally:
+        writer.transport.abort()
+
+
+def app_of(manager: ConnectionManager) -> FastAPI:
+    app = FastAPI()
+    app.include_router(create_router(manager, "/ws/{channel}", http=True))
+    return app
+
+
+CALL = b'{"type":"call","name":"wait"}'
+
+
+async def test_what_a_client_has_called_is_cancelled_when_it_leaves() -> None:
+    manager = ConnectionManager()
+    ran: list[str] = []
+
+    @manager.method("wait")
+    async def wait() -> None:
+        ran.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ran.append("ended")
+
+    async with serve_here(app_of(manager)) as port:
+        async with posting(port, CALL):
+            await eventually(lambda: ran == ["begun"])
+        await eventually(lambda: ran == ["begun", "ended"])
+
+
+async def test_so_many_calls_of_a_client_run_at_once_on_requests_of_its_own_as_well() -> None:
+    manager = ConnectionManager()
+    entered, release = threading.Event(), threading.Event()
+    begun: list[int] = []
+
+    @manager.method("wait")
+    async def wait() -> None:
+        begun.append(1)
+        await asyncio.Event().wait()
+
+    @manager.method("thread")
+    def thread() -> None:
+        entered.set()
+        release.wait(10)
+
+    async with serve_here(app_of(manager)) as port, AsyncExitStack() as stack:
+        async with posting(port, CALL.replace(b"wait", b"thread")):
+            await eventually(entered.is_set)
+        for _ in range(15):
+            await stack.enter_async_context(posting(port, CALL))
+        await eventually(lambda: len(begun) == 15)
+        async with posting(port, CALL) as answer:  # the thread's client has left, and the thread runs on
+            response, said = await answer()
+            assert (response.status, said["code"]) == (429, "limit_exceeded")
+        release.set()
+        await eventually(lambda: "wsbroadcast call of thread" not in {task.get_name() for task in asyncio.all_tasks()})
+        async with posting(port, CALL):
+            await eventually(lambda: len(begun) == 16)
+
+
+async def test_a_client_that_leaves_inside_its_command_is_no_error() -> None:
+    ended: list[BaseException | None] = []
+
+    async def watched(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except BaseException as error:
+            ended.append(error)
+        else:
+            if scope["type"] == "http":
+                ended.append(None)
+
+    app = app_of(ConnectionManager())
+    async with serve_here(watched) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = {"Content_Type": "application/json", "Content_Length": "100", "Expect": "100-continue"}
+        writer.write(request_bytes(port, "/ws/news", "POST", **head))
+        await reader.readuntil(b"\r\n\r\n")  # it is being read
+        writer.transport.abort()
+        await eventually(lambda: ended)
+    assert ended == [None]
+
+
+async def test_a_body_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_streams, "BODY_SECONDS", 0.1)
+    async with serve_here(app_of(ConnectionManager())) as port, posting(port, b"{", 100) as answer:
+        response, said = await answer()
+        assert (response.status, said["code"]) == (408, "invalid_command")

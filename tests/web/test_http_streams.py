@@ -22,6 +22,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.sessions import SessionMiddleware
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tests.support.servers import eventually, serve_here
@@ -427,6 +428,55 @@ async def test_a_position_that_is_none_is_told_and_disturbs_nobody(position: str
                 assert (await answer.json())["recovered"] is False
 
 
+async def test_a_stream_of_events_has_further_channels() -> None:
+    manager = ConnectionManager(history=History(messages=5))
+
+    def authorize(connection: Any, action: str, channel: str | None) -> bool:
+        return channel != "secret"
+
+    async with serving(manager=manager, authorize=authorize) as (_, port):
+        before = (await manager.broadcast(1, channel="kept@home")).position
+        await manager.broadcast(2, channel="kept@home")
+        # A name may look like a position, or have an @ itself.
+        names = ["room:1", "a@b", f"kept@home@{before}", "secret", "", "x@", "@", "%00"]
+        query = "&".join(f"channel={each}" for each in names)
+        async with request(port, f"/sse/news?events=1&{query}") as stream:
+            said = [(await stream.event()).json for _ in range(11)]
+            assert [each["type"] for each in said[:2]] == ["hello", "subscribed"]
+            answers = [each.get("channel") or each.get("code") for each in said[2:] if each["type"] != "message"]
+            assert answers == [
+                *("room:1", "a@b", "kept@home", "forbidden"),
+                *("invalid_channel", "x@", "@", "invalid_channel"),
+            ]
+            assert [each["id"] for each in said[2:] if each["type"] != "message"] == [
+                *names[:2],
+                "kept@home",
+                "secret",
+                "",
+                "x@",
+                "@",
+                "\0",
+            ]
+            assert [each["data"] for each in said if each["type"] == "message"] == [2]
+            assert [each["channel"] for each in said if each.get("recovered")] == ["kept@home"]
+            await manager.broadcast(3, channel="room:1")
+            assert (await stream.event()).json["data"] == 3
+        async with request(port, "/sse/news?" + "&".join(["channel=room:1"] * 2)) as stream:  # a plain stream has one
+            await stream.named("recovered")
+            assert manager.stats().channels == 1
+
+
+async def test_more_channels_than_one_may_have_are_refused_one_by_one() -> None:
+    manager = ConnectionManager(limits=Limits(max_channels_per_connection=3))
+    async with serving(manager=manager, authorize=lambda *_: True) as (_, port):
+        query = "&".join(f"channel=c{number}" for number in range(3_000))
+        async with request(port, f"/sse/news?events=1&{query}") as stream:
+            said = [(await stream.event()).json for _ in range(102)]
+            assert [each.get("code") for each in said] == [None] * 4 + ["limit_exceeded"] * 98
+            await manager.broadcast("still here", channel="c1")
+            assert (await stream.event()).json["data"] == "still here"
+
+
 @pytest.mark.parametrize(
     ("accept", "kind"),
     [
@@ -616,6 +666,38 @@ async def test_a_place_kept_by_a_poll_gives_way_to_a_newer_connection_of_its_use
                 assert answer.status == 200
         async with request(port, "/sse/news") as stream:
             assert (await stream.event()).name == "hello"
+
+
+async def test_the_next_poll_takes_no_place_from_its_users_other_connections() -> None:
+    async def user() -> str:
+        return "ann"
+
+    manager = ConnectionManager(limits=Limits(max_connections_per_user=2, when_full="oldest"))
+    async with serving(manager=manager, authenticate=user) as (_, port), request(port, "/sse/news") as stream:
+        assert (await stream.event()).name == "hello"
+        name = "x" * 20
+        for _ in range(3):
+            async with request(port, f"/sse/news?wait=0&id={name}", Accept="application/json") as answer:
+                assert (await answer.json())["id"] == name
+        await manager.broadcast("still here", channel="news")
+        assert (await stream.named("message")).data == "still here"
+
+
+async def test_a_place_kept_by_a_poll_is_that_of_the_user_who_polled_last() -> None:
+    async def user(connection: HTTPConnection) -> str:
+        return connection.query_params["user"]
+
+    manager = ConnectionManager(limits=Limits(max_connections_per_user=1))
+    async with serving(manager=manager, authenticate=user) as (_, port):
+
+        async def poll(user: str, name: str) -> int:
+            path = f"/sse/news?wait=0&user={user}&id={name * 20}"
+            async with request(port, path, Accept="application/json") as answer:
+                return answer.status
+
+        assert [await poll("ann", "x"), await poll("bob", "x")] == [200, 200]
+        assert await poll("ann", "y") == 200  # she has left her first place to bob
+        assert await poll("bob", "z") == 429
 
 
 async def test_nothing_is_told_where_nothing_is_counted() -> None:

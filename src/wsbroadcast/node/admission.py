@@ -162,6 +162,10 @@ class Lease:
         if self.quotas.take(limit, key, self._address):
             self._taken += ((limit, key),)
 
+    def counts_for(self, limit: str, key: str) -> bool:
+        """Tell whether it is counted under this key."""
+        return (limit, key) in self._taken
+
     @property
     def needs_release(self) -> bool:
         """Whether giving it back changes anything, so that somebody has to remember it."""
@@ -192,6 +196,17 @@ class PollLease(Lease):
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
 
+    def take(self, limit: str, key: str | None) -> None:
+        """Count it under one limit too, and no more under another key, such as that of a user who has logged out.
+
+        Raises:
+            LimitExceeded: If there is no room.
+        """
+        others = tuple(each for each in self._taken if each[0] == limit and each[1] != key)
+        self._taken = tuple(each for each in self._taken if each not in others)
+        self.quotas.give_back(others)
+        super().take(limit, key)
+
     def release(self) -> None:
         """Keep it for the next poll."""
         if not self._taken or self._timer is not None:
@@ -216,10 +231,6 @@ class PollLease(Lease):
     def is_of(self, address: str | None) -> bool:
         """Tell whether it is a client's of this address."""
         return self._address == address
-
-    def counts_for(self, limit: str, key: str) -> bool:
-        """Tell whether it is counted under this key."""
-        return (limit, key) in self._taken
 
 
 class TokenBuckets:
@@ -535,10 +546,8 @@ class Admission:
         lease = self._take_over(websocket) or await self._take_lease(websocket)
         try:
             key = joining.user_key
-            if self._make_room is not None and key is not None and self.quotas.is_full(PER_USER, key):
-                self.quotas.make_room(key)
-                if self.quotas.is_full(PER_USER, key):
-                    self._make_room(key)
+            if key is not None and not lease.counts_for(PER_USER, key):  # as that of the next poll does
+                self._make_room_for(key)
             lease.take(PER_USER, key)
             self.check_channels(len(joining.channels), websocket.scope.get("client"))
             if joining.expires_at is not None and joining.expires_at <= time.time():
@@ -552,6 +561,12 @@ class Admission:
             await refuse(websocket, 401, CloseCode.UNAUTHENTICATED, EXPIRED)
             raise
         return lease
+
+    def _make_room_for(self, user_key: str) -> None:
+        if self._make_room is not None and self.quotas.is_full(PER_USER, user_key):
+            self.quotas.make_room(user_key)
+            if self.quotas.is_full(PER_USER, user_key):
+                self._make_room(user_key)
 
     @asynccontextmanager
     async def handshake(self, websocket: WebSocket) -> AsyncGenerator[None]:

@@ -17,8 +17,8 @@ from pydantic_core import to_json
 from wsbroadcast.history import MAX_KEY_BYTES
 from wsbroadcast.publication import POSITION_TEXT
 
-MAX_ID_CHARACTERS = 64
-"""The longest `id` of a command, as text."""
+MAX_ID_CHARACTERS = 200
+"""The longest `id` of a command, as text: the name of a channel fits."""
 
 MAX_CALLS = 16
 """So many calls of a connection run at once."""

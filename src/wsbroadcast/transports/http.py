@@ -6,9 +6,10 @@ WebSocket: what the app sends there is an event.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from random import uniform
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -32,19 +33,6 @@ _LATER = frozenset({429, 502, 503, 504})
 _REFUSED_FOR = 5.0
 
 
-class Answer(Protocol):
-    """What a request makes of the WebSocket that stands for it."""
-
-    websocket: WebSocket
-    """The WebSocket."""
-
-    def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
-        """Make its sink; return it with why it isn't the fast one."""
-
-    async def serve(self, connection: Any) -> None:
-        """Return when the connection has ended, or the answer can be given."""
-
-
 def websocket_scheme(scope: Scope) -> str:
     """Return the scheme that a WebSocket would have."""
     return "wss" if scope.get("scheme") == "https" else "ws"
@@ -62,7 +50,47 @@ def websocket_scope(scope: Scope, answer: Answer) -> Scope:
     }
 
 
-class EventStream:
+class Answer(ABC):
+    """What answers a request: makes a WebSocket that stands for it, and a response of what is sent by that.
+
+    Args:
+        scope: The request's.
+        receive: Its `receive`.
+        send: Its `send`, as middleware has it.
+        headers: Of every response, such as those of CORS.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Iterable[Header]) -> None:
+        self._receive = receive
+        self._send = send
+        self._headers = tuple(headers)
+        self._has_begun = False
+        self.websocket = WebSocket(websocket_scope(scope, self), self._next, self._say)
+        """The WebSocket."""
+
+    @abstractmethod
+    def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
+        """Make its sink; return it with why it isn't the fast one."""
+
+    @abstractmethod
+    async def serve(self, connection: Any) -> None:
+        """Return when the connection has ended, or the answer can be given."""
+
+    # What the WebSocket receives and sends.
+
+    async def _next(self) -> MutableMapping[str, Any]:
+        if not self._has_begun:
+            self._has_begun = True
+            return {"type": "websocket.connect"}
+        while (await self._receive())["type"] != "http.disconnect":
+            pass  # a body, which says nothing
+        return {"type": "websocket.disconnect", "code": ABNORMAL, "reason": ""}
+
+    @abstractmethod
+    async def _say(self, event: MutableMapping[str, Any]) -> None: ...
+
+
+class EventStream(Answer):
     """One `text/event-stream` response.
 
     Args:
@@ -85,17 +113,13 @@ class EventStream:
         is_event_source: bool,
         begin: Callable[[Any], Awaitable[None]] | None = None,
     ) -> None:
-        self._receive = receive
-        self._send = send
-        self._headers = tuple(headers)
+        super().__init__(scope, receive, send, headers)
         self._is_event_source = is_event_source
         self._begin = begin
         self._is_http_1_1 = scope.get("http_version", "1.1") == "1.1"
-        self._has_begun = False
         self._opened = Opened(send, receive)
         # The status of a refusal that an `EventSource` isn't told.
         self._later = False
-        self.websocket = WebSocket(websocket_scope(scope, self), self._next, self._say)
 
     def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
         """Make its sink; return it with why it isn't the fast one."""
@@ -109,16 +133,6 @@ class EventStream:
             await connection.wait_closed()
         finally:
             await self._opened.finish()
-
-    # What the WebSocket receives and sends.
-
-    async def _next(self) -> MutableMapping[str, Any]:
-        if not self._has_begun:
-            self._has_begun = True
-            return {"type": "websocket.connect"}
-        while (await self._receive())["type"] != "http.disconnect":
-            pass  # a body, which says nothing
-        return {"type": "websocket.disconnect", "code": ABNORMAL, "reason": ""}
 
     async def _say(self, event: MutableMapping[str, Any]) -> None:
         match event["type"]:

@@ -9,10 +9,9 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 from starlette.types import Receive, Scope, Send
-from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import Audience
-from wsbroadcast.close_codes import ABNORMAL, CloseCode, cut_reason, should_reconnect
+from wsbroadcast.close_codes import CloseCode, cut_reason, should_reconnect
 from wsbroadcast.delivery.backlog import Entry
 from wsbroadcast.delivery.frames import Batch, unframed
 from wsbroadcast.delivery.sink import Close, Sink
@@ -21,7 +20,7 @@ from wsbroadcast.message import Message
 from wsbroadcast.protocols.events import events
 from wsbroadcast.publication import Frame, Position, Publication, Withheld
 from wsbroadcast.publication import Protocol as Speaks
-from wsbroadcast.transports.http import Header, websocket_scope
+from wsbroadcast.transports.http import Answer, Header
 
 MAX_WAIT_SECONDS = 30.0
 """The longest that a request waits."""
@@ -126,7 +125,7 @@ class PollSink(Sink):
         await self._poll.respond(turn.code, turn.reason)
 
 
-class LongPoll:
+class LongPoll(Answer):
     """One request that waits.
 
     Args:
@@ -149,15 +148,11 @@ class LongPoll:
         wait: float,
         most: int,
     ) -> None:
-        self._receive = receive
-        self._send = send
-        self._headers = tuple(headers)
+        super().__init__(scope, receive, send, headers)
         self._wait = wait
         self._collected = Collected(channel, most)
-        self._has_begun = False
         self._is_accepted = False
         self._timeout: asyncio.Timeout | None = None
-        self.websocket = WebSocket(websocket_scope(scope, self), self._next, self._say)
 
     def tell(self, place: str) -> None:
         """Tell the client what its next poll calls its place, so that it keeps it."""
@@ -214,16 +209,6 @@ class LongPoll:
         ]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
-
-    # What the WebSocket receives and sends.
-
-    async def _next(self) -> MutableMapping[str, Any]:
-        if not self._has_begun:
-            self._has_begun = True
-            return {"type": "websocket.connect"}
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        return {"type": "websocket.disconnect", "code": ABNORMAL, "reason": ""}
 
     async def _say(self, event: MutableMapping[str, Any]) -> None:
         match event["type"]:

@@ -58,7 +58,7 @@ class Authorize(Protocol):
         """Return whether it may; only `True` lets it.
 
         Args:
-            connection: Who asks; a `Handshake` before it is accepted.
+            connection: Who asks; a `Handshake` before it is accepted, and for a POST.
             action: What it asks to do. Only who has methods (`manager.method`) is asked about `call`.
             channel: The channel, `None` for everyone; for `call` the name of the method.
         """

@@ -181,10 +181,10 @@ class Identity:
 @no_dependency("a client would say in the query who it is; authorize gets one")
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """A connection that isn't accepted yet, as `authorize` sees it: what of a `Connection` is known by then."""
+    """A connection that isn't accepted yet, as `authorize` sees it, or a POST: what of a `Connection` is known then."""
 
     websocket: WebSocket
-    """The Starlette WebSocket."""
+    """The Starlette WebSocket; of an HTTP request one that stands for it."""
     user: UserId | None
     """Who asks to come in, `None` if there is no `authenticate`."""
     info: Any = field(default=None, repr=False)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64decode
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from contextlib import suppress
 from contextvars import copy_context
-from typing import Literal
+from typing import Any, Literal
 
 from wsbroadcast.audience import UNSET, check_channel, user_key
 from wsbroadcast.connection import Connection
@@ -20,8 +20,10 @@ from wsbroadcast.exceptions import (
 from wsbroadcast.logs import about, logger
 from wsbroadcast.message import Message
 from wsbroadcast.methods import CallError, InvalidArguments, Method
+from wsbroadcast.node.admission import Counted
 from wsbroadcast.node.core import Core
 from wsbroadcast.protocols.commands import (
+    MAX_CALLS,
     Answer,
     Call,
     Command,
@@ -74,6 +76,8 @@ class EventCommands:
         self._commands = commands
         self._accepts = accepts
         self._include_sender = include_sender
+        # The calls of requests that run, by whose they are; those of connections are counted there.
+        self._calls = Counted(MAX_CALLS)
         # What clients that speak no events get of a text: with JSON around it, or as it is.
         self._is_json = accepts == "json" or inbound == "commands"
         self._publishes: Literal["nowhere", "path", "path_or_everyone", "anywhere"]
@@ -136,21 +140,31 @@ class EventCommands:
         if connection.is_open:
             self._core.say(connection, Message.json(answer))
 
-    async def answer(self, who: Handshake, session: Session, asked: object, exclude: Iterable[str] = ()) -> Answer:
+    async def answer(
+        self,
+        who: Handshake,
+        channel: str | None,
+        asked: object,
+        exclude: Iterable[str],
+        key: str | None,
+        left: Callable[[], Coroutine[Any, Any, None]],
+    ) -> Answer:
         """Do what a request asks for that has no connection, which is to publish and to call, and return the answer.
 
         Args:
             who: Whose request it is, authenticated.
-            session: A new one.
+            channel: That of its path.
             asked: What it asks for.
             exclude: Ids of connections that don't get what it publishes.
+            key: Under which its calls are counted; `None` if nobody knows.
+            left: Returns when the client has left, which cancels what it has called.
         """
         try:
-            match session.read(asked):
+            match self.session(channel).read(asked):
                 case Publish() as publish:
-                    answer = await self._publish(who, publish, exclude)
+                    answer = await self._publish(who, publish, () if channel is None else (channel,), exclude)
                 case Call() as call:
-                    answer = await self._call(who, call)
+                    answer = await self._call(who, call, key, left)
                 case _:
                     raise Refused(ErrorCode.NOT_SUPPORTED, "to publish and to call is all that a request can do")
         except Exception as error:
@@ -166,7 +180,7 @@ class EventCommands:
                 await connection.unsubscribe(command.channel)
                 return {"type": "unsubscribed", "channel": command.channel}
             case Publish():
-                return await self._publish(connection, command)
+                return await self._publish(connection, command, connection.channels)
             case Refresh():
                 return await self._refresh(connection, command.token)
             case Ping():
@@ -192,9 +206,9 @@ class EventCommands:
 
     # To publish.
 
-    async def _publish(self, who: Who, publish: Publish, exclude: Iterable[str] = ()) -> Answer:
+    async def _publish(self, who: Who, publish: Publish, own: Collection[str], exclude: Iterable[str] = ()) -> Answer:
         channel = None if publish.channel is None else check_channel(publish.channel)
-        await self._check_publish(who, channel)
+        await self._check_publish(who, channel, own)
         key = publish.key_of(None if who.user is None else user_key(who.user))
         left_out = {*exclude, who.id} if isinstance(who, Connection) and not self._include_sender else {*exclude}
         publications = self._core.publications(self._message(publish), UNSET if channel is None else channel)
@@ -211,10 +225,10 @@ class EventCommands:
             answer["position"] = receipt.position
         return answer | {"is_repeat": True} if receipt.is_repeat else answer
 
-    async def _check_publish(self, who: Who, channel: str | None) -> None:
+    async def _check_publish(self, who: Who, channel: str | None, own: Collection[str]) -> None:
         if self._access._authorize is not None:
             await self._access._check(who, "publish", channel)
-        elif isinstance(who, Connection) and channel is not None and channel not in who.channels:
+        elif channel is not None and channel not in own:
             raise PermissionDenied("not allowed")
 
     def _message(self, publish: Publish) -> object:
@@ -271,13 +285,22 @@ class EventCommands:
         calls.add(task)
         task.add_done_callback(ended)
 
-    async def _call(self, who: Handshake, call: Call) -> Answer:
+    async def _call(
+        self, who: Handshake, call: Call, key: str | None, left: Callable[[], Coroutine[Any, Any, None]]
+    ) -> Answer:
         method = self._method(call)
+        if key is not None and not self._calls.take(key):
+            raise Refused(ErrorCode.LIMIT_EXCEEDED, f"{MAX_CALLS} calls run already")
         task = self._start(who, method, call)
+        if key is not None:
+            task.add_done_callback(lambda _: self._calls.give_back(key))  # a thread runs on
+        leaving = self._core.life.node.tasks.begin(left(), "watch of a client that calls", copy_context())
         try:
-            done, _ = await asyncio.wait((task,), timeout=self._core.client_timing.call_timeout)
-            return task.result() if done else _TIMEOUT
+            timeout = self._core.client_timing.call_timeout
+            await asyncio.wait((task, leaving), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() and not task.cancelled() else _TIMEOUT
         finally:
+            leaving.cancel()
             if method.is_cancellable:
                 task.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from fastapi import APIRouter, params
 from pydantic_core import from_json, to_json
 from starlette.datastructures import Headers
 from starlette.exceptions import WebSocketException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route, compile_path
 from starlette.types import Receive, Scope, Send
@@ -40,6 +41,9 @@ from wsbroadcast.web.path_channel import PathChannel
 
 MAX_CHANNELS = 100
 """As many channels may one stream have beside that of its path."""
+
+BODY_SECONDS = 30.0
+"""So long may the body of a command take to come in."""
 
 STATUSES: dict[str, int] = {
     ErrorCode.UNAUTHENTICATED: 401,
@@ -176,26 +180,23 @@ class HTTPStreams:
     async def _obey(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         sharing = self._access._sharing(request)
-        websocket = EventStream(scope, receive, send, sharing, is_event_source=False).websocket
+        if (admitted := await self._admit(scope, receive, send, sharing, listens=False)) is None:
+            return
         try:
-            channel = self._channel.of(request.path_params)
-            who = await self._access._look(websocket)
-        except WebSocketException:
+            status, answer = await self._answer(request, *admitted)
+        except ClientDisconnect:
             return
-        except InvalidChannel as error:
-            await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
-            return
-        status, answer = await self._answer(request, who, channel)
         response = Response(to_json(answer), status, media_type="application/json")
         response.headers["cache-control"] = "no-store"
         response.raw_headers += sharing
         await response(scope, receive, send)
 
-    async def _answer(self, request: Request, who: Handshake, channel: str | None) -> tuple[int, Answer]:
+    async def _answer(self, request: Request, channel: str | None, who: Handshake) -> tuple[int, Answer]:
         inbound = self._core.life.node.membership.admission.inbound
         address = address_of(request.scope)
+        key = address if who.user is None else f"user {user_key(who.user)}"
         try:
-            inbound.check_request(address if who.user is None else f"user {user_key(who.user)}", address)
+            inbound.check_request(key, address)
             asked = await read_json(request, partial(inbound.check_size, who=address))
         except LimitExceeded as error:
             return 413 if error.limit == "max_inbound_bytes" else 429, error_answer(
@@ -203,27 +204,34 @@ class HTTPStreams:
             )
         except ValueError as error:
             return 400, error_answer(ErrorCode.INVALID_COMMAND, str(error))
+        except TimeoutError:
+            return 408, error_answer(ErrorCode.INVALID_COMMAND, "the body didn't come in time")
         exclude = asked.get("exclude") if isinstance(asked, dict) else None
         ids = (exclude,) if isinstance(exclude, str) and len(exclude) <= MAX_ID_CHARACTERS else ()
-        answer = await self._commands.answer(who, self._commands.session(channel), asked, ids)
+        answer = await self._commands.answer(who, channel, asked, ids, key, partial(left, request))
         return 200 if answer["type"] != "error" else STATUSES.get(answer["code"], 400), answer
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
         # What a GET would be answered with, so that nobody learns more by asking this way.
-        request = Request(scope)
-        sharing = self._access._sharing(request)
+        sharing = self._access._sharing(Request(scope))
+        if await self._admit(scope, receive, send, sharing, listens=True) is not None:
+            headers = [*stream_headers(is_http_1_1=False), *sharing]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _admit(
+        self, scope: Scope, receive: Receive, send: Send, sharing: Iterable[Header], *, listens: bool
+    ) -> tuple[str | None, Handshake] | None:
+        # The channel and who asks, of a request that becomes no connection; `None` if it is refused, and told so.
         websocket = EventStream(scope, receive, send, sharing, is_event_source=False).websocket
         try:
-            channel = self._channel.of(request.path_params)
-            await self._access._look(websocket, channel)
+            channel = self._channel.of(websocket.path_params)
+            return channel, await self._access._look(websocket, channel if listens else None)
         except WebSocketException:
-            return
+            return None
         except InvalidChannel as error:
             await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
-            return
-        headers = [*stream_headers(is_http_1_1=False), *sharing]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+            return None
 
     async def options(self, request: Request) -> Response:
         """Answer a browser that asks what a page of another origin may do (Fetch, 3.2.2)."""
@@ -299,19 +307,28 @@ async def read_json(request: Request, check: Callable[[int], None]) -> object:
     Raises:
         LimitExceeded: If it is too large.
         ValueError: If it isn't JSON, or doesn't say that it is, which no form of another page can.
+        TimeoutError: If it doesn't come in time.
+        ClientDisconnect: If the client leaves before its end.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ValueError("a command is JSON: send it with the content-type application/json")
-    body = b""
-    async for part in request.stream():
-        body += part
-        check(len(body))
+    body = bytearray()
+    async with asyncio.timeout(BODY_SECONDS):
+        async for part in request.stream():
+            body += part
+            check(len(body))
     try:
-        value = from_json(body, allow_inf_nan=False)
+        value = from_json(bytes(body), allow_inf_nan=False)
         Message.json(value)  # which 1e999 can't: it is read as infinity
     except ValueError:
         raise ValueError("the body is not valid JSON") from None
     return value
+
+
+async def left(request: Request) -> None:
+    """Return when a client has left whose request was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def prefers_json(headers: Headers) -> bool:
