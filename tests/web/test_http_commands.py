@@ -10,8 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import pytest
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, WebSocket
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from tests.support.asgi import eventually
 from tests.support.servers import serve_here
@@ -185,6 +186,22 @@ def test_without_authorize_a_request_publishes_no_further_than_a_connection() ->
         assert one.receive_json() == "its own"
 
 
+def test_authenticate_may_treat_a_request_as_a_websocket() -> None:
+    async def user(websocket: WebSocket) -> str:
+        await websocket.accept()
+        await websocket.send_text("welcome")
+        if "bad" in websocket.query_params:
+            await websocket.close(4403, "no")
+            raise WebSocketDisconnect(4403)
+        return "ann"
+
+    with served(ConnectionManager(), authenticate=user) as client:
+        assert post(client, {"type": "publish", "data": 1})[0] == 200
+        assert client.head("/ws/news").status_code == 200
+        assert client.post("/ws/news?bad", json={"type": "publish", "data": 1}).status_code == 403
+        assert client.head("/ws/news?bad").status_code == 403
+
+
 # On a server, where a client can leave.
 
 
@@ -263,7 +280,9 @@ async def test_so_many_calls_of_a_client_run_at_once_on_requests_of_its_own_as_w
             await eventually(lambda: len(begun) == 16)
 
 
-async def test_a_client_that_leaves_inside_its_command_is_no_error() -> None:
+@asynccontextmanager
+async def watching(app: FastAPI) -> AsyncIterator[tuple[int, list[BaseException | None]]]:
+    """Serve an app; yield the port, and the errors with which requests ended, or `None`."""
     ended: list[BaseException | None] = []
 
     async def watched(scope: Any, receive: Any, send: Any) -> None:
@@ -275,12 +294,36 @@ async def test_a_client_that_leaves_inside_its_command_is_no_error() -> None:
             if scope["type"] == "http":
                 ended.append(None)
 
-    app = app_of(ConnectionManager())
     async with serve_here(watched) as port:
+        yield port, ended
+
+
+async def test_a_client_that_leaves_inside_its_command_is_no_error() -> None:
+    async with watching(app_of(ConnectionManager())) as (port, ended):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         head = {"Content_Type": "application/json", "Content_Length": "100", "Expect": "100-continue"}
         writer.write(request_bytes(port, "/ws/news", "POST", **head))
         await reader.readuntil(b"\r\n\r\n")  # it is being read
+        writer.transport.abort()
+        await eventually(lambda: ended)
+    assert ended == [None]
+
+
+@pytest.mark.parametrize("method", ["POST", "HEAD", "GET"])
+async def test_a_client_that_leaves_while_it_is_asked_who_it_is_is_no_error(method: str) -> None:
+    asked: list[str] = []
+
+    async def user(websocket: WebSocket) -> str:
+        await websocket.accept()
+        asked.append(method)
+        return await websocket.receive_text()  # which no request ever sends
+
+    app = FastAPI()
+    app.include_router(create_router(ConnectionManager(), "/ws/{channel}", http=True, authenticate=user))
+    async with watching(app) as (port, ended):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request_bytes(port, "/ws/news", method))
+        await eventually(lambda: asked)
         writer.transport.abort()
         await eventually(lambda: ended)
     assert ended == [None]

@@ -176,6 +176,24 @@ class EventStream(Answer):
         return {"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]}
 
 
+class Asked(EventStream):
+    """What looks into a request that becomes no stream: it can be refused, and nothing else is sent.
+
+    Args:
+        scope: The request's.
+        receive: Its `receive`.
+        send: Its `send`.
+        headers: Of every response.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Iterable[Header]) -> None:
+        super().__init__(scope, receive, send, headers, is_event_source=False)
+
+    async def _say(self, event: MutableMapping[str, Any]) -> None:
+        if event["type"] not in ("websocket.accept", "websocket.send"):
+            await super()._say(event)
+
+
 def stream_headers(*, is_http_1_1: bool) -> list[Header]:
     """Return the headers of an event stream: nobody between here and the page keeps, changes or collects it."""
     headers = [

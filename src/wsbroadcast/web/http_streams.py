@@ -22,7 +22,7 @@ from starlette.websockets import WebSocket
 from wsbroadcast.audience import Audience, user_key
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.connection import Connection
-from wsbroadcast.exceptions import InvalidChannel, LimitExceeded
+from wsbroadcast.exceptions import ConnectionClosed, InvalidChannel, LimitExceeded
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.message import Message
 from wsbroadcast.node.admission import POLL, Poll, address_of
@@ -31,7 +31,7 @@ from wsbroadcast.protocols.commands import MAX_ID_CHARACTERS, Answer, ErrorCode,
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
 from wsbroadcast.publication import Position
-from wsbroadcast.transports.http import EventStream, Header, stream_headers
+from wsbroadcast.transports.http import Asked, EventStream, Header, stream_headers
 from wsbroadcast.transports.long_poll import KEPT_SECONDS, MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
@@ -222,12 +222,12 @@ class HTTPStreams:
     async def _admit(
         self, scope: Scope, receive: Receive, send: Send, sharing: Iterable[Header], *, listens: bool
     ) -> tuple[str | None, Handshake] | None:
-        # The channel and who asks, of a request that becomes no connection; `None` if it is refused, and told so.
-        websocket = EventStream(scope, receive, send, sharing, is_event_source=False).websocket
+        # The channel and who asks, of a request that becomes no connection; `None` if it is gone, or refused.
+        websocket = Asked(scope, receive, send, sharing).websocket
         try:
             channel = self._channel.of(websocket.path_params)
             return channel, await self._access._look(websocket, channel if listens else None)
-        except WebSocketException:
+        except (ConnectionClosed, WebSocketException):
             return None
         except InvalidChannel as error:
             await refuse(websocket, 403, CloseCode.POLICY_VIOLATION, f"invalid channel: {error.rule}")
