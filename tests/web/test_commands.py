@@ -101,7 +101,7 @@ async def test_a_publisher_gets_its_own_message_unless_told_otherwise(include_se
         assert any('"message"' in str(message) for message in peer.messages) == include_sender
 
 
-@pytest.mark.parametrize("number", [0, 1, -1, 2**63, "", "a", "x" * 64])
+@pytest.mark.parametrize("number", [0, 1, -1, 2**63, "", "a", "x" * 200])
 @pytest.mark.parametrize(
     "command", [_command("subscribe", "news"), _command("subscribe", "\x00"), _command("dance", "news")]
 )
@@ -111,7 +111,7 @@ async def test_an_answer_has_the_commands_id(number: Any, command: dict[str, Any
         assert "id" not in await _ask(peer, command)
 
 
-@pytest.mark.parametrize("number", [None, 1.5, [], {}, "x" * 65, 10**64, -(10**64), 10**4000])
+@pytest.mark.parametrize("number", [None, 1.5, [], {}, "x" * 201, 10**200, -(10**200), 10**4000])
 async def test_an_id_that_is_none_is_left_out(number: Any) -> None:
     async with visit(_app(ConnectionManager(), authorize=_anything), "/ws") as peer:
         answer = await _ask(peer, _command("subscribe", "news", id=number))

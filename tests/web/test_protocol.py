@@ -378,7 +378,7 @@ async def test_request_publishes_and_calls() -> None:
         await other.wait_events(2)
 
         async def ask(user: str | None = None, exclude: tuple[str, ...] = (), **command: Any) -> dict[str, Any]:
-            return await obeys.answer(who(user), obeys.session("room:1"), command, exclude)
+            return await obeys.answer(who(user), "room:1", command, exclude, None, stays)
 
         ids = [connection.id for connection in manager.connections]
         published = await ask(type="publish", data="hello", exclude=(ids[0],), id=5)
@@ -419,16 +419,24 @@ async def test_request_that_may_not_or_takes_too_long() -> None:
 
     obeys, who = requests(manager, authorize=authorize)
     async with manager:
-        session = obeys.session("news")
         wanted = {"type": "call", "name": "wait"}
-        assert (await obeys.answer(who("ada"), session, wanted))["code"] == "timeout"
+
+        async def ask(user: str, command: dict[str, Any]) -> Any:
+            return await obeys.answer(who(user), "news", command, (), None, stays)
+
+        assert (await ask("ada", wanted))["code"] == "timeout"
         await eventually(lambda: ends)
-        assert (await obeys.answer(who("bob"), session, wanted))["code"] == "forbidden"
-        assert (await obeys.answer(who("ada"), session, {"type": "publish", "data": 1}))["code"] == "forbidden"
-        asking = asyncio.create_task(obeys.answer(who("ada"), session, wanted))
+        assert (await ask("bob", wanted))["code"] == "forbidden"
+        assert (await ask("ada", {"type": "publish", "data": 1}))["code"] == "forbidden"
+        asking = asyncio.create_task(ask("ada", wanted))
         await turns()
         asking.cancel()  # whoever asked has gone
         await eventually(lambda: len(ends) == 2)
+
+
+async def stays() -> None:
+    """A client that doesn't leave."""
+    await asyncio.Event().wait()
 
 
 def double(number: int) -> int:
