@@ -131,7 +131,7 @@ class Crowd:
             connection.sendall(request)
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ)
-        self.read_until_quiet(1.0)
+        self.read_until_quiet(3.0)
 
     def read(self, timeout: float) -> bool:
         """Read what is there; return whether anything was."""
