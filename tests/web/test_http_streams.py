@@ -31,6 +31,7 @@ from wsbroadcast import (
     Access,
     Connection,
     ConnectionManager,
+    Delivery,
     History,
     Limits,
     SlowConsumer,
@@ -566,6 +567,45 @@ async def test_nothing_is_lost_or_doubled_over_many_polls() -> None:
         await going
         assert numbers == list(range(5600))
         assert len(poller.answers) > 3
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+async def test_a_poll_that_does_not_wait_gets_what_was_missed(hooks: bool) -> None:
+    manager = ConnectionManager(history={"news": History(messages=10_000)})
+    if hooks:
+
+        @manager.on_deliver
+        async def deliver(delivery: Delivery) -> None:
+            await asyncio.sleep(0)
+
+    async with serving(manager=manager) as (_, port):
+        poller = Poller(port)
+        await poller.poll(0)
+        begin = poller.position
+        for number in range(3000):
+            await manager.broadcast(number, channel="news")
+        numbers: list[int] = []
+        while (answer := await poller.poll(0))["messages"]:
+            assert answer["recovered"] is True
+            numbers += [message["data"] for message in answer["messages"]]
+        assert numbers == list(range(3000))
+        headers: dict[str, Any] = {"Accept": "application/json", "Last_Event_ID": str(begin)}
+        async with request(port, "/sse/news?wait=0", **headers) as response:
+            assert (await response.json())["messages"][0]["data"] == 0
+
+
+async def test_a_poll_that_does_not_wait_goes_past_what_is_not_for_it() -> None:
+    async def user() -> str:
+        return "ann"
+
+    manager = ConnectionManager(history={"news": History(messages=10)})
+    async with serving(manager=manager, authenticate=user) as (_, port):
+        poller = Poller(port)
+        await poller.poll(0)
+        receipt = await manager.broadcast("not for ann", channel="news", exclude_users="ann")
+        async with asyncio.timeout(3):
+            answer = await poller.poll(0)
+        assert (answer["recovered"], answer["messages"], answer["position"]) == (True, [], receipt.position)
 
 
 async def test_a_channel_without_history_waits_for_what_comes() -> None:

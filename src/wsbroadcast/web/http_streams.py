@@ -163,7 +163,7 @@ class HTTPStreams:
     async def _poll(self, wait: float, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         kept = self._kept(request)
-        if kept is not None and not request.query_params.get("since"):
+        if kept is not None and not (request.query_params.get("since") or request.headers.get("last-event-id")):
             wait = 0.0
         most = self._core.life.node.dispatcher.turn_bytes * 8
         poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most)
