@@ -39,6 +39,8 @@ from wsbroadcast import (
     create_routes,
     create_sse_router,
 )
+from wsbroadcast.node.admission import Poll, PollLease, Quotas, Violations
+from wsbroadcast.stats import Counters
 
 HTTP = pytest.mark.parametrize("http", ["httptools", "h11"])
 
@@ -730,6 +732,37 @@ async def test_a_place_kept_by_a_poll_is_that_of_the_user_who_polled_last() -> N
         assert [await poll("ann", "x"), await poll("bob", "x")] == [200, 200]
         assert await poll("ann", "y") == 200  # she has left her first place to bob
         assert await poll("bob", "z") == 429
+
+
+async def test_polls_of_one_name_at_once_count_each() -> None:
+    manager = ConnectionManager(limits=Limits(max_connections_per_address=3), history={"news": History()})
+    async with serving(manager=manager) as (_, port):
+        position = await manager.position("news")
+
+        async def poll() -> int:
+            path = f"/sse/news?since={position}&id={'x' * 20}"
+            async with request(port, path, Accept="application/json") as answer:
+                return answer.status
+
+        polls = [asyncio.create_task(poll()) for _ in range(20)]
+
+        async def are_refused() -> bool:
+            return sum(each.done() for each in polls) == 17
+
+        await eventually(are_refused)
+        await manager.broadcast("now", channel="news")
+        assert sorted([await each for each in polls]) == [200] * 3 + [429] * 17
+        await gone(manager)
+        assert await poll() == 200  # one place is kept, by that name
+
+
+def test_a_place_kept_by_a_poll_is_that_of_one_address() -> None:
+    quotas = Quotas(Limits(max_connections_per_address=1), Violations(Counters()))
+    kept = PollLease(quotas, "1.2.3.4", "x" * 20, 30.0)
+    quotas.polls[kept.name] = kept
+    assert quotas.admit("1.2.3.4", Poll("x" * 20, 30.0)) is kept
+    quotas.polls[kept.name] = kept
+    assert quotas.admit("1.2.3.5", Poll("x" * 20, 30.0)) is not kept
 
 
 async def test_nothing_is_told_where_nothing_is_counted() -> None:
