@@ -765,6 +765,14 @@ def test_a_place_kept_by_a_poll_is_that_of_one_address() -> None:
     assert quotas.admit("1.2.3.5", Poll("x" * 20, 30.0)) is not kept
 
 
+def test_the_documentation_of_the_app_names_what_a_request_may_say() -> None:
+    app = FastAPI()
+    app.include_router(create_router(ConnectionManager(), "/ws/{channel}", http=True))
+    listen = app.openapi()["paths"]["/ws/{channel}"]["get"]
+    said = {each["name"] for each in listen["parameters"] if each["in"] == "query"}
+    assert said == {"since", "wait", "events", "channel", "id"}
+
+
 async def test_nothing_is_told_where_nothing_is_counted() -> None:
     manager = ConnectionManager(limits=Limits(max_connections=None, max_connections_per_address=None))
     path = "/sse/news?wait=0"

@@ -31,7 +31,7 @@ from wsbroadcast.protocols.commands import MAX_ID_CHARACTERS, Answer, ErrorCode,
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
 from wsbroadcast.publication import Position
-from wsbroadcast.transports.http import Asked, EventStream, Header, stream_headers
+from wsbroadcast.transports.http import EventStream, Header, RefusableRequest, stream_headers
 from wsbroadcast.transports.long_poll import KEPT_SECONDS, MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
@@ -225,7 +225,7 @@ class HTTPStreams:
         self, scope: Scope, receive: Receive, send: Send, sharing: Iterable[Header], *, listens: bool
     ) -> tuple[str | None, Handshake] | None:
         # The channel and who asks, of a request that becomes no connection; `None` if it is gone, or refused.
-        websocket = Asked(scope, receive, send, sharing).websocket
+        websocket = RefusableRequest(scope, receive, send, sharing).websocket
         try:
             channel = self._channel.of(websocket.path_params)
             return channel, await self._access._look(websocket, channel if listens else None)
@@ -275,6 +275,24 @@ _QUERY = [
         "in": "query",
         "schema": {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS},
         "description": "For how many seconds a long poll waits.",
+    },
+    {
+        "name": "events",
+        "in": "query",
+        "schema": {"type": "string", "enum": ["1"]},
+        "description": "The data of every event is an object of the protocol `wsbroadcast.v1`.",
+    },
+    {
+        "name": "channel",
+        "in": "query",
+        "schema": {"type": "array", "items": _TEXT, "maxItems": MAX_CHANNELS},
+        "description": "With `events=1`: further channels, as `name` or `name@position`.",
+    },
+    {
+        "name": "id",
+        "in": "query",
+        "schema": {"type": "string", "pattern": f"^{_POLL.pattern}$"},
+        "description": "The `id` of a long poll's last answer, which keeps its place.",
     },
 ]
 
