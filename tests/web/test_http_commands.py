@@ -25,6 +25,7 @@ from wsbroadcast import (
     History,
     Identity,
     Limits,
+    PermissionDenied,
     TokenFrom,
     create_router,
     create_sse_router,
@@ -119,6 +120,18 @@ def test_inbound_ignore_forbids_to_publish() -> None:
     app.include_router(create_sse_router(manager, "/sse/{channel}"))
     with TestClient(app) as client:
         assert post(client, {"type": "publish", "data": 1}, "/sse/news")[0] == 403
+
+
+def test_inbound_handle_forbids_to_publish_past_the_hooks() -> None:
+    manager = ConnectionManager()
+
+    @manager.on_message
+    def moderate(connection: Connection, message: str | bytes) -> None:
+        raise PermissionDenied("no")
+
+    with served(manager, inbound="handle") as client:
+        status, answer = post(client, {"type": "publish", "data": 1})
+        assert (status, answer["code"]) == (403, "forbidden")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])

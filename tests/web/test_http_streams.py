@@ -31,6 +31,7 @@ from tests.support.sse import Response, request
 from wsbroadcast import (
     Access,
     ConnectionManager,
+    Delivery,
     History,
     Limits,
     SlowConsumer,
@@ -38,6 +39,8 @@ from wsbroadcast import (
     create_routes,
     create_sse_router,
 )
+from wsbroadcast.node.admission import Poll, PollLease, Quotas, Violations
+from wsbroadcast.stats import Counters
 
 HTTP = pytest.mark.parametrize("http", ["httptools", "h11"])
 
@@ -576,6 +579,45 @@ async def test_nothing_is_lost_or_doubled_over_many_polls() -> None:
         assert len(poller.answers) > 3
 
 
+@pytest.mark.parametrize("hooks", [False, True])
+async def test_a_poll_that_does_not_wait_gets_what_was_missed(hooks: bool) -> None:
+    manager = ConnectionManager(history={"news": History(messages=10_000)})
+    if hooks:
+
+        @manager.on_deliver
+        async def deliver(delivery: Delivery) -> None:
+            await asyncio.sleep(0)
+
+    async with serving(manager=manager) as (_, port):
+        poller = Poller(port)
+        await poller.poll(0)
+        begin = poller.position
+        for number in range(3000):
+            await manager.broadcast(number, channel="news")
+        numbers: list[int] = []
+        while (answer := await poller.poll(0))["messages"]:
+            assert answer["recovered"] is True
+            numbers += [message["data"] for message in answer["messages"]]
+        assert numbers == list(range(3000))
+        headers: dict[str, Any] = {"Accept": "application/json", "Last_Event_ID": str(begin)}
+        async with request(port, "/sse/news?wait=0", **headers) as response:
+            assert (await response.json())["messages"][0]["data"] == 0
+
+
+async def test_a_poll_that_does_not_wait_goes_past_what_is_not_for_it() -> None:
+    async def user() -> str:
+        return "ann"
+
+    manager = ConnectionManager(history={"news": History(messages=10)})
+    async with serving(manager=manager, authenticate=user) as (_, port):
+        poller = Poller(port)
+        await poller.poll(0)
+        receipt = await manager.broadcast("not for ann", channel="news", exclude_users="ann")
+        async with asyncio.timeout(3):
+            answer = await poller.poll(0)
+        assert (answer["recovered"], answer["messages"], answer["position"]) == (True, [], receipt.position)
+
+
 async def test_a_channel_without_history_waits_for_what_comes() -> None:
     async with serving() as (manager, port):
         poller = Poller(port)
@@ -621,8 +663,12 @@ async def test_many_streams_of_one_address_leave_nothing() -> None:
         for each in streams:
             await each.__aexit__(None, None, None)
         await gone(manager)
-        gc.collect()
-        assert not [each for each in connections if each() is not None]
+
+        async def is_nothing_left() -> bool:  # the server's tasks end after that
+            gc.collect()
+            return all(each() is None for each in connections)
+
+        await eventually(is_nothing_left)
 
 
 async def test_a_poller_keeps_its_place_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,6 +745,45 @@ async def test_a_place_kept_by_a_poll_is_that_of_the_user_who_polled_last() -> N
         assert [await poll("ann", "x"), await poll("bob", "x")] == [200, 200]
         assert await poll("ann", "y") == 200  # she has left her first place to bob
         assert await poll("bob", "z") == 429
+
+
+async def test_polls_of_one_name_at_once_count_each() -> None:
+    manager = ConnectionManager(limits=Limits(max_connections_per_address=3), history={"news": History()})
+    async with serving(manager=manager) as (_, port):
+        position = await manager.position("news")
+
+        async def poll() -> int:
+            path = f"/sse/news?since={position}&id={'x' * 20}"
+            async with request(port, path, Accept="application/json") as answer:
+                return answer.status
+
+        polls = [asyncio.create_task(poll()) for _ in range(20)]
+
+        async def are_refused() -> bool:
+            return sum(each.done() for each in polls) == 17
+
+        await eventually(are_refused)
+        await manager.broadcast("now", channel="news")
+        assert sorted([await each for each in polls]) == [200] * 3 + [429] * 17
+        await gone(manager)
+        assert await poll() == 200  # one place is kept, by that name
+
+
+def test_a_place_kept_by_a_poll_is_that_of_one_address() -> None:
+    quotas = Quotas(Limits(max_connections_per_address=1), Violations(Counters()))
+    kept = PollLease(quotas, "1.2.3.4", "x" * 20, 30.0)
+    quotas.polls[kept.name] = kept
+    assert quotas.admit("1.2.3.4", Poll("x" * 20, 30.0)) is kept
+    quotas.polls[kept.name] = kept
+    assert quotas.admit("1.2.3.5", Poll("x" * 20, 30.0)) is not kept
+
+
+def test_the_documentation_of_the_app_names_what_a_request_may_say() -> None:
+    app = FastAPI()
+    app.include_router(create_router(ConnectionManager(), "/ws/{channel}", http=True))
+    listen = app.openapi()["paths"]["/ws/{channel}"]["get"]
+    said = {each["name"] for each in listen["parameters"] if each["in"] == "query"}
+    assert said == {"since", "wait", "events", "channel", "id"}
 
 
 async def test_nothing_is_told_where_nothing_is_counted() -> None:

@@ -176,7 +176,7 @@ class EventStream(Answer):
         return {"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]}
 
 
-class Asked(EventStream):
+class RefusableRequest(EventStream):
     """What looks into a request that becomes no stream: it can be refused, and nothing else is sent.
 
     Args:

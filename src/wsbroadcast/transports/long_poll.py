@@ -30,6 +30,9 @@ KEPT_SECONDS = 30.0
 
 _OWN = Audience("connection")
 
+# How long a poll that doesn't wait is given for what was missed, in seconds: it is read from a history.
+_MISSED_SECONDS = 5.0
+
 # What comes so soon after the first message goes with it.
 _JOIN_SECONDS = 0.03
 
@@ -43,7 +46,8 @@ class Collected:
     """
 
     def __init__(self, channel: str | None, most: int) -> None:
-        self._channel = channel
+        self.channel = channel
+        """The channel whose positions count."""
         self._most = most
         self._bytes = 0
         self.messages: list[bytes] = []
@@ -62,6 +66,10 @@ class Collected:
         """Whether nothing more is taken."""
         return self._bytes >= self._most
 
+    def reaches(self, position: Position) -> bool:
+        """Tell whether everything up to a position is in it."""
+        return self.position is not None and Position.of(self.position).offset >= position.offset
+
     def take(self, publication: Publication) -> None:
         """Add a publication, if there is room."""
         if isinstance(publication, Frame):
@@ -73,11 +81,11 @@ class Collected:
             payload = publication.seen_by(events).payload
             self.messages.append(payload)
             self._bytes += len(payload)
-        if publication.position is not None and publication.channel == self._channel:
+        if publication.position is not None and publication.channel == self.channel:
             self.position = publication.position
 
     def _hear(self, said: dict[str, Any]) -> None:
-        if self._channel is None or said.get("channel") != self._channel:
+        if self.channel is None or said.get("channel") != self.channel:
             return
         if said["type"] == "subscribed":
             self.recovered = said.get("recovered")
@@ -134,7 +142,7 @@ class LongPoll(Answer):
         send: Its `send`.
         headers: Of every response.
         channel: The channel of its path.
-        wait: For how long it waits, in seconds; 0 for not at all.
+        wait: For how long it waits, in seconds; with 0 it is answered with what was missed.
         most: How many bytes of messages it is answered with, about.
     """
 
@@ -153,6 +161,8 @@ class LongPoll(Answer):
         self._collected = Collected(channel, most)
         self._is_accepted = False
         self._timeout: asyncio.Timeout | None = None
+        # Up to where everything was missed, if it doesn't wait for more.
+        self._end: Position | None = None
 
     def tell(self, place: str) -> None:
         """Tell the client what its next poll calls its place, so that it keeps it."""
@@ -164,10 +174,14 @@ class LongPoll(Answer):
 
     async def serve(self, connection: Any) -> None:
         """Wait until it can be answered, or the connection has ended."""
+        seconds = self._wait * uniform(0.9, 1.0)  # noqa: S311  # no secret
         if not self._wait:
-            return
+            recovery = connection.recovered.get(self._collected.channel)
+            if recovery is None or not recovery.recovered:
+                return
+            self._end, seconds = recovery.position, _MISSED_SECONDS
         try:
-            async with asyncio.timeout(self._wait * uniform(0.9, 1.0)) as self._timeout:  # noqa: S311  # no secret
+            async with asyncio.timeout(seconds) as self._timeout:
                 self._hurry()
                 await connection.wait_closed()
         except TimeoutError:
@@ -181,10 +195,13 @@ class LongPoll(Answer):
 
     def _hurry(self) -> None:
         timeout, collected = self._timeout, self._collected
-        if timeout is None or not (collected.messages or collected.recovered is False):
+        if timeout is None:
+            return
+        is_done = collected.is_full or (self._end is not None and collected.reaches(self._end))
+        if not (is_done or collected.messages or collected.recovered is False):
             return
         now = asyncio.get_running_loop().time()
-        soon = now if collected.is_full else now + _JOIN_SECONDS
+        soon = now if is_done else now + _JOIN_SECONDS
         if not timeout.expired() and (timeout.when() or 0) > soon:
             timeout.reschedule(soon)
 

@@ -90,6 +90,8 @@ class EventCommands:
                 self._publishes = "path_or_everyone"
             case "handle":
                 self._publishes = "path"
+        # Who handles what clients say does it in `on_message`, which sees connections only.
+        self._publishes_by_post = "nowhere" if inbound == "handle" else self._publishes
 
     def session(self, path_channel: str | None) -> Session:
         """Begin with a client of a path's channel."""
@@ -160,7 +162,7 @@ class EventCommands:
             left: Returns when the client has left, which cancels what it has called.
         """
         try:
-            match self.session(channel).read(asked):
+            match Session(channel, self._publishes_by_post).read(asked):
                 case Publish() as publish:
                     answer = await self._publish(who, publish, () if channel is None else (channel,), exclude)
                 case Call() as call:

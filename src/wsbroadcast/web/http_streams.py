@@ -31,7 +31,7 @@ from wsbroadcast.protocols.commands import MAX_ID_CHARACTERS, Answer, ErrorCode,
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
 from wsbroadcast.publication import Position
-from wsbroadcast.transports.http import Asked, EventStream, Header, stream_headers
+from wsbroadcast.transports.http import EventStream, Header, RefusableRequest, stream_headers
 from wsbroadcast.transports.long_poll import KEPT_SECONDS, MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.web.access import Access
@@ -161,7 +161,7 @@ class HTTPStreams:
     async def _poll(self, wait: float, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         kept = self._kept(request)
-        if kept is not None and not request.query_params.get("since"):
+        if kept is not None and not (request.query_params.get("since") or request.headers.get("last-event-id")):
             wait = 0.0
         most = self._core.life.node.dispatcher.turn_bytes * 8
         poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most)
@@ -223,7 +223,7 @@ class HTTPStreams:
         self, scope: Scope, receive: Receive, send: Send, sharing: Iterable[Header], *, listens: bool
     ) -> tuple[str | None, Handshake] | None:
         # The channel and who asks, of a request that becomes no connection; `None` if it is gone, or refused.
-        websocket = Asked(scope, receive, send, sharing).websocket
+        websocket = RefusableRequest(scope, receive, send, sharing).websocket
         try:
             channel = self._channel.of(websocket.path_params)
             return channel, await self._access._look(websocket, channel if listens else None)
@@ -273,6 +273,24 @@ _QUERY = [
         "in": "query",
         "schema": {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS},
         "description": "For how many seconds a long poll waits.",
+    },
+    {
+        "name": "events",
+        "in": "query",
+        "schema": {"type": "string", "enum": ["1"]},
+        "description": "The data of every event is an object of the protocol `wsbroadcast.v1`.",
+    },
+    {
+        "name": "channel",
+        "in": "query",
+        "schema": {"type": "array", "items": _TEXT, "maxItems": MAX_CHANNELS},
+        "description": "With `events=1`: further channels, as `name` or `name@position`.",
+    },
+    {
+        "name": "id",
+        "in": "query",
+        "schema": {"type": "string", "pattern": f"^{_POLL.pattern}$"},
+        "description": "The `id` of a long poll's last answer, which keeps its place.",
     },
 ]
 
