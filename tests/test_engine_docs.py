@@ -22,6 +22,7 @@ from tests.support.examples import EXAMPLES
 from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
 from wsbroadcast import Audience, ConfigurationError, ConnectionManager, History, Message, Publication
+from wsbroadcast.audience import NODES
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, decode
 from wsbroadcast.engines.broker.names import AudienceNames
 from wsbroadcast.engines.postgres.tables import HistoryTables
@@ -120,6 +121,8 @@ def test_names_of_the_page_are_those_at_the_broker() -> None:
         Audience("everyone"),
         NEWS,
         Audience("user", "7"),
+        NODES,
+        Audience("nodes", "kX2"),
         Audience("channel", "a.b c"),
     ]
     for audience, (_, colon, point) in zip(audiences, rows_of(ENVELOPE, "Names"), strict=True):
@@ -245,7 +248,8 @@ def test_statements_of_the_page_for_postgres_are_those_that_errors_name() -> Non
     tables = HistoryTables("wsbroadcast", "public")
     statements = [block.source.strip() for block in blocks_of(DEPLOYMENT, "sql")]
     assert statements == [tables.permit_sql.format(role="app"), tables.grant_sql.format(role="app")]
-    (command,) = (shlex.split(block.source) for block in blocks_of(DEPLOYMENT, "sh"))
+    sources = [block.source for block in blocks_of(DEPLOYMENT, "sh")]
+    (command,) = (shlex.split(source) for source in sources if source.startswith("python -c"))
     printed = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60).stdout
     assert printed.strip() == tables.create_sql.strip()
 

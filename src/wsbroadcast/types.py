@@ -94,6 +94,9 @@ class Manager(Protocol[C]):
 
     async def start(self) -> None: ...  # noqa: D102
     async def aclose(self) -> None: ...  # noqa: D102
+    async def drain(self, over: float = 5.0) -> None: ...  # noqa: D102
+    @property
+    def is_draining(self) -> bool: ...  # noqa: D102
     def lifespan(self, app: Starlette) -> AbstractAsyncContextManager[None]: ...  # noqa: D102
     def bind(self, app: Starlette) -> None: ...  # noqa: D102
     def stats(self) -> Stats: ...  # noqa: D102

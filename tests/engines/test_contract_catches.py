@@ -22,6 +22,7 @@ from wsbroadcast import (
     Health,
     LifecycleError,
     Message,
+    NodeMessage,
     Publication,
     Receiver,
 )
@@ -183,6 +184,13 @@ class ForgetsWhatBelongsTogether(BusEngine):
     def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
         if isinstance(publication, Publication):
             super().take(Publication(publication.message, publication.audience, publication.exclude), publisher)
+
+
+@fails("nodes_hear_each_other")
+class ForgetsWhatNodesSay(BusEngine):
+    def take(self, publication: Publication | Control, publisher: BusEngine) -> None:
+        if not isinstance(publication, NodeMessage):
+            super().take(publication, publisher)
 
 
 @fails("dismissal_arrives_as_it_was")

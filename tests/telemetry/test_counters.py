@@ -111,6 +111,7 @@ class Run:
             await eventually(partial(has_nothing_waiting, node.manager))
         await turns(20)
         for node in self.nodes:
+            await eventually(partial(has_been_seen, node))
             node.forget_ended()
 
     async def publish(self) -> None:
@@ -195,6 +196,11 @@ class Run:
                 await eventually(lambda: there.manager.stats().heals == there.counts["heals"])
             except TimeoutError:
                 raise AssertionError((there.manager.stats().heals, there.counts, self.published)) from None
+
+
+def has_been_seen(node: Tally) -> bool:
+    """Whether the witness has got what was counted: it is written in a later turn of the event loop."""
+    return node.manager.stats().broadcasts <= len(node.witness.messages) - node.counts["sends"]
 
 
 def has_nothing_waiting(manager: ConnectionManager) -> bool:
