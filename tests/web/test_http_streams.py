@@ -672,6 +672,27 @@ async def test_many_streams_of_one_address_leave_nothing() -> None:
         await eventually(is_nothing_left)
 
 
+async def test_what_finds_no_room_in_a_poll_and_is_not_kept_is_counted() -> None:
+    manager = ConnectionManager()
+    async with serving(manager=manager) as (_, port):
+
+        async def poll() -> Any:
+            async with request(port, "/sse/news?wait=10", Accept="application/json") as answer:
+                return await answer.json()
+
+        polling = asyncio.create_task(poll())
+
+        async def is_there() -> bool:
+            return bool(manager.connections)
+
+        await eventually(is_there)
+        for letter in "abc":
+            manager.broadcast_nowait(letter * 200_000, channel="news")
+        assert [each["data"][0] for each in (await polling)["messages"]] == ["a"]
+        await gone(manager)
+        assert manager.stats().dropped == {"closed": 2}
+
+
 async def test_a_poller_keeps_its_place_and_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsbroadcast.web.http_streams.KEPT_SECONDS", 0.3)
     manager = ConnectionManager(limits=Limits(max_connections=2, max_connections_per_address=2))

@@ -10,7 +10,7 @@ from random import uniform
 from typing import Any
 from weakref import WeakValueDictionary
 
-from wsbroadcast.close_codes import ABNORMAL, cut_reason, should_reconnect
+from wsbroadcast.close_codes import cut_reason, should_reconnect
 from wsbroadcast.delivery.backlog import Backlog, Entry
 from wsbroadcast.delivery.frames import Batch, Unframed, WireForm
 from wsbroadcast.delivery.sink import Close, Send, Sink
@@ -113,13 +113,10 @@ class UvicornStreamSink(Stream, DirectSink):
         """Write the batch at once, as the same bytes that every other stream of the channel gets."""
         if self.backlog is not None or self._flow.write_paused:
             self.enqueue(batch.entries(self._form))
-        elif self.is_ended:
-            return
-        elif not self._transport.is_closing():
+        elif not self.is_ended and not self._transport.is_closing():
             self._transport.write(batch.wire(self._form))
         else:
-            self.count_lost(len(batch.publications))
-            self.owner.lost(ABNORMAL, "")
+            self._found_lost(batch)
 
     async def ready(self) -> None:
         """Wait until the transport takes more."""

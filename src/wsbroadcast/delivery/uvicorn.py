@@ -55,6 +55,11 @@ class DirectSink(Sink):
     def is_over(self) -> bool:
         """Whether nothing may be written any more."""
 
+    def _found_lost(self, batch: Batch[Any]) -> None:
+        self.count_lost(batch.messages)
+        if not self.is_ended:
+            self.owner.lost(ABNORMAL, "")
+
     def deliver_large(self, batch: Batch[Any]) -> None:
         """Write as much of the batch as the transport takes, and let the rest wait."""
         entries = iter(batch.entries(self._form))
@@ -126,11 +131,6 @@ class UvicornSink(DirectSink):
             self._transport.write(batch.wire(self._form))
         else:
             self._found_lost(batch)
-
-    def _found_lost(self, batch: Batch[Any]) -> None:
-        self.count_lost(batch.messages)
-        if not self.is_ended:
-            self.owner.lost(ABNORMAL, "")
 
     @staticmethod
     def deliver_all(batch: Batch[Any], recipients: Iterable[Recipient], failed: Callable[[Any], None]) -> None:

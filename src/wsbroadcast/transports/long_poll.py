@@ -70,19 +70,20 @@ class Collected:
         """Tell whether everything up to a position is in it."""
         return self.position is not None and Position.of(self.position).offset >= position.offset
 
-    def take(self, publication: Publication) -> None:
-        """Add a publication, if there is room."""
+    def take(self, publication: Publication) -> bool:
+        """Add a publication, if there is room; return whether there was."""
         if isinstance(publication, Frame):
             self._hear(from_json(publication.message.payload))
-            return
+            return True
         if self.is_full:
-            return
+            return False
         if not isinstance(publication, Withheld):
             payload = publication.seen_by(events).payload
             self.messages.append(payload)
             self._bytes += len(payload)
         if publication.position is not None and publication.channel == self.channel:
             self.position = publication.position
+        return True
 
     def _hear(self, said: dict[str, Any]) -> None:
         if self.channel is None or said.get("channel") != self.channel:
@@ -119,8 +120,10 @@ class PollSink(Sink):
 
     def deliver(self, batch: Batch[Any]) -> None:
         """Collect the batch."""
-        if not self.is_ended:
-            self._poll.take(batch.publications)
+        if self.is_ended:
+            self.count_lost(batch.messages)
+        elif lost := self._poll.take(batch.publications):
+            self.count_lost(lost)
 
     def deliver_large(self, batch: Batch[Any]) -> None:
         """Collect the batch."""
@@ -187,11 +190,17 @@ class LongPoll(Answer):
         except TimeoutError:
             pass
 
-    def take(self, publications: Iterable[Publication]) -> None:
-        """Collect publications; the answer goes out soon after the first."""
+    def take(self, publications: Iterable[Publication]) -> int:
+        """Collect publications; the answer goes out soon after the first. Return how many found no room, for ever.
+
+        What has a position comes with the next poll.
+        """
+        lost = 0
         for publication in publications:
-            self._collected.take(publication)
+            is_taken = self._collected.take(publication)
+            lost += not is_taken and publication.position is None
         self._hurry()
+        return lost
 
     def _hurry(self) -> None:
         timeout, collected = self._timeout, self._collected
