@@ -1,4 +1,4 @@
-"""What a manager and a publisher can be asked about histories."""
+"""The questions about histories that a manager and a publisher answer."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from wsbroadcast.publication import Position
 T = TypeVar("T")
 
 Question = Callable[[Engine, HistoryRules | None], Coroutine[Any, Any, T]]
-"""What is asked of an engine, and what is kept as far as it is known."""
+"""Asks the engine something. Its second argument is the rules of what is kept; `None` if they aren't known."""
 
 
 class KnowsHistory(ABC):
-    """Something with an engine that keeps what is published."""
+    """A manager or a publisher: something with an engine that keeps what is published."""
 
     @abstractmethod
     async def _ask(self, question: Question[T]) -> T:
-        """Ask the engine, once it is started."""
+        """Ask the engine, after starting it if necessary."""
 
     async def position(
         self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
     ) -> Position:
-        """Return where a channel is now. Everything that was broadcast before the call is behind it.
+        """Return the newest position of a channel. Everything that was broadcast before the call is at or before it.
 
-        To hand somebody a snapshot and let it follow: ask for the position first, load the data, and let the client
-        connect or subscribe `since` it. It may get what the data has already, and misses nothing. A position is a
-        text, in JSON too: give it to the client as it is.
+        To give a client a snapshot and all later messages, ask for the position first, then load the data, and let the
+        client connect or subscribe `since` the position. The client misses nothing; it may get messages that the data
+        already includes. A position is a text, in JSON too: give it to the client as it is.
 
         Args:
-            channel: Which channel.
-            user: A user instead, whose messages have a history of their own.
-            everyone: What goes to everyone instead.
+            channel: The channel.
+            user: Instead of a channel, a user, whose messages have a history of their own.
+            everyone: Instead of a channel, the messages to everyone.
 
         Raises:
-            ConfigurationError: If it has no history.
+            ConfigurationError: If the channel has no history.
             EngineUnavailable: If the broker can't be asked.
+            InvalidChannel: If the channel's name breaks a rule.
+            ValueError: If no audience is named, or more than one.
         """
         audience = kept_audience(channel, user, everyone)
         return await self._ask(lambda engine, rules: position_of(engine, rules, audience))
@@ -57,20 +59,23 @@ class KnowsHistory(ABC):
         """Read what is kept of a channel.
 
         Args:
-            channel: Which channel.
-            user: A user instead, whose messages have a history of their own.
-            everyone: What goes to everyone instead.
-            since: Only what came after this position, if all of that is kept; `LAST` for the newest message alone.
-            limit: At most so many messages.
+            channel: The channel.
+            user: Instead of a channel, a user, whose messages have a history of their own.
+            everyone: Instead of a channel, the messages to everyone.
+            since: A position: return the messages after it. If some of these are no longer kept, the newest that are
+                kept are returned. `LAST` returns only the newest message. By default all that is kept is read.
+            limit: The most messages to return: the first ones after `since`, else the newest.
 
         Returns:
-            Page: The `messages`, each with its `data` and `position`; whether they are all (`is_complete`); and the
-            `position` to go on from. A route may return it as it is.
+            Page: The `messages`, each with its `data` and `position`; `is_complete`, which says whether these are all;
+            and the `position` to go on from. A route may return the page as it is.
 
         Raises:
-            ConfigurationError: If it has no history.
+            ConfigurationError: If the channel has no history.
             EngineUnavailable: If the broker can't be asked.
-            ValueError: If `since` is no position, or `limit` not a positive number.
+            InvalidChannel: If the channel's name breaks a rule.
+            ValueError: If no audience is named, or more than one; or if `since` is no position, or `limit` no positive
+                number.
         """
         audience, after = kept_audience(channel, user, everyone), one_since(since)
         check_limit(limit)
@@ -79,11 +84,13 @@ class KnowsHistory(ABC):
     async def forget(
         self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
     ) -> None:
-        """Remove what is kept of a channel: it begins anew, and who comes back is told that it missed something.
+        """Remove what is kept of a channel, so that its history begins anew.
+
+        Clients that come back are told that they missed messages. The arguments are those of `position`.
 
         Raises:
-            ConfigurationError: If it has no history.
-            EngineUnavailable: If the broker can't be asked; then nothing was removed, or it isn't known.
+            ConfigurationError: If the channel has no history.
+            EngineUnavailable: If the broker can't be asked. Nothing was removed then, or it isn't known whether.
         """
         audience = kept_audience(channel, user, everyone)
         await self._ask(lambda engine, rules: forget(engine, rules, audience))

@@ -1,4 +1,4 @@
-"""Who a message is for, and what names are allowed."""
+"""Who a message is for, and which names are allowed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from wsbroadcast.exceptions import InvalidChannel, shorten
 from wsbroadcast.text import plain, text_of
 
 MAX_NAME_BYTES = 200
-"""The longest channel or user name, in UTF-8 bytes."""
+"""The longest name of a channel or user, in bytes of UTF-8."""
 
 UserId = str | int | UUID
-"""What identifies a user. `1` and `"1"` are the same user, because a broker and a URL know only text."""
+"""What identifies a user. `1` and `"1"` are the same user, because brokers and URLs know only text."""
 
 
 class Unset:
-    """The type of `UNSET`, the default of an argument for which `None` would be a mistake."""
+    """The type of `UNSET`. That is the default of arguments for which `None` would be a mistake."""
 
     def __repr__(self) -> str:
         return "..."
@@ -27,15 +27,15 @@ UNSET = Unset()
 
 
 class Audience(NamedTuple):
-    """The connections a message is meant for, by what they have in common."""
+    """The connections a message is for, named by what they have in common."""
 
-    kind: Literal["everyone", "channel", "user", "connection", "nodes"]
+    kind: Literal["everyone", "channel", "user", "connection", "nodes", "stream", "run"]
     name: str = ""
-    """The channel, the user, the connection's id or the node's; empty for everyone and for all nodes."""
+    """The name of the channel, user, connection, node, stream or run; empty for everyone and for all nodes."""
 
     @classmethod
     def channel(cls, channel: str) -> Audience:
-        """Return the audience of a channel: the connections that are subscribed to it.
+        """Return the audience of a channel: the connections that are subscribed to it, on all nodes.
 
         Raises:
             InvalidChannel: If the name breaks a rule.
@@ -44,16 +44,16 @@ class Audience(NamedTuple):
 
     @classmethod
     def user(cls, user: UserId) -> Audience:
-        """Return the audience of a user: all of the user's connections.
+        """Return the audience of a user: all connections of the user, on all nodes.
 
         Raises:
-            ValueError: If it is not a str, int or UUID.
+            ValueError: If the user is not a str, int or UUID.
         """
         return cls("user", user_key(user))
 
     @classmethod
     def of(cls, channel: object = UNSET, user: object = UNSET) -> Audience:
-        """Build the audience of a broadcast.
+        """Return the audience of a broadcast: a channel, a user, or everyone if neither is given.
 
         Raises:
             InvalidChannel: If the channel's name breaks a rule.
@@ -72,10 +72,13 @@ EVERYONE = Audience("everyone")
 """The audience of all connections."""
 
 NODES = Audience("nodes")
-"""The audience of all nodes that take part in questions to all of them. No connection is in it."""
+"""The audience of all nodes that answer questions to all nodes. No connection is in it."""
+
+LOGS = frozenset({"stream", "run"})
+"""The kinds of audiences that are logs of streams. No connection is in them: viewers read the log."""
 
 MAX_AUDIENCES = 1000
-"""The most that one broadcast goes to."""
+"""The most audiences that one broadcast goes to."""
 
 _ONE_OF = (
     "a broadcast goes to one of channel=, channels=, user= and to=; for a channel and a user pass "
@@ -86,11 +89,11 @@ _ONE_OF = (
 def audiences_of(
     channel: object = UNSET, user: object = UNSET, channels: object = UNSET, to: object = UNSET
 ) -> tuple[Audience, ...]:
-    """Build the audiences of a broadcast, each once.
+    """Return the audiences of a broadcast, each once.
 
     Raises:
         InvalidChannel: If a channel's name breaks a rule.
-        ValueError: If more than one argument is given, one isn't valid, or the audiences are too many.
+        ValueError: If more than one argument is given, one isn't valid, or there are too many audiences.
     """
     if channels is UNSET and to is UNSET:
         return (Audience.of(channel, user),)
@@ -105,7 +108,7 @@ def audiences_of(
             raise ValueError(_not_audience(to))
         found = tuple(dict.fromkeys(map(_checked, (to,) if isinstance(to, Audience) else to)))
     if len(found) > MAX_AUDIENCES:
-        raise ValueError(f"a broadcast goes to {MAX_AUDIENCES} audiences at most, not {len(found)}")
+        raise ValueError(f"a broadcast goes to at most {MAX_AUDIENCES} audiences, not {len(found)}")
     return found
 
 
@@ -129,14 +132,14 @@ def _not_audience(value: object) -> str:
 
 
 def check_channel(channel: object) -> str:
-    """Return the channel's name if it is one: 1 to 200 bytes of UTF-8 without control characters.
+    """Return the channel's name if it is valid: 1 to 200 bytes of UTF-8 without control characters.
 
-    It is a plain `str` then; of an enum's member it is the value.
+    It is returned as a plain `str`. For a member of an enum it is the value.
 
     Raises:
-        InvalidChannel: If it isn't; `None` in particular.
+        InvalidChannel: If it isn't valid; in particular if it is `None`.
     """
-    if type(channel) is not str:  # which nearly every name is; nobody else's class decides what the name is
+    if type(channel) is not str:  # nearly every name is one; a subclass must not decide what the name is
         if not isinstance(channel, str):
             raise InvalidChannel(channel, f"a channel is a str, not {type(channel).__name__}")
         channel = plain(channel)
@@ -147,12 +150,12 @@ def check_channel(channel: object) -> str:
 
 
 def user_key(user: object) -> str:
-    """Return the text that identifies a user: an id is compared as text, whatever type it has.
+    """Return the text that identifies a user. Ids are compared as text, whatever their type.
 
-    Of an enum's member it is the text of the value.
+    For a member of an enum it is the text of the value.
 
     Raises:
-        ValueError: If the user is `None`, not a str, int or UUID, or breaks the rule for names.
+        ValueError: If the user is `None`, is not a str, int or UUID, or breaks a rule for names.
     """
     if type(user) is str:
         key = user
@@ -166,9 +169,24 @@ def user_key(user: object) -> str:
     return key
 
 
+def check_stream_id(id_: object) -> str:
+    """Return the id of a stream as a plain `str`, if it is valid. The rules for names hold for it.
+
+    Raises:
+        ValueError: If it isn't valid.
+    """
+    if not isinstance(id_, str):
+        raise ValueError(f"the id of a stream is a str, not {type(id_).__name__}")
+    name = plain(id_)
+    rule = _broken_rule(name)
+    if rule is not None:
+        raise ValueError(f"invalid stream id {shorten(name)}: {rule}")
+    return name
+
+
 def _broken_rule(name: str) -> str | None:
     if name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME_BYTES:
-        return None  # nearly every name, at the price of three method calls
+        return None  # nearly every name, for three method calls
     if not name:
         return "it is empty"
     if any(character < " " or "\x7f" <= character <= "\x9f" or character in "\u2028\u2029" for character in name):
@@ -181,7 +199,7 @@ def _broken_rule(name: str) -> str | None:
 
 
 def user_keys(users: object) -> frozenset[str]:
-    """Return the texts that identify users: one, or several.
+    """Return the texts that identify users: one user, or several.
 
     Raises:
         ValueError: If one of them is not a str, int or UUID.
@@ -191,12 +209,12 @@ def user_keys(users: object) -> frozenset[str]:
 
 
 def as_channels(channels: object) -> tuple[str, ...]:
-    """Check the names in `channels`; a lone str is one channel, not a sequence of letters."""
+    """Check channel names and return each once. A single str is one channel, not a sequence of letters."""
     if isinstance(channels, str):
         return (check_channel(channels),)
     return tuple(dict.fromkeys(check_channel(channel) for channel in cast("tuple[object, ...]", channels)))
 
 
 def for_logs(audience: Audience) -> str:
-    """Return what a log may say of an audience: no user's name."""
-    return f"channel {audience.name!r}" if audience.kind == "channel" else audience.kind
+    """Return an audience as a log may show it: without a user's name."""
+    return f"{audience.kind} {audience.name!r}" if audience.kind in ("channel", "stream") else audience.kind

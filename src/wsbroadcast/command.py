@@ -1,10 +1,11 @@
-"""The command line: `wsbroadcast demo`, `wsbroadcast publish` and `wsbroadcast js`, or `python -m wsbroadcast …`."""
+"""The command line, `wsbroadcast` or `python -m wsbroadcast`: `demo`, `publish`, `js`, `asyncapi` and `types`."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import errno
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from pydantic_core import from_json
 
@@ -26,6 +28,7 @@ from wsbroadcast.exceptions import (
     WSBroadcastError,
 )
 from wsbroadcast.history import USERS, History
+from wsbroadcast.message import Message
 from wsbroadcast.options import Limits
 from wsbroadcast.publication import Receipt
 from wsbroadcast.publishing import Publisher
@@ -37,11 +40,11 @@ _ENGINE = "WSBROADCAST_ENGINE"
 
 _HISTORY = "[PATTERN=]MESSAGES,SECONDS"
 
-Broadcast = Callable[[str | bytes], Awaitable[object]]
+Broadcast = Callable[[str | bytes | Message], Awaitable[object]]
 
 
 class CommandFailed(Exception):
-    """Raised by a command that can't do its work; the text is for the person at the keyboard."""
+    """Raised by a command that can't do its work. Its text is shown to the user."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: The arguments after the program's name; by default those of the process.
+
+    Returns:
+        int: 0 if it did its work, 1 if it couldn't (one line on standard error says why), 130 after Ctrl+C.
+
+    Raises:
+        SystemExit: With status 2, if the arguments make no sense.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -69,11 +78,11 @@ def _say(text: str) -> None:
     try:
         sys.stderr.write(f"{text}\n")
     except (AttributeError, OSError):
-        pass  # it is closed, or a pipe whose other end is
+        pass  # standard error is closed, or is a pipe that nobody reads any more
 
 
 def _parser() -> argparse.ArgumentParser:
-    # Each command is a subparser and a function that is its `run`.
+    # Each command is a subparser whose `run` is the function that does it.
     program = "python -m wsbroadcast" if sys.argv[0].endswith("__main__.py") else "wsbroadcast"
     parser = argparse.ArgumentParser(prog=program, description="WebSocket broadcasting for FastAPI.")
     parser.add_argument("--version", action="version", version=f"wsbroadcast {__version__}")
@@ -81,29 +90,84 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="serve a page on which browser tabs chat, stall and flood each other",
-        description="Serve a page on which browser tabs chat, stall and flood each other. Ctrl+C ends it.",
+        help="serve the demo: a page whose browser tabs chat, stall and flood each other",
+        description="Serve the demo: a page whose browser tabs chat, stall and flood each other. Ctrl+C ends it.",
     )
     demo.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s)")
     demo.add_argument(
-        "--port", type=_port, default=8000, help="the port to listen on, 0 for any that is free (default: %(default)s)"
+        "--port", type=_port, default=8000, help="the port to listen on; 0 takes a free one (default: %(default)s)"
     )
     demo.set_defaults(run=_demo)
     _add_publish(commands)
     _add_js(commands)
+    _add_document(
+        commands,
+        "asyncapi",
+        "print a description of an app's WebSockets, as AsyncAPI",
+        "Print what an app's WebSockets send to clients and receive from them, as AsyncAPI 3.0 in JSON.",
+        _asyncapi,
+    )
+    _add_document(
+        commands,
+        "types",
+        "print the types of an app's messages, in TypeScript",
+        "Print the types of what pages receive from an app's WebSockets and send to them, as a TypeScript module.",
+        _types,
+    )
     return parser
+
+
+def _add_document(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    help_: str,
+    description: str,
+    make: Callable[[Any], str],
+) -> None:
+    document = commands.add_parser(name, help=help_, description=description)
+    document.add_argument(
+        "app", help="module and name of the app, such as main:app; main:make() if a function returns the app"
+    )
+    document.add_argument(
+        "--app-dir", metavar="DIR", default=".", help="the directory of the module (default: the current directory)"
+    )
+    document.set_defaults(run=partial(_document, make))
+
+
+def _document(make: Callable[[Any], str], arguments: argparse.Namespace) -> int:
+    from wsbroadcast.documents.loading import load_app  # imported here and below: other commands need no pydantic
+
+    try:
+        text = make(load_app(arguments.app, arguments.app_dir))
+    except WSBroadcastError as error:
+        raise CommandFailed(str(error)) from error
+    sys.stdout.buffer.write(text.encode())  # as UTF-8, whatever encoding the terminal has
+    sys.stdout.flush()
+    return 0
+
+
+def _asyncapi(app: Any) -> str:
+    from wsbroadcast.documents.asyncapi import asyncapi
+
+    return json.dumps(asyncapi(app), indent=2, ensure_ascii=False) + "\n"
+
+
+def _types(app: Any) -> str:
+    from wsbroadcast.documents.typescript import typescript
+
+    return typescript(app)
 
 
 def _add_js(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     js = commands.add_parser(
         "js",
-        help="print the browser's client, or copy it and its types into a directory",
-        description="Print the browser's client, which routers serve as wsbroadcast.js, in its readable form.",
+        help="print the browser client, or copy it and its types into a directory",
+        description="Print the browser client, which routers serve as wsbroadcast.js, in its readable form.",
     )
     form = js.add_mutually_exclusive_group()
-    form.add_argument("--out", metavar="DIR", help="write wsbroadcast.js and wsbroadcast.d.ts there instead")
+    form.add_argument("--out", metavar="DIR", help="write wsbroadcast.js and wsbroadcast.d.ts into DIR instead")
     form.add_argument(
-        "--sri", action="store_true", help="print the name under which the served script never changes, and its hash"
+        "--sri", action="store_true", help="print the script's versioned name, and its hash for `integrity` of <script>"
     )
     js.set_defaults(run=_js)
 
@@ -129,21 +193,22 @@ def _add_publish(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     publish = commands.add_parser(
         "publish",
         help="send messages through a broker to the connections of an app",
-        description="Send messages through a broker to the connections of an app: each text is one. Without a text, "
-        "each line of standard input is one, sent as it comes.",
+        description="Send messages through a broker to the connections of an app. Each text is one message. Without a "
+        "text, each line of standard input is one, sent as it comes.",
     )
     publish.add_argument(
         "--engine",
         metavar="URL",
         default=os.environ.get(_ENGINE),
-        help=f"the broker, such as redis://localhost; by default ${_ENGINE}, where other users don't see a password",
+        help=f"the broker, such as redis://localhost (default: ${_ENGINE}, where other users of the machine can't read "
+        "a password)",
     )
     audience = publish.add_mutually_exclusive_group(required=True)
-    audience.add_argument("--channel", type=_checked(check_channel), help="to the subscribers of a channel")
-    audience.add_argument("--user", type=_checked(user_key), help="to the connections of a user")
-    audience.add_argument("--everyone", action="store_true", help="to every connection")
+    audience.add_argument("--channel", type=_checked(check_channel), help="send to the subscribers of a channel")
+    audience.add_argument("--user", type=_checked(user_key), help="send to the connections of a user")
+    audience.add_argument("--everyone", action="store_true", help="send to every connection")
     form = publish.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="refuse what isn't JSON; blank lines are skipped")
+    form.add_argument("--json", action="store_true", help="send JSON; refuse messages that aren't; skip blank lines")
     form.add_argument("--binary", action="store_true", help="send all of standard input as one binary message")
     _add_history(publish)
     publish.add_argument("texts", nargs="*", metavar="text", help="a message")
@@ -157,15 +222,16 @@ def _add_history(publish: argparse.ArgumentParser) -> None:
         type=_history,
         action="append",
         default=[],
-        help="keep the newest so many messages for so many seconds, those of channels that fit a pattern or, without "
-        "one, all; by default what the app has said at the broker. May be given several times, for several patterns",
+        help="keep the newest MESSAGES messages for SECONDS seconds; with PATTERN, only in channels that fit it. Give "
+        "it once for each pattern (default: what the app has written at the broker)",
     )
     publish.add_argument(
         "--idempotency-key",
         metavar="KEY",
-        help="a name for the one message, which is kept: published again under the same name, nobody gets it twice",
+        help="a name for the one message: if it is published again under this name, nobody gets it twice (needs a "
+        "history)",
     )
-    publish.add_argument("--verbose", action="store_true", help="say of each message where it is kept")
+    publish.add_argument("--verbose", action="store_true", help="say for each message where it is kept")
 
 
 def _history(text: str) -> tuple[str, History]:
@@ -173,7 +239,7 @@ def _history(text: str) -> tuple[str, History]:
     messages, _, seconds = numbers.partition(",")
     try:
         if is_named and not pattern:
-            raise ValueError("the pattern is empty")
+            raise ValueError("the pattern is empty")  # the text below replaces this one
         return pattern, History(int(messages), float(seconds), max(float(seconds), History().remember))
     except ConfigurationError as error:
         raise argparse.ArgumentTypeError(f"{error}, in {text!r:.80}") from None
@@ -216,29 +282,29 @@ def _demo(arguments: argparse.Namespace) -> int:
         try:
             server.serve(listener)
         except KeyboardInterrupt:
-            pass  # the way to end it; the server has closed its connections by now
+            pass  # Ctrl+C is the way to end the demo; the server has closed its connections by now
     return 0
 
 
 def _why_not_listening(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken: choose another with --port, or --port 0 for any that is free"
+        return f"port {port} on {host} is taken: choose another with --port, or a free one with --port 0"
     return f"can't listen on {host} port {port}: {error.strerror or error}"
 
 
 def _publish(arguments: argparse.Namespace) -> int:
     if not arguments.engine:
-        arguments.refuse(f"name the broker: --engine URL, or ${_ENGINE}")
+        arguments.refuse(f"no broker is named: give --engine URL, or set ${_ENGINE}")
     if arguments.binary and arguments.texts:
-        arguments.refuse("--binary sends standard input, so give no text")
+        arguments.refuse("--binary sends standard input: give no text")
     if arguments.idempotency_key is not None and not (arguments.binary or len(arguments.texts) == 1):
         arguments.refuse("--idempotency-key names one message: give one text, or --binary")
     if not arguments.channel and any(pattern for pattern, _ in arguments.history):
         arguments.refuse("a pattern of --history is for channels: leave it out with --user and --everyone")
-    logging.getLogger("wsbroadcast").addHandler(logging.NullHandler())  # the error says it all, in one line
+    logging.getLogger("wsbroadcast").addHandler(logging.NullHandler())  # the one line of the error says enough
     try:
         asyncio.run(_publish_all(arguments))
-    except (WSBroadcastError, OSError, ValueError) as error:  # of an idempotency key that is too long, a ValueError
+    except (WSBroadcastError, OSError, ValueError) as error:  # a ValueError if the idempotency key is too long
         raise CommandFailed(str(error)) from error
     return 0
 
@@ -266,17 +332,19 @@ def _histories(arguments: argparse.Namespace) -> dict[object, History] | None:
     return {pattern or everything: history for pattern, history in arguments.history} or None
 
 
-async def _broadcast_once(broadcast: Callable[..., Awaitable[Receipt]], key: str, message: str | bytes) -> Receipt:
+async def _broadcast_once(
+    broadcast: Callable[..., Awaitable[Receipt]], key: str, message: str | bytes | Message
+) -> Receipt:
     try:
         return await broadcast(message, idempotency_key=key)
     except ConfigurationError as error:
         raise CommandFailed(
-            "--idempotency-key needs a history to be remembered in, and the app has said of none at the broker: say "
+            "--idempotency-key needs a history, which remembers the key, and the broker has none from the app: say "
             "what is kept, as in --history 100,300"
         ) from error
 
 
-async def _tell_place(broadcast: Callable[..., Awaitable[Receipt]], message: str | bytes) -> Receipt:
+async def _tell_place(broadcast: Callable[..., Awaitable[Receipt]], message: str | bytes | Message) -> Receipt:
     receipt = await broadcast(message)
     if receipt.position is None:
         _say("published; nothing is kept")
@@ -285,7 +353,7 @@ async def _tell_place(broadcast: Callable[..., Awaitable[Receipt]], message: str
     return receipt
 
 
-async def _publish_texts(broadcast: Broadcast, texts: Sequence[str]) -> None:
+async def _publish_texts(broadcast: Broadcast, texts: Sequence[str | Message]) -> None:
     for number, text in enumerate(texts, 1):
         try:
             await broadcast(text)
@@ -327,16 +395,16 @@ def _standard_input(what_it_is: str) -> int:
 
 # From standard input to a publisher: each line is one message, published as it comes.
 
-# The most that is read at once.
+# How many bytes are read at once, at most.
 _READ_BYTES = 64 * 1024
 
 
 async def lines(file: int, limit: int) -> AsyncIterator[bytes]:
-    """Read the lines of a file descriptor as they come, without their ends.
+    """Read the lines of a file descriptor as they come, without the newlines.
 
     Raises:
-        MessageTooLarge: If a line is longer than the limit, in bytes; the rest isn't read.
-        OSError: If it can't be read.
+        MessageTooLarge: If a line is longer than the limit, in bytes. The rest isn't read.
+        OSError: If the file can't be read.
     """
     rest = b""
     while chunk := await _read(file):
@@ -353,8 +421,8 @@ async def everything(file: int, limit: int) -> bytes:
     """Read a file descriptor to its end.
 
     Raises:
-        MessageTooLarge: If that is more than the limit, in bytes.
-        OSError: If it can't be read.
+        MessageTooLarge: If there is more than the limit, in bytes.
+        OSError: If the file can't be read.
     """
     whole = bytearray()
     while chunk := await _read(file):
@@ -365,8 +433,8 @@ async def everything(file: int, limit: int) -> bytes:
 
 
 async def _read(file: int) -> bytes:
-    # A thread for each read: no event loop can wait for a terminal, a pipe and a file alike. It is a daemon thread, so
-    # that the program can end while it still reads.
+    # Each read has a thread, because no event loop can wait for terminals, pipes and files alike. It is a daemon
+    # thread, so that the program can end while a read still waits.
     future: Future[bytes] = Future()
     future.set_running_or_notify_cancel()
 
@@ -392,20 +460,20 @@ def as_text(line: bytes) -> str:
         raise EncodeError(f"byte {error.start + 1} is not UTF-8") from None
 
 
-def as_json(line: bytes) -> str:
-    """Return a line as a text message, if it is JSON.
+def as_json(line: bytes) -> Message:
+    """Return a line of JSON as a message.
 
     Raises:
-        EncodeError: If it isn't.
+        EncodeError: If it isn't JSON.
     """
     try:
         from_json(line, allow_inf_nan=False)
     except ValueError as error:
         raise EncodeError(f"not JSON: {error}") from None
-    return line.decode()
+    return Message(line, "json")
 
 
-def as_json_line(line: bytes) -> str | None:
+def as_json_line(line: bytes) -> Message | None:
     """Return a line as `as_json` does, or `None` if it is blank."""
     return as_json(line) if line.strip() else None
 
@@ -415,23 +483,23 @@ class LinePublisher:
 
     Args:
         broadcast: Publishes one message.
-        convert: Makes a message of a line, or `None` if the line is to be skipped.
-        max_messages: How many may be on their way to the broker at the same time.
-        max_bytes: How large these may be together.
+        convert: Makes a message of a line, or returns `None` to skip the line.
+        max_messages: How many messages may be on their way to the broker at the same time.
+        max_bytes: How many bytes these may have together; no line is added once they have so many.
     """
 
     def __init__(
         self,
-        broadcast: Callable[[str], Awaitable[object]],
-        convert: Callable[[bytes], str | None],
+        broadcast: Broadcast,
+        convert: Callable[[bytes], str | Message | None],
         *,
         max_messages: int = 512,
         max_bytes: int = 4 * 1024 * 1024,
     ) -> None:
         self.published = 0
-        """Messages that the broker has taken."""
+        """How many messages the broker has taken."""
         self.failures: list[tuple[int, Exception]] = []
-        """The number of each line that could not be published, from 1 on, and why; the first line first."""
+        """The lines that could not be published: number, counted from 1, and error. Sorted once `run` has returned."""
         self._broadcast = broadcast
         self._convert = convert
         self._max_messages = max_messages
@@ -442,9 +510,12 @@ class LinePublisher:
         self._reading: asyncio.Task[None] | None = None
 
     async def run(self, lines: AsyncIterator[bytes]) -> None:
-        """Publish until the lines end, one fails, or this is cancelled. Returns when nothing is on its way any more.
+        """Publish until the lines end, one fails, or this call is cancelled.
+
+        It returns when nothing is on its way any more. An error of a single line isn't raised: see `failures`.
 
         Raises:
+            MessageTooLarge: If a line is longer than the limit.
             OSError: If the lines can't be read.
         """
         reading = self._reading = asyncio.create_task(self._read(lines), name="wsbroadcast stdin")
@@ -474,7 +545,7 @@ class LinePublisher:
             self._has_room.clear()
             await self._has_room.wait()
 
-    def _send(self, number: int, message: str, size: int) -> None:
+    def _send(self, number: int, message: str | Message, size: int) -> None:
         def sent(task: asyncio.Task[None]) -> None:
             self._on_their_way.discard(task)
             self._bytes -= size
@@ -485,7 +556,7 @@ class LinePublisher:
         self._bytes += size
         task.add_done_callback(sent)
 
-    async def _publish(self, number: int, message: str) -> None:
+    async def _publish(self, number: int, message: str | Message) -> None:
         try:
             await self._broadcast(message)
             self.published += 1

@@ -1,4 +1,4 @@
-"""Tasks, event loops, and the borders between them: what plain calls, coroutines and threads do across them."""
+"""Tasks, event loops and threads, and calls between them."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ R = TypeVar("R")
 
 
 class Tasks:
-    """Tasks that end by themselves, each within a timeout of its own."""
+    """Tasks that end by themselves, each within its own timeout."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
-        # How many run their first step inside `create_task`, as an eager task factory lets them.
+        # How many run their first step inside `create_task`. An eager task factory does that.
         self._starting = 0
 
     def __len__(self) -> int:
         return len(self._tasks)
 
     def includes_current(self) -> bool:
-        """Tell whether the caller runs in one of these tasks."""
+        """Return whether the caller runs in one of these tasks."""
         return self._starting > 0 or asyncio.current_task() in self._tasks
 
     def spawn(
         self, coroutine: Coroutine[Any, Any, None], name: str, context: Context | None = None
     ) -> asyncio.Task[None]:
-        """Run a coroutine in the background; an error that escapes it is logged.
+        """Run a coroutine in the background. If it raises, the error is logged.
 
         Args:
-            coroutine: What is to be done.
-            name: The task's name, to be seen in a list of a process's tasks.
+            coroutine: What to run.
+            name: The task's name, for lists of a process's tasks.
             context: The context variables that it sees, such as those of the connection that it is about. By default
-                it sees none, so that nothing of its caller is found there.
+                it sees none, so nothing of its caller either.
         """
         task = self._start(coroutine, name, context)
         task.add_done_callback(_log_error)
         return task
 
     def begin(self, coroutine: Coroutine[Any, Any, T], name: str, context: Context) -> asyncio.Task[T]:
-        """Run a coroutine whose outcome the caller looks at, unless the caller is cancelled."""
+        """Run a coroutine in the background. The caller awaits it, unless the caller is cancelled."""
         task = self._start(coroutine, name, context)
         task.add_done_callback(_look_at)
         return task
 
     def _start(self, coroutine: Coroutine[Any, Any, T], name: str, context: Context | None) -> asyncio.Task[T]:
-        # A copy, because an eager task factory enters it at once, and it may be the one that is entered now.
+        # A copy, because an eager task factory enters the context at once, and the caller may be in this very context.
         context = Context() if context is None else context.copy()
         self._starting += 1
         try:
@@ -71,12 +71,12 @@ class Tasks:
         return task
 
     async def begun(self) -> None:
-        """Wait, in one of these tasks, until its caller goes on: an eager task factory runs the task in between."""
+        """Wait, in one of these tasks, until the caller of `spawn` goes on. An eager task runs before that."""
         if self._starting:
             await asyncio.sleep(0)
 
     async def join(self) -> None:
-        """Wait until all have ended, also those that they start; not the one that calls this."""
+        """Wait until all have ended, and all that they start; the calling task isn't waited for."""
         while pending := self._tasks - {asyncio.current_task()}:
             await asyncio.wait(pending)
 
@@ -86,6 +86,14 @@ class Tasks:
             task.cancel()
         await self.join()
 
+    async def end(self, seconds: float) -> None:
+        """Cancel all but the calling task, and wait until they have ended, for at most so many seconds."""
+        tasks = self._tasks - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+
 
 def _log_error(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
@@ -94,22 +102,22 @@ def _log_error(task: asyncio.Task[Any]) -> None:
 
 def _look_at(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
-        task.exception()  # else asyncio complains where the caller was cancelled
+        task.exception()  # else asyncio logs that it was never retrieved, if the caller was cancelled
 
 
 class Interruptible:
     """A task inside `receive` that may have to be interrupted.
 
-    As `asyncio.timeout` does it: our own cancellation is taken back, anybody else's passes through.
+    It is cancelled for that. As with `asyncio.timeout`, our own cancellation is taken back; another one passes through.
     """
 
     __slots__ = ("_cancelling", "_is_interrupted", "_is_taken_back", "_task", "before", "throws_away")
 
     def __init__(self, throws_away: bool, before: Interruptible | None) -> None:
         self.throws_away = throws_away
-        """Whether it only waits for the end, and steps aside for a reader of the messages."""
+        """Whether it only waits for the end of the connection. It is interrupted if a task wants to read messages."""
         self.before = before
-        """The one that began before it and still waits, if another task reads as well."""
+        """The one that began before it and still waits; `None` if no other task reads."""
         self._task = asyncio.current_task()
         self._cancelling = 0 if self._task is None else self._task.cancelling()
         self._is_interrupted = False
@@ -122,7 +130,7 @@ class Interruptible:
             self._task.cancel()
 
     def without(self, ended: Interruptible) -> Interruptible | None:
-        """Return the readings from this one on, without one that has ended."""
+        """Return this chain of readings without one that has ended."""
         if self is ended:
             return self.before
         if self.before is not None:
@@ -130,7 +138,7 @@ class Interruptible:
         return self
 
     def take_back(self) -> bool:
-        """Undo our own cancellation; return whether it was the only one."""
+        """Take back our own cancellation; return whether it was the only one."""
         if not self._is_interrupted or self._is_taken_back or self._task is None:
             return False
         self._is_taken_back = True
@@ -141,11 +149,11 @@ class Interruptible:
 
 
 class AwaitableContext(Coroutine[Any, Any, T], Generic[T]):
-    """Await it for its result; or use it with `async with`, which gives the result and does something at the end.
+    """A call that can be awaited, or used with `async with`, where something is done at the end of the block.
 
     Args:
-        coroutine: Gives the result.
-        leave: Awaited with the result at the end of the block.
+        coroutine: Returns the result, in both cases.
+        leave: Called with the result, and awaited, at the end of the block.
     """
 
     __slots__ = ("_coroutine", "_leave", "_result")
@@ -157,18 +165,18 @@ class AwaitableContext(Coroutine[Any, Any, T], Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self._coroutine.__await__()
 
-    # The rest of a coroutine, for `asyncio.create_task`.
+    # `asyncio.create_task` wants these methods of a coroutine.
 
     def send(self, value: Any) -> Any:
-        """Resume it."""
+        """Resume the coroutine."""
         return self._coroutine.send(value)
 
     def throw(self, *error: Any) -> Any:
-        """Raise an error where it waits."""
+        """Raise an error where the coroutine waits."""
         return self._coroutine.throw(*error)
 
     def close(self) -> None:
-        """End it where it waits."""
+        """End the coroutine where it waits."""
         self._coroutine.close()
 
     async def __aenter__(self) -> T:
@@ -182,7 +190,7 @@ class AwaitableContext(Coroutine[Any, Any, T], Generic[T]):
 
 
 def mark_coroutine_function(function: Callable[..., object]) -> None:
-    """Let `iscoroutinefunction` be true of a function that returns something to await."""
+    """Let `iscoroutinefunction` return true for a function that returns an awaitable."""
     if sys.version_info >= (3, 12):
         inspect.markcoroutinefunction(function)
     else:
@@ -190,12 +198,12 @@ def mark_coroutine_function(function: Callable[..., object]) -> None:
 
 
 def name_if_it_blocked(name: str, started: float, seconds: float) -> None:
-    """Warn, by name, of code that kept the event loop for so many seconds.
+    """Log a warning if some code blocked the event loop.
 
     Args:
-        name: Of the code, for the log.
+        name: What the log calls the code.
         started: When it began, by `time.perf_counter`.
-        seconds: From which on it is reported.
+        seconds: From how many seconds on it is reported.
     """
     took = time.perf_counter() - started
     if took >= seconds:
@@ -208,12 +216,12 @@ def name_if_it_blocked(name: str, started: float, seconds: float) -> None:
 
 
 class Timed(Generic[T]):
-    """An awaitable that is another one, whose steps from one await to the next are watched by `name_if_it_blocked`.
+    """Wraps an awaitable, and reports each step from one await to the next that blocks the event loop.
 
     Args:
-        awaitable: The other one.
-        name: Of the code, for the log.
-        seconds: From which on a step is reported.
+        awaitable: What is wrapped.
+        name: What the log calls the code.
+        seconds: From how many seconds on a step is reported.
     """
 
     def __init__(self, awaitable: Awaitable[T], name: str, seconds: float) -> None:
@@ -236,7 +244,7 @@ class Timed(Generic[T]):
             name_if_it_blocked(self._name, started, self._seconds)
 
     def throw(self, *error: Any) -> Any:
-        """Raise an error where it waits."""
+        """Raise an error where the awaitable waits."""
         started = time.perf_counter()
         try:
             return self._steps.throw(*error)
@@ -248,7 +256,7 @@ class Timed(Generic[T]):
 
 
 class LoopEnded(LifecycleError):
-    """Raised when the other thread's event loop ends before a call there is done."""
+    """Raised when a call runs in another thread's event loop, and that loop ends before the call is done."""
 
     def __init__(self) -> None:
         super().__init__("the other thread's event loop ended before the call was done")
@@ -258,7 +266,7 @@ def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
     """Run a coroutine that is expected to finish without waiting for anything.
 
     Raises:
-        LifecycleError: If it has to wait after all; `why` says what for.
+        LifecycleError: If it has to wait after all. Its text begins with `why`, which says what it waits for.
     """
     try:
         coroutine.send(None)
@@ -269,32 +277,32 @@ def without_waiting(coroutine: Coroutine[Any, Any, T], why: str) -> T:
 
 
 class Unfinished(ConfigurationError):
-    """Raised when a function of the app returned something that has yet to run, so that what it says isn't known."""
+    """Raised when a function of the app returned something that has not run yet. So its answer isn't known."""
 
 
 def finished(result: T, what: str) -> T:
-    """Return what a function of the app returned, if nothing of it has yet to run.
+    """Return the result of a function of the app, after a check that it is no coroutine and no generator.
 
     Args:
-        result: What it returned; if that was awaitable, what came of it.
-        what: How the error calls it.
+        result: The result; if that was an awaitable, the result of awaiting it.
+        what: What the error calls the result.
 
     Raises:
         Unfinished: If it is a coroutine, which is closed then, or a generator.
     """
     if isinstance(result, Coroutine):
-        result.close()  # else Python complains later, and somewhere else
+        result.close()  # else Python warns later, and somewhere else
         raise Unfinished(f"{what} is a coroutine that nobody awaits: an `await` is missing")
     if isinstance(result, (AsyncGeneratorType, GeneratorType)):
-        raise Unfinished(f"{what} is a generator, of which nothing has run: use `return` instead of `yield`")
+        raise Unfinished(f"{what} is a generator, and nothing of it has run: use `return` instead of `yield`")
     return result
 
 
 class Patience:
-    """An async context manager that cuts its block off after so many seconds.
+    """An async context manager that ends its block after so many seconds.
 
-    Time in which the event loop was blocked doesn't count fully: the second half of the time begins when the loop
-    notices that the first half is over, and what has arrived by then is read.
+    If the event loop is blocked for a while, the block gets more time: the second half of its time begins when the loop
+    notices that the first half is over. So an answer that has arrived by then is read.
 
     Raises:
         TimeoutError: If the time is up.
@@ -324,7 +332,7 @@ class Patience:
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """Return the event loop that runs in this thread, if there is one."""
+    """Return the event loop that runs in this thread; `None` if none does."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -348,9 +356,9 @@ def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop, look_seco
     """Block until a future of another thread's loop is done.
 
     Args:
-        future: Of `submit`, for example.
-        loop: The other thread's.
-        look_seconds: Between two looks whether that loop still runs, because it may end without telling anyone.
+        future: The future, for example of `submit`.
+        loop: The loop of the other thread.
+        look_seconds: How often, in seconds, it is checked that the loop still runs. It may end without telling anyone.
 
     Raises:
         LoopEnded: If that loop ends first.
@@ -361,7 +369,7 @@ def wait_in_thread(future: Future[T], loop: asyncio.AbstractEventLoop, look_seco
             raise LoopEnded
     try:
         return future.result()
-    except CancelledError:  # by `asyncio.run`, at whose end everything that is left is cancelled
+    except CancelledError:  # by `asyncio.run`, which at its end cancels all tasks that are left
         raise LoopEnded from None
     finally:
         del future  # an error would hold this frame, which holds the future, which holds the error
@@ -386,17 +394,17 @@ async def wait_elsewhere(future: Future[T], loop: asyncio.AbstractEventLoop, loo
         return here.result()
     finally:
         here.cancel()
-        del here, future  # they hold the error, which would hold this frame
+        del here, future  # they hold the error, and that would hold this frame
 
 
 class LoopThread(Generic[T]):
-    """A daemon thread with an event loop of its own, in which calls from all threads are made until it is stopped.
+    """A daemon thread with its own event loop, for calls from all threads.
 
-    Every call that was submitted gets its answer, also while the thread ends.
+    Each call that was submitted gets its answer, even while the thread ends.
 
     Args:
-        name: Of the thread.
-        make: Makes, in the event loop, what lives there as long as the thread does.
+        name: The thread's name.
+        make: Called once in the event loop; `made` keeps what it returns.
 
     Raises:
         RuntimeError: If no thread can be started.
@@ -404,7 +412,7 @@ class LoopThread(Generic[T]):
     """
 
     def __init__(self, name: str, make: Callable[[], T]) -> None:
-        # Held while a call is submitted or the end begins: no call comes after the last look at `_calls`.
+        # Held while a call is submitted, and when the end begins. So no call comes after the last look at `_calls`.
         self._lock = threading.Lock()
         self._calls: set[Future[Any]] = set()
         self._is_stopped = False
@@ -414,13 +422,13 @@ class LoopThread(Generic[T]):
         self._thread = threading.Thread(target=self._run, args=(make, made), name=name, daemon=True)
         self._thread.start()
         self.made = made.result()
-        """What was made."""
+        """What `make` has returned."""
 
     def submit(self, call: Callable[[], Coroutine[Any, Any, R]]) -> Future[R]:
-        """Make a call in the event loop.
+        """Make a call in the event loop; return its future.
 
         Raises:
-            LoopEnded: If the thread was told to stop; the call isn't made.
+            LoopEnded: If the thread was told to stop. The call isn't made.
         """
         with self._lock:
             if self._is_stopped:
@@ -434,7 +442,7 @@ class LoopThread(Generic[T]):
         return future
 
     def stop(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Take no more calls after a last one, and end when all are done; returns at once."""
+        """Make a last call, take no others, and end when all are done. It returns at once."""
         with self._lock:
             if not self._is_stopped:
                 self._is_stopped = True
@@ -442,7 +450,7 @@ class LoopThread(Generic[T]):
                 self._loop.call_soon_threadsafe(self._stopping.set)
 
     def join(self) -> None:
-        """Block until a thread that was stopped has ended; raise what the last call raised."""
+        """Block until the stopped thread has ended; raise what the last call raised."""
         self._thread.join()
         if self._last is not None:
             self._last.result()

@@ -1,4 +1,4 @@
-"""What is kept of which audiences, and what comes back of it. No I/O."""
+"""Histories: which audiences have one, what is kept, and what a client that comes back gets of it. No I/O."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.options import check_count, check_positive, longest_match
 from wsbroadcast.publication import POSITION_TEXT, Described, Position, Publication
 
-# Audiences whose history is remembered, because a broadcast needs it each time; past this many, the memory is emptied.
+# For how many audiences the options are remembered, because each broadcast needs them. Past this many, all are dropped.
 _REMEMBERED = 8192
 
 
-# What every broker can count to: a thousand million messages, and a hundred years.
+# What every broker can count to: a thousand million messages, and a hundred years in seconds.
 _MOST = {"messages": 10**9, "seconds": 3.2e9, "remember": 3.2e9}
 
 
@@ -34,29 +34,29 @@ class _Users(Enum):
 
 
 USERS: Final = _Users.USERS
-"""In `history=`: what is sent to users, each of whom has a history of its own."""
+"""As a key in `history=`: messages to users. Each user has a history of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """How much is kept of what is broadcast to a channel, so that who comes back gets what it missed.
+    """How much of a channel's messages is kept, so that a client that comes back gets what it missed.
 
-    A message that is more than one of the numbers allows isn't replayed any more.
+    Both limits hold: a message is no longer replayed when it is too old, or when enough newer ones have come.
 
     Raises:
         ConfigurationError: If a number makes no sense.
     """
 
     messages: int = 100
-    """The newest so many messages."""
+    """How many messages are kept; the newest are. At most 1,000,000,000."""
     seconds: float = 300.0
-    """Messages that are not older than this."""
+    """How old a kept message may be, in seconds. At most 3,200,000,000, which is a hundred years."""
     remember: float = 86_400.0
-    """For how many seconds after the last message a position is known: who comes back to a quiet channel in that time
-    is told that nothing was missed."""
+    """For how many seconds after the last message a position is known. A client that comes back to a quiet channel in
+    that time is told that it missed nothing. Not less than `seconds`."""
     max_kept_bytes: int = 1024 * 1024
-    """The largest message that is kept, in bytes. A larger one is delivered; a replay over it is incomplete, and says
-    so."""
+    """The largest message that is kept, in bytes. A larger one is delivered and not kept; a replay that would need it
+    is incomplete, and says so."""
 
     def __post_init__(self) -> None:
         for name in ("messages", "max_kept_bytes"):
@@ -68,24 +68,24 @@ class History:
                 raise ConfigurationError(f"History.{name} is at most {most:,.0f}, not {getattr(self, name)!r:.80}")
         if self.remember < self.seconds:
             raise ConfigurationError(
-                f"History.remember, {self.remember} s, is shorter than History.seconds, {self.seconds} s: a position "
-                "is known at least for as long as the messages after it are kept. Raise remember as well, as in "
+                f"History.remember is {self.remember} s, but must be at least History.seconds, {self.seconds} s: a "
+                "position is known for as long as the messages after it are kept. Raise remember as well, as in "
                 f"History(seconds={self.seconds!r}, remember={self.seconds!r})"
             )
 
 
 Histories = History | Mapping[Any, History]
-"""What `history=` takes: one for all channels, or one for each pattern of channels, for `USERS` and for `EVERYONE`."""
+"""What `history=` takes: a `History` for all channels, or a dict of them by pattern, `USERS` and `EVERYONE`."""
 
 
 class HistoryRules:
     """Which audiences have a history.
 
     Args:
-        histories: What `history=` was given.
+        histories: The value of `history=`.
 
     Raises:
-        ConfigurationError: If it is something else.
+        ConfigurationError: If `histories` is something else.
     """
 
     def __init__(self, histories: Histories) -> None:
@@ -107,10 +107,16 @@ class HistoryRules:
                 self._channels[key] = history
             else:
                 raise ConfigurationError(_not_histories(f"a history for {key!r:.80}"))
+        self._streams: History | None = None
         self._known: dict[Audience, History | None] = {}
 
+    def keep_streams(self, history: History) -> None:
+        """Keep streams too, under these options."""
+        self._streams = history
+        self._known.clear()
+
     def of(self, audience: Audience) -> History | None:
-        """Return the history of an audience; `None` if nothing is kept. Of the patterns that fit the longest holds."""
+        """Return the history of an audience; `None` if nothing is kept. The longest pattern that fits counts."""
         try:
             return self._known[audience]
         except KeyError:
@@ -127,27 +133,32 @@ class HistoryRules:
                 return self._users
             case "everyone":
                 return self._everyone
+            case "stream" | "run":
+                return self._streams
         return None
 
     @property
     def all(self) -> list[History]:
-        """All that there are."""
-        return [each for each in (*self._channels.values(), self._users, self._everyone) if each is not None]
+        """The histories of all audiences."""
+        return [
+            each for each in (*self._channels.values(), self._users, self._everyone, self._streams) if each is not None
+        ]
 
     def to_json(self) -> bytes:
-        """Return the text that stands beside the data, so that who only publishes knows what is kept."""
+        """Return the rules as text. An engine keeps it at the broker, so that a publisher knows what is kept."""
         rules: dict[str, Any] = {"channels": {name: asdict(each) for name, each in self._channels.items()}}
-        for name, history in (("users", self._users), ("everyone", self._everyone)):
+        others = ("users", self._users), ("everyone", self._everyone), ("streams", self._streams)
+        for name, history in others:
             if history is not None:
                 rules[name] = asdict(history)
         return json.dumps(rules, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes) -> HistoryRules:
-        """Read what `to_json` has written. The bytes are untrusted.
+        """Read what `to_json` wrote. The bytes are untrusted.
 
         Raises:
-            ConfigurationError: If they are something else.
+            ConfigurationError: If the bytes are something else.
         """
         try:
             rules = from_json(text)
@@ -155,9 +166,12 @@ class HistoryRules:
             for key, name in ((USERS, "users"), (EVERYONE, "everyone")):
                 if name in rules:
                     histories[key] = History(**rules[name])
+            found = cls(histories)
+            if "streams" in rules:
+                found.keep_streams(History(**rules["streams"]))
         except (ValueError, TypeError, LookupError, AttributeError):
-            raise ConfigurationError("what the broker says of histories was not written by this library") from None
-        return cls(histories)
+            raise ConfigurationError("the text on histories at the broker was not written by this library") from None
+        return found
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HistoryRules) and self.to_json() == other.to_json()
@@ -168,34 +182,35 @@ class HistoryRules:
 
 def _not_histories(found: str) -> str:
     return (
-        'history is a History(…) for all channels, or a dict of them by pattern, such as {"room:*": History(), USERS: '
-        f"History(), EVERYONE: History()}}, not {found}"
+        'history is a History(…) for all channels, or a dict of them by pattern, such as {"room:*": History(), '
+        f"USERS: History(), EVERYONE: History()}}, not {found}"
     )
 
 
 class Appended(NamedTuple):
-    """What an engine says of a publication that it has kept."""
+    """What an engine returns for a publication that it has kept."""
 
     position: Position
-    """Its place in the history."""
+    """Its position in the history."""
     is_repeat: bool = False
-    """Whether it was kept before, under the same key; it wasn't sent again then."""
+    """Whether a publication with the same key was kept before. This one was not sent then."""
 
 
 class Replay(NamedTuple):
-    """A stretch of the history of an audience, as an engine has read it."""
+    """A part of the history of an audience, as an engine has read it."""
 
     top: Position
-    """The newest position at the moment of the read; offset 0 if nothing was ever kept."""
+    """The newest position at the moment of reading. Its offset is 0 if nothing was ever kept."""
     publications: Sequence[Publication]
-    """What was kept, in order, none older than the history allows; each with its position."""
+    """What is kept, in order, each with its position. None is older than the history allows."""
     base: int
-    """Everything that came after this offset, up to `top`, is among `publications`: that is proven."""
+    """It is proven that `publications` has everything after this offset, up to `top`."""
 
     def is_complete(self, since: Position) -> bool:
-        """Tell whether everything after a position is among them, up to `top`.
+        """Tell whether `publications` has everything after a position, up to `top`.
 
-        An empty epoch equals none, and an offset that none of the publications has is no position of this history.
+        It never has for an empty epoch, nor for an offset past `base` that neither `top` nor a publication has: that is
+        no position of this history.
         """
         if not since.epoch or since.epoch != self.top.epoch or not self.base <= since.offset <= self.top.offset:
             return False
@@ -208,50 +223,60 @@ class _Moment(Enum):
 
     LAST = "last"
     NOW = "now"
+    FIRST = "first"
 
     def __repr__(self) -> str:
         return self.name
 
 
 LAST: Final = _Moment.LAST
-"""As `since`: the newest message alone, for prices, flags and other states."""
+"""As `since`: only the newest message, for prices, flags and other states."""
 
 NOW: Final = _Moment.NOW
-"""Of a client that knows where it is: nothing that was before it."""
+"""As `since`: nothing older. The client is only told where the channel is now."""
 
-Since = Position | _Moment
-"""Since when a connection wants what it missed."""
+FIRST: Final = _Moment.FIRST
+"""As `since`: everything that is kept, for a reader that begins at the beginning."""
+
+
+class Offset(int):
+    """As `since`: an offset in the present history, from a client that doesn't know the epoch."""
+
+
+Since = Position | Offset | _Moment
+"""The place after which a connection wants what it missed."""
 
 SinceByAudience = Mapping[Audience, Since]
 
 NOWHERE: SinceByAudience = MappingProxyType({})
-"""Of a connection that wants nothing that came before it."""
+"""The `since` of a connection that wants nothing older."""
 
 SinceOption = Since | str | Mapping[Any, Since | str | None] | None
-"""What `since=` takes: a position of the only channel, or a dict of them by channel and audience. A text is a position
-as `str` writes it. `LAST`, or the text "last", is the newest message."""
+"""What `since=` takes: a position in the only channel, or a dict of positions by channel or audience. A text is a
+position as `str` writes it. `LAST`, or the text "last", is the newest message. A text that is no position is refused
+like a position of another history."""
 
-# A position of no history, for a text that is none: who sends it is told that nothing can be recovered.
+# Stands for a text that is no position. It is of no history, so the client is told that nothing can be recovered.
 _UNKNOWN = Position("", 0)
 
 
 def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None = None) -> SinceByAudience:
-    """Check what `since=` was given.
+    """Check the value of `since=`, and return it by audience.
 
     Args:
-        since: What was given.
+        since: The value.
         channels: The channels that are joined.
-        user_key: The user of the connection, whose own audience may be named.
+        user_key: The user of the connection. Its audience may be named too.
 
     Raises:
-        ValueError: If it is something else, or is about an audience that isn't joined.
+        ValueError: If the value is something else, or names an audience that isn't joined.
     """
     if since is None:
         return NOWHERE
     if not isinstance(since, Mapping):
         if len(channels) != 1:
             raise ValueError(
-                f"since is a dict of positions by channel where the channels are {len(channels)}, such as "
+                f"since is a dict of positions by channel where there are {len(channels)} channels: write it as in "
                 '{"news": "kX2dh0Qb7a_Z:17"}'
             )
         return {Audience("channel", channels[0]): _checked_since(since)}
@@ -263,8 +288,8 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
         audience = key if isinstance(key, Audience) else Audience("channel", key)
         if audience not in joined:
             raise ValueError(
-                f"since names {key!r:.80}, which is neither joined nor the connection's own; as a dict it is positions "
-                'by channel, such as {"news": "kX2dh0Qb7a_Z:17"}'
+                f"since names {key!r:.80}, which is neither a joined channel nor the connection's user: give positions "
+                'of joined channels, such as {"news": "kX2dh0Qb7a_Z:17"}'
             )
         if value is not None:
             found[audience] = _checked_since(value)
@@ -272,10 +297,10 @@ def since_of(since: SinceOption, channels: Sequence[str], user_key: str | None =
 
 
 def one_since(since: Since | str | None) -> Since | None:
-    """Check a position that a question about one audience names.
+    """Check the value of `since=` in a question about one audience.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it is neither a position, nor `LAST`, nor `None`.
     """
     return None if since is None else _checked_since(since)
 
@@ -295,47 +320,51 @@ def _checked_since(value: object) -> Since:
 
 
 Reason = Literal["", "epoch", "expired", "too_many", "unavailable", "not_kept"]
-"""Why something could not be recovered: `epoch` if the position is of another history, or of none; `expired` if what
-was missed is no longer kept, and `too_many` if it is more than is kept; `unavailable` if the broker can't be asked;
-`not_kept` if the channel has no history."""
+"""Why missed messages could not be recovered. `epoch`: the position is of another history, or of none. `expired`: they
+are no longer kept. `too_many`: they are more than is kept. `unavailable`: the broker can't be asked. `not_kept`: the
+channel has no history."""
 
 
 class Recovery(NamedTuple):
-    """Whether a connection that was away has got exactly what it missed in a channel."""
+    """Whether a connection that was away gets exactly what it missed in a channel."""
 
     recovered: bool
-    """Whether it gets everything after the position that it named, without a hole. It is never `True` unproven."""
+    """Whether it gets everything after the position that it named, with nothing missing. `True` only if that is
+    proven."""
     reason: Reason
-    """Why not; empty if it is."""
+    """Why `recovered` is `False`; empty if it is `True`."""
     position: Position | None
-    """Where the channel is now; `None` if that isn't known, or the channel has no history."""
+    """The newest position of the channel; `None` if it isn't known, or the channel has no history."""
 
 
 def kept_audience(channel: object, user: object, everyone: bool) -> Audience:
-    """Build the audience that a question about a history is for.
+    """Return the audience that a question about a history is for.
 
     Raises:
         InvalidChannel: If the channel's name breaks a rule.
-        ValueError: If none is named, or more than one.
+        ValueError: If no audience is named, or more than one.
     """
     if (channel is not UNSET) + (user is not UNSET) + bool(everyone) != 1:
-        raise ValueError("name one: a channel, user=… or everyone=True")
+        raise ValueError("name one audience: a channel, user=… or everyone=True")
     return EVERYONE if everyone else Audience.of(channel, user)
 
 
 class Page(Described):
-    """What is kept of an audience, as `history()` returns it. A route may return it as it is."""
+    """A part of a history, as `history()` returns it. A route may return it as it is.
 
-    # No named tuple, which would be a list in JSON; and no dataclass, whose messages FastAPI would copy.
+    As JSON, and as a `dict`, it is an object with its three fields.
+    """
+
+    # A named tuple would be a list in JSON. FastAPI would copy the messages of a dataclass.
     __slots__ = ("is_complete", "messages", "position")
 
     def __init__(self, messages: Sequence[Publication], position: Position, is_complete: bool) -> None:
         self.messages = messages
-        """In order: without `since` the newest, with it the first after it."""
+        """The messages in order: with `since` the first ones after it, without it the newest ones."""
         self.position = position
-        """The position behind them: who goes on since there misses nothing."""
+        """The position after the messages. A client that goes on from here misses nothing."""
         self.is_complete = is_complete
-        """Whether these are all messages from `since` up to `position`. If not, they are the newest that are kept."""
+        """Whether these are all messages after `since`, up to `position`. If not, they are the newest that are kept."""
 
     def keys(self) -> Iterable[str]:
         """Return the names of what is written as JSON."""
@@ -351,7 +380,7 @@ class Page(Described):
 
 
 def check_limit(limit: object) -> None:
-    """Check how many messages a page may have.
+    """Check the value of `limit=`.
 
     Raises:
         ValueError: If it is neither `None` nor a positive number.
@@ -361,7 +390,7 @@ def check_limit(limit: object) -> None:
 
 
 def page_of(replay: Replay, since: Position | None, limit: int | None) -> Page:
-    """Make a page of what was read."""
+    """Return what was read as a page."""
     if since is None or not replay.is_complete(since):
         return Page(replay.publications[-(limit or 0) :], replay.top, since is None)
     messages = [each for each in replay.publications if each.offset > since.offset]
@@ -379,23 +408,23 @@ MAX_KEY_BYTES = 200
 def check_key(
     key: object, rules: HistoryRules | None, audiences: Iterable[Audience], transaction: object = None
 ) -> None:
-    """Check an idempotency key, and whether it can be kept to.
+    """Check an idempotency key, and that each audience has a history, which remembers it.
 
     Raises:
-        ConfigurationError: If an audience has no history, in which the key would be remembered.
-        ValueError: If it is not a text, or too long.
+        ConfigurationError: If an audience has no history, or the broadcast is part of a transaction.
+        ValueError: If the key is not a text, empty or too long.
     """
     if not isinstance(key, str) or not 0 < _utf8_bytes(key) <= MAX_KEY_BYTES:
         raise ValueError(f"idempotency_key is a text of 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {key!r:.80}")
     if transaction is not None:
-        raise ConfigurationError("idempotency_key and transaction don't go together: the transaction commits once")
+        raise ConfigurationError("idempotency_key and transaction exclude each other: a transaction commits only once")
     for audience in audiences:
         if rules is None or rules.of(audience) is None:
-            raise ConfigurationError(f"idempotency_key needs a history to be remembered in: {no_history(audience)}")
+            raise ConfigurationError(f"idempotency_key needs a history, which remembers it: {no_history(audience)}")
 
 
 def _utf8_bytes(text: str) -> int:
-    # Half of a surrogate pair is no UTF-8: a driver that has to write it loses the connection, and what others say.
+    # Half of a surrogate pair can't be UTF-8. A driver that has to write it loses its connection, and other messages.
     try:
         return len(text.encode())
     except UnicodeEncodeError:
@@ -403,7 +432,7 @@ def _utf8_bytes(text: str) -> int:
 
 
 def no_history(audience: Audience) -> str:
-    """Say that nothing is kept of an audience, and what to do."""
+    """Return the text for errors that says that an audience has no history, and what to do."""
     names = {"channel": f"the channel {audience.name!r:.80}", "user": "users", "everyone": "everyone"}
     return (
         f"nothing is kept for {names.get(audience.kind, audience.kind)}: name it in history=, as in "

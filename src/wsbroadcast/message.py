@@ -1,4 +1,4 @@
-"""What was broadcast, validated and encoded once."""
+"""A message: what was broadcast, checked and encoded once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import partial
 from inspect import iscoroutinefunction
 from math import isfinite
 from types import GeneratorType
@@ -23,15 +24,15 @@ from wsbroadcast.signatures import check_callable
 from wsbroadcast.text import plain
 
 Form = Literal["text", "json", "binary"]
-"""What the bytes of a message are. JSON goes out as text."""
+"""What the bytes of a message are. JSON goes out as a text frame."""
 
 
 JSONDefault = Callable[[Any], Any]
-"""Makes, of an object that JSON doesn't know, something that it knows."""
+"""Turns an object that JSON doesn't know into something that JSON knows."""
 
 
 class Encoding(Protocol):
-    """Makes of a message what is written to connections."""
+    """Makes the bytes that are written to connections from a message."""
 
     def encode(self, message: Message) -> bytes:
         """Return the bytes."""
@@ -53,8 +54,8 @@ class Message:
         self.form = form
         """What the bytes are: `text`, `json` or `binary`."""
         self.key = key
-        """Under the policy `conflate` a newer message to the same audience with the same key replaces this one."""
-        # What was made of it for the wire. A message that is broadcast twice has it already.
+        """Under the policy `conflate`, a newer message to the same audience with the same key replaces this one."""
+        # What was made of it for the wire. It is there already when a message is broadcast for the second time.
         self._encoded: dict[Encoding, bytes] = {}
 
     @classmethod
@@ -63,12 +64,12 @@ class Message:
 
         Args:
             value: `str` is text, `bytes` binary, anything else JSON.
-            key: What it is the newest of, for slow consumers under the policy `conflate`.
-            json_default: Called with what JSON doesn't know; returns what is written instead.
+            key: Under the policy `conflate`, a newer message with the same key replaces this one in a backlog.
+            json_default: Called with an object that JSON doesn't know; returns what is written instead.
 
         Raises:
-            EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON; or if the
-                key is not a str.
+            EncodeError: If the value holds a lone surrogate, NaN or an infinity, if it can't be written as JSON, or if
+                the key is not a str.
         """
         if key is not None:
             if not isinstance(key, str):
@@ -90,7 +91,7 @@ class Message:
 
     @classmethod
     def json(cls, value: object, key: str | None = None, *, json_default: JSONDefault | None = None) -> Message:
-        """Encode a value as JSON, a `str` too.
+        """Encode a value as JSON; a `str` becomes a JSON string.
 
         Raises:
             EncodeError: If the value holds a lone surrogate, NaN or an infinity, or can't be written as JSON.
@@ -99,21 +100,21 @@ class Message:
 
     @property
     def is_text(self) -> bool:
-        """Whether it goes out as a text frame; as a binary one else."""
+        """Whether it goes out as a text frame. Otherwise it is a binary one."""
         return self.form != "binary"
 
     def _wire(self, encoding: Encoding) -> bytes:
-        """Return the message in an encoding for the wire, made once for all connections that share it."""
+        """Return the message as bytes in an encoding, made once for all connections that share it."""
         encoded = self._encoded.get(encoding)
         if encoded is None:
             encoded = self._encoded[encoding] = encoding.encode(self)
         return encoded
 
     def _within(self, limit: int) -> Message:
-        """Return the message itself.
+        """Return the message itself, if it isn't larger than a limit in bytes.
 
         Raises:
-            MessageTooLarge: If it is larger than the limit, in bytes.
+            MessageTooLarge: If it is larger.
         """
         if self.size > limit:
             raise MessageTooLarge(self.size, limit)
@@ -122,16 +123,22 @@ class Message:
     @property
     def data(self) -> str | bytes:
         """The message as a client receives it: `str` for a text frame, `bytes` for a binary one."""
-        return self.payload.decode() if self.is_text else self.payload  # not kept: a text may take four times the bytes
+        return self.payload.decode() if self.is_text else self.payload  # not kept: a str may take four times the bytes
 
     def __repr__(self) -> str:
         return f"<Message {self.form} {self.size} bytes>"  # never the payload: a repr ends up in logs
 
 
-# From a value to JSON, or to an error that says what would be lost on the way.
+class Enveloped(Message):
+    """A message that a protocol has put into an object of its own, around what was published."""
+
+    __slots__ = ()
 
 
-# What has nothing inside it that could be lost, but for a float.
+# From a value to JSON, or to an error that says what would be lost.
+
+
+# Values with nothing inside that could be lost, except that a float may be NaN.
 _SCALARS: frozenset[type] = frozenset(
     {str, int, float, bool, type(None), bytes, Decimal, UUID, date, datetime, time, timedelta}
 )
@@ -140,16 +147,16 @@ _SETS = (set, frozenset)
 _SEQUENCES = (*_LISTS, *_SETS)
 _CONTAINERS = (dict, *_SEQUENCES)
 
-# Bytes of JSON from which on it is worth while to look at a value in C first.
+# From this many bytes of JSON on, it pays to look at a value in C first.
 _LARGE = 2048
 
-# Tells whether SQLModel is in use: without it hardly a row is a model, and in lists and dicts none is looked for.
+# Shows whether SQLModel is in use. Without it rows are hardly ever models, and lists and dicts aren't searched for any.
 _MODULES = sys.modules
 
-# The way of all types, for what is to stay in Python.
+# Writes any type, for values that stay in Python.
 _FOR_PYTHON = SchemaSerializer({"type": "any"})
 
-# From a value to a place in it, by the steps that lead there in the JSON.
+# The way from a value to something inside it: the steps as they are in the JSON.
 Path = tuple["str | int", ...]
 
 
@@ -163,12 +170,12 @@ def to_json_bytes(value: object, json_default: JSONDefault | None = None) -> byt
     try:
         if type(value) is GeneratorType:
             value = _drained(value)
-        # "constants" writes NaN literally, where the default would turn a NaN into null behind the caller's back.
+        # "constants" writes NaN literally. The default would silently turn a NaN into null.
         payload = to_json(value, inf_nan_mode="constants", fallback=json_default)
-        # First for one byte, an N or an I: `in` finds a number ten times as fast as a word.
+        # First look for one byte, an N or an I: `in` finds a number ten times as fast as a word.
         if (78 in payload and payload.find(b"NaN") >= 0) or (73 in payload and payload.find(b"Infinity") >= 0):
             _refuse_constants(payload)
-        # Something that a model has lost is null or empty now; of what a row has lost a part may be there.
+        # What a model has lost is null or empty now. Of what a row has lost, a part may still be there.
         has_null = payload.find(b"null") >= 0
         if has_null or payload.find(b"{}") >= 0 or "sqlmodel" in _MODULES or _is_row(type(value)):
             _refuse_losses(value, payload, has_null=has_null)
@@ -179,21 +186,43 @@ def to_json_bytes(value: object, json_default: JSONDefault | None = None) -> byt
     return payload
 
 
-def check_json_default(function: object) -> None:
-    """Check that something can be a `json_default`.
+def write_json(serializer: SchemaSerializer, value: object) -> bytes:
+    """Write a value as JSON in UTF-8, in the way that a serializer of pydantic writes its type.
 
     Raises:
-        ConfigurationError: If it is no plain function.
+        EncodeError: As for `to_json_bytes`; or if the value is not of that type.
+    """
+    try:
+        payload = serializer.to_json(value, by_alias=True, warnings="error")
+        if (78 in payload and payload.find(b"NaN") >= 0) or (73 in payload and payload.find(b"Infinity") >= 0):
+            _refuse_constants(payload)
+        if payload.find(b"null") >= 0:
+            _refuse_hidden_constants(value, payload, partial(serializer.to_json, by_alias=True), serializer)
+        if "sqlmodel" in _MODULES or _is_row(type(value)):
+            _refuse_expired_rows(value, within_models=payload.find(b"{}") >= 0)
+    except EncodeError:
+        raise
+    except (PydanticSerializationError, ValueError, TypeError, RecursionError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise EncodeError(f"{type(value).__name__} can't be written as its type says: {said}") from error
+    return payload
+
+
+def check_json_default(function: object) -> None:
+    """Check that a value can be a `json_default`.
+
+    Raises:
+        ConfigurationError: If it is not a plain function of one argument.
     """
     if function is None:
         return
     if iscoroutinefunction(function):
-        raise ConfigurationError("json_default is a plain function: nothing can be awaited while a message is written")
+        raise ConfigurationError("json_default must be a plain function: nothing is awaited while a message is written")
     check_callable(function, ("value",), "json_default")
 
 
 def _drained(generator: GeneratorType[Any, Any, Any]) -> list[object]:
-    # Else it could be looked at once only.
+    # A generator can be read only once.
     try:
         return list(generator)
     except Exception as error:
@@ -207,7 +236,7 @@ def _refuse_losses(value: object, payload: bytes, *, has_null: bool) -> None:
     if is_empty or any(map(_is_row, _kinds(value))):
         _refuse_expired_rows(value, within_models=is_empty)
     if has_null:
-        _refuse_hidden_constants(value, payload)
+        _refuse_hidden_constants(value, payload, partial(to_json, inf_nan_mode="constants"), _FOR_PYTHON)
 
 
 # What JSON can't carry.
@@ -220,41 +249,43 @@ class _Constant(str):
 
 
 def _refuse_constants(payload: bytes) -> None:
-    # Maybe it is only text inside a string: a parser tells. Long integers it must not convert.
+    # It may only be text inside a string: a parser tells. The parser must not convert long integers.
     parsed = json.loads(payload, parse_constant=_Constant, parse_int=str)
     for path, constant in _objects(parsed):
         raise EncodeError(f"the message holds {constant}{_at(path)}, which JSON can't carry; send None instead")
 
 
-def _refuse_hidden_constants(value: object, payload: bytes) -> None:
-    # A model of pydantic writes NaN as null whatever it is told, but not into what it makes for Python.
+def _refuse_hidden_constants(
+    value: object, payload: bytes, write: Callable[..., bytes], serializer: SchemaSerializer
+) -> None:
+    # A pydantic model always writes NaN as null in JSON, but not in what it makes for Python.
     try:
-        # Mostly what is null is a field that is None.
-        if to_json(value, inf_nan_mode="constants", exclude_none=True).find(b"null") < 0:
+        # Usually a null is just a field that is None.
+        if write(value, exclude_none=True).find(b"null") < 0:
             return
-        tree = _FOR_PYTHON.to_python(value, by_alias=True, warnings=False)
+        tree = serializer.to_python(value, by_alias=True, warnings=False)
         sent = from_json(payload)
-    except Exception:  # a serializer of the app's that works only once, or only for JSON: then nobody can tell
+    except Exception:  # a serializer of the app that works only once, or only for JSON: then nobody can tell
         return
     for path, number in _lost(tree, sent):
         if not _is_wished(value, path):
             raise EncodeError(
                 f"the message holds {json.dumps(number)}{_at(path)}, which JSON can't carry and the model would write"
-                " as null; send None instead, or say ser_json_inf_nan='null' in the config of the model"
+                " as null; send None instead, or set ser_json_inf_nan='null' in the config of the model"
             )
 
 
 def _lost(tree: object, sent: object, path: Path = ()) -> Iterator[tuple[Path, float]]:
-    # The numbers of the tree that became null where it was sent.
+    # Yield the numbers of the tree that were sent as null.
     if isinstance(tree, float):
         if sent is None and not isfinite(tree):
             yield path, tree
     elif isinstance(tree, dict) and isinstance(sent, dict):
-        if len(tree) == len(sent):  # else two keys are the same text; which text that is need not be known
+        if len(tree) == len(sent):  # else two keys have the same text, and nothing can be compared
             for one, (key, other) in zip(tree.values(), sent.items(), strict=True):
                 yield from _lost(one, other, (*path, key))
     elif isinstance(tree, _SETS) and isinstance(sent, list):
-        for inner in tree if None in sent else ():  # in whichever order
+        for inner in tree if None in sent else ():  # a set has no order
             yield from _lost(inner, None, path)
     elif isinstance(tree, _LISTS) and isinstance(sent, list):
         for number, (one, other) in enumerate(zip(tree, sent, strict=False)):
@@ -262,7 +293,7 @@ def _lost(tree: object, sent: object, path: Path = ()) -> Iterator[tuple[Path, f
 
 
 def _is_wished(value: Any, path: Path) -> bool:
-    # Whether the innermost model around a place says that NaN is to be null, or has ways of its own to write JSON.
+    # Whether the innermost model around a place wants NaN to be null, or writes JSON by functions of its own.
     is_wished = False
     for step in (*path, None):
         if _is_model(kind := type(value)):
@@ -285,12 +316,12 @@ def _writes_json(schema: object) -> bool:
     return any(_writes_json(inner) for key, inner in schema.items() if key not in ("metadata", "default"))
 
 
-# Rows of a database, which are known by what SQLAlchemy gives them.
+# Rows of a database. They are known by what SQLAlchemy adds to them.
 
 
 def _refuse_expired_rows(value: object, *, within_models: bool) -> None:
-    # A model writes what it has, and doesn't know what a row would have to load. Another model that a row is in need
-    # not write it, so there it counts only if something came out empty.
+    # A model writes what it has, and doesn't know what a row would have to load. A row inside another model need not be
+    # written by it, so there it counts only if something came out empty.
     for path, row in _objects(value, within_models=within_models):
         if _is_model(type(row)) and (names := _expired(row)):
             raise EncodeError(
@@ -300,7 +331,7 @@ def _refuse_expired_rows(value: object, *, within_models: bool) -> None:
 
 
 def _expired(row: object) -> list[str]:
-    # Not what a query left out on purpose, or what a row lacks that never was in the database.
+    # Not what a query left out on purpose, and not what a row lacks that was never in the database.
     state = _state_of(row)
     if getattr(state, "key", None) is None:
         return []
@@ -315,16 +346,16 @@ def _explanation(value: object, error: Exception, json_default: JSONDefault | No
             return f"{type(row).__name__}{_at(path)} {advice}"
     path, strange = _strange(value, json_default)
     if isinstance(strange, Coroutine):
-        strange.close()  # else Python complains later, and somewhere else
+        strange.close()  # else Python warns later, in another place
         return f"a coroutine{_at(path)} can't be written as JSON: an `await` is missing"
-    # One line: an error of a database goes on with a statement and its values.
+    # One line: errors of a database go on with a statement and its values.
     text = f"{type(strange).__name__}{_at(path)[:200]} can't be written as JSON: {str(error).partition(chr(10))[0]}"
     is_unknown = isinstance(error, PydanticSerializationError) and json_default is None
-    return f"{text}; json_default= can say how" if is_unknown else text
+    return f"{text}; pass json_default= to say how" if is_unknown else text
 
 
 def _strange(value: object, json_default: JSONDefault | None) -> tuple[Path, object]:
-    # What inside a value can't be written; the value itself if that isn't found.
+    # Find what inside a value can't be written; return the value itself if that isn't found.
     found: list[object] = []
 
     def remember(strange: Any) -> Any:
@@ -373,7 +404,7 @@ def _is_model(kind: type) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    # Whether there is nothing inside but scalars, lists and dicts; asked of every message that holds null.
+    # Whether it holds only scalars, lists and dicts. This is asked for every message that holds null.
     kind = type(value)
     if kind is dict:
         value = value.values()
@@ -391,14 +422,14 @@ def _is_plain(value: Any) -> bool:
 
 def _is_plain_and_large(value: Any) -> bool:
     try:
-        marshal.dumps(value)  # in C; it refuses everything else, but a date, too
+        marshal.dumps(value)  # in C; it refuses everything else, and dates too
     except ValueError:
         return _is_plain(value)
     return True
 
 
 def _kinds(value: Any) -> set[type]:
-    # The types of what is neither a scalar nor a container.
+    # The types of everything inside that is neither a scalar nor a container.
     if isinstance(value, _CONTAINERS):
         inside = value.values() if isinstance(value, dict) else value
         kinds = set(map(type, inside)) - _SCALARS
@@ -409,14 +440,14 @@ def _kinds(value: Any) -> set[type]:
 
 
 class _Place(NamedTuple):
-    """A step on the way to something inside a value; shared, because a nesting may be very deep."""
+    """A step on the way to something inside a value. Steps are shared, because a nesting may be very deep."""
 
     before: _Place | None
     step: str | int
 
     @property
     def path(self) -> Path:
-        """All steps."""
+        """All steps, from the outside to the inside."""
         steps, place = [self.step], self.before
         while place is not None:
             steps.append(place.step)
@@ -425,7 +456,7 @@ class _Place(NamedTuple):
 
 
 def _objects(value: object, *, within_models: bool = False) -> Iterator[tuple[Path, object]]:
-    # All that is neither a scalar nor a container, each once.
+    # Everything inside that is neither a scalar nor a container, each once.
     waiting: deque[tuple[_Place | None, object]] = deque([(None, value)])
     seen = set()
     while waiting:
@@ -461,11 +492,11 @@ def _inside(value: Any) -> Iterable[tuple[str | int, object]]:
 def _name(key: object) -> str:
     try:
         return str(key)
-    except ValueError:  # an int of more digits than Python writes
+    except ValueError:  # an int with more digits than Python writes
         return f"<{type(key).__name__}>"
 
 
 def _at(path: Path) -> str:
-    # As one would write it in JavaScript.
+    # Written as in JavaScript.
     steps = (f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{shorten(step)}]" for step in path)
     return f" at {''.join(steps).removeprefix('.')}" if path else ""

@@ -1,4 +1,4 @@
-"""Small frozen option objects, so that constructors need not grow fifteen keywords. No I/O."""
+"""Options in small frozen objects, so that constructors don't need fifteen keywords. No I/O."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from typing import Literal, TypeVar, get_args
 
 from wsbroadcast.exceptions import ConfigurationError
 
-# An int may be larger, and can't be added to a time.
+# An int may be larger than this, but then it can't be added to a time.
 _LARGEST = sys.float_info.max
 
 Policy = Literal["disconnect", "drop_newest", "drop_oldest", "conflate"]
-"""What happens to a slow consumer whose backlog is full."""
+"""What happens when the backlog of a slow consumer is full; see `SlowConsumer`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlowConsumer:
-    """What a connection may leave unread, and what happens beyond that.
+    """How much may wait for one connection, and what happens beyond that.
 
-    Policies: `disconnect` closes the connection with 1013, a code that tells a client to come back. `drop_newest`
-    keeps what waits and drops what comes. `drop_oldest` drops what has waited longest. `conflate` keeps the newest
-    message of each `key` that a broadcast names, and disconnects when that doesn't fit either; a message without a key
-    is kept as under `disconnect`. Every drop is counted.
+    There are four policies. Every drop is counted.
 
-    A connection may be in channels with different policies. What happens is up to the message that doesn't fit, and
-    `drop_oldest` drops none but those of channels that have this policy too.
+    * `disconnect` closes the connection with 1013, a code that tells a client to come back.
+    * `drop_newest` keeps what waits and drops what comes.
+    * `drop_oldest` drops what has waited longest.
+    * `conflate` keeps the newest message of each `key` that a broadcast names, and disconnects if that doesn't fit
+      either. A message without a key is kept as under `disconnect`.
+
+    A connection may be in channels with different policies. Then the policy of the message that doesn't fit decides.
+    `drop_oldest` drops only messages of channels that have this policy too.
     """
 
     policy: Policy = "disconnect"
     by_channel: Mapping[str, Policy] = field(default_factory=dict)
-    """Other policies for channels, by a name or a pattern: `*` is any text, as in `{"ticker:*": "conflate"}`. The
-    longest one that fits holds."""
+    """Other policies for channels, by name or pattern: `*` is any text, as in `{"ticker:*": "conflate"}`. If several
+    fit, the longest one counts."""
     max_backlog_bytes: int = 1024 * 1024
-    """Bytes that may wait for one connection. A single larger message still goes to one that has nothing waiting."""
+    """Bytes that may wait for one connection. If nothing waits for it, it is sent even a single larger message."""
     max_backlog_messages: int = 1024
     """Messages that may wait for one connection."""
     send_timeout: float = 10.0
-    """Seconds in which a peer may take nothing before its connection is evicted, and the longest a broadcast waits for
-    a crowd that is behind, up to 10."""
+    """Seconds after which a connection whose peer takes nothing is evicted. It is also the longest time that a
+    broadcast waits for connections that are behind, but at most 10 s."""
     close_timeout: float = 1.0
-    """Seconds a close waits for a peer that takes nothing, or doesn't answer it, before the connection is aborted."""
+    """Seconds that a close waits for a peer that takes nothing or doesn't answer. Then the connection is aborted."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.by_channel, Mapping) or not all(isinstance(name, str) for name in self.by_channel):
-            raise ConfigurationError('by_channel is a dict of policies, such as {"ticker:*": "conflate"}')
+            raise ConfigurationError('by_channel must be a dict of policies, such as {"ticker:*": "conflate"}')
         for policy in (self.policy, *self.by_channel.values()):
             if policy not in get_args(Policy):
                 raise ConfigurationError(f"policy must be one of {', '.join(get_args(Policy))}, not {policy!r}")
@@ -56,7 +59,7 @@ class SlowConsumer:
         _check_fields(self, "send_timeout", "close_timeout", check=check_positive)
 
     def policy_of(self, channel: str | None) -> Policy:
-        """Return the policy for messages to a channel; `None` for those to no channel."""
+        """Return the policy for messages to a channel. `None` is for messages to no channel."""
         if channel is None or not self.by_channel:
             return self.policy
         return longest_match(self.by_channel, channel) or self.policy
@@ -66,7 +69,7 @@ V = TypeVar("V")
 
 
 def longest_match(patterns: Mapping[str, V], name: str) -> V | None:
-    """Return what the longest pattern stands for that fits a name; `*` is any text. `None` if none fits."""
+    """Return the value of the longest pattern that fits a name; `*` is any text. `None` if no pattern fits."""
     fitting = [pattern for pattern in patterns if _compiled(pattern).fullmatch(name)]
     return patterns[max(fitting, key=len)] if fitting else None
 
@@ -78,52 +81,52 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much is too much, for one node. `None` means without a limit.
+    """How many and how large things may be, on one node. `None` means no limit.
 
-    A limit is the most that is allowed; the next one is refused. What one connection may do is limited by default. How
-    many there may be only the app knows: those limits are off until they are set.
+    A limit is the largest allowed value: the next one is refused. What one connection may do is limited by default. How
+    many connections there may be, only the app knows: those limits are off until you set them.
 
-    An address is `scope["client"]` as the server gives it, never a header: behind a proxy that it is not told of,
-    all clients have the proxy's. IPv6 addresses count by their /64 network, and a peer without an address, as on a Unix
-    socket, isn't limited by it.
+    An address is `scope["client"]` as the server gives it, never a header. If the server isn't told of a proxy, all
+    clients have the proxy's address. IPv6 addresses count by their /64 network. Address limits don't apply to peers
+    without an address, as on a Unix socket.
     """
 
     max_outbound_bytes: int = 16 * 1024 * 1024
     """The largest message that can be broadcast or sent to clients, in bytes."""
     max_connections: int | None = None
-    """Connections in all; the next handshake is refused with 503."""
+    """All connections. The next handshake is refused with 503."""
     max_connection_age: float | None = None
-    """Seconds after which a connection is closed with 1012, so that its client comes back, perhaps to another node; for
-    each connection up to a tenth more or less. What waits for it is sent before."""
+    """Seconds after which a connection is closed with 1012, so that its client comes back, perhaps to another node. It
+    is up to a tenth more or less for each connection. Messages that wait for it are sent first."""
     max_connections_per_user: int | None = None
     """Connections of one user; see `when_full`."""
     when_full: Literal["refuse", "oldest"] = "refuse"
-    """What happens beyond `max_connections_per_user`: the next handshake is refused with 429, or the user's oldest
-    connection here is closed with 4409, and its place is the new one's. A phone that comes back before its dead
-    connection was noticed gets in that way."""
+    """What happens beyond `max_connections_per_user`. With `refuse` the next handshake is refused with 429. With
+    `oldest` the user's oldest connection on this node is closed with 4409, and the new one takes its place: so a phone
+    gets in that comes back before its dead connection was noticed."""
     max_connections_per_address: int | None = None
-    """Connections from one address; the next handshake is refused with 429."""
+    """Connections from one address. The next handshake is refused with 429."""
     max_handshake_rate: float | None = None
-    """Handshakes a second from one address that go on for long; beyond, they are refused with 429."""
+    """Lasting rate of handshakes from one address, per second. Beyond it they are refused with 429."""
     handshake_burst: int = 20
     """Handshakes from one address that may come at once."""
     max_channels_per_connection: int | None = 100
-    """Channels a connection is in; `LimitExceeded` beyond."""
+    """Channels that one connection is in. Beyond it `LimitExceeded` is raised."""
     max_inbound_bytes: int | None = 64 * 1024
-    """The largest message of a client, in bytes, of UTF-8 for text; a larger one closes with 1009."""
+    """The largest message of a client, in bytes; text counts as UTF-8. A larger one closes its connection with 1009."""
     max_inbound_rate: float | None = None
-    """Messages a second from one client that go on for long; more closes with 1008."""
+    """Lasting rate of messages from one client, per second. Beyond it the connection is closed with 1008."""
     max_router_inbound_rate: float | None = 100.0
-    """The same for clients of a router, whose messages reach others without any code of the app's; where
-    `max_inbound_rate` is set, that holds instead."""
+    """The same for clients of a router, whose messages reach others without code of the app. If `max_inbound_rate` is
+    set, that counts instead."""
     inbound_burst: int = 1000
-    """Messages of one client that may come at once."""
+    """Messages from one client that may come at once."""
 
     def __post_init__(self) -> None:
         if self.when_full not in ("refuse", "oldest"):
             raise ConfigurationError(f"Limits.when_full must be refuse or oldest, not {self.when_full!r:.80}")
         if self.when_full == "oldest" and self.max_connections_per_user is None:
-            raise ConfigurationError('Limits.when_full="oldest" needs max_connections_per_user, of which it is a part')
+            raise ConfigurationError('Limits.when_full="oldest" needs max_connections_per_user: set that too')
         always = ("max_outbound_bytes", "handshake_burst", "inbound_burst")
         names = [f.name for f in fields(self) if f.name in always or getattr(self, f.name) is not None]
         names.remove("when_full")
@@ -143,7 +146,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Check an option that is a time, which may be none at all.
+    """Check an option that is a duration, which may be 0.
 
     Raises:
         ConfigurationError: If it is not a number, not finite or negative.
@@ -170,7 +173,7 @@ def _check_fields(options: object, *names: str, check: Callable[[str, object], N
 # Until when a connection may live.
 
 
-_LAST_SECOND = 253_402_300_800  # of the year 9999; tokens that count milliseconds lie far beyond
+_LAST_SECOND = 253_402_300_800  # the end of the year 9999; tokens that count milliseconds lie far beyond it
 
 ExpiresAt = float | datetime | None
 
@@ -188,12 +191,12 @@ def unix_seconds(expires_at: object) -> float | None:
         return None
     if isinstance(expires_at, datetime):
         if expires_at.utcoffset() is None:
-            raise ValueError("expires_at has no timezone, so nobody knows when it is: use datetime.now(UTC) + …")
+            raise ValueError("expires_at has no timezone, so its moment isn't known: use datetime.now(UTC) + …")
         return expires_at.timestamp()
     if isinstance(expires_at, bool) or not isinstance(expires_at, (int, float)):
         raise ValueError(f"expires_at is seconds since 1970 or a datetime, not {type(expires_at).__name__}")
-    if not -_LAST_SECOND < expires_at < _LAST_SECOND:  # which NaN isn't either
-        raise ValueError("expires_at is in seconds since 1970: what came is not finite, or is milliseconds")
+    if not -_LAST_SECOND < expires_at < _LAST_SECOND:  # this refuses NaN too
+        raise ValueError("expires_at must be seconds since 1970, but is not finite, or is in milliseconds")
     return float(expires_at)
 
 
@@ -202,15 +205,15 @@ class Timing:
     """How long an engine waits for its broker, in seconds."""
 
     connect_timeout: float = 1.5
-    """To open a connection. A broker that has come back is noticed within this time and `max_backoff`."""
+    """To open a connection. A broker that is back is noticed within this time plus `max_backoff`."""
     request_timeout: float = 2.0
-    """For an answer of the broker; after that the connection counts as lost."""
+    """For an answer of the broker. After that the connection counts as lost."""
     probe_interval: float = 5.0
-    """Between two echoes that show whether messages travel."""
+    """Between two messages of the engine to itself, which show whether messages travel."""
     max_backoff: float = 0.4
-    """Between two attempts to connect, at most; each is a random part of it."""
+    """The longest pause between two attempts to connect. Each pause is a random part of it."""
     linger: float = 1.0
-    """For how long a subscription is kept after the last connection here has left its audience."""
+    """How long a subscription is kept after the last connection on this node has left its audience."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -219,25 +222,25 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientTiming:
-    """What clients that speak events are told to do when, in seconds, and how long they are given.
+    """Times for clients that speak events, in seconds.
 
-    `hello` tells them, so that an operator can slow down a herd without a release of the page.
+    The server tells them in `hello`, so an operator can slow down many clients without a new release of the page.
     """
 
     ping_interval: float = 25.0
-    """Between two pings, which every such client gets: browsers don't show a page those of WebSocket itself, and
-    proxies cut what is idle."""
+    """Between two pings to each such client. Pages can't see the pings of WebSocket itself, and proxies cut
+    connections that are idle."""
     stream_ping_interval: float = 15.0
     """Between two comments in an event stream."""
     reconnect_min: float = 0.5
-    """A client that is cut off comes back after a random part of this, and of twice that after each failure."""
+    """A client that is cut off comes back after a random part of this time. The time doubles after each failure."""
     reconnect_max: float = 20.0
-    """The most that grows to."""
+    """The longest that this time grows to."""
     call_timeout: float = 30.0
-    """How long a method may take that a client calls; then the call is answered with `timeout`."""
+    """How long a method that a client calls may take. After that the call is answered with `timeout`."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             check_positive(f"ClientTiming.{name}", getattr(self, name))
         if self.reconnect_max < self.reconnect_min:
-            raise ConfigurationError("ClientTiming.reconnect_max is smaller than reconnect_min")
+            raise ConfigurationError("ClientTiming.reconnect_max must not be smaller than reconnect_min")

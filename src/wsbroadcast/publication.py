@@ -1,4 +1,4 @@
-"""What travels between the nodes, and from there to the connections. No I/O."""
+"""What nodes send each other, and what of it they hand to connections. No I/O."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ from wsbroadcast.close_codes import check_sendable, cut_reason
 from wsbroadcast.message import Message
 
 EPOCH = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""What an epoch looks like."""
+"""The form of an epoch."""
 
 MAX_OFFSET = 2**63 - 1
 """The largest offset that every broker can count to."""
 
 _POSITION = re.compile(rf"({EPOCH.pattern}):(0|[1-9][0-9]{{0,18}})")
 
-# How pydantic writes what describes itself. As a dict, because pydantic itself isn't imported here.
+# The schema by which pydantic writes a `Described`. It is a dict, because pydantic itself isn't imported here.
 _AS_DICT: Any = {"type": "function-plain", "function": dict, "return_schema": {"type": "dict"}}
 
 NOBODY: frozenset[str] = frozenset()
-"""The ids of no connection."""
+"""Excludes no connection."""
 
 
 class Position(str):
-    """A place in the history of an audience: a text, so that it is one wherever an app puts it, such as in JSON."""
+    """A place in the history of an audience. It is a text too, so an app may put it anywhere, such as into JSON.
+
+    As the type of a route's parameter, or of a model's field, it is read from its text. `<` compares two positions of
+    the same history; for others it is a `TypeError`.
+    """
 
     __slots__ = ("epoch", "offset")
     __match_args__ = ("epoch", "offset")
 
     epoch: str
-    """Names the history, and is never empty. Positions of another one can't be compared with these."""
+    """The name of the history. Positions of different epochs can't be compared."""
     offset: int
-    """Grows with each publication that is kept; 0 before the first."""
+    """Grows with each publication that is kept. It is 0 before the first one."""
 
     def __new__(cls, epoch: str, offset: int) -> Self:  # noqa: D102
-        self = str.__new__(cls, f"{epoch}:{offset}")  # not by super(): it is made for each message that is kept
+        self = str.__new__(cls, f"{epoch}:{offset}")  # not by super(), for speed: one is made for each kept message
         self.epoch = epoch
         self.offset = offset
         return self
@@ -54,14 +58,14 @@ class Position(str):
         """Read a position from its text.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the text is something else.
         """
         found = _POSITION.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise ValueError(f"a position is {POSITION_TEXT}, not {text!r:.80}")
         return cls(found[1], int(found[2]))
 
-    # Texts are compared letter by letter, which would put offset 10 before offset 9.
+    # Compared by offset: as texts they would be compared letter by letter, and offset 10 would come before offset 9.
 
     def __lt__(self, other: object) -> bool:
         return self.offset < self._comparable(other)
@@ -77,15 +81,15 @@ class Position(str):
 
     def _comparable(self, other: object) -> int:
         if not isinstance(other, Position) or other.epoch != self.epoch:
-            raise TypeError(f"a position is before or after another one of the same history, not {other!r:.80}")
+            raise TypeError(f"a position can be compared with one of the same history, not with {other!r:.80}")
         return other.offset
 
-    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override]  # what a copy is made of
+    def __getnewargs__(self) -> tuple[str, int]:  # type: ignore[override]  # a copy is made from these
         return self.epoch, self.offset
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: object, handler: object) -> dict[str, Any]:
-        """Let routes and models take it by its text."""
+        """Let routes and pydantic's models take a position by its text."""
         reads = {"type": "no-info", "function": cls.of}
         return {"type": "function-after", "function": reads, "schema": {"type": "str"}}
 
@@ -94,15 +98,15 @@ class Position(str):
 
 
 POSITION_TEXT = 'an epoch, a colon and an offset, such as "kX2dh0Qb7a_Z:17"'
-"""What the text of a position looks like, for errors."""
+"""What the text of a position looks like, for error messages."""
 
 
 class Described:
-    """Something that is written as JSON by what `dict` makes of it: in a route's answer, and in a broadcast."""
+    """Something that is written as JSON as `dict` makes it, in a route's answer and in a broadcast."""
 
     __slots__ = ()
 
-    # What pydantic looks for in a value that it has to write.
+    # Pydantic looks for this attribute in a value that it has to write.
     __pydantic_serializer__ = SchemaSerializer({"type": "any", "serialization": _AS_DICT})
 
     @abstractmethod
@@ -115,16 +119,29 @@ class Described:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: object, handler: object) -> dict[str, Any]:
-        """Let a route say that it returns this: in its documentation it is an object, and nobody can send one."""
+        """Let a route declare that it returns this. Its documentation shows an object; a route can't receive one."""
         one = {"type": "is-instance", "cls": cls}
         sent = {"type": "chain", "steps": [{"type": "dict"}, one]}
         return {"type": "json-or-python", "json_schema": sent, "python_schema": one, "serialization": _AS_DICT}
 
 
+class Sender(NamedTuple):
+    """The client that has published something, as other clients may see it."""
+
+    client: str
+    """The id of the client's connection."""
+    user: str
+    """Its user; empty if it has none."""
+    info: bytes = b""
+    """What others see of the client, as JSON; empty for nothing."""
+    channel_info: bytes = b""
+    """What others see of the client in this channel, as JSON; empty for nothing."""
+
+
 class Publication(Described):
     """A message on its way to an audience.
 
-    As JSON, and by `dict`, it is what a client of the subprotocol `wsbroadcast.v1` gets of it, without the `type`.
+    As JSON, and by `dict`, it is what a client of the subprotocol `wsbroadcast.v1` gets, without the `type`.
     """
 
     __slots__ = (
@@ -138,6 +155,7 @@ class Publication(Described):
         "message",
         "position",
         "previous",
+        "sender",
         "taken_at",
         "traceparent",
     )
@@ -149,7 +167,7 @@ class Publication(Described):
         exclude: frozenset[str] = NOBODY,
         *,
         exclude_users: frozenset[str] = NOBODY,
-        id: str | None = None,  # noqa: A002  # the name that it has in the envelope
+        id: str | None = None,  # noqa: A002  # its name in the envelope
         audiences: tuple[Audience, ...] = (),
         position: Position | None = None,
         previous: int = 0,
@@ -158,26 +176,28 @@ class Publication(Described):
         self.message = message
         """What was broadcast."""
         self.audience = audience
-        """Whom it is for."""
+        """Who it is for."""
         self.exclude = exclude
-        """Ids of connections that don't get it, wherever they are."""
+        """Ids of connections that don't get it, on any node."""
         self.exclude_users = exclude_users
-        """Users whose connections don't get it, as `Connection.user` is written as text."""
+        """Users whose connections don't get it, on any node; as text."""
         self.id = id
-        """What the publications of one broadcast to several audiences have in common; `None` for one audience."""
+        """The common id of the publications of one broadcast to several audiences; `None` for one audience."""
         self.audiences = audiences
-        """All audiences of a broadcast to several; empty for one audience."""
+        """All audiences of a broadcast to several audiences; empty for one audience."""
         self.position = position
-        """Its place in the history of its audience; `None` where nothing is kept."""
+        """Its place in the history of its audience; `None` if it isn't kept."""
         self.previous = previous
-        """The offset before it in its audience, if it has a position: a jump shows that one is missing."""
+        """The offset before it in its audience, if it has a position. A jump shows that a publication is missing."""
         self.kept_at = kept_at
-        """When it was kept, by the clock of the event loop, if it has a position."""
+        """When it was kept, in seconds by the clock of the event loop, if it has a position."""
         self.taken_at = 0.0
-        """When the node had it, by the monotonic clock, if it is one of those that are measured."""
+        """When the node got it, in seconds by the monotonic clock; 0 if its delivery isn't measured."""
+        self.sender: Sender | None = None
+        """The client that has published it; `None` if others aren't told."""
         self.traceparent: str | None = None
-        """Where its broadcast is found in a trace; empty if it is not recorded, `None` if nobody traces."""
-        # What clients of other protocols than the plain one get of it, once one of them has asked.
+        """Where a trace has its broadcast (W3C Trace Context); empty if it isn't recorded, `None` if nobody traces."""
+        # Its messages for clients of other protocols than the plain one, made when one is first needed.
         self._seen: dict[Protocol, Message] | None = None
 
     @property
@@ -192,13 +212,13 @@ class Publication(Described):
 
     @property
     def data(self) -> Any:
-        """What was broadcast: the text, the bytes, or the value that the JSON stands for."""
+        """What was broadcast: the text, the bytes, or the value of the JSON."""
         message = self.message
         return from_json(message.payload) if message.form == "json" else message.data
 
     @property
     def offset(self) -> int:
-        """That of its position; 0 if it has none."""
+        """The offset of its position; 0 if it has none."""
         return 0 if self.position is None else self.position.offset
 
     def keys(self) -> Iterable[str]:
@@ -225,11 +245,11 @@ class Publication(Described):
         raise KeyError(key)
 
     def withheld(self) -> Withheld:
-        """Return what a client gets in its place that knows where it is, and doesn't get it."""
+        """Return what an excluded client that knows positions gets instead, so that it knows the new position."""
         return Withheld(self.message, self.audience, position=self.position, previous=self.previous)
 
     def with_message(self, message: Message) -> Publication:
-        """Return the same publication of another message."""
+        """Return a copy with another message."""
         other = Publication(
             message,
             self.audience,
@@ -241,7 +261,7 @@ class Publication(Described):
             previous=self.previous,
             kept_at=self.kept_at,
         )
-        other.taken_at, other.traceparent = self.taken_at, self.traceparent
+        other.taken_at, other.traceparent, other.sender = self.taken_at, self.traceparent, self.sender
         return other
 
     def place(self, position: Position, previous: int, kept_at: float = 0.0) -> None:
@@ -249,7 +269,7 @@ class Publication(Described):
         self.position, self.previous, self.kept_at = position, previous, kept_at
 
     def seen_by(self, protocol: Protocol) -> Message:
-        """Return what a client of a protocol gets of it, made once for all clients of that protocol."""
+        """Return the message for clients of a protocol. It is made once for all of them."""
         if protocol is plain:
             return self.message
         if self._seen is None:
@@ -264,32 +284,32 @@ class Publication(Described):
             return NotImplemented
         return self._content == other._content
 
-    __hash__ = None  # type: ignore[assignment]  # like a list: two that are equal are still two publications
+    __hash__ = None  # type: ignore[assignment]  # as for a list: two equal ones are still two publications
 
     @property
     def _content(self) -> tuple[object, ...]:
         message = self.message
         place = self.audience, self.audiences, self.id, self.position
-        return message.payload, message.form, message.key, self.exclude, self.exclude_users, place
+        return message.payload, message.form, message.key, self.exclude, self.exclude_users, place, self.sender
 
     def __repr__(self) -> str:
         return f"<Publication {self.message!r} to {self.audience!r}>"
 
 
 class Frame(Publication):
-    """Something that a protocol itself says to one connection."""
+    """Something that the protocol itself tells one connection, such as an answer."""
 
     __slots__ = ()
 
 
 class Withheld(Publication):
-    """A publication that a connection doesn't get, for one that has to know that it is past it."""
+    """Stands for a publication that a connection doesn't get, so that the connection knows the new position."""
 
     __slots__ = ()
 
 
 Publications = tuple[Publication, ...]
-"""Those of one broadcast: one for each audience."""
+"""The publications of one broadcast, one for each audience."""
 
 
 def publications_of(
@@ -298,7 +318,7 @@ def publications_of(
     exclude: frozenset[str] = NOBODY,
     exclude_users: frozenset[str] = NOBODY,
 ) -> Publications:
-    """Build the publications of a broadcast; those of several have an id in common."""
+    """Build the publications of a broadcast. If there are several, they have a common id."""
     if len(audiences) == 1:
         return (Publication(message, audiences[0], exclude, exclude_users=exclude_users),)
     id_ = token_urlsafe(12)
@@ -309,26 +329,34 @@ def publications_of(
 
 
 class Receipt(NamedTuple):
-    """What is known of a broadcast when the engine has taken it."""
+    """What is known about a broadcast when the engine has taken it."""
 
     members_here: int
-    """Connections of this node that it was for at the time of the call: the members of its audiences, but for those
-    that it excludes. Those of other nodes aren't counted."""
+    """How many connections of this node were to get it at the time of the call: those in its audiences without the
+    excluded ones. Connections of other nodes aren't counted."""
     positions: Mapping[Audience, Position] = MappingProxyType({})
-    """Its places in the histories of its audiences; empty where nothing is kept."""
+    """Its positions in the histories of its audiences; empty if it isn't kept."""
     is_held_back: bool = False
-    """Whether a hook held it back, so that nobody gets it."""
+    """Whether a hook held it back. Nobody gets it then."""
     is_repeat: bool = False
-    """Whether it was published before, by the same idempotency key, so that nobody gets it again."""
+    """Whether it was published before, under the same idempotency key. Nobody gets it again then."""
+    members: int | None = None
+    """With presence: how many members the audience has over all nodes. Each user counts once, and so do members in
+    their grace and excluded ones. `None` without presence, for several audiences, if the broker can't be asked, and if
+    the broadcast wasn't awaited."""
 
     @property
     def position(self) -> Position | None:
-        """Its place in the history of its audience; `None` for several audiences, or where nothing is kept."""
+        """Its position in the history of its audience; `None` for several audiences, or if it isn't kept."""
         return next(iter(self.positions.values())) if len(self.positions) == 1 else None
 
 
 Protocol = Callable[[Publication], Message]
-"""What a publication looks like to a client. A pure function: it is called once for all clients that use it."""
+"""Makes of a publication the message for a client. It is a pure function: it is called once for all its clients."""
+
+
+NOTHING = Message(b"")
+"""What a protocol returns if its clients aren't sent the publication."""
 
 
 def plain(publication: Publication) -> Message:
@@ -338,20 +366,20 @@ def plain(publication: Publication) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Dismissal:
-    """Closes the connections of an audience, wherever they are."""
+    """Closes the connections of an audience on all nodes."""
 
     audience: Audience
-    """Whose connections."""
+    """The audience."""
     code: int
-    """The code they are closed with."""
+    """The close code."""
     reason: str = ""
-    """The reason that comes with the code; at most 123 bytes of UTF-8."""
+    """The close reason; at most 123 bytes of UTF-8."""
     exclude: frozenset[str] = NOBODY
-    """Ids of connections that stay."""
+    """Ids of connections that stay open."""
 
     @classmethod
     def of_user(cls, user: UserId, code: int, reason: str, exclude: frozenset[str] = NOBODY) -> Self:
-        """Close the connections of a user.
+        """Build the dismissal of a user's connections.
 
         Raises:
             ValueError: If the user is not an id, or the code can't be sent.
@@ -367,16 +395,16 @@ class Dismissal:
 
 @dataclass(frozen=True, slots=True)
 class Unsubscription:
-    """Takes the connections of an audience out of channels, wherever they are."""
+    """Takes the connections of an audience out of channels, on all nodes."""
 
     audience: Audience
-    """Whose connections."""
+    """The audience."""
     channels: tuple[str, ...]
-    """The channels that they leave."""
+    """The channels that the connections leave."""
 
     @classmethod
     def of_user(cls, user: UserId, channels: tuple[str, ...]) -> Self:
-        """Take the connections of a user out of channels.
+        """Build the unsubscription of a user's connections.
 
         Raises:
             InvalidChannel: If a name breaks a rule.
@@ -389,44 +417,65 @@ class Unsubscription:
 
     @property
     def size(self) -> int:
-        """It has no payload."""
+        """Always 0: it has no payload."""
         return 0
 
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """Says that the history of an audience was removed, so that nobody replays what a node still holds of it."""
+    """Tells nodes that the history of an audience was removed, so that they replay nothing that they still hold."""
 
     audience: Audience
-    """Whose history."""
+    """The audience."""
 
     @property
     def size(self) -> int:
-        """It has no payload."""
+        """Always 0: it has no payload."""
         return 0
 
 
+@dataclass(frozen=True, slots=True)
+class PresenceChange:
+    """Who has joined a channel, or left it, over all nodes. Every node with connections in the channel is sent it."""
+
+    audience: Audience
+    """The channel."""
+    version: int
+    """One more than the version of the change before. A jump shows that a change is missing: read `members` then."""
+    joined: Mapping[str, bytes]
+    """The members that have joined, with their info as JSON; empty bytes for none."""
+    left: frozenset[str] = frozenset()
+    """The members that have left."""
+    by: str = ""
+    """The incarnation of the node where they joined or left."""
+
+    @property
+    def size(self) -> int:
+        """The size of names and infos in bytes."""
+        return sum(len(name.encode()) + len(info) for name, info in self.joined.items()) + sum(map(len, self.left))
+
+
 MAX_NODE_MESSAGE_BYTES = 256 * 1024
-"""The largest body of what one node tells another."""
+"""The largest body of a `NodeMessage`, in bytes."""
 
 NodeMessageKind = Literal["hello", "bye", "question", "answer"]
-"""What a node says: that it is there, that it ends, what it wants to know of the others, and what it was asked."""
+"""`hello`: the node is there. `bye`: it ends. `question`: it asks the other nodes. `answer`: it answers a question."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeMessage:
-    """What nodes say to each other about themselves. It changes no connection, and none is sent it."""
+    """What a node tells other nodes about itself. It changes no connection, and no connection is sent it."""
 
     audience: Audience
-    """All nodes that take part, or one of them."""
+    """All nodes that answer such questions, or one of them."""
     kind: NodeMessageKind
-    """What it is."""
+    """What the message is."""
     sender: str
-    """The id of the node that says it."""
+    """The id of the node that sends it."""
     id: str = ""
-    """Of a question and its answers: which one."""
+    """The id of a question, in the question and its answers."""
     body: bytes = b""
-    """JSON."""
+    """The content, as JSON."""
 
     @property
     def size(self) -> int:
@@ -434,18 +483,18 @@ class NodeMessage:
         return len(self.body)
 
 
-Control = Dismissal | Unsubscription | Forgetting | NodeMessage
-"""What nodes tell each other beside messages. No connection is sent it."""
+Control = Dismissal | Unsubscription | Forgetting | NodeMessage | PresenceChange
+"""What nodes tell each other, beside messages. No connection is sent it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """An outage of the broker: what other nodes published in that time never came."""
+    """An outage of the broker. What other nodes published in that time has not arrived here."""
 
     engine: str
     """The engine's name."""
     seconds: float
-    """How long it lasted."""
+    """How long it lasted, in seconds."""
     audiences: frozenset[Audience] = frozenset()
-    """Those with connections here that have missed messages, as far as it is known. An audience with a history isn't
-    one of them if everything could be read that had been missed."""
+    """The audiences with connections here that may have missed messages. An audience with a history isn't among them
+    if all missed messages could be read."""

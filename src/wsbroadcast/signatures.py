@@ -1,10 +1,10 @@
-"""Signatures: what functions of the app have to take, and what FastAPI must not read of ours."""
+"""Signatures: checks of the app's functions, and protection of ours from use as FastAPI dependencies."""
 
 from __future__ import annotations
 
 import builtins
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from functools import partial, update_wrapper, wraps
 from types import FunctionType, MethodType, NoneType, UnionType
 from typing import Any, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -15,12 +15,12 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def check_callable(function: object, arguments: Sequence[str], what: str) -> None:
-    """Check that a function of the app's can be called with these arguments, where that can be known.
+    """Check that a function of the app can be called with these arguments, as far as its signature is known.
 
     Args:
         function: The function.
-        arguments: Their names, for the error.
-        what: How the error calls the function.
+        arguments: The names of the arguments, for the error.
+        what: What the error calls the function.
 
     Raises:
         ConfigurationError: If it isn't a function, or takes other arguments.
@@ -29,7 +29,7 @@ def check_callable(function: object, arguments: Sequence[str], what: str) -> Non
         raise ConfigurationError(f"{what} is a function, not {kind_of(function)}")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # written in C
+    except (TypeError, ValueError):  # a function written in C may have no signature
         return
     try:
         signature.bind(*arguments)
@@ -40,20 +40,45 @@ def check_callable(function: object, arguments: Sequence[str], what: str) -> Non
         ) from None
 
 
+def annotated(function: Callable[..., Any]) -> Any:
+    """Return the object that has the annotations of a callable: the callable itself, or its `__call__`."""
+    if isinstance(function, partial):
+        return annotated(function.func)
+    return function if inspect.isroutine(function) else type(function).__call__
+
+
+def is_coroutine_function(function: Callable[..., Any]) -> bool:
+    """Return whether something is `async def`, or an object whose `__call__` is."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004
+    )
+
+
+def check_named(rule: str, parameters: Iterable[inspect.Parameter]) -> None:
+    """Check that all parameters of a function can be given by name.
+
+    Raises:
+        ConfigurationError: If one can't.
+    """
+    for parameter in parameters:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigurationError(f"{rule}, and {parameter} can't be")
+
+
 def may_return_none(function: Callable[..., Any]) -> bool:
-    """Tell whether a function is annotated to return something or `None`, and not only `None`."""
+    """Tell whether a function is annotated to return either `None` or something else."""
     if isinstance(function, partial):
         function = function.func
     if not isinstance(function, (FunctionType, MethodType)):
         function = type(function).__call__
     try:
         return _is_optional(get_type_hints(function, localns=_Names(function)).get("return"))
-    except Exception:  # an annotation that means nothing to Python
+    except Exception:  # an annotation that Python can't evaluate
         return False
 
 
 def _is_optional(annotation: object) -> bool:
-    annotation = getattr(annotation, "__value__", annotation)  # of a `type` statement
+    annotation = getattr(annotation, "__value__", annotation)  # an alias of a `type` statement
     arguments = get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return NoneType in arguments or any(map(_is_optional, arguments))
@@ -61,7 +86,7 @@ def _is_optional(annotation: object) -> bool:
 
 
 class _Names(dict[str, Any]):
-    """The names in a function's annotations; one that is imported for a type checker only stands for something."""
+    """The names in a function's annotations. A name that is imported only for type checkers stands for some object."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(vars(builtins) | getattr(function, "__globals__", {}))
@@ -71,26 +96,26 @@ class _Names(dict[str, Any]):
 
 
 def without_parentheses(method: T) -> T:
-    """Tell those who call a method that something else is to call, such as a decorator, to leave out `()`."""
+    """Let a method such as `manager.on_connect` or `manager.lifespan` raise a plain error if it is called with `()`."""
 
     @wraps(method)
     def checked(self: Any, *arguments: Any, **others: Any) -> Any:
         if not arguments and not others:
-            raise ConfigurationError(f"write manager.{method.__name__} without parentheses behind it")
+            raise ConfigurationError(f"write manager.{method.__name__} without parentheses after it")
         return method(self, *arguments, **others)
 
     return cast("T", checked)
 
 
 def no_dependency(instead: str, **instead_of_methods: str) -> Callable[[T], T]:
-    """Make FastAPI refuse a function as a dependency, or a class with all its methods, when the route is made.
+    """Make FastAPI refuse a function, or a class with all its methods, as a dependency, when the route is made.
 
-    FastAPI takes the arguments of a dependency from the query: `Depends(manager.connect)` lets a client say who it
-    is. What takes no arguments isn't refused. Parameters keep their names and order, which mocks look at.
+    FastAPI takes the arguments of a dependency from the query. So `Depends(manager.connect)` would let a client choose
+    its user. A function without arguments isn't refused. Parameters keep their names and order, which mocks check.
 
     Args:
         instead: What to write instead.
-        instead_of_methods: The same for some methods.
+        instead_of_methods: What to write instead of some methods, by name.
     """
 
     def mark(marked: T) -> T:
@@ -101,7 +126,7 @@ def no_dependency(instead: str, **instead_of_methods: str) -> Callable[[T], T]:
             if name == "__init__":
                 _refuse(function, f"{marked.__name__} is not a dependency: {instead}", skip=1)
             elif not name.startswith("_"):
-                if name not in vars(marked):  # it may be the method of several classes, each with its own text
+                if name not in vars(marked):  # an inherited method: each class that has it has its own text
                     function = _copy(function, marked)
                 text = instead_of_methods.get(name, "FastAPI would take its arguments from the query; call it yourself")
                 _refuse(function, f"{marked.__name__}.{name} is not a dependency: {text}", skip=1)
@@ -116,7 +141,7 @@ def _copy(function: FunctionType, owner: type) -> FunctionType:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     update_wrapper(copy, function)
-    del copy.__wrapped__  # type: ignore[attr-defined]  # it stands for itself
+    del copy.__wrapped__  # type: ignore[attr-defined]  # it is not a wrapper of the original
     copy.__dict__.update(function.__dict__)
     copy.__qualname__ = f"{owner.__qualname__}.{function.__name__}"
     setattr(owner, function.__name__, copy)
@@ -132,9 +157,9 @@ def _refuse(function: Any, error: str, skip: int) -> None:
 
 
 class _NoField:
-    """An annotation of which no query parameter can be made: pydantic asks it for a schema and gets an error.
+    """An annotation that can't be a query parameter: pydantic asks it for a schema and gets an error.
 
-    It shows as what it stands for, so that `help()` says the same as the source.
+    Its `repr` is that of the annotation in the source, so that `help()` shows the same.
     """
 
     def __init__(self, annotation: object, error: str) -> None:

@@ -1,6 +1,7 @@
-"""Text and ids of any class as a plain `str`: what `str()` and f-strings make of a subclass, its author decides.
+"""Texts and ids of any class as a plain `str`.
 
-`class Role(str, Enum)` is the usual case: `Role.ADMIN == "admin"`, and `str(Role.ADMIN)` is `"Role.ADMIN"`.
+`str()` and f-strings don't do: a subclass of `str` decides what they return. `class Role(str, Enum)` is the usual case:
+`Role.ADMIN == "admin"`, but `str(Role.ADMIN)` is `"Role.ADMIN"`.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from uuid import UUID
 
 
 def plain(text: str) -> str:
-    """Return the characters that a text holds, whatever its class says of itself."""
+    """Return the characters of a text, whatever its class returns for `str()`."""
     return text if type(text) is str else str.__str__(text)
 
 
 def text_of(value: object) -> str:
-    """Return the text of an id: of an enum's member that of its value, of a number its digits."""
+    """Return the text of an id: a text itself, the digits of a number, the text of an enum member's value."""
     if isinstance(value, str):
         return plain(value)
     if isinstance(value, int) and not isinstance(value, bool):

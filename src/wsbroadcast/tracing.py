@@ -1,4 +1,4 @@
-"""What the library asks of whoever traces broadcasts. `wsbroadcast.telemetry.otel` answers."""
+"""The interface of tracing. `wsbroadcast.telemetry.otel` implements it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a
 
 
 def is_traceparent(text: object) -> bool:
-    """Tell whether something is a `traceparent` of the W3C's Trace Context, version 00."""
+    """Return whether something is a `traceparent` of W3C Trace Context, version 00."""
     return isinstance(text, str) and _TRACEPARENT.fullmatch(text) is not None
 
 
 def is_untraced(publications: Publications) -> bool:
-    """Tell whether no span was made for a broadcast yet."""
+    """Return whether no span has been made for a broadcast yet."""
     return bool(publications) and publications[0].traceparent is None
 
 
 class Tracing(Protocol):
-    """Makes spans. Nobody is asked while nothing is traced."""
+    """Makes spans. It isn't called while nothing is traced."""
 
     def publishing(self, publications: Publications) -> AbstractContextManager[object]:
-        """Trace one broadcast, and write into its publications where it is found."""
+        """Trace one broadcast, and write its `traceparent` into its publications."""
 
     def delivering(self, publication: Publication) -> AbstractContextManager[object]:
-        """Trace what a node does with a publication that says where its broadcast is found."""
+        """Trace a node's delivery of a publication that has a `traceparent`."""
 
     def hook(self, event: str, name: str) -> AbstractContextManager[object]:
-        """Trace a hook of a broadcast or a delivery."""
+        """Trace a hook of a broadcast or of a delivery."""

@@ -14,30 +14,35 @@ from wsbroadcast.engines.contract import Health
 from wsbroadcast.history import Page, Recovery, Since, SinceOption
 from wsbroadcast.message import Message
 from wsbroadcast.options import ExpiresAt
+from wsbroadcast.presence import Member
 from wsbroadcast.publication import Gap, Position, Receipt
 from wsbroadcast.stats import Stats
+from wsbroadcast.streams.ledger import StreamStatus
+from wsbroadcast.streams.producers import Producer
+from wsbroadcast.streams.run import Run, StreamLimits
 
-if TYPE_CHECKING:  # a program that only publishes needs no more of it
+if TYPE_CHECKING:  # so that a program that only publishes doesn't need Starlette
     from starlette.applications import Starlette
 
 C = TypeVar("C")
+F = TypeVar("F", bound=Callable[[], Awaitable[object]])
 
 Users = UserId | Iterable[UserId]
 """One user or several."""
 
 Headers = Iterable[tuple[bytes, bytes]]
-"""Those of a response."""
+"""The headers of a response."""
 
 
 Guard = bool | None | Awaitable[bool | None]
-"""What a hook returns that may refuse something: `False` refuses."""
+"""What a hook returns that may refuse something. `False` refuses."""
 
 To = Audience | Iterable[Audience]
 """One audience or several."""
 
 
 class Excludable(Protocol):
-    """What else than a connection may be left out of a broadcast: a listener of `ConnectionManager.listen`."""
+    """What `exclude=` takes beside connections: a listener of `ConnectionManager.listen`."""
 
     _listens: bool
 
@@ -46,43 +51,45 @@ class Excludable(Protocol):
 
 
 class PublisherOptions(TypedDict, total=False):
-    """What every broadcast takes beside the message and whom it is for."""
+    """The options of every broadcast, beside the message and its audience."""
 
     exclude_users: Users
     """Users whose connections don't get it."""
     key: str | None
-    """What the message is the newest of, for slow consumers under the policy `conflate`."""
+    """Under the policy `conflate`, slow consumers get only the newest of the messages with the same key."""
+    as_: Any
+    """The type that the message is sent as. Only the fields of this type are sent."""
 
 
 class PublisherTransactionOptions(PublisherOptions, total=False):
-    """What `Publisher.broadcast` takes."""
+    """The options of `Publisher.broadcast`."""
 
     transaction: object
     """On Postgres, a database connection or session: the message is sent when its transaction commits."""
     idempotency_key: str | None
-    """Names the message in its audiences, so that nobody gets it twice if it is broadcast again."""
+    """A name for the message in its audiences. Nobody gets it twice if it is broadcast again under this name."""
 
 
 class BroadcastOptions(PublisherOptions, Generic[C], total=False):
-    """What every broadcast of a manager takes, which has connections of its own."""
+    """The options of every broadcast of a manager, which has connections of its own."""
 
     exclude: C | WebSocket | Excludable | Iterable[C | WebSocket | Excludable]
     """Connections or WebSockets that don't get it."""
 
 
 class TransactionOptions(BroadcastOptions[C], total=False):
-    """What `broadcast` takes."""
+    """The options of `broadcast`."""
 
     transaction: object
     """On Postgres, a database connection or session: the message is sent when its transaction commits."""
     idempotency_key: str | None
-    """Names the message in its audiences, so that nobody gets it twice if it is broadcast again."""
+    """A name for the message in its audiences. Nobody gets it twice if it is broadcast again under this name."""
 
 
 class Manager(Protocol[C]):
-    """Everything public of the manager that a connection belongs to; see `ConnectionManager`.
+    """The public interface of the manager that a connection belongs to; see `ConnectionManager`.
 
-    The class itself can't be named below the modules that it is built from.
+    `ConnectionManager` itself can't be imported here, because it is built from these modules.
     """
 
     hooks: Any
@@ -101,6 +108,7 @@ class Manager(Protocol[C]):
     def bind(self, app: Starlette) -> None: ...  # noqa: D102
     def stats(self) -> Stats: ...  # noqa: D102
     async def health(self) -> Health: ...  # noqa: D102
+    def background(self, function: F, *, once: bool = False, name: str | None = None) -> F: ...  # noqa: D102
 
     def connect(  # noqa: D102
         self,
@@ -226,6 +234,36 @@ class Manager(Protocol[C]):
         self, channel: str | Unset = UNSET, *, user: UserId | Unset = UNSET, everyone: bool = False
     ) -> None: ...
 
+    def stream(  # noqa: D102
+        self,
+        id: str,  # noqa: A002
+        *,
+        user: UserId | None = None,
+        ttl: float = ...,
+        limits: StreamLimits = ...,
+    ) -> AbstractAsyncContextManager[Run]: ...
+    async def start_stream(  # noqa: D102
+        self,
+        id: str,  # noqa: A002
+        producer: Producer,
+        *,
+        user: UserId | None = None,
+        ttl: float = ...,
+        limits: StreamLimits = ...,
+    ) -> Run: ...
+    async def stop_stream(self, id: str) -> bool: ...  # noqa: A002, D102
+    async def stream_status(self, id: str) -> StreamStatus | None: ...  # noqa: A002, D102
+    def follow_stream(  # noqa: D102
+        self,
+        id: str,  # noqa: A002
+        *,
+        since: Position | str | None = None,
+    ) -> AbstractAsyncContextManager[Any]: ...
+    async def presence(self, channel: str) -> list[Member]: ...  # noqa: D102
+    async def presence_count(self, channel: str) -> int: ...  # noqa: D102
+    async def user_channels(self, user: UserId) -> frozenset[str]: ...  # noqa: D102
+    async def is_online(self, user: UserId) -> bool: ...  # noqa: D102
+
     async def send(self, connection: WebSocket | C, message: object) -> None: ...  # noqa: D102
     async def send_personal_message(self, message: object, websocket: WebSocket | C) -> None: ...  # noqa: D102
 
@@ -237,6 +275,10 @@ class Manager(Protocol[C]):
     def on_broadcast(self, function: Callable[[Message, Audience], object], /) -> Any: ...  # noqa: D102
     def on_deliver(self, function: Callable[[Any], object], /) -> Any: ...  # noqa: D102
     def on_gap(self, function: Callable[[Gap], object], /) -> Any: ...  # noqa: D102
+    def on_joined(self, function: Callable[[str, str], object], /) -> Any: ...  # noqa: D102
+    def on_left(self, function: Callable[[str, str], object], /) -> Any: ...  # noqa: D102
     def on_error(self, function: Callable[[Exception, str], object], /) -> Any: ...  # noqa: D102
 
     def method(self, name: str) -> Callable[[Any], Any]: ...  # noqa: D102
+    def on(self, types: Any) -> Callable[[Any], Any]: ...  # noqa: D102
+    def asyncapi(self, app: Starlette) -> dict[str, Any]: ...  # noqa: D102

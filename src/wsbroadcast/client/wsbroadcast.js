@@ -9,28 +9,26 @@ const OPEN_TIMEOUT = 10_000, PROBE_TIMEOUT = 3000 // for a WebSocket to open, fo
 const FIRST_BYTE_TIMEOUT = 5000 // the server says hello at once: later means that somebody holds it back
 const SLACK = 10_000, WAIT = 20 // how much later than its interval a ping may come (ms); of a long poll (s)
 const WAKES = ["visibilitychange", "resume", "online", "pageshow", "pagehide"] // those of the document pass by, too
-const SINCE = [["", "since"], [">user", "since_user"], [">everyone", "since_everyone"]] // positions in the URL
-const failure = (code, text, more) => Object.assign(new Error(text), more, { code })
+const failure = (event) => Object.assign(Error(event.text), event) // with its code
 const split = (position = "") => position.split(":") // into epoch and offset
-const lost = () => failure("lost", "no connection; what waited for its answer may have been done")
+const lost = () => failure({ code: "lost", text: "no connection" })
 
 export function connect(url, { token, state, plain, tokenProtocol = "bearer" } = {}) {
   const address = new URL(url, location.href), handlers = {}
   const pending = new Map() // commands that wait for their answer, by id
   const positions = new Map() // where this client is, by channel; "" is the channel of the path
-  const wanted = new Map() // how to subscribe again, by channel
-  const client = `${Math.random()}${Math.random()}`.padEnd(16, "0") // names the keys of its publishes, over all connections
+  const wanted = new Map(), rolls = new Map() // further channels, with who waits for the answer; who is in a channel
+  const client = `wsbroadcast.v1:${Math.random()}` // names the keys of its publishes, over all connections
   const waits = { min: 0.5, max: 20, ping: 0 } // between attempts and pings (s); the server may say otherwise
   let status = "connecting", isOver, isHidden // for good; by `pagehide`
   let link, openedAt // what is open now; since when, or 0
   let end, wake = () => {} // ends this attempt: end(code, reason, wait); ends the wait for the next one
-  let pathChannel, count = 0, watch, grace // from the first `subscribed`; of commands; timers: all is silent, tell the page
+  let pathChannel, count = 0, silence, grace // from the first `subscribed`; of commands; timers: all is silent, tell the page
   let isHeldBack, patience = STEADY // SSE, by a proxy; how long HTTP does until a WebSocket is tried again
   let taken = Promise.resolve() // messages are taken one after the other, and wait while `state` loads
   const tell = (type, ...what) => handlers[type]?.forEach((handler) => handler(...what))
   const sleep = (ms) => new Promise((done) => setTimeout((wake = done), ms))
-  const keyOf = ({ channel, to }) => (to ? `>${to}` : channel === pathChannel ? "" : channel ?? "")
-
+  const keyOf = ({ channel, to }) => (to ? `\n${to}` : channel === pathChannel ? "" : channel ?? "")
   function become(next, detail) {
     grace = clearTimeout(grace)
     if (next !== status) tell("status", (status = next), detail)
@@ -39,10 +37,13 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     link = next
     openedAt = Date.now()
     become("open")
-    if (link.probe) wanted.forEach(({ again }) => again())
+    if (link.probe) wanted.forEach(enter), rolls.forEach(watch)
   }
+  const begin = (command) => (link?.probe ? link.send(command) : link && end(1006, "", 0)) // HTTP says it when it is opened
+  const enter = (_, channel) => begin({ type: "subscribe", channel, since: positions.get(channel), id: channel })
+  const watch = (_, channel) => begin({ type: "presence", channel })
   function lose() { // what was asked for is not answered any more; the page is told, unless it is back soon
-    link = end = clearTimeout(watch)
+    link = end = clearTimeout(silence)
     pending.forEach(({ reject }) => reject(lost()))
     pending.clear()
     if (!isOver) grace ??= setTimeout(become, GRACE, "lost")
@@ -52,60 +53,62 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     isOver = true
     end?.(code)
     lose()
-    for (const type of WAKES) removeEventListener(type, awake, true)
+    WAKES.forEach((type) => removeEventListener(type, awake, true))
     become("closed", { code, reason })
     wake()
   }
   function alive(ms = waits.ping && waits.ping * 1000 + SLACK) { // something came: the next may take a ping and some slack
-    clearTimeout(watch)
-    if (ms) watch = setTimeout(() => end?.(1006), ms)
+    clearTimeout(silence)
+    if (ms) silence = setTimeout(() => end?.(1006), ms)
   }
   function receive(event) { // answers are given at once, the rest in turn
-    const { type } = event, waiting = pending.get(event.id)
-    pending.delete(event.id)
-    if (waiting && type === "error") return waiting.reject(failure(event.code, event.text, event))
+    const { type, id } = event, waiting = pending.get(id) ?? wanted.get(id)
+    pending.delete(id)
+    if (waiting && type === "error") return waiting.reject(failure(event), wanted.delete(id))
     waiting?.resolve(type === "result" ? event.data : event)
     if (waiting && type !== "subscribed") return
-    if (type === "hello") Object.assign(waits, event.reconnect, { ping: event.ping })
-    if (type === "expiring" && token) refresh().catch(() => {}) // then it ends with 4401
+    if (type === "hello") Object.assign(waits, event.reconnect).ping = event.ping
+    if (type === "expiring" && token) (async () => ask({ type: "refresh", token: await token() }))().catch(() => {})
     taken = taken.then(() => take(event)).catch((error) => tell("error", error))
   }
-  const refresh = async () => ask({ type: "refresh", token: await token() })
   async function take(event) {
     const { type, channel, position, recovered } = event
     if (type === "subscribed" && event.id === undefined) pathChannel ??= channel
     const key = keyOf(event), before = positions.get(key)
     const [epoch, offset] = split(position), [epochBefore, offsetBefore] = split(before)
     if (type === "message" && epoch && epoch === epochBefore && +offset <= +offsetBefore) return // a repeat
-    const isMissed = recovered === false || type === "gap"
-    const loaded = isMissed ? await load(channel) : ""
+    const isMissed = recovered === false || type === "gap", loaded = isMissed ? await load(channel) : ""
     if (loaded === undefined) return end?.(1006) // the next connection asks from the same place
-    if (loaded || (position && (type !== "subscribed" || isMissed || !before))) positions.set(key, loaded || position)
+    if (loaded || (position && (isMissed || !before || type !== "subscribed"))) positions.set(key, loaded || position)
     if (event.encoding) event.data = Uint8Array.from(atob(event.data), (byte) => byte.charCodeAt(0))
-    if (type === "subscribed") wanted.get(channel)?.resolve(event)
-    if (type === "error") wanted.get(event.id)?.refuse(failure(event.code, event.text)) // over HTTP, by the channel's name
+    if (event.code === "unavailable") setTimeout(() => rolls.forEach(watch), STEADY) // the broker was away
+    if (type === "presence") rolls.forEach((roll, name) => keyOf({ channel: name }) === (isHeldBack ? "" : key) && write(roll, event))
     tell(type, event)
   }
-  async function load(channel) { // the page loads what it shows; returns where that was, if that could be done
-    try {
-      const position = await state?.(channel)
-      return typeof position === "string" ? position : ""
-    } catch (error) {
-      tell("error", error)
-    }
+  function write(roll, { channel, previous, version, count, members, joined = members, left }) {
+    if (previous > roll.version) return watch(roll, channel) // what came between was dropped, as this client was slow
+    if (!left) roll.clear()
+    left?.forEach((user) => roll.delete(user))
+    joined?.forEach((member) => roll.set(member.id ?? member.user, member))
+    Object.assign(roll, { version, count })
   }
+  // The page loads what it shows. It resolves with where that was, or an empty text; with nothing if it failed.
+  const load = (channel) => (async () => state?.(channel))()
+    .then((position) => (typeof position === "string" ? position : ""), (error) => tell("error", error))
   const ask = (command) => new Promise((resolve, reject) => {
     if (!link) return reject(lost())
-    if (plain) return reject(failure("not_supported", "the connection is plain"))
+    if (plain) return reject(failure({ code: "not_supported", text: "plain connection" }))
     link.send({ ...command, id: ++count })
     pending.set(count, { resolve, reject })
   })
-  function target(query = {}) {
-    const found = new URL(address)
-    for (const [key, name] of SINCE) if (positions.has(key)) query[name] = positions.get(key)
-    for (const name in query) found.searchParams.set(name, query[name])
-    const at = (name) => (positions.has(name) ? `${name}@${positions.get(name)}` : name)
-    if (query.events) wanted.forEach((_, name) => found.searchParams.append("channel", at(name)))
+  function target(wait) { // of a long poll, and of a stream, for which it means nothing
+    const found = new URL(address), add = (name, value) => found.searchParams.append(name, value)
+    positions.forEach((position, key) => key < " " && add("since" + key.replace("\n", "_"), position)) // no further channel
+    if (wait >= 0) {
+      add("events", 1), add("wait", wait)
+      wanted.forEach((_, name) => add("channel", positions.has(name) ? `${name}@${positions.get(name)}` : name))
+      rolls.forEach((_, name) => add("presence", name))
+    }
     return found
   }
   // One connection each. They resolve with [code, reason, wait] when it has ended.
@@ -128,30 +131,26 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       alive((waits.ping = 0)) // until `hello` says when pings come
       opened({ send, probe: () => plain || alive(PROBE_TIMEOUT, send({ type: "ping" })) })
     }
-    socket.onmessage = ({ data }) => {
-      alive()
-      receive(plain ? { type: "message", data } : JSON.parse(data))
-    }
+    socket.onmessage = ({ data }) => receive(plain ? { type: "message", data } : JSON.parse(data), alive())
     alive(OPEN_TIMEOUT)
   })
   const overHttp = (secret) => new Promise((done) => {
-    let over = new AbortController()
+    let over = new AbortController(), retry
     const finish = (end = (...outcome) => done(outcome, over.abort(), clearTimeout(retry)))
-    const request = async (accept, query, body) => {
+    const request = async (accept, wait, body) => {
       const headers = { accept, ...(secret && { authorization: `Bearer ${secret}` }), ...(body && { "content-type": accept }) }
-      const options = { method: body ? "POST" : "GET", body, headers, cache: "no-store", signal: over.signal }
-      const response = await fetch(body ? address : target(query), options)
+      const options = { method: body && "POST", body, headers, cache: "no-store", signal: over.signal }
+      const response = await fetch(body ? address : target(wait), options)
       if (response.ok || body) return response
       const { code, reason } = await response.json().catch(() => ({})) // as a close frame says it
       throw finish(code ?? { 401: 4401, 403: 4403 }[response.status] ?? 1006, reason)
     }
-    const send = ({ id, ...command }) => request("application/json", {}, JSON.stringify(command))
+    const send = ({ id, ...command }) => request("application/json", 0, JSON.stringify(command))
       .then(async (response) => receive({ ...(await response.json()), id }))
       .catch(() => pending.get(id)?.reject(lost()))
     async function stream() {
       const timer = setTimeout(() => over.signal.aborted || over.abort((isHeldBack = true)), FIRST_BYTE_TIMEOUT)
-      const response = await request("text/event-stream", { events: 1 })
-      const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
+      const { body } = await request("text/event-stream", 0), reader = body.pipeThrough(new TextDecoderStream()).getReader()
       for (let text = "", wait; ; alive()) {
         const { value, done } = await reader.read()
         clearTimeout(timer)
@@ -171,8 +170,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       over = new AbortController()
       for (let wait = 0; ; wait = WAIT) {
         alive(wait * 1000 + SLACK)
-        const response = await request("application/json", { wait, events: 1 })
-        const { position, recovered, messages } = await response.json()
+        const { position, recovered, messages } = await (await request("application/json", wait)).json()
         if (!link) opened({ send })
         if (recovered === false) receive({ type: "subscribed", position, recovered })
         messages.forEach(receive)
@@ -180,21 +178,19 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
         await taken // the next asks from there
       }
     }
-    let retry
     const knock = () => (retry = setTimeout(() => { // in a while: a server that restarted may let WebSockets through again
       const probe = newSocket(secret, new URL(address))
       probe.onopen = () => probe.close() || pending.size || finish(1006, "", 0)
       knock((patience = Math.min(patience * 2, 600_000)))
     }, patience))
     knock()
-    ;(isHeldBack ? poll() : stream().catch((error) => (isHeldBack ? poll() : Promise.reject(error)))).catch(() => finish(1006))
+    ;(isHeldBack ? poll() : stream().catch(() => isHeldBack && poll())).catch(() => {}).then(() => finish(1006))
   })
   async function run() {
     let attempts = 0, refusals = 0, unopened = 0 // WebSockets in a row
     while (!isOver) {
       const isHttp = unopened > 1
-      let outcome = [1006], tried = 0
-      openedAt = 0
+      let outcome = [1006], tried = (openedAt = 0)
       try {
         while (isHidden) await sleep(1e9)
         const secret = await token?.()
@@ -225,7 +221,7 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
     if (!link) wake()
     else link.probe ? link.probe() : end?.(1006, "", 0)
   }
-  for (const type of WAKES) addEventListener(type, awake, true)
+  WAKES.forEach((type) => addEventListener(type, awake, true))
   lose()
   run()
   return {
@@ -238,13 +234,17 @@ export function connect(url, { token, state, plain, tokenProtocol = "bearer" } =
       ? link.send(data) : ask({ type: "publish", data, channel, idempotency_key: key, client: key && client }),
     call: (name, args) => ask({ type: "call", name, args }),
     subscribe: (channel, { since } = {}) => new Promise((resolve, reject) => {
+      if (plain) return ask().catch(reject)
       if (since) positions.set(channel, since)
-      const refuse = (error) => error.code !== "lost" && reject(error, wanted.delete(channel)) // else it is asked again
-      const again = () => ask({ type: "subscribe", channel, since: positions.get(channel) ?? "" }).catch(refuse)
-      wanted.set(channel, { again, resolve, refuse })
-      link?.probe ? again() : link && end(1006, "", 0) // HTTP is told of it when it is opened
+      enter(wanted.set(channel, { resolve, reject }), channel)
     }),
-    unsubscribe: (channel) => (wanted.delete(channel), positions.delete(channel), ask({ type: "unsubscribe", channel })),
+    unsubscribe: (channel) =>
+      ask({ type: "unsubscribe", channel }, [wanted, positions, rolls].forEach((some) => some.delete(channel))),
+    members(channel) {
+      const key = keyOf({ channel }), roll = rolls.get(key) ?? new Map()
+      if (!plain && !rolls.has(key)) watch(rolls.set(key, roll), key)
+      return roll
+    },
     close: () => close(),
   }
 }

@@ -1,1 +1,1 @@
-"""From this process to one socket."""
+"""The way from this process to one socket."""

@@ -1,4 +1,4 @@
-"""What one connection has not taken yet: bounded in bytes and in messages. No I/O."""
+"""The backlog: the messages that one connection has not taken yet. It has limits of bytes and messages. No I/O."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from wsbroadcast.audience import Audience
 from wsbroadcast.options import Policy, SlowConsumer
 
 HIGH_WATER_PART = 8
-"""The crowd is asked to wait when this part of a backlog is full; what is left carries the tail of the crowd."""
+"""A connection is a slow consumer when one part of so many of its backlog is full. Broadcasters may wait for it then;
+the rest of the backlog is for connections that are slower than the crowd."""
 
 
 Key = tuple[Audience, str]
-"""What a message is the newest of. It belongs to an audience: two of them may name different things alike."""
+"""Under `conflate`, only the newest message with a key is kept. Keys of different audiences are different."""
 
 
 class BacklogFull(Exception):
-    """Raised when a message doesn't fit and the policy is to let the connection go."""
+    """Raised when a message doesn't fit and the policy is to disconnect."""
 
 
 class Place(NamedTuple):
-    """Where a message stands in the history of its audience, for a client that knows where it is."""
+    """The place of a message in the history of its audience, for clients that know positions."""
 
     audience: Audience
     offset: int
@@ -31,48 +32,58 @@ class Place(NamedTuple):
 
 
 class Entry:
-    """One message as it waits: in the wire form in which it will be written, and in no other.
+    """A waiting message, in the wire form in which it will be written.
 
-    It is shared by all connections that it waits for in that form. The message itself is not kept: a backlog holds what
-    will be written, and neither the text, the payload nor the frames for others beside it.
+    All connections share it that wait for the message in that form. The message itself is not kept beside it, neither
+    its text, nor its payload, nor frames in other forms.
     """
 
     __slots__ = ("channel", "data", "is_text", "key", "policy", "size")
 
     place: Place | None = None
-    """Its place in a history, from where the connection can go on later; `None` if it can't."""
+    """Its place in a history, if the connection can go on from there later; else `None`."""
+    is_spoken = False
+    """Whether it is of the protocol itself, such as an answer, for which the client waits. No policy drops it."""
 
     def __init__(
         self, data: bytes, size: int, *, is_text: bool, key: Key | None = None, channel: str | None = None
     ) -> None:
         self.data = data
-        """What will be written."""
+        """The bytes that will be written."""
         self.size = size
-        """The payload's size in bytes, by which a backlog is bounded."""
+        """The payload's size in bytes, which counts for the limits of a backlog."""
         self.is_text = is_text
-        """Whether it goes out as a text frame."""
+        """Whether it is sent as a text frame."""
         self.key = key
-        """What it is the newest of, under the policy `conflate`."""
+        """Its key under the policy `conflate`; `None` for none."""
         self.channel = channel
-        """The channel that it was broadcast to, which may have a policy of its own; `None` for other audiences."""
+        """The channel that it was broadcast to, which may have its own policy; `None` for other audiences."""
         self.policy: Policy | None = None
-        """What happens if it doesn't fit; known once it has waited somewhere, for all backlogs of a node."""
+        """What happens if it doesn't fit. It is set when it first waits, for all backlogs of a node."""
 
 
 class PlacedEntry(Entry):
-    """One that a connection can be sent later, because its client knows where it is in a history."""
+    """A message that a connection can be sent later, because its client knows positions."""
 
     __slots__ = ("place",)
 
 
+class SpokenEntry(Entry):
+    """A message of the protocol itself, such as an answer or a ping."""
+
+    __slots__ = ()
+
+    is_spoken = True
+
+
 class Turn:
-    """A place in the order of writes: something other than a message whose time comes when it is popped."""
+    """Something other than a message that has a place in the order of writes."""
 
     __slots__ = ()
 
 
 class Backlog:
-    """Messages in the order in which they go out, and turns between them, which count for nothing."""
+    """Messages in the order in which they will be sent, and turns between them, which count for no limit."""
 
     __slots__ = (
         "_items",
@@ -86,7 +97,7 @@ class Backlog:
 
     def __init__(self, options: SlowConsumer) -> None:
         self._options = options
-        # Ordered by arrival. Under `conflate` an entry's key is its own, so that a newer one finds it.
+        # In the order of arrival. Under `conflate` an entry has its own key here, so that a newer one finds it.
         self._items: OrderedDict[Key | int, Entry | Turn] = OrderedDict()
         self._serial = 0
         self.bytes = 0
@@ -94,10 +105,10 @@ class Backlog:
         self.messages = 0
         """How many messages wait."""
         self.handed_over = 0
-        """What was written from here, in bytes, and a little more for each message: see `hand_over`."""
+        """How many bytes were written from here, and a little more for each message: see `hand_over`."""
         self.rest: memoryview | None = None
-        """What is left of a large message that is partly written. It goes out before everything else, and isn't
-        counted, because dropping it would make no room."""
+        """The rest of a large message that is partly written. It is sent before everything else. It counts for no
+        limit, because dropping it would make no room."""
 
     def __iter__(self) -> Iterator[Entry | Turn]:
         return iter(self._items.values())
@@ -109,34 +120,37 @@ class Backlog:
 
     @property
     def is_past_high_water(self) -> bool:
-        """Whether the connection is a slow consumer: an eighth of what may wait is waiting."""
+        """Whether the connection is a slow consumer: an eighth of a limit is waiting."""
         return self._holds_part(HIGH_WATER_PART)
 
     @property
     def is_half_full(self) -> bool:
-        """Whether half of what may wait is waiting."""
+        """Whether half of a limit is waiting."""
         return self._holds_part(2)
 
     def push(self, entry: Entry) -> int:
-        """Append a message; return how many messages, this one included, were dropped to stay within the bounds.
+        """Append a message; return how many messages, perhaps this one too, were dropped to stay within the limits.
 
-        A message larger than the bound is taken when no other waits.
+        A message that is larger than the limit is taken if no other waits. Messages of the protocol itself may fill as
+        much again, so that clients that are sent too much still get answers.
 
         Raises:
-            BacklogFull: If it doesn't fit and the policy doesn't drop.
+            BacklogFull: If it doesn't fit and the policy doesn't drop, or it may not be dropped.
         """
         policy = entry.policy
         if policy is None:
             policy = entry.policy = self._options.policy_of(entry.channel)
         older = self._items.get(entry.key) if policy == "conflate" and entry.key is not None else None
         if self._is_full_for(entry, older):
+            if entry.is_spoken:
+                raise BacklogFull
             if policy == "drop_newest":
                 return 1
             if policy == "drop_oldest":
                 return self._make_room_for(entry)
             raise BacklogFull
         if older is not None and entry.key is not None:
-            self._forget(entry.key)  # the newer one goes to the end: what is sent keeps the order of broadcasts
+            self._forget(entry.key)  # the newer one goes to the end, so that messages keep the order of broadcasts
         self._append(entry)
         return 0 if older is None else 1
 
@@ -145,12 +159,12 @@ class Backlog:
         return not self._is_full_for(entry)
 
     def push_turn(self, turn: Turn) -> None:
-        """Append a turn; it is never dropped and never refused."""
+        """Append a turn. It is never dropped and never refused."""
         self._serial += 1
         self._items[self._serial] = turn
 
     def pop(self) -> Entry | Turn | None:
-        """Take out what goes next, or return `None` if nothing waits."""
+        """Take out the next item; return `None` if nothing waits."""
         if not self._items:
             return None
         _, item = self._items.popitem(last=False)
@@ -158,11 +172,11 @@ class Backlog:
         return item
 
     def hand_over(self, size: int) -> None:
-        """Count what was written. A message counts like so many bytes as its share of a full backlog at least."""
+        """Count a written message. A small message counts as its share of a full backlog, in bytes."""
         self.handed_over += size + self._options.max_backlog_bytes // self._options.max_backlog_messages
 
     def remove_turn(self, turn: Turn) -> bool:
-        """Take out a turn wherever it stands; return whether it was still there."""
+        """Take out a turn anywhere in the order; return whether it was still there."""
         for key, item in self._items.items():
             if item is turn:
                 del self._items[key]
@@ -174,17 +188,18 @@ class Backlog:
         return self.bytes * part > options.max_backlog_bytes or self.messages * part > options.max_backlog_messages
 
     def _is_full_for(self, entry: Entry, instead_of: Entry | Turn | None = None) -> bool:
-        options = self._options
+        times = 2 if entry.is_spoken else 1
+        most, most_bytes = self._options.max_backlog_messages * times, self._options.max_backlog_bytes * times
         messages, size = self.messages, self.bytes + entry.size
         if isinstance(instead_of, Entry):
             messages, size = messages - 1, size - instead_of.size
-        return messages > 0 and (messages >= options.max_backlog_messages or size > options.max_backlog_bytes)
+        return messages > 0 and (messages >= most or size > most_bytes)
 
     def _make_room_for(self, entry: Entry) -> int:
         dropped = 0
         while self._is_full_for(entry):
             oldest = next((key for key, item in self._items.items() if self._may_be_dropped(item)), None)
-            if oldest is None:  # the rest belongs to channels that lose nothing silently
+            if oldest is None:  # the others are of channels whose policy drops nothing
                 return dropped + 1
             self._forget(oldest)
             dropped += 1
@@ -192,7 +207,7 @@ class Backlog:
         return dropped
 
     def _may_be_dropped(self, item: Entry | Turn) -> bool:
-        return isinstance(item, Entry) and item.policy == "drop_oldest"
+        return isinstance(item, Entry) and item.policy == "drop_oldest" and not item.is_spoken
 
     def _append(self, entry: Entry) -> None:
         self._serial += 1

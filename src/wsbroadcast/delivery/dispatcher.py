@@ -1,4 +1,4 @@
-"""Collects the publications of one turn of the event loop and hands them to the connections in batches."""
+"""Collects the publications of one turn of the event loop, and hands them to the connections in batches."""
 
 from __future__ import annotations
 
@@ -20,21 +20,47 @@ from wsbroadcast.delivery.uvicorn import UvicornSink
 from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import NOBODY, Publication
 
-# A turn holds no more than this before it is delivered and the loop gets its chance: enough to join what belongs
-# together, and little enough that other tasks of the app run in between.
+# After so many bytes a turn is delivered, and the event loop runs other tasks. It is enough to join small messages, and
+# little enough that other tasks of the app run in between.
 _TURN_BYTES = 16 * 1024
 _TURN_MESSAGES = 128
 
-# How often a broadcaster that waits for the crowd looks again when nothing wakes it: nothing tells what a peer's kernel
-# has taken, nor that the time is up which it had.
+# How often, in seconds, a broadcaster that waits for the crowd checks again. No event tells that a peer's kernel has
+# taken more, or that the peer's time is over.
 _LOOK_AGAIN_SECONDS = 0.05
 
 
-class Dispatcher(Generic[R]):
-    """From a publication to the sinks of one node, in order.
+class Opening(Generic[R]):
+    """The batches that wait for a connection until its client was told of a subscription."""
 
-    Nothing is awaited between the registry and a sink, so who is a member at that moment gets it. Code that
-    changes the registry calls `flush` first.
+    __slots__ = ("_bytes", "_messages", "batches")
+
+    def __init__(self) -> None:
+        self.batches: deque[Batch[R]] = deque()
+        """The batches in the order in which they came."""
+        self._messages = self._bytes = 0
+
+    def push(self, batch: Batch[R], most: int, most_bytes: int) -> int:
+        """Append a batch; return how many messages of older ones were dropped to stay within the limits."""
+        self._count(batch, 1)
+        self.batches.append(batch)
+        dropped = 0
+        while len(self.batches) > 1 and (self._messages > most or self._bytes > most_bytes):
+            oldest = self.batches.popleft()
+            self._count(oldest, -1)
+            dropped += oldest.messages
+        return dropped
+
+    def _count(self, batch: Batch[R], times: int) -> None:
+        self._messages += times * len(batch.publications)
+        self._bytes += times * sum(each.message.size for each in batch.publications)
+
+
+class Dispatcher(Generic[R]):
+    """Hands publications to the sinks of one node, in order.
+
+    Nothing is awaited between the registry and a sink. So all connections get a publication that are in the audience at
+    that moment. Code that changes the registry calls `flush` first.
     """
 
     def __init__(self, registry: Registry[R], slow_consumers: SlowConsumers) -> None:
@@ -42,24 +68,28 @@ class Dispatcher(Generic[R]):
         self._slow_consumers = slow_consumers
         self._pace = Pace(registry, slow_consumers)
         self.behind: Mapping[Audience, Collection[R]] = {}
-        """Those in each audience that are behind in its history, and get nothing live of it."""
-        # A turn alone fills no backlog, however small.
+        """The connections of each audience that are behind in its history, and get no new publications."""
+        # The connections of each audience whose clients have yet to be told of the subscription, and what waits for
+        # them.
+        self._opening: dict[Audience, dict[R, Opening[R]]] = {}
+        # One turn must not fill a backlog, however small that is.
         self.turn_bytes = min(_TURN_BYTES, slow_consumers.options.max_backlog_bytes // HIGH_WATER_PART)
         """How many bytes are delivered at once."""
         self.turn_messages = min(_TURN_MESSAGES, slow_consumers.options.max_backlog_messages // HIGH_WATER_PART)
-        """How many messages are."""
+        """How many messages are delivered at once."""
         self.collected: list[Batch[R]] = []
-        """What this turn of the event loop has so far."""
+        """The batches of this turn of the event loop so far."""
         self._bytes = 0
         self._messages = 0
         self._is_scheduled = False
-        # Set when a turn was full, until the loop has run the writers it woke.
+        # Set when a turn was full, until the loop has run the writers that it woke.
         self._is_turn_full = False
-        # Broadcasters that wait for a turn, first come, first served: one in a tight loop would always be first again.
+        # Broadcasters that wait for a turn. The first to come is served first; else one in a tight loop would always
+        # win.
         self._queue: deque[tuple[asyncio.Future[None], int]] = deque()
 
     def dispatch(self, publication: Publication, recipients: Sequence[R] | None = None) -> None:
-        """Hand over a publication to its audience, or to some in it. Written in this turn of the event loop."""
+        """Hand a publication to its audience, or to some of it. It is written in this turn of the event loop."""
         batches = self.collected
         if batches and batches[-1].takes(publication, recipients):
             batches[-1].publications.append(publication)
@@ -90,14 +120,46 @@ class Dispatcher(Generic[R]):
                 recipients = self._registry.recipients(first.audience, first.exclude)
             if self.behind and first.position is not None and (behind := self.behind.get(first.audience)):
                 recipients = [recipient for recipient in recipients if recipient not in behind]
+            if self._opening and (opening := self._opening.get(first.audience)):
+                recipients = self._without_opening(batch, recipients, opening)
             if may_be_large and batch.is_large:
                 self._deliver_large(batch, recipients)
             else:
                 UvicornSink.deliver_all(batch, recipients, self._failed)
-            if first.__class__ is Publication:  # all of a batch are, or none
+            if first.__class__ is Publication:  # all publications of a batch are of one class
                 self._count(len(recipients) * len(batch.publications))
             if first.taken_at and recipients:
                 self._slow_consumers.counters.delivery_seconds.observe(monotonic() - first.taken_at)
+
+    def _without_opening(
+        self, batch: Batch[R], recipients: Sequence[R], opening: Mapping[R, Opening[R]]
+    ) -> Sequence[R]:
+        options, counters = self._slow_consumers.options, self._slow_consumers.counters
+        for recipient in recipients:
+            if (waiting := opening.get(recipient)) is not None:
+                dropped = waiting.push(batch, options.max_backlog_messages // 2, options.max_backlog_bytes // 2)
+                if dropped:
+                    counters.dropped["opening"] += dropped
+        return [recipient for recipient in recipients if recipient not in opening]
+
+    def open(self, recipient: R, audience: Audience) -> None:
+        """Let messages to a recipient in an audience wait until `opened`.
+
+        Half a backlog may wait. If there is more, the oldest are dropped, as if the recipient had joined later.
+        """
+        self.flush()
+        self._opening.setdefault(audience, {}).setdefault(recipient, Opening())
+
+    def opened(self, recipient: R, audience: Audience) -> None:
+        """Hand over what waited for a recipient, if it is still in the audience."""
+        self.flush()
+        opening = self._opening.get(audience, {})
+        waiting = opening.pop(recipient, None)
+        if not opening:
+            self._opening.pop(audience, None)
+        if waiting is not None and self._registry.is_member(recipient, audience):
+            for batch in waiting.batches:
+                self.deliver_batch(batch, recipient)
 
     def deliver_batch(self, batch: Batch[R], recipient: R) -> None:
         """Deliver a batch to one recipient, now. Call `flush` first."""
@@ -109,7 +171,7 @@ class Dispatcher(Generic[R]):
 
     def _count(self, messages: int) -> None:
         slow_consumers = self._slow_consumers
-        # What falls back is delivered, and counted, when there is room.
+        # Postponed messages are delivered, and counted, once there is room.
         slow_consumers.counters.deliveries += messages - slow_consumers.postponed
         slow_consumers.postponed = 0
 
@@ -128,23 +190,23 @@ class Dispatcher(Generic[R]):
 
     @property
     def is_clear(self) -> bool:
-        """Whether a broadcaster may go on without looking further: the turn isn't full and nobody is behind."""
+        """Whether a broadcaster may go on without further checks: the turn isn't full and nobody is behind."""
         return not self._is_turn_full and not self._queue and not self._slow_consumers.behind
 
     def is_ready(self, audience: Audience, exclude: frozenset[str]) -> bool:
-        """Tell whether a message for an audience need not wait: the turn isn't full, its crowd is not behind."""
+        """Tell whether a message for an audience needn't wait: the turn isn't full, and its crowd isn't behind."""
         if self._is_turn_full or self._queue:
             return False
         now = asyncio.get_running_loop().time
         return not self._slow_consumers.behind or not self._pace.must_wait(audience, exclude, Wait(), now())
 
     async def ease(self, size: int, audience: Audience, exclude: frozenset[str] = NOBODY) -> None:
-        """Wait for a place in a turn, and for those whom `Pace` names; at most `send_timeout`.
+        """Wait for a place in a turn, and for the recipients for which `Pace` wants to wait; at most `send_timeout`.
 
         Args:
             size: How many bytes the caller is about to hand over.
-            audience: Whom it is for.
-            exclude: Ids of those in the audience that don't get it.
+            audience: The audience of the message.
+            exclude: Ids of connections that don't get it.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._pace.longest
@@ -172,12 +234,12 @@ class Dispatcher(Generic[R]):
         self.flush()
 
     def _begin_turn(self) -> None:
-        # As many of those that queue up as fit into one turn; the rest goes on waiting for the next.
+        # Serves as many waiting broadcasters as fit into one turn. The others wait for the next turn.
         self._is_turn_full = False
         messages, size = 0, 0
         while self._queue and messages < max(1, self.turn_messages) and size < max(1, self.turn_bytes):
             place, place_size = self._queue.popleft()
-            if not place.done():  # else its broadcaster was cancelled, or has waited long enough
+            if not place.done():  # else the broadcaster was cancelled, or has waited long enough
                 place.set_result(None)
                 messages += 1
                 size += place_size

@@ -1,4 +1,4 @@
-"""Whom a broadcaster waits for: the crowd sets the pace; neither a laggard does nor a majority that takes nothing."""
+"""Decides for which peers a broadcaster waits: for a crowd that keeps pace, not for a few or for peers that stall."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from wsbroadcast.delivery.registry import Member, Registry
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import PACE_PART, SlowConsumers
 
-# The longest wait, whatever `send_timeout` is: while an endpoint waits, servers don't read for it, and don't see the
-# pongs of its peer. uvicorn cuts it off after 20 s.
+# The longest wait, in seconds, whatever `send_timeout` is. While an endpoint waits, servers don't read for it, and
+# don't see the pongs of its peer. uvicorn closes the connection after 20 s.
 _LONGEST_SECONDS = 10.0
 
-# The part of `send_timeout` that a broadcaster which isn't in a tight loop waits for somebody who takes nothing; and of
-# which tight loops together may make a crowd wait that has taken everything.
+# The wait for peers that take nothing, as a part of `send_timeout`, for a broadcaster that isn't in a tight loop. It is
+# also how long all tight loops together may delay a crowd that has taken everything.
 _MOMENT_PART = 20
 
-# How much patience comes back in a second.
+# How many seconds of patience come back in a second.
 _PATIENCE_SHARE = 0.05
 
-# How many of those who keep up are asked whether they have anything left to take.
+# How many peers that keep up are checked for unsent bytes.
 _SAMPLE = 64
 
 
@@ -37,47 +37,49 @@ R = TypeVar("R", bound=Recipient)
 
 
 class Patience:
-    """Seconds that may be spent, by all broadcasters of a node together; they come back slowly."""
+    """Seconds that all broadcasters of a node may spend together. They come back slowly."""
 
     def __init__(self, most: float) -> None:
         self._most = self._left = most
         self._refilled_at = self._spent_until = -inf
 
     def is_left(self, now: float) -> bool:
-        """Tell whether any is left."""
+        """Tell whether any patience is left."""
         self._left = min(self._most, self._left + (now - self._refilled_at) * _PATIENCE_SHARE)
         self._refilled_at = now
         return self._left > 0
 
     def spend(self, began: float, now: float) -> None:
-        """Spend a stretch of time; what several broadcasters wait for at once is spent once."""
+        """Spend the time between two moments. Time in which several broadcasters wait is spent only once."""
         self._left -= max(0.0, now - max(began, self._spent_until))
         self._spent_until = now
 
 
 class Wait:
-    """One broadcaster's wait, from look to look."""
+    """The wait of one broadcaster, from one check to the next."""
 
     __slots__ = ("fills_turns", "patience", "seen")
 
     def __init__(self) -> None:
         self.fills_turns = False
-        """Whether it hands over more than the event loop gets a chance to write, as a tight loop does."""
+        """Whether it hands over more than the event loop can write in between, as a tight loop does."""
         self.patience: Patience | None = None
-        """What it spends by waiting, because it makes others wait who have taken everything."""
+        """The patience that it spends by waiting, because peers wait that have taken everything; `None` for none."""
         self.seen: dict[Sink, int] = {}
-        """What those who keep up still had to take at the last look."""
+        """How much peers that keep up still had to take at the last check."""
 
 
 class Pace(Generic[R]):
-    """Decides who is waited for.
+    """Decides for which peers a broadcaster waits.
 
-    A peer that is behind belongs to the crowd while it keeps pace: it takes, on average, an eighth of a backlog in a
-    quarter of `send_timeout` (see `Progress`). If they are more than those who aren't behind, everybody waits for them.
+    A peer that is behind belongs to the crowd while it keeps pace. That means it takes, on average, an eighth of a
+    backlog in a quarter of `send_timeout` (see `Progress`). If these peers are more than those that aren't behind, all
+    broadcasters wait for them.
 
-    Who doesn't keep pace holds up nobody but a tight loop: that would fill a backlog before anybody can turn round. It
-    waits for such a majority, and for the tail of the crowd, as long as that costs the others nothing, because they
-    still have something to take themselves; and after that from a small patience, which all of them share.
+    Peers that don't keep pace only delay broadcasters in a tight loop, which would fill a backlog at once. A tight loop
+    waits for a majority of such peers, and for peers that are slower than the crowd. It waits as long as that costs the
+    others nothing, because they still have something to take. After that it waits as long as there is patience, which
+    all tight loops share.
     """
 
     def __init__(self, registry: Registry[R], slow_consumers: SlowConsumers) -> None:
@@ -89,17 +91,17 @@ class Pace(Generic[R]):
         self._moment = timeout / _MOMENT_PART
         self._while = timeout / PACE_PART
         self._patience = Patience(self._moment)
-        # Where it isn't known what a peer has taken, those who keep up seem to have taken everything.
+        # If it isn't known what peers have taken, those that keep up seem to have taken everything.
         self._patience_in_the_dark = Patience(self._while)
 
     def must_wait(self, audience: Audience, exclude: frozenset[str], wait: Wait, now: float) -> bool:
-        """Tell whether a message for an audience should wait, as of a time of the event loop."""
+        """Tell whether a message for an audience should wait; `now` is of the event loop's clock."""
         wait.patience = None
         behind = self._slow_consumers.behind
         members = self._registry.members(audience)
         may_be_most = 2 * len(behind) > len(members) - len(exclude)
         if not behind or not (may_be_most or wait.fills_turns):
-            return False  # nearly always, and without looking at each member
+            return False  # nearly always, and without checking each connection
         sinks = [member._sink for member in members if member.id not in exclude]
         late = [sink for sink in sinks if sink in behind]
         others = [sink for sink in sinks if sink not in behind]
@@ -115,7 +117,7 @@ class Pace(Generic[R]):
         moving = sum(self._moves(sink, wait, now) for sink in late)
         if moving > len(others):
             return True
-        if not others and not moving:  # where nobody moves, it may be the network's fault
+        if not others and not moving:  # if no peer takes anything, the network may be the reason
             limit = self.longest if wait.fills_turns else self._while
             return any(self._stood(sink, now) < limit for sink in late)
         if not wait.fills_turns:

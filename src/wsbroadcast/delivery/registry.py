@@ -1,4 +1,7 @@
-"""Who is in which audience. No I/O, no await: every change is complete when the call returns."""
+"""The registry: which connections are in which audience. No I/O, no await: a change is complete when its call returns.
+
+Here a member is a connection that is in an audience.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from wsbroadcast.publication import NOBODY
 
 
 class Member(Protocol):
-    """What the registry has to know of a connection."""
+    """The part of a connection that the registry needs."""
 
     @property
     def id(self) -> str: ...  # noqa: D102  # as `Connection` says
@@ -28,7 +31,7 @@ class Registry(Generic[M]):
 
     def __init__(self) -> None:
         self.by_id: dict[str, M] = {}
-        """Every member, in the order in which they came."""
+        """All members by id, in the order in which they came."""
         self.channels: dict[str, set[M]] = {}
         """The members of each channel that has any."""
         self.users: dict[str, set[M]] = {}
@@ -41,7 +44,7 @@ class Registry(Generic[M]):
         return len(self.by_id)
 
     def add(self, member: M) -> None:
-        """Add a member, with the channels that it names."""
+        """Add a member to its user and its channels."""
         self.by_id[member.id] = member
         if member._user_key is not None:
             _join(self.users, member._user_key, member)
@@ -49,9 +52,9 @@ class Registry(Generic[M]):
             _join(self.channels, name, member)
 
     def remove(self, member: M) -> list[Audience] | None:
-        """Remove a member everywhere; return the audiences it was the last of, or `None` if it wasn't there.
+        """Remove a member everywhere; return the audiences that are empty now, or `None` if it wasn't there.
 
-        What `member.channels` says stays as it is: it tells hooks where the member was.
+        `member.channels` isn't changed, so that hooks see where the member was.
         """
         if member not in self:
             return None
@@ -68,12 +71,12 @@ class Registry(Generic[M]):
         _join(self.channels, channel, member)
 
     def unsubscribe(self, member: M, channel: str) -> bool:
-        """Take a member out of a channel; return whether it was the last there."""
+        """Take a member out of a channel; return whether it was the last one there."""
         member.channels -= {channel}
         return _leave(self.channels, channel, member)
 
     def members(self, audience: Audience) -> Collection[M]:
-        """Return the live collection of an audience's members; don't keep it."""
+        """Return the live collection of an audience's members. Don't keep it, because it changes."""
         if audience.kind == "everyone":
             return self.by_id.values()
         if audience.kind == "channel":
@@ -92,7 +95,7 @@ class Registry(Generic[M]):
     def count(
         self, audience: Audience, exclude: frozenset[str] = NOBODY, exclude_users: frozenset[str] = NOBODY
     ) -> int:
-        """Tell how many members of an audience there are, without the excluded ids and users."""
+        """Return how many members an audience has, without the excluded ids and users."""
         members = self.members(audience)
         if not exclude and not exclude_users:
             return len(members)
@@ -103,7 +106,7 @@ class Registry(Generic[M]):
     def recipients(
         self, audience: Audience, exclude: frozenset[str] = NOBODY, exclude_users: frozenset[str] = NOBODY
     ) -> list[M]:
-        """Return an audience's members without the excluded ids and users, as a list of the caller's own."""
+        """Return an audience's members without the excluded ids and users, as a new list."""
         members = self.members(audience)
         if exclude_users:
             members = [member for member in members if member._user_key not in exclude_users]

@@ -1,4 +1,4 @@
-"""The one owner of what a socket is sent, and the sink that works on every ASGI server."""
+"""The sink: the only object that writes to a connection's socket. This one works on every ASGI server."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from wsbroadcast.exceptions import ConnectionClosed
 Event = Mapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# Seconds until `see_off` looks for the first time whether the peer has answered.
+# Seconds until `see_off` first checks whether the peer has answered.
 _FIRST_PAUSE = 0.001
 
 
 class AppSend(Turn):
-    """Something the app sends itself, in its place among the broadcasts."""
+    """An event that the app sends itself, in its place among the broadcasts."""
 
     __slots__ = ("done", "event")
 
@@ -41,7 +41,7 @@ class AppSend(Turn):
 
     @property
     def is_close(self) -> bool:
-        """Whether it closes the socket: nothing is taken after it."""
+        """Whether it is a close event. Nothing is taken after it."""
         return bool(self.event["type"] == "websocket.close")
 
     @property
@@ -50,11 +50,11 @@ class AppSend(Turn):
         content = self.event.get("text") or self.event.get("bytes")
         if isinstance(content, str):
             return len(content.encode(errors="replace"))
-        return len(content) if isinstance(content, bytes) else 0  # whatever else it is, the server has refused it
+        return len(content) if isinstance(content, bytes) else 0  # the server has refused anything else
 
 
 class Close(Turn):
-    """The close frame, after everything that was handed over before it."""
+    """A close frame, after everything that was handed over before it."""
 
     __slots__ = ("code", "reason")
 
@@ -64,18 +64,18 @@ class Close(Turn):
 
 
 class Sink:
-    """Where one connection's messages go, in the order in which they are handed over.
+    """Sends the messages of one connection, in the order in which they are handed over.
 
-    While the peer keeps up there is nothing but this object. When something has to wait, a `Backlog` and one writer
-    task are made, and go away when the last of it is written. Only that task writes then: concurrent senders reorder on
-    granian, break on uvicorn's legacy protocol and corrupt deflate on hypercorn. A write that was cancelled or failed
-    ends the sink: nothing is ever written after it, because nobody knows how much of it went out.
+    While the peer keeps up, there is only this object. When something has to wait, a `Backlog` and one writer task are
+    made, and removed when all is written. Only that task writes then. Concurrent senders reorder messages on granian,
+    break on uvicorn's legacy protocol, and corrupt deflate on hypercorn. A write that was cancelled or has failed ends
+    the sink: nothing is written after it, because nobody knows how much of it was sent.
     """
 
     kind = "asgi"
     """The name under which `stats()` counts it."""
     is_stream = False
-    """Whether it is an HTTP response. Then the server doesn't tell in every case that the peer is gone."""
+    """Whether it is an HTTP response. The server doesn't always tell then that the peer is gone."""
 
     __slots__ = (
         "_form",
@@ -100,48 +100,48 @@ class Sink:
     ) -> None:
         self.owner = owner
         self.backlog: Backlog | None = None
-        """What waits, or `None` while nothing does."""
+        """The waiting messages; `None` while none wait."""
         self.is_ended = False
-        """Whether nothing more is taken: a close was handed over, or the socket is lost."""
+        """Whether nothing more is taken, because a close was handed over or the socket is lost."""
         self.hangs_up = False
-        """Whether nothing of the peer is read any more once the close frame is out, for one that floods."""
+        """Whether nothing of the peer is read any more after the close frame, because the peer floods."""
         self.transport = transport
-        """The transport below the server's protocol, where it could be found: it can be aborted."""
+        """The transport below the server's protocol, which can be aborted; `None` if it wasn't found."""
         if transport is not None:
             bound_buffer(transport)
         self._slow_consumers = slow_consumers
-        # What the server is given of a message.
+        # The form in which the server gets messages.
         self._form = form or unframed()
-        # The server's own `send`, for what we send.
+        # The server's own `send`, for messages of the library.
         self._send = send
-        # Exists as long as the backlog, but for the moment in which that gets its first item.
+        # Exists as long as the backlog, except for the moment in which that gets its first item.
         self._writer: asyncio.Task[None] | None = None
         self._is_behind = False
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that wait."""
+        """How many bytes wait."""
         backlog = self.backlog
         return 0 if backlog is None else backlog.bytes + len(backlog.rest or b"")
 
     @property
     def held_messages(self) -> int:
-        """Messages that wait."""
+        """How many messages wait."""
         backlog = self.backlog
         return 0 if backlog is None else backlog.messages + (backlog.rest is not None)
 
     @property
     def has_positions(self) -> bool:
-        """Whether the client knows where it is in a history."""
+        """Whether the client knows positions."""
         return self._form.has_positions
 
     @property
     def is_half_full(self) -> bool:
-        """Whether half of what may wait is waiting."""
+        """Whether half of a limit is waiting."""
         return self.backlog is not None and self.backlog.is_half_full
 
     def deliver(self, batch: Batch[Any]) -> None:
-        """Hand over a batch. Never waits, never fails; a full backlog is handled by the policy."""
+        """Hand over a batch. It never waits and never fails. If the backlog is full, the policy decides."""
         self.enqueue(batch.entries(self._form))
 
     def deliver_large(self, batch: Batch[Any]) -> None:
@@ -158,7 +158,7 @@ class Sink:
         left_behind: set[Audience] | None = None
         for entry in rest:
             if entry.place is not None:
-                # Who knows where it is gets the rest later, under every policy.
+                # A client that knows positions gets the others later, whatever the policy.
                 if left_behind is not None and entry.place.audience in left_behind:
                     self._slow_consumers.postponed += 1
                     continue
@@ -181,9 +181,10 @@ class Sink:
             self._start_writer(backlog)
 
     async def send_event(self, event: Event) -> None:
-        """Send what the app itself sends: after everything handed over before, and before everything after.
+        """Send an event of the app, after everything handed over before and before everything handed over later.
 
-        If the caller is cancelled while the event waits, it is withdrawn. Once it is being written, it is finished.
+        If the caller is cancelled while the event waits, the event isn't sent. Once it is being written, it is
+        finished.
 
         Raises:
             ConnectionClosed: If the connection ended before its turn came.
@@ -204,27 +205,27 @@ class Sink:
                 backlog.remove_turn(turn)
             raise
         except ConnectionClosed:
-            if not turn.is_close:  # a close of what is closed has nothing to complain about
+            if not turn.is_close:  # to close something twice is no error
                 raise
 
     def begin_reading(self) -> bool:
-        """The app is about to wait for a message; return whether `end_reading` wants to be called afterwards."""
+        """Take note that the app is about to wait for a message; return whether `end_reading` must be called."""
         return False
 
     def end_reading(self) -> None:
-        """The app has its message, or waits no longer."""
+        """Take note that the app has its message, or waits no longer."""
 
     def when_drained(self, call: Callable[[], None]) -> None:
-        """Call something once when what waits has gone, or the sink has ended; something has to wait."""
+        """Call something once, when nothing waits any more or the sink has ended. Something must be waiting now."""
         self._slow_consumers.when_drained(self, call)
 
     async def drained(self) -> None:
-        """Wait until nothing waits any more, at most `close_timeout`."""
+        """Return when nothing waits any more, after `close_timeout` at most."""
         if self._writer is not None:
             await asyncio.wait({self._writer}, timeout=self._slow_consumers.options.close_timeout)
 
     async def close(self, code: int, reason: str) -> None:
-        """Send what waits and then a close frame. Ends within `close_timeout` when the peer takes nothing.
+        """Send what waits, then a close frame. If the peer takes nothing, it ends within `close_timeout`.
 
         A peer that goes on taking gets up to `send_timeout`. What could not be sent by then is dropped and counted.
         """
@@ -245,12 +246,12 @@ class Sink:
             await asyncio.wait({writer}, timeout=options.close_timeout)
 
     def discard(self, *, keeps_close: bool = False) -> None:
-        """Throw away what waits; the messages are counted, the app's own sends learn of it.
+        """Drop what waits. Messages are counted as dropped, and sends of the app raise an error.
 
-        A large message that is partly written is broken off, so nothing but a close may follow it.
+        A large message that is partly written is broken off, so only a close may follow it.
 
         Args:
-            keeps_close: Whether a close that waits stays, and is now the next to go out.
+            keeps_close: Whether a waiting close stays. It is sent next then.
         """
         backlog = self.backlog
         if backlog is None:
@@ -270,39 +271,39 @@ class Sink:
             backlog.push_turn(close)
 
     def count_lost(self, messages: int) -> None:
-        """Count messages that were handed over and don't arrive, because the connection has ended."""
+        """Count messages that were handed over but don't arrive, because the connection has ended."""
         self._slow_consumers.counters.dropped["closed"] += messages
 
     def end(self) -> None:
-        """Write nothing any more: the peer is gone."""
+        """Write nothing any more, because the peer is gone."""
         self.is_ended = True
         if self._writer is None:
             return
         if self._writer is not asyncio.current_task():
             self._writer.cancel()
-        self._close_backlog()  # here, because a task that never ran a step is cancelled without its `finally`
+        self._close_backlog()  # here, because a task that is cancelled before its first step runs no `finally`
 
     def abort(self) -> None:
-        """End at once and cut the socket off, where the server lets us; for a peer that takes nothing."""
+        """End at once and abort the socket, if the server allows it. It is for a peer that takes nothing."""
         self.end()
         if self.transport is not None:
             self.transport.abort()
 
     @property
     def is_freed(self) -> bool:
-        """Whether the server has let go of the socket; where that can't be known, it is taken for granted."""
+        """Whether the server has freed the socket; true if that can't be known."""
         return self.transport is None or (self.transport.is_closing() and unsent_bytes(self.transport) == 0)
 
     @property
     def is_lost(self) -> bool:
-        """Whether the server is letting go of the socket, where that can be known."""
+        """Whether the server is closing the socket; false if that can't be known."""
         return self.transport is not None and self.transport.is_closing()
 
     async def see_off(self) -> None:
-        """Wait until the server has let go of the socket; cut it off if the peer does nothing for `close_timeout`.
+        """Wait until the server has freed the socket. Abort it if the peer does nothing for `close_timeout`.
 
-        A peer that goes on taking what the server holds for it gets up to `send_timeout`. By themselves servers wait
-        10 s for the answer to a close, and without limit for a closing transport to drain.
+        A peer that goes on taking what the server holds for it gets up to `send_timeout`. Servers themselves wait 10 s
+        for the answer to a close, and without a limit for a closing transport to drain.
         """
         loop = asyncio.get_running_loop()
         options = self._slow_consumers.options
@@ -316,7 +317,8 @@ class Sink:
             await self._freed_within(options.close_timeout)
 
     async def _freed_within(self, seconds: float) -> None:
-        # No server tells. Pauses that double see it before a client that has answered the close can be back.
+        # No server tells when the socket is freed. Pauses begin short and double, so that it is seen before a client
+        # that has answered the close can come back.
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         pause = _FIRST_PAUSE
@@ -326,36 +328,36 @@ class Sink:
 
     @property
     def is_observable(self) -> bool:
-        """Whether it is known what the peer takes, as it takes it."""
+        """Whether it is known at any time how much the peer has taken."""
         return KNOWS_KERNEL and self.transport is not None
 
     @property
     def outstanding(self) -> int:
-        """Bytes that were written and that the peer hasn't taken, as far as it is known."""
+        """Return how many written bytes the peer hasn't taken yet, as far as that is known."""
         return 0 if self.transport is None else outstanding_bytes(self.transport)
 
     @property
     def taken(self) -> int:
-        """Bytes that the peer has taken while its backlog is open, counted from anywhere: only the difference counts.
+        """Return how many bytes the peer has taken while its backlog is open. Only differences of it mean something.
 
-        What the server writes itself, such as a pong, makes it smaller and never larger.
+        Bytes that the server writes itself, such as pongs, make it smaller, never larger.
         """
         return (0 if self.backlog is None else self.backlog.handed_over) - self.outstanding
 
     async def ready(self) -> None:
-        """Wait until the peer takes more, where that is known: what waits until then can still be thrown away."""
+        """Wait until the peer takes more, if that is known. What waits until then can still be dropped."""
 
     async def write(self, entry: Entry, backlog: Backlog) -> None:
-        """Write one message from the backlog; wait as long as the peer can't take it."""
+        """Write one message from the backlog. It waits as long as the peer can't take it."""
         await self._send(self._slow_consumers.events.of(entry))
         backlog.hand_over(entry.size)
 
     def write_rest(self, backlog: Backlog) -> None:
-        """Write what the peer takes of a large message; of a sink that writes in pieces."""
+        """Write as much of a large message as the peer takes, if this sink writes in pieces."""
 
     def _hang_up(self) -> None:
-        # Servers go on parsing what comes until the peer answers a close: a flood would cost as much as before. In the
-        # turn of the close frame, because it makes uvicorn read again.
+        # Servers go on reading until the peer answers a close, so a flood would cost as much as before. It is done in
+        # the turn of the close frame, because that makes uvicorn read again.
         if self.hangs_up and self.transport is not None and not self.transport.is_closing():
             self.transport.pause_reading()
 
@@ -364,7 +366,7 @@ class Sink:
         return self.backlog
 
     def _start_writer(self, backlog: Backlog) -> asyncio.Task[None]:
-        # With something in the backlog, because an eager task factory runs the writer at once; it may have ended then.
+        # The backlog has its first item already, because an eager writer runs at once. It may have ended afterwards.
         writer = self._slow_consumers.start_writer(self, self._drain(backlog))
         self._writer = None if writer.done() else writer
         return writer
@@ -380,17 +382,17 @@ class Sink:
                 if self._is_behind and not backlog.is_past_high_water:
                     self._catch_up()
                 if isinstance(item, Entry):
-                    await self.write(item, backlog)  # if it fails, nobody knows whether it has arrived: not counted
+                    await self.write(item, backlog)  # not counted if it fails, because it may have arrived
                 elif isinstance(item, AppSend):
                     await self._run(item)
                     backlog.hand_over(item.size)
                 elif isinstance(item, Close):
                     await self._write_close(item)
         except Exception:
-            # Servers raise OSError, RuntimeError or their own: whatever it is, this socket takes no more.
+            # Servers raise OSError, RuntimeError or their own errors. After any of them this socket takes no more.
             self.owner.lost(ABNORMAL, "")
         finally:
-            self._close_backlog()  # which changes nothing after `end`
+            self._close_backlog()  # changes nothing after `end`
 
     def _close_backlog(self) -> None:
         self.discard()
@@ -406,31 +408,32 @@ class Sink:
 
     async def _run(self, turn: AppSend) -> None:
         if turn.done.done() and not turn.is_close:
-            return  # withdrawn; a close stands
+            return  # the caller was cancelled; a close is still sent
         try:
             await self.owner.app_send(dict(turn.event))
         except asyncio.CancelledError:
             if not turn.done.done():
                 turn.done.set_exception(ConnectionClosed(ABNORMAL))
             raise
-        except Exception as error:  # the app's own mistake or the peer's end: the app is told, the next write shows
+        except Exception as error:  # a mistake of the app, or the peer's end, which the next write shows
             if not turn.done.done():
                 turn.done.set_exception(error)
             if isinstance(error, WebSocketDisconnect):
-                raise  # the peer is gone, and Starlette's state must not tell otherwise to what follows
+                raise  # the peer is gone, and Starlette's state must show that
         else:
             if not turn.done.done():
                 turn.done.set_result(None)
 
     async def _write_close(self, turn: Close) -> None:
-        reason = cut_reason(turn.reason)
-        for code in fallback_codes(turn.code):
+        wanted, reason = self._form.closing(turn.code, turn.reason)
+        reason = cut_reason(reason)
+        for code in fallback_codes(wanted):
             try:
                 await self._send({"type": "websocket.close", "code": code, "reason": reason})
                 self._hang_up()
                 return
             except OSError:
-                return  # the peer is gone: closed all the same
+                return  # the peer is gone, so it is closed anyway
             except Exception:
                 if code == CloseCode.NORMAL:
-                    return  # refused in every form
+                    return  # the server has refused all codes

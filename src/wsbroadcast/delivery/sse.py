@@ -1,6 +1,6 @@
-"""The sinks of `text/event-stream` responses: the server's `send`, or uvicorn's transport with shared chunks.
+"""The sinks of `text/event-stream` responses: through the server's `send`, or uvicorn's transport with shared chunks.
 
-Nothing of the server is patched. Whatever looks different from what this module knows means `StreamSink`.
+Nothing of the server is patched. If anything looks different from what this module knows, `StreamSink` is used.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from wsbroadcast.message import Encoding, Message
 from wsbroadcast.protocols import sse
 from wsbroadcast.publication import Protocol
 
-# Between these, in seconds, the moment is drawn.
+# The random time until a browser comes back is between these, in seconds.
 _SOONEST, _LATEST = 1.0, 5.0
 
 
 def drawn_retry() -> bytes:
-    """Say when a browser comes back, for each stream another moment: by itself it knows neither backoff nor jitter."""
+    """Return a `retry` field with a random time, because a browser by itself has neither backoff nor jitter."""
     return sse.retry(uniform(_SOONEST, _LATEST))  # noqa: S311  # no secret
 
 
 def last_event(code: int, reason: str) -> bytes:
-    """Return the end of a stream, for those who come back with the moment at which they do."""
+    """Return the end of a stream. If the client should come back, it says when."""
     last = sse.close(code, cut_reason(reason))
     return drawn_retry() + last if should_reconnect(code) else last
 
@@ -55,7 +55,8 @@ _forms: WeakValueDictionary[tuple[Protocol, Encoding], WireForm] = WeakValueDict
 
 
 def _form(speaks: Protocol, encoding: Encoding) -> WireForm:
-    # One for all streams that share it. Not kept for ever: there may be a protocol for each channel.
+    # All streams with the same protocol and encoding share one. It isn't kept for ever, because each channel may have a
+    # protocol of its own.
     form = _forms.get((speaks, encoding))
     if form is None:
         form = _forms[speaks, encoding] = WireForm(speaks, encoding)
@@ -63,7 +64,7 @@ def _form(speaks: Protocol, encoding: Encoding) -> WireForm:
 
 
 class Stream(Sink):
-    """What all sinks of event streams do alike."""
+    """The base of all sinks of event streams."""
 
     is_stream = True
 
@@ -82,7 +83,7 @@ class StreamSink(Stream):
     __slots__ = ()
 
     async def write(self, entry: Entry, backlog: Backlog) -> None:
-        """Write one message from the backlog; wait as long as the peer can't take it."""
+        """Write one message from the backlog. It waits as long as the peer can't take it."""
         await self._send({"type": "http.response.body", "body": entry.data, "more_body": True})
         backlog.hand_over(entry.size)
 
@@ -106,11 +107,11 @@ class UvicornStreamSink(Stream, DirectSink):
         super().__init__(owner, slow_consumers, send, transport, form)
         self._transport = transport
         self._flow = flow
-        # Whether a message was written in part, and the rest thrown away.
+        # Whether only a part of a message was written, and the rest dropped.
         self._is_broken = False
 
     def deliver(self, batch: Batch[Any]) -> None:
-        """Write the batch at once, as the same bytes that every other stream of the channel gets."""
+        """Write the batch at once. All streams of the channel get the same bytes."""
         if self.backlog is not None or self._flow.write_paused:
             self.enqueue(batch.entries(self._form))
         elif not self.is_ended and not self._transport.is_closing():
@@ -135,7 +136,7 @@ class UvicornStreamSink(Stream, DirectSink):
         return self._transport.is_closing()
 
     def discard(self, *, keeps_close: bool = False) -> None:
-        """Throw away what waits; a response that is broken off inside a message can't be finished."""
+        """Drop what waits. A response that is broken off inside a message can't be finished."""
         if self.backlog is not None and self.backlog.rest is not None:
             self._is_broken = True
         super().discard(keeps_close=keeps_close)
@@ -148,7 +149,7 @@ class UvicornStreamSink(Stream, DirectSink):
 
 
 class Nowhere:
-    """Stands in for a transport whose peer is gone: uvloop's raises where it is written to."""
+    """Replaces a transport whose peer is gone, because uvloop's raises on a write."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -161,19 +162,19 @@ class Nowhere:
 
 
 class Recorder:
-    """Stands in for the transport of one of uvicorn's request cycles while a head is sent, and remembers what goes out.
+    """Replaces the transport of one of uvicorn's request cycles while a head is sent, and remembers what is written.
 
-    What middleware does to a response isn't known from any attribute. Only where the head says that the body is in
-    chunks, and the first of them comes out as it went in, may chunks be written to the transport directly.
+    No attribute tells what middleware does to a response. So chunks may be written to the transport directly only if
+    the head says that the body is in chunks, and the first chunk comes out unchanged.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.written = b""
-        """What was written."""
+        """The bytes that were written."""
 
     def write(self, data: bytes) -> None:
-        """Write, and remember."""
+        """Write bytes, and remember them."""
         self.written += data
         self._transport.write(data)
 
@@ -184,7 +185,7 @@ class Recorder:
         """Return why chunks may not be written directly; empty if they may.
 
         Args:
-            first: What was sent as the beginning of the body.
+            first: The bytes that were sent as the beginning of the body.
         """
         head, _, body = self.written.partition(b"\r\n\r\n")
         lines = {line.lower().replace(b" ", b"") for line in head.split(b"\r\n")[1:]}
@@ -196,7 +197,7 @@ class Recorder:
 
 
 class Opened:
-    """A stream whose head has gone out: what its sink is made of."""
+    """A stream whose head is sent. Its sink is made of it."""
 
     def __init__(self, send: Send, receive: object) -> None:
         self._send = send
@@ -204,7 +205,7 @@ class Opened:
         self._cycle, self.refused = _find_cycle(receive)
         """Why the fast path is refused; empty if it isn't."""
         self.is_open = False
-        """Whether the head is out."""
+        """Whether the head is sent."""
 
     async def open(self, head: dict[str, Any], first: bytes) -> None:
         """Send the head and the beginning of the body."""
@@ -218,20 +219,21 @@ class Opened:
         try:
             await self._begin(head, first)
         finally:
-            if cycle.transport is recorder:  # else another request of this connection has been given another
+            if cycle.transport is recorder:  # else another request of this connection has replaced it
                 cycle.transport = real
         self.refused = recorder.refusal(first)
 
     async def finish(self) -> None:
-        """Say that nothing follows, where uvicorn hasn't noticed that the peer is gone and nobody else has said it.
+        """End the response, if uvicorn hasn't noticed that the peer is gone, and nothing else has ended it.
 
-        It tells only the last of the requests that a peer has sent, and not those before which it still answers.
+        uvicorn tells only the last request of a peer that the peer is gone, not earlier requests that are still
+        answered.
         """
         cycle = self._cycle
         if cycle is None or not self.is_open or not cycle.transport.is_closing():
             return
         is_over = getattr(cycle, "disconnected", True) or getattr(cycle, "response_complete", True)
-        if is_over or cycle.flow.write_paused:  # which would wait until the transport takes more
+        if is_over or cycle.flow.write_paused:  # to end it would wait until the transport takes more
             return
         real, cycle.transport = cycle.transport, Nowhere(cycle.transport)
         try:
@@ -244,7 +246,7 @@ class Opened:
         await self._send({"type": "http.response.body", "body": first, "more_body": True})
 
     def sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Protocol) -> Sink:
-        """Make the sink for it: the fast one where that is possible."""
+        """Make the sink of the stream: the fast one if possible."""
         if self._cycle is None or self.refused:
             transport = find_transport(self._receive)
             return StreamSink(owner, slow_consumers, self._send, transport, _form(speaks, _UNFRAMED))

@@ -1,6 +1,6 @@
 """The fast path: writing shared frames to the transport of uvicorn's default WebSocket protocol.
 
-Nothing of the server is patched. Whatever looks different from what this module knows means `Sink`.
+Nothing of the server is patched. If anything looks different from what this module knows, `Sink` is used.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from wsbroadcast.publication import Protocol as Speaks
 from wsbroadcast.publication import plain
 
 SERVER_RECEIVE = "wsbroadcast.receive"
-"""The scope's key for the server's own `receive`, where a middleware wraps it (see `FastPath`)."""
+"""The key in a scope for the server's own `receive`, if a middleware wraps it (see `FastPath`)."""
 
 SERVER_SEND = "wsbroadcast.send"
-"""The scope's key for the `send` that came with it."""
+"""The key in a scope for the `send` that came with it."""
 
 
 class Recipient(Protocol):
-    """Who has a sink."""
+    """Something that has a sink."""
 
     @property
     def _sink(self) -> Sink: ...
 
 
 class DirectSink(Sink):
-    """Writes to the transport below a server's protocol: a large message in pieces, as far as it takes them."""
+    """Writes to the transport below a server's protocol. Large messages are written in pieces, as it takes them."""
 
     __slots__ = ("_transport",)
 
@@ -43,7 +43,7 @@ class DirectSink(Sink):
         self, owner: Owner, slow_consumers: SlowConsumers, send: Send, transport: asyncio.Transport, form: WireForm
     ) -> None:
         super().__init__(owner, slow_consumers, send, transport, form)
-        self._transport = transport  # the same, and never None here
+        self._transport = transport  # the same as `transport`, but never None
 
     @property
     @abstractmethod
@@ -74,7 +74,7 @@ class DirectSink(Sink):
                 return
 
     async def write(self, entry: Entry, backlog: Backlog) -> None:
-        """Write one message from the backlog: at once, or as much of a large one as the transport takes."""
+        """Write one message from the backlog, or as much of a large one as the transport takes."""
         if len(entry.data) <= PIECE_BYTES:
             self._transport.write(entry.data)
         else:
@@ -82,16 +82,16 @@ class DirectSink(Sink):
         backlog.hand_over(len(entry.data) - len(backlog.rest or b""))
 
     def write_rest(self, backlog: Backlog) -> None:
-        """Go on with a large message."""
+        """Write the next pieces of a large message."""
         assert backlog.rest is not None
         before = len(backlog.rest)
         backlog.rest = self._write_pieces(backlog.rest)
         backlog.hand_over(before - len(backlog.rest or b""))
 
     def _write_pieces(self, data: memoryview) -> memoryview | None:
-        # A transport keeps what it can't send at once, and copies it on some versions of Python. So it is given no more
-        # than it asks for; the rest is shared by all connections. Each piece of a WebSocket's is a whole frame, because
-        # the server may write a frame of its own before the next one.
+        # A transport keeps what it can't send at once, and copies it on some versions of Python. So it gets no more
+        # than it asks for, and all connections share the rest. For a WebSocket each piece is a whole frame, because the
+        # server may write a frame of its own before the next one.
         while self.takes_more and not self.is_over:
             self._transport.write(data[:PIECE_BYTES])
             data = data[PIECE_BYTES:]
@@ -120,11 +120,11 @@ class UvicornSink(DirectSink):
         super().__init__(owner, slow_consumers, send, protocol.transport, _take_over_compression(protocol, speaks))
         self._protocol = protocol
         self._writable: asyncio.Event = protocol.writable
-        # What came in and the app hasn't read, where the protocol is known well enough (see `begin_reading`).
+        # The queue of messages that the app hasn't read, if the protocol is known well enough (see `begin_reading`).
         self._inbox: asyncio.Queue[Any] | None = _inbox_of(protocol) if is_read_directly else None
 
     def deliver(self, batch: Batch[Any]) -> None:
-        """Write the batch at once, as the same bytes that every other connection gets."""
+        """Write the batch at once. All connections get the same bytes."""
         if self.backlog is not None or not self._writable.is_set():
             self.enqueue(batch.entries(self._form))
         elif not self._protocol.close_sent and not self._transport.is_closing():
@@ -136,13 +136,13 @@ class UvicornSink(DirectSink):
     def deliver_all(batch: Batch[Any], recipients: Iterable[Recipient], failed: Callable[[Any], None]) -> None:
         """Hand a batch to all recipients, whatever kind of sink they have.
 
-        Here the microseconds of a broadcast go. `deliver` is repeated in the loop, because a call of it for each
-        connection would cost a twelfth of them.
+        Most of a broadcast's time is spent here. The loop repeats the code of `deliver`, because a call for each
+        connection would take a twelfth of that time.
 
         Args:
-            batch: What to deliver.
-            recipients: To whom.
-            failed: Called in an `except` block with a recipient for which the server failed; the others get theirs.
+            batch: The batch.
+            recipients: The recipients.
+            failed: Called in an `except` block with a recipient for which the server failed. The others get the batch.
         """
         form: WireForm | None = None
         wire = b""
@@ -164,7 +164,7 @@ class UvicornSink(DirectSink):
                 failed(recipient)
 
     async def send_event(self, event: Event) -> None:
-        """Send what the app itself sends; straight through while nothing waits."""
+        """Send an event of the app; directly while nothing waits."""
         if self.backlog is not None or not self._writable.is_set():
             await super().send_event(event)
             return
@@ -173,12 +173,12 @@ class UvicornSink(DirectSink):
         await self.owner.app_send(dict(event))  # doesn't suspend while the transport takes more
 
     def begin_reading(self) -> bool:
-        """Spare the two system calls with which uvicorn stops and resumes reading for each message.
+        """Save the two system calls with which uvicorn stops and resumes reading for each message.
 
-        It stops reading while a message waits that the app hasn't asked for. One that the app waits for already is
-        taken in the same turn of the loop, so the protocol is told that reading is stopped, and doesn't do it. At most
-        one read of the transport more than without this is held. Only where nothing stands between the app and the
-        server's `receive`: what waits there would let a client fill the memory.
+        uvicorn stops reading while a message waits that the app hasn't asked for. A message that the app already waits
+        for is taken in the same turn of the loop. So the protocol is told that reading is stopped, and doesn't stop it.
+        At most one more read of the transport is held than without this. It is done only if nothing is between the app
+        and the server's `receive`: messages that wait there would let a client fill the memory.
         """
         if self._inbox is None or self._protocol.read_paused or not self._inbox.empty():
             return False
@@ -186,9 +186,9 @@ class UvicornSink(DirectSink):
         return True
 
     def end_reading(self) -> None:
-        """Let the protocol stop reading again; without a message it would go on believing that it has.
+        """Let the protocol stop reading again. If no message came, it would go on believing that it has stopped.
 
-        Unless it has stopped in earnest, because another reader took the message before: then it has to know.
+        If it has really stopped, because another reader took the message before, it must go on knowing that.
         """
         if self._transport.is_reading():
             self._protocol.read_paused = False
@@ -214,8 +214,8 @@ def find_protocol(receive: object, send: object) -> tuple[Any, str]:
     """Find uvicorn's protocol object behind an ASGI `receive` and `send`.
 
     Args:
-        receive: The one that the WebSocket has, or the server's own where the app says so (see `FastPath`).
-        send: The one that the WebSocket has; `None` where the app says that what wraps it may be left out.
+        receive: The `receive` of the WebSocket, or the server's own if `FastPath` is used.
+        send: The `send` of the WebSocket; `None` if its wrappers may be skipped.
 
     Returns:
         The protocol and an empty text, or `None` and the reason why the fast path is refused.
@@ -232,7 +232,7 @@ def find_protocol(receive: object, send: object) -> tuple[Any, str]:
     if find_transport(receive) is None:
         unknown.append("transport")
     if getattr(kind, "pause_writing", None) is asyncio.BaseProtocol.pause_writing:
-        unknown.append("pause_writing")  # before uvicorn 0.52.1 `writable` is never cleared: nobody would ever be slow
+        unknown.append("pause_writing")  # before uvicorn 0.52.1 `writable` is never cleared, so no peer would seem slow
     if unknown:
         return None, f"unknown uvicorn: {', '.join(unknown)}"
     if not protocol.handshake_complete:  # once it is, it stays so
@@ -241,8 +241,8 @@ def find_protocol(receive: object, send: object) -> tuple[Any, str]:
 
 
 def _below_starlette(send: object) -> object:
-    # Starlette wraps `send` itself, once for each app and route that handles exceptions and once for sessions, and
-    # passes on every event of a WebSocket.
+    # Starlette itself wraps `send`: once for each app and route that handles exceptions, and once for sessions. These
+    # wrappers pass on all events of a WebSocket.
     while isinstance(send, FunctionType) and (closure := send.__closure__) is not None:
         if send.__code__ is _SENDER:
             send = closure[_SENDER_SEND].cell_contents
@@ -254,7 +254,8 @@ def _below_starlette(send: object) -> object:
 
 
 def _find_sender() -> CodeType | None:
-    # Known by its code: whatever else looks like it is somebody else's. Not found means that every `send` is wrapped.
+    # The wrapper is recognized by its code object, because others may look like it. If it isn't found, each wrapped
+    # `send` counts as wrapped by something unknown.
     try:
         from starlette._exception_handler import wrap_app_handling_exceptions
     except ImportError:
@@ -266,8 +267,8 @@ def _find_sender() -> CodeType | None:
     return None
 
 
-# By name, because its module wants a package that may be missing; by the name of its code, because `functools.wraps`
-# gives a wrapper that of what it wraps.
+# Found by the name of its module, which needs a package that may be missing; and by the name of its code, because
+# `functools.wraps` copies other names to wrappers.
 _SESSION_SENDER = ("starlette.middleware.sessions", "SessionMiddleware.__call__.<locals>.send_wrapper")
 
 _SENDER = _find_sender()
@@ -281,9 +282,9 @@ def _inbox_of(protocol: Any) -> asyncio.Queue[Any] | None:
 
 
 def _take_over_compression(protocol: Any, speaks: Speaks) -> WireForm:
-    # Where permessage-deflate was negotiated, ours are compressed once for all connections. The server's compressor for
-    # this connection must then stop relying on what it sent before, because it doesn't see what we send in between. It
-    # may do so at any message (RFC 7692, 7.2.1), and it saves the memory of its context.
+    # If permessage-deflate was negotiated, messages of the library are compressed once for all connections. The
+    # server's compressor for this connection doesn't see these, so it must no longer refer to earlier messages. That is
+    # allowed at any message (RFC 7692, 7.2.1), and it saves the memory of its context.
     for extension in getattr(protocol.conn, "extensions", ()):
         window_bits = getattr(extension, "local_max_window_bits", None)
         if (
@@ -295,7 +296,7 @@ def _take_over_compression(protocol: Any, speaks: Speaks) -> WireForm:
                 extension.local_no_context_takeover = True
                 del extension.encoder
             return wire_form(speaks, window_bits)
-    return wire_form(speaks)  # which every receiver takes, compression negotiated or not
+    return wire_form(speaks)  # every receiver takes it, whether compression was negotiated or not
 
 
 def find_transport(receive: object) -> asyncio.Transport | None:
@@ -304,7 +305,7 @@ def find_transport(receive: object) -> asyncio.Transport | None:
     if not type(protocol).__module__.startswith("uvicorn."):
         return None
     transport = getattr(protocol, "transport", None)
-    # uvloop's transports are no subclass of asyncio's: what they can do is what counts. A class is looked at once.
+    # uvloop's transports are not of asyncio's classes, so their methods are checked, once for each class.
     kind: Any = type(transport)
     return transport if _is_transport(kind) else None
 

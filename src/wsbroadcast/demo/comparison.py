@@ -1,4 +1,4 @@
-"""The same messages through the class of FastAPI's tutorial and through ours, with a client of both that stalls."""
+"""The same messages through FastAPI's tutorial class and through ours, while a client of each reads nothing."""
 
 import asyncio
 import logging
@@ -14,13 +14,12 @@ from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, WebSocket, WebSocketException
-from pydantic import ValidationError
 
 from wsbroadcast import CloseCode, Connection, ConnectionManager, Hook, Limits, SlowConsumer, connection_dependency
 from wsbroadcast.demo import handwritten
-from wsbroadcast.demo.messages import COMMAND, Clock, ClockAnswer, StallClient, StallState, Tick
+from wsbroadcast.demo.messages import Clock, ClockAnswer, StallClient, StallState, Tick, WakeClient
 
-# A client that stops reading: on a real socket, so that the server feels what it feels with any such client.
+# A client that stops reading. It uses a real socket, so that the server behaves as with any such client.
 
 
 _RECEIVE_BUFFER_BYTES = 4096
@@ -32,7 +31,7 @@ _CLOSE_FRAME = b"\x88\x80\x00\x00\x00\x00"
 
 
 class StalledClient:
-    """A WebSocket client that takes the handshake and then nothing more, until it is told to read on.
+    """A WebSocket client that reads the answer to its handshake, and then nothing until it is told to read on.
 
     Args:
         address: Where the server listens, as an IP address and a port, or what ASGI has instead.
@@ -50,8 +49,8 @@ class StalledClient:
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setblocking(False)
-        # Before it connects, because the first window follows from it. The kernel takes little for a client that
-        # reads nothing then, and the server notices soon.
+        # Set before it connects, because it determines the first window. So the kernel buffers little for this client,
+        # and the server soon notices that it reads nothing.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER_BYTES)
 
     async def connect(self) -> None:
@@ -86,7 +85,7 @@ class StalledClient:
     async def read_on(self) -> None:
         """Read, and throw away, whatever comes; returns when the server has closed the connection."""
         loop = asyncio.get_running_loop()
-        # Read at the pace of the first window, what waits would take many seconds more.
+        # With the first window, reading what waits would take many seconds more.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024 * 1024)
         try:
             while await loop.sock_recv(self._socket, 64 * 1024):
@@ -95,7 +94,7 @@ class StalledClient:
             pass
 
     async def leave(self) -> None:
-        """Say goodbye, if the server still listens; returns when that is on its way."""
+        """Send a close frame, if the server still listens."""
         try:
             await asyncio.get_running_loop().sock_sendall(self._socket, _CLOSE_FRAME)
         except OSError:
@@ -112,6 +111,21 @@ class StalledClient:
         self.close()
 
 
+async def _stalled(address: tuple[str, int | None] | None, path: str) -> StalledClient:
+    """Connect a client that stalls. It tries again when it reaches a worker that doesn't compare."""
+    for attempt in range(_MAX_ATTEMPTS):
+        client = StalledClient(address, path)
+        try:
+            await client.connect()
+        except BaseException as error:
+            client.close()
+            if not isinstance(error, ConnectionRefusedError) or attempt == _MAX_ATTEMPTS - 1:
+                raise
+        else:
+            break
+    return client
+
+
 # The comparison.
 
 
@@ -121,14 +135,21 @@ TICK_SECONDS = 0.1
 STALL_SECONDS = 15.0
 
 MAX_CLIENTS = 60
-"""In each column; a tab of the page brings three."""
+"""Clients in each column. A tab of the page has three."""
 
 _FULL = "enough tabs compare already"
 
-# Carried by the ticks while a client stalls, so that the buffers between it and the server are full within two seconds.
+# The close code of a worker that doesn't compare. The page then tries again, and may reach another one. A refused
+# handshake would be an error in the browser's console.
+OTHER_WORKER = 4421
+
+# How often a client tries again that reaches the wrong worker.
+_MAX_ATTEMPTS = 50
+
+# Added to the ticks while a client stalls, so that the buffers between it and the server are full within two seconds.
 _PADDING = "." * 16 * 1024
 
-# Ticks that may wait for a broadcast to return, those of a minute. Beyond, the oldest is given up.
+# How many ticks may wait for a broadcast to return: those of a minute. When there are more, the oldest is dropped.
 _MAX_WAITING = round(60 / TICK_SECONDS)
 
 # A stalled client that reads again leaves when its column has caught up, and at the latest after this time.
@@ -138,14 +159,14 @@ _REPORT_SECONDS = 0.5
 
 
 class Feed:
-    """A loop as apps have it: it broadcasts a tick when the broadcast of the one before has returned."""
+    """A loop as apps have it: it broadcasts a tick when the broadcast of the previous one has returned."""
 
     def __init__(self, broadcast: Callable[[Tick], Awaitable[object]]) -> None:
         self._broadcast = broadcast
         self._ticks: asyncio.Queue[Tick] = asyncio.Queue(_MAX_WAITING)
 
     def put(self, tick: Tick) -> None:
-        """Add a tick; the loop comes to it in its turn."""
+        """Add a tick. The loop broadcasts it in its turn."""
         if self._ticks.full():
             self._ticks.get_nowait()
             self._ticks.task_done()
@@ -158,7 +179,7 @@ class Feed:
             try:
                 await self._broadcast(tick)
             except Exception:
-                # The tutorial's class raises when somebody has just left; those behind on its list miss the message.
+                # The tutorial's class raises when a client has just left. Those after it on the list miss the message.
                 logger.debug("a broadcast failed", exc_info=True)
             finally:
                 self._ticks.task_done()
@@ -173,13 +194,13 @@ class Stall:
     """A client of each manager that reads nothing for a while."""
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(12))
-    """By which the endpoints know its two connections."""
+    """The endpoints know its two connections by this."""
     started_at: float | None = None
     """When both were connected."""
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when they are to read on."""
     over_at: float | None = None
-    """When they began to."""
+    """When they began to read again."""
     ended_at: float | None = None
     """When our manager ended its connection."""
     code: int | None = None
@@ -202,9 +223,11 @@ class Comparison(Hook):
 
     Args:
         slow_consumer: The policy of our manager.
+        is_here: Whether this is the worker that compares: the tutorial's class knows no other.
     """
 
-    def __init__(self, slow_consumer: SlowConsumer) -> None:
+    def __init__(self, slow_consumer: SlowConsumer, *, is_here: bool = True) -> None:
+        self._is_here = is_here
         limits = Limits(max_inbound_rate=20.0, inbound_burst=50)
         self.ours = ConnectionManager(hooks=[self], limits=limits, slow_consumer=slow_consumer)
         self.theirs = handwritten.ConnectionManager()
@@ -264,11 +287,9 @@ class Comparison(Hook):
     async def _run(self, stall: Stall, address: tuple[str, int | None] | None) -> None:
         try:
             with (
-                StalledClient(address, f"/feed/wsbroadcast?stall={stall.token}") as ours,
-                StalledClient(address, f"/feed/handwritten?stall={stall.token}") as theirs,
+                await _stalled(address, f"/feed/wsbroadcast?stall={stall.token}") as ours,
+                await _stalled(address, f"/feed/handwritten?stall={stall.token}") as theirs,
             ):
-                await ours.connect()
-                await theirs.connect()
                 stall.started_at = time.monotonic()
                 await self._report_until_over(stall)
                 await self._read_on(ours, theirs)
@@ -333,20 +354,27 @@ class Comparison(Hook):
         router = APIRouter()
         OurConnection = Annotated[Connection, Depends(connection_dependency(self.ours))]  # noqa: N806  # a type
 
-        @router.websocket("/feed/wsbroadcast")
+        @router.websocket("/feed/wsbroadcast", dependencies=[Depends(self._check_worker)])
         async def of_ours(connection: OurConnection) -> None:
             connection.info = self._stall_of(connection.websocket)
+            if not self._is_here:
+                await connection.close(OTHER_WORKER)
+                return
             if len(self.ours.connections) > MAX_CLIENTS and connection.info is None:
                 await connection.close(CloseCode.TRY_AGAIN_LATER, _FULL)
                 return
             self._somebody_came.set()
             await connection.send(self._state())
-            async for frame in connection:
-                await self._obey(connection, frame)
+            async for command in connection.typed(Clock | StallClient | WakeClient):
+                await self._obey(connection, command)
 
-        @router.websocket("/feed/handwritten", dependencies=[Depends(_check_origin)])
+        @router.websocket("/feed/handwritten", dependencies=[Depends(_check_origin), Depends(self._check_worker)])
         async def of_theirs(websocket: WebSocket) -> None:
             stall = self._stall_of(websocket)
+            if not self._is_here:
+                await websocket.accept()
+                await websocket.close(OTHER_WORKER)
+                return
             if len(self.theirs.active_connections) >= MAX_CLIENTS and stall is None:
                 await websocket.accept()
                 await websocket.close(CloseCode.TRY_AGAIN_LATER, _FULL)
@@ -363,16 +391,15 @@ class Comparison(Hook):
 
         return router
 
+    async def _check_worker(self, websocket: WebSocket) -> None:
+        if not self._is_here and "stall" in websocket.query_params:
+            raise WebSocketException(CloseCode.POLICY_VIOLATION)
+
     def _stall_of(self, websocket: WebSocket) -> Stall | None:
         token = websocket.query_params.get("stall", "")
         return self._stall if secrets.compare_digest(token.encode(), self._stall.token.encode()) else None
 
-    async def _obey(self, connection: Connection, frame: str | bytes) -> None:
-        try:
-            command = COMMAND.validate_json(frame)
-        except ValidationError:
-            await connection.close(CloseCode.INVALID_DATA, "not a message of this demo")
-            return
+    async def _obey(self, connection: Connection, command: Clock | StallClient | WakeClient) -> None:
         if isinstance(command, Clock):
             await connection.send(ClockAnswer(sent=command.sent, at=time.monotonic()))
         elif isinstance(command, StallClient):

@@ -2,11 +2,11 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from wsbroadcast import Stats
 
@@ -32,6 +32,8 @@ class Visitor:
     name: str
     hue: int
     is_stalled: bool = False
+    since: float = 0.0
+    """When it came, in seconds since 1970."""
 
 
 def clean_text(text: str) -> str:
@@ -141,12 +143,6 @@ class Flood(Inbound):
     padding: Annotated[str, StringConstraints(max_length=4096)]
 
 
-INBOUND: TypeAdapter[Hello | Chat | Stall | Flood] = TypeAdapter(
-    Annotated[Hello | Chat | Stall | Flood, Field(discriminator="type")]
-)
-"""Checks and reads a frame of the page."""
-
-
 class Welcome(BaseModel):
     """The answer to `Hello`: who the tab is from now on."""
 
@@ -205,11 +201,56 @@ class Guest(BaseModel):
     hue: int
     channel: str
     is_stalled: bool
+    since: float
+    """When it came, in seconds since 1970."""
+
+
+class Counted(BaseModel):
+    """What a worker has counted, as `manager.stats()` tells it."""
+
+    type: Literal["counted"] = "counted"
+    worker: str
+    connections: int
+    connects: int
+    deliveries: int
+    behind: int
+    backlog_bytes: int
+    dropped: dict[str, int]
+    evicted: dict[str, int]
+    sinks: dict[str, int]
+
+    @classmethod
+    def of(cls, worker: str, stats: Stats) -> Self:
+        """Return what is told of the stats of a worker."""
+        return cls(worker=worker, **{name: getattr(stats, name) for name in cls.model_fields if hasattr(stats, name)})
+
+
+def total(counted: Sequence[Counted]) -> Counted:
+    """Return what all workers have counted together."""
+    return Counted(
+        worker="",
+        connections=sum(each.connections for each in counted),
+        connects=sum(each.connects for each in counted),
+        deliveries=sum(each.deliveries for each in counted),
+        behind=sum(each.behind for each in counted),
+        backlog_bytes=sum(each.backlog_bytes for each in counted),
+        dropped=_added(each.dropped for each in counted),
+        evicted=_added(each.evicted for each in counted),
+        sinks=_added(each.sinks for each in counted),
+    )
+
+
+def _added(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    added: Counter[str] = Counter()
+    for part in parts:
+        added.update(part)
+    return dict(added)
 
 
 class Ended(BaseModel):
     """A connection that has ended, and how."""
 
+    type: Literal["ended"] = "ended"
     id: str
     name: str
     code: int | None
@@ -221,7 +262,9 @@ class Ended(BaseModel):
 class State(BaseModel):
     """What the page shows beside the chat; asked for over HTTP, so that a stalled tab can go on watching."""
 
-    stats: Stats
+    stats: Counted
+    """Of all workers together."""
+    workers: int
     roster: list[Guest]
     """Those who came first, if there are very many."""
     visitors: int
@@ -271,12 +314,6 @@ class WakeClient(Inbound):
     """Let it read on."""
 
     type: Literal["wake"]
-
-
-COMMAND: TypeAdapter[Clock | StallClient | WakeClient] = TypeAdapter(
-    Annotated[Clock | StallClient | WakeClient, Field(discriminator="type")]
-)
-"""Checks and reads a frame of a client that compares."""
 
 
 class StallState(BaseModel):

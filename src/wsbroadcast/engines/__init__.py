@@ -1,4 +1,4 @@
-"""From this process to the other nodes; an engine is picked by the scheme of its URL."""
+"""Engines link this process to the other nodes. The scheme of a URL picks the engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wsbroadcast.engines.contract import Engine
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 from wsbroadcast.text import plain
 
-# The module and class by scheme. A module is imported when its scheme is used, because it imports a driver.
+# Module and class by scheme. A module is imported when its scheme is used, because it imports a driver.
 _SCHEMES = {
     "memory": ("memory", "MemoryEngine"),
     "nats": ("nats", "NATSEngine"),
@@ -51,7 +51,7 @@ URL = str | _Pydantic | _Secret | _SQLAlchemy
 
 
 def url_text(url: object) -> str | None:
-    """Return the text of a URL, password included; `None` if it is something else."""
+    """Return the text of a URL, password included; `None` if the object is no URL."""
     if isinstance(url, str):
         return plain(url)
     if hasattr(url, "get_secret_value"):
@@ -65,7 +65,8 @@ def create_engine(engine: URL | Engine) -> Engine:
     """Return the engine that a URL names; an engine object is returned as it is.
 
     Raises:
-        ConfigurationError: If no engine has the URL's scheme. The URL itself is not repeated: it may hold a password.
+        ConfigurationError: If no engine has the URL's scheme. The error doesn't repeat the URL, which may hold a
+            password.
         MissingDependency: If the engine's driver isn't installed.
     """
     if isinstance(engine, Engine):
@@ -74,12 +75,15 @@ def create_engine(engine: URL | Engine) -> Engine:
     if url is None:
         raise ConfigurationError(
             f"engine must be a URL or an Engine, not {kind_of(engine)}; "
-            "a client that you have may be given to RedisEngine(client=…)"
+            "if that is a Redis client, write RedisEngine(client=…)"
         )
     try:
         scheme = split_hosts(url).scheme
     except ValueError:
-        raise ConfigurationError("the engine's URL can't be parsed") from None  # the parser's error repeats a password
+        raise ConfigurationError(
+            "the engine's URL can't be parsed: expected one such as redis://user:password@host:6379/0, with special "
+            "characters of the password percent-encoded"
+        ) from None  # the parser's error repeats a password
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in sorted(_SCHEMES))
         raise ConfigurationError(
@@ -90,20 +94,20 @@ def create_engine(engine: URL | Engine) -> Engine:
     return kind.from_url(url)
 
 
-# URLs that name several hosts.
+# URLs with several hosts.
 
 
 _START = re.compile(r"(\s*[a-z][a-z0-9+.-]*:)//([^/?#]*)", re.IGNORECASE)
 
-# `urlsplit` leaves these out, so that a line's end after a URL does no harm.
+# `urlsplit` leaves these out, so that a newline after a URL does no harm.
 _LEFT_OUT = dict.fromkeys(map(ord, "\t\r\n"))
 
 
 def split_hosts(url: str) -> SplitResult:
-    """Split a URL like `urlsplit`, but let its hosts be a list: `redis+sentinel://a,b:7000,[::1]/main`.
+    """Split a URL like `urlsplit`, but allow a list of hosts: `redis+sentinel://a,b:7000,[::1]/main`.
 
-    `urlsplit` of newer Pythons, such as 3.13.5 and 3.14, refuses an IPv6 address after other hosts.
-    What stands before the path isn't checked here: that is for the code that reads the hosts.
+    `urlsplit` of newer Pythons, such as 3.13.5 and 3.14, refuses an IPv6 address after other hosts. The hosts aren't
+    checked here. The code that reads them checks them.
 
     Raises:
         ValueError: If it can't be split.

@@ -1,4 +1,4 @@
-"""The engine of a single process: what is published is received at once."""
+"""The engine for a single process. What is published is received at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from itertools import islice
 from secrets import token_urlsafe
 from typing import Any, Self
@@ -18,17 +18,18 @@ from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, LifecycleError
 from wsbroadcast.history import Appended, History, HistoryRules, Replay
 from wsbroadcast.logs import about, logger
-from wsbroadcast.publication import Control, Position, Publication
+from wsbroadcast.presence import Members, Roll
+from wsbroadcast.publication import Control, Position, PresenceChange, Publication
 
-# Programs that serve an app with several processes, and the option that they have in common.
+# Servers that can run an app in several processes, and the option that they all have for it.
 _SERVER = re.compile(r"(uvicorn|gunicorn|hypercorn|granian|fastapi)(\.exe|[/\\]__main__\.py)?$")
 _OPTION = re.compile(r"(?<!\S)(?:--workers|-w)[ =]?(\d+)(?!\S)")
 
 
-# How many publications with a key are remembered in each audience, beside those that are kept.
+# How many keys are remembered in each audience, whether their publications are still kept or not.
 _KEYS = 1000
 
-# After so many new audiences there is a look at those that nothing was published to for long.
+# After so many new audiences, histories are removed to which nothing was published for long.
 _SWEEP = 4096
 
 
@@ -39,16 +40,16 @@ class Log:
 
     def __init__(self, now: float) -> None:
         self.epoch = token_urlsafe(9)
-        """Dies with this object."""
+        """The epoch, which ends with this object."""
         self.offset = 0
-        """That of the newest publication."""
+        """The offset of the newest publication."""
         self._kept: deque[Publication] = deque()
-        # The offsets of publications that had a key, by it.
+        # The offsets of publications that had a key, by that key.
         self._keys: OrderedDict[str, int] | None = None
         self._touched = now
 
     def append(self, publication: Publication, history: History, now: float) -> Position:
-        """Keep a publication, and give it its place."""
+        """Keep a publication, and give it its position."""
         previous = self.offset
         self.offset = previous + 1
         position = Position(self.epoch, self.offset)
@@ -62,7 +63,7 @@ class Log:
         return position
 
     def repeat(self, key: str) -> Position | None:
-        """Return the position of a publication that had a key; `None` if it is new."""
+        """Return the position of the publication that had this key; `None` if the key is new."""
         offset = None if self._keys is None else self._keys.get(key)
         return None if offset is None else Position(self.epoch, offset)
 
@@ -75,7 +76,7 @@ class Log:
             self._keys.popitem(last=False)
 
     def is_forgotten(self, now: float, history: History) -> bool:
-        """Tell whether nothing was published for longer than the position is remembered."""
+        """Tell whether nothing was published for longer than `history.remember`."""
         return now - self._touched > history.remember
 
     def read(self, since: int | None, history: History, now: float) -> Replay:
@@ -86,7 +87,7 @@ class Log:
         base = self.offset
         for publication in reversed(publications):
             if publication.offset != base:
-                break  # the one after it was too large to be kept
+                break  # the publication after this one was too large to be kept
             base = publication.previous
         if since is not None:
             publications = [each for each in publications if each.offset > since]
@@ -95,9 +96,9 @@ class Log:
 
 
 class MemoryEngine(Engine):
-    """Reaches the connections of this process only. No I/O, nothing to configure.
+    """Reaches only the connections of this process. It does no I/O, and has no options.
 
-    What it keeps ends with the process, or the manager.
+    What it keeps is gone when the manager is closed or the process ends.
     """
 
     name = "memory"
@@ -108,22 +109,28 @@ class MemoryEngine(Engine):
         self._receiver: Receiver | None = None
         self._logs: dict[Audience, Log] = {}
         self._made = 0
-        # Where it was started: the event loop, and the process, which may have been forked off since.
+        self._roll = Roll()
+        self._incarnation = ""
+        # The event loop and the process in which it was started. A forked process has another number.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._process = 0
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Make an engine from `memory://`."""
+        """Make an engine from `memory://`.
+
+        Raises:
+            ConfigurationError: If the URL has a host or a path.
+        """
         if url.removeprefix("memory:").strip("/"):
-            raise ConfigurationError("the memory engine takes no host and no path: write memory://")
+            raise ConfigurationError("the memory engine takes no host, no path and no options: write memory://")
         return cls()
 
     async def start(self, receiver: Receiver) -> None:
-        """Begin to hand publications to the receiver; warn if this is one of several processes.
+        """Begin to hand publications to the receiver. Log a warning if several processes serve the app.
 
         Raises:
-            LifecycleError: If it runs already.
+            LifecycleError: If the engine runs already.
         """
         loop = self._loop
         if self._receiver is not None and loop is not None and loop.is_running() and self._process == os.getpid():
@@ -135,23 +142,24 @@ class MemoryEngine(Engine):
         """Stop, and forget what was kept."""
         self._receiver = self._loop = None
         self._logs.clear()
+        self._roll, self._incarnation = Roll(), ""
 
     def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, None]:
-        """Deliver to this node's connections; returns when they have it."""
-        return self._started().deliver(publication)  # its coroutine, without one of our own around it
+        """Deliver to this node's connections; return when they have it."""
+        return self._started().deliver(publication)  # the receiver's coroutine itself, which saves one
 
     def publish_nowait(self, publication: Publication | Control) -> None:
-        """Deliver to this node's connections, behind what waits for `on_deliver` hooks."""
+        """Deliver to this node's connections, after what waits for `on_deliver` hooks."""
         self._started().take(publication)
 
-    # What is kept.
+    # Histories.
 
     def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
-        """Say what is kept; there is nobody else to tell it."""
+        """Say what is kept. There is no broker at which the rules are written down."""
         self.rules = rules
 
     async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
-        """Keep it and deliver it to this node's connections; returns when they have it."""
+        """Keep a publication and deliver it to this node's connections; return when they have it."""
         receiver, log = self._started(), self._log(publication.audience, history)
         if key is not None and (position := log.repeat(key)) is not None:
             return Appended(position, is_repeat=True)
@@ -162,7 +170,7 @@ class MemoryEngine(Engine):
         return Appended(position)
 
     def append_nowait(self, publication: Publication, history: History) -> None:
-        """Keep it and deliver it to this node's connections, behind what waits for `on_deliver` hooks."""
+        """Keep a publication and deliver it to this node's connections, after what waits for `on_deliver` hooks."""
         receiver = self._started()
         self._log(publication.audience, history).append(publication, history, self._now())
         receiver.take(publication)
@@ -197,7 +205,7 @@ class MemoryEngine(Engine):
         return log
 
     def _sweep(self) -> None:
-        # New audiences pay for those that are forgotten.
+        # Histories are removed while new ones are made, so no task is needed for it.
         self._made += 1
         if self._made % _SWEEP == 0 and self.rules is not None:
             now = self._now()
@@ -208,6 +216,59 @@ class MemoryEngine(Engine):
             ]
             for audience in forgotten:
                 del self._logs[audience]
+
+    # Presence. The lease is seen by nobody else, and ends with the process.
+
+    @property
+    def incarnation(self) -> str:
+        """The name of this node's lease; empty before the first `renew`."""
+        return self._incarnation
+
+    async def renew(self, seconds: float) -> bool:
+        """Take the lease once; it never runs out."""
+        self._started()
+        is_same = bool(self._incarnation)
+        self._incarnation = self._incarnation or token_urlsafe(9)
+        return is_same
+
+    async def alive(self) -> frozenset[str]:
+        """Return this node's incarnation."""
+        self._started()
+        return frozenset({self._incarnation} if self._incarnation else ())
+
+    async def enter(self, channel: str, members: Mapping[str, bytes]) -> PresenceChange | None:
+        """Say that members are in a channel."""
+        return self._tell(self._roll.enter(channel, self._incarnation, members))
+
+    async def leave(self, channel: str, members: Iterable[str]) -> PresenceChange | None:
+        """Say that members are no longer in a channel."""
+        return self._tell(self._roll.leave(channel, self._incarnation, members))
+
+    async def members(self, channel: str) -> Members:
+        """Return who is in a channel."""
+        self._started()
+        return self._roll.members(channel)
+
+    async def count(self, channel: str) -> int:
+        """Return how many are in a channel."""
+        self._started()
+        return self._roll.count(channel)
+
+    async def channels_of(self, member: str) -> frozenset[str]:
+        """Return the channels that a member is in."""
+        self._started()
+        return self._roll.channels_of(member)
+
+    async def sweep(self) -> Sequence[PresenceChange]:
+        """Return no changes: there is no other node whose lease could run out."""
+        self._started()
+        return ()
+
+    def _tell(self, change: PresenceChange | None) -> PresenceChange | None:
+        receiver = self._started()
+        if change is not None:
+            receiver.take(change)
+        return change
 
     async def health(self) -> Health:
         """Tell whether the engine was started."""
@@ -232,13 +293,13 @@ def _warn_of_several_workers() -> None:
 
 
 def sign_of_several_workers(environ: Mapping[str, str], argv: Sequence[str], *, is_child: bool) -> str:
-    """Say how we know that several processes serve the app; empty if nothing says so.
+    """Return the sign that several processes serve the app, such as an option; empty if there is none.
 
-    The command line counts if it is that of a server, or of the parent of a `multiprocessing` child, which gets it. A
-    number that a program or a file gives to its server isn't known.
+    The command line counts if a server has it, or the process is a `multiprocessing` child, which has its parent's
+    command line. A number of processes that a program or a file gives to its server isn't known here.
     """
     options = argv[1:] if is_child or _SERVER.search(" ".join(argv[:1])) else []
-    if "--reload" in options:  # which makes one worker of any number
+    if "--reload" in options:  # then there is one worker, whatever number is given
         return ""
     numbers = [(int(number), "the command line") for number in _OPTION.findall(" ".join(options))]
     if not numbers:

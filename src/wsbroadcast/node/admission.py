@@ -1,4 +1,4 @@
-"""Who may come in, and how much a client may say: `Limits` applied to handshakes, connections and messages."""
+"""Applies `Limits` to handshakes, connections and messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, Self
 from starlette.websockets import WebSocket
 
 from wsbroadcast.audience import UserId, as_channels, user_key
-from wsbroadcast.close_codes import CloseCode
+from wsbroadcast.close_codes import EXPIRED, CloseCode
 from wsbroadcast.exceptions import LimitExceeded, PermissionDenied
 from wsbroadcast.history import NOWHERE, SinceByAudience, SinceOption, since_of
 from wsbroadcast.logs import Clock, Throttle, about, logger
@@ -25,10 +25,10 @@ from wsbroadcast.stats import Counters
 from wsbroadcast.transports.refusal import refuse
 from wsbroadcast.types import Headers
 
-# No address is longer; what a server on a Unix socket calls a peer may be.
+# No IP address is longer. A server on a Unix socket may give its peers longer names.
 _MAX_ADDRESS_CHARACTERS = 64
 
-# More keys than this are not remembered at the same time: the oldest begins anew.
+# How many keys are remembered at the same time. Past this many, the oldest is forgotten and begins anew.
 MAX_KEYS = 65_536
 
 
@@ -36,15 +36,15 @@ class Refusal(NamedTuple):
     """How a client learns that it went past a limit."""
 
     text: str
-    """The body of the response, or the reason of the close."""
+    """The body of the response, or the close reason."""
     code: CloseCode
-    """The close code for a socket that is accepted."""
+    """The close code, if the WebSocket was accepted."""
     status: int = 403
-    """The HTTP status for one that isn't."""
+    """The HTTP status, if it wasn't accepted."""
 
 
 DRAINING = "draining"
-"""What stands for a limit where a node takes nobody, because it is about to end."""
+"""Stands in place of a limit's name if a node takes nobody, because it is about to end."""
 
 REFUSALS = {
     DRAINING: Refusal("draining", CloseCode.SERVICE_RESTART, 503),
@@ -57,7 +57,7 @@ REFUSALS = {
     "max_inbound_rate": Refusal("too many messages (max_inbound_rate)", CloseCode.POLICY_VIOLATION),
     "max_router_inbound_rate": Refusal("too many messages (max_router_inbound_rate)", CloseCode.POLICY_VIOLATION),
 }
-"""By the name of the limit. The texts don't tell clients the figures."""
+"""The refusals, by the name of the limit. The texts don't tell clients the figures."""
 
 
 IN_ALL = "max_connections"
@@ -66,7 +66,7 @@ PER_ADDRESS = "max_connections_per_address"
 
 
 class Violations:
-    """Counts what went past a limit, and logs it without letting a flood into the log."""
+    """Counts what went past a limit, and logs it at most once a minute for each limit."""
 
     def __init__(self, counters: Counters, clock: Clock = monotonic) -> None:
         self._counters = counters
@@ -83,7 +83,7 @@ class Violations:
         limited[limit] += 1
         if self._throttle.is_due(limit):
             text, count = "%s: refused %d so far, the last was %.200r", limited[limit]
-            if limit == DRAINING:  # which is what a deploy is about
+            if limit == DRAINING:  # it is expected during a deploy
                 logger.info(text, limit, count, who, extra=about("limit.exceeded", limit=limit, count=count))
             else:
                 logger.warning(text, limit, count, who, extra=about("limit.exceeded", limit=limit, count=count))
@@ -91,19 +91,19 @@ class Violations:
 
 
 def limit_error(limit: str) -> LimitExceeded:
-    """Make the error for what went past a limit."""
+    """Make the error for a limit that was passed."""
     return LimitExceeded(limit, REFUSALS[limit].text, REFUSALS[limit].code)
 
 
 class Counted:
-    """At most so many of one key, such as a user. A key that has none takes no memory."""
+    """Counts how many places each key has, such as a user, up to a limit. A key without places takes no memory."""
 
     __slots__ = ("_most", "taken")
 
     def __init__(self, most: int | None) -> None:
         self._most = most
         self.taken: dict[str, int] = {}
-        """How many each key has, while there is a limit."""
+        """How many places each key has, if there is a limit."""
 
     @property
     def is_limited(self) -> bool:
@@ -111,51 +111,48 @@ class Counted:
         return self._most is not None
 
     def is_full(self, key: str) -> bool:
-        """Tell whether a key has as many as it may have."""
+        """Tell whether a key has as many places as it may have."""
         return self._most is not None and self.taken.get(key, 0) >= self._most
 
     def take(self, key: str) -> bool:
-        """Count one more, if it may be; return whether it was."""
+        """Take a place for a key, if one is free; return whether one was."""
         if self.is_full(key):
             return False
         self.taken[key] = self.taken.get(key, 0) + 1
         return True
 
     def give_back(self, key: str) -> None:
-        """Count one less."""
+        """Give a place of a key back."""
         self.taken[key] -= 1
         if not self.taken[key]:
             del self.taken[key]
 
 
 class Poll(NamedTuple):
-    """Which place a client keeps that polls."""
+    """The place that a polling client keeps between two polls."""
 
     name: str
-    """What it is called."""
+    """The name of the place."""
     seconds: float
-    """For how long it is kept after a poll."""
+    """For how many seconds it is kept after a poll."""
 
 
 class Lease:
-    """A connection's place among those that are counted.
-
-    It is held from before the socket is accepted until the socket is freed.
-    """
+    """A connection's place under the limits. It is held from before the socket is accepted until it is freed."""
 
     __slots__ = ("_address", "_taken", "quotas")
 
     def __init__(self, quotas: Quotas, address: str | None) -> None:
         self.quotas = quotas
-        """Where the place is taken."""
+        """The limits under which the place is taken."""
         self._address = address
         self._taken: tuple[tuple[str, str], ...] = ()
 
     def take(self, limit: str, key: str | None) -> None:
-        """Count it under one limit too, such as its user's once that is known; `None` isn't counted.
+        """Count the place under one more limit, such as that of its user once that is known; `None` isn't counted.
 
         Raises:
-            LimitExceeded: If there is no room; the place is as it was.
+            LimitExceeded: If all places are taken. The lease is as it was then.
         """
         if key is None or (limit, key) in self._taken:
             return
@@ -163,28 +160,28 @@ class Lease:
             self._taken += ((limit, key),)
 
     def counts_for(self, limit: str, key: str) -> bool:
-        """Tell whether it is counted under this key."""
+        """Tell whether the place is counted under this key."""
         return (limit, key) in self._taken
 
     @property
     def needs_release(self) -> bool:
-        """Whether giving it back changes anything, so that somebody has to remember it."""
+        """Whether it has anything to give back. If not, nobody has to keep it."""
         return self.quotas.needs_address
 
     def release(self) -> None:
-        """Give everything back. Idempotent."""
+        """Give the place back. It may be called twice."""
         taken, self._taken = self._taken, ()
         self.quotas.give_back(taken)
 
 
 class PollLease(Lease):
-    """The place of a client that polls and says who it is: it keeps it for a while after each poll, and counts once.
+    """The place of a polling client. It is kept for a while after each poll, so that the client counts once.
 
     Args:
-        quotas: Where the place is taken.
-        address: The client's.
-        name: What it is called in its next poll.
-        seconds: For how long it is kept.
+        quotas: The limits under which the place is taken.
+        address: The client's address.
+        name: The name by which the next poll finds the place.
+        seconds: For how many seconds it is kept after a poll.
     """
 
     __slots__ = ("_seconds", "_timer", "name")
@@ -192,15 +189,15 @@ class PollLease(Lease):
     def __init__(self, quotas: Quotas, address: str | None, name: str, seconds: float) -> None:
         super().__init__(quotas, address)
         self.name = name
-        """What it is called."""
+        """The name by which the next poll finds the place."""
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self, limit: str, key: str | None) -> None:
-        """Count it under one limit too, and no more under another key, such as that of a user who has logged out.
+        """Count the place under one more limit, and no longer under another key, such as a user who has logged out.
 
         Raises:
-            LimitExceeded: If there is no room.
+            LimitExceeded: If all places are taken.
         """
         others = tuple(each for each in self._taken if each[0] == limit and each[1] != key)
         self._taken = tuple(each for each in self._taken if each not in others)
@@ -208,39 +205,39 @@ class PollLease(Lease):
         super().take(limit, key)
 
     def release(self) -> None:
-        """Keep it for the next poll."""
+        """Keep the place for the next poll."""
         if not self._taken or self._timer is not None:
             return
         if self.quotas.polls.setdefault(self.name, self) is not self:
-            super().release()  # two polls of one name at once: one place is kept
+            super().release()  # there were two polls with one name at once: only one place is kept
             return
         self._timer = asyncio.get_running_loop().call_later(self._seconds, self.expire, context=Context())
 
     def expire(self) -> None:
-        """Give it back: no poll has come."""
+        """Give the place back, because no poll has come."""
         self.take_back()
         super().release()
 
     def take_back(self) -> None:
-        """Let the next poll have it."""
+        """Let the next poll have the place."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
             del self.quotas.polls[self.name]
 
     def is_of(self, address: str | None) -> bool:
-        """Tell whether it is a client's of this address."""
+        """Tell whether it is the place of a client at this address."""
         return self._address == address
 
 
 class TokenBuckets:
-    """A token bucket for each key, kept as the moment at which it is full again (GCRA). A full one takes no memory."""
+    """A token bucket for each key, stored as the moment when it is full again (GCRA). A full one takes no memory."""
 
     def __init__(self, rate: float, burst: float, clock: Clock = monotonic) -> None:
         self._interval = 1 / rate
         self._window = window(rate, burst)
         self._clock = clock
-        # The one that was used last is the last.
+        # By key, when the bucket is full again. The one that was used last is the last.
         self._full_at: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -269,27 +266,27 @@ class TokenBuckets:
 
 
 def window(rate: float, burst: float) -> float:
-    """Return how far ahead of the clock a bucket's full moment may be; half a token forgives rounding."""
+    """Return how many seconds ahead of the clock a bucket's full moment may be. Half a token is added for rounding."""
     return (burst + 0.5) / rate
 
 
 class Quotas:
-    """Counts connections and paces handshakes. What is asked and what follows from it happen in one step."""
+    """Counts connections and limits the rate of handshakes. A limit is checked and a place taken in one step."""
 
     def __init__(self, limits: Limits, violations: Violations, clock: Clock = monotonic) -> None:
         self._most_channels = limits.max_channels_per_connection
         self._violations = violations
         self.counted = {name: Counted(getattr(limits, name)) for name in (IN_ALL, PER_USER, PER_ADDRESS)}
-        """The places that are taken, by the name of the limit."""
-        # The lease of every connection where no places are counted. It holds nothing, so all can share it.
+        """The taken places, by the name of the limit."""
+        # If no places are counted, the lease of all connections. It holds nothing, so they can share it.
         self._uncounted = None if any(each.is_limited for each in self.counted.values()) else Lease(self, None)
         rate = limits.max_handshake_rate
         self.polls: dict[str, PollLease] = {}
         """The places that are kept between two polls, by their names, the oldest first."""
         self.pace = None if rate is None else TokenBuckets(rate, limits.handshake_burst, clock)
-        """The pace of handshakes by address, where it is limited."""
+        """The rate of handshakes by address; `None` if it isn't limited."""
         self.needs_address = self._uncounted is None or self.pace is not None
-        """Whether a handshake's address matters, if only for the log."""
+        """Whether the address of a handshake is needed, if only for the log."""
 
     @property
     def counts_places(self) -> bool:
@@ -297,21 +294,22 @@ class Quotas:
         return self._uncounted is None
 
     def make_room(self, user_key: str) -> None:
-        """Give a place back that a user keeps between two polls, if there is one."""
+        """Give back one place that a user keeps between two polls, if there is one."""
         for lease in self.polls.values():
             if lease.counts_for(PER_USER, user_key):
                 lease.expire()
                 return
 
     def admit(self, address: str | None, poll: Poll | None = None) -> Lease:
-        """Take a place for a handshake. Whose it is, `Lease.take` adds once it is known.
+        """Take a place for a handshake. Its user is added by `Lease.take` once it is known.
 
         Args:
-            address: Its address.
-            poll: Which place it keeps between polls, if it polls.
+            address: The address of the client.
+            poll: The place that it keeps between polls; `None` if it doesn't poll.
 
         Raises:
-            LimitExceeded: If there is no place here or for its address, or if that one makes too many handshakes.
+            LimitExceeded: If all places, or those of the address, are taken; or if the address makes too many
+                handshakes.
         """
         if self.pace is not None and address is not None and not self.pace.take(address):
             raise self._violations.count("max_handshake_rate", address)
@@ -337,18 +335,18 @@ class Quotas:
         return self.counted[limit].is_full(key)
 
     def take(self, limit: str, key: str, address: str | None) -> bool:
-        """Take a place; return whether there is anything to give back. Called by a lease.
+        """Take a place; return whether there is anything to give back. A lease calls it.
 
         Raises:
             LimitExceeded: If all places are taken.
         """
         counted = self.counted[limit]
         if counted.is_limited and not counted.take(key):
-            raise self._violations.count(limit, address)  # not the user: names are not for logs
+            raise self._violations.count(limit, address)  # the user's name must not be in a log
         return counted.is_limited
 
     def give_back(self, taken: Iterable[tuple[str, str]]) -> None:
-        """Give places back. Called by a lease."""
+        """Give places back. A lease calls it."""
         for limit, key in taken:
             self.counted[limit].give_back(key)
         if self.pace is not None:
@@ -365,15 +363,16 @@ class Quotas:
 
 
 class Sender(Protocol):
-    """What the inbound limits have to know of a connection."""
+    """The part of a connection that the inbound limits need."""
 
     _inbound_full_at: float | None
 
 
 class InboundLimit:
-    """How large and how many the messages of a client may be. Runs for each message, so it is short.
+    """Limits the size and the rate of a client's messages. It runs for each message, so it is short.
 
-    One rate holds: `max_inbound_rate` for every client, or else `max_router_inbound_rate` for the clients of routers.
+    There is one rate: `max_inbound_rate` for all clients if it is set, else `max_router_inbound_rate` for clients of
+    routers.
     """
 
     def __init__(self, limits: Limits, violations: Violations, clock: Clock = monotonic) -> None:
@@ -385,24 +384,24 @@ class InboundLimit:
         self._rate: float | None = getattr(limits, self._limit)
         self._interval = 0.0 if self._rate is None else 1 / self._rate
         self._window = 0.0 if self._rate is None else window(self._rate, limits.inbound_burst)
-        # Of those who say something without a connection.
+        # The buckets of clients that send requests without a connection.
         self._requests = None if self._rate is None else TokenBuckets(self._rate, limits.inbound_burst, clock)
 
     def check_request(self, who: str | None, address: str | None) -> None:
-        """Count what a request says, of somebody who has no connection.
+        """Count a request of a client without a connection.
 
         Args:
-            who: Whose request it is: a user or an address; `None` if nobody knows.
-            address: From where it came, for the log.
+            who: The user or the address of the client; `None` if neither is known.
+            address: The address, for the log.
 
         Raises:
-            LimitExceeded: If it is one too many for now.
+            LimitExceeded: If the client makes too many requests.
         """
         if self._requests is not None and who is not None and not self._requests.take(who):
             raise self._violations.count(self._limit, address)
 
     def check_size(self, size: int, who: object) -> None:
-        """Check how much a request says, in bytes.
+        """Check the size of a request, in bytes.
 
         Raises:
             LimitExceeded: If it is too large.
@@ -411,7 +410,7 @@ class InboundLimit:
             raise self._violations.count("max_inbound_bytes", who)
 
     def begin(self, sender: Sender, *, is_routers: bool) -> None:
-        """Give a client its bucket, full, if a rate holds for it."""
+        """Give a client a full bucket, if there is a rate for it."""
         if self._rate is not None and (self._is_for_all or is_routers):
             sender._inbound_full_at = 0.0
 
@@ -419,7 +418,7 @@ class InboundLimit:
         """Count a message that came in.
 
         Raises:
-            LimitExceeded: If it is too large, or one too many for now.
+            LimitExceeded: If it is too large, or if there are too many.
         """
         if (full_at := sender._inbound_full_at) is not None:
             now = self._clock()
@@ -427,7 +426,7 @@ class InboundLimit:
             if full_at - now > self._window:
                 raise self._violations.count(self._limit, sender)
             sender._inbound_full_at = full_at
-        # A character is at most 4 bytes of UTF-8, so most texts need not be looked at.
+        # A character has at most 4 bytes of UTF-8, so most texts needn't be encoded.
         if len(message) * 4 > self._max_bytes and _size(message) > self._max_bytes:
             raise self._violations.count("max_inbound_bytes", sender)
 
@@ -439,11 +438,11 @@ def _size(message: str | bytes) -> int:
 
 
 def address_of(scope: Mapping[str, Any]) -> str | None:
-    """Return what a peer's address counts as; `None` if the server doesn't know one, as on a Unix socket.
+    """Return the key under which an address is counted; `None` if the server doesn't know it, as on a Unix socket.
 
     Only `scope["client"]` counts, never a header, because the client writes those. An IPv6 address counts as its /64
-    network, because that is what one customer is given (RFC 6177); one that holds an IPv4 address counts as
-    that one. Anything that is not an IP address is cut to 64 characters.
+    network, because one customer is given that (RFC 6177). An IPv6 address that holds an IPv4 address counts as that
+    one. Anything that is not an IP address is cut to 64 characters.
     """
     client = scope.get("client")
     host = client[0] if client else None
@@ -459,19 +458,16 @@ def address_of(scope: Mapping[str, Any]) -> str | None:
     return str(IPv6Address(int(address) >> 64 << 64)) + "/64" if mapped is None else str(mapped)
 
 
-EXPIRED = "it has expired"
-"""What a client is told when `expires_at` has come."""
-
 POLL = "wsbroadcast.poll"
-"""Where in its scope a long poll says which place it keeps: a `Poll`."""
+"""The key in a long poll's scope for the place that it keeps: a `Poll`."""
 
 
-# Where in its scope a handshake has the leases that are held for it until it is connected, by their quotas.
+# The key in a handshake's scope for the leases that are held until it is connected, by their quotas.
 _LEASES_KEY = "wsbroadcast.leases"
 
 
 class Joining(NamedTuple):
-    """What `connect` was told about a connection, checked."""
+    """The checked arguments of `connect`."""
 
     user: UserId | None
     user_key: str | None
@@ -493,12 +489,12 @@ class Joining(NamedTuple):
         expires_at: ExpiresAt = None,
         since: SinceOption = None,
     ) -> Self:
-        """Check what `connect` was told.
+        """Check the arguments of `connect`.
 
         Raises:
             InvalidChannel: If a channel name breaks a rule.
-            ValueError: If `user` is not a str, int or UUID, `expires_at` is not a valid time, or `since` is no position
-                of something that is joined.
+            ValueError: If `user` is not a str, int or UUID, `expires_at` is not a valid time, or `since` names no
+                position, or an audience that isn't joined.
         """
         key = None if user is None else user_key(user)
         names = as_channels(channels) if channels else ()
@@ -509,44 +505,44 @@ class Joining(NamedTuple):
 class Admission:
     """Applies `Limits` to WebSockets. A place is taken in one step, before anything is awaited.
 
-    Its two halves are in reach: `quotas` for what is counted, `inbound` for what clients send.
+    It has two halves: `quotas` counts connections, `inbound` limits what clients send.
 
     Args:
-        limits: What is too much.
+        limits: The limits.
         counters: Where refusals are counted.
-        make_room: Takes a place from the oldest connection of a user, if that is wanted.
+        make_room: Takes a place from the oldest connection of a user, if the limits say so.
     """
 
     def __init__(self, limits: Limits, counters: Counters, make_room: Callable[[str], None]) -> None:
         self._make_room = make_room if limits.when_full == "oldest" else None
         self._violations = violations = Violations(counters)
-        # The WebSockets in the blocks of `handshake`; once a drain has begun, those that it has refused there.
+        # The WebSockets inside blocks of `handshake`. Once a drain has begun, only those that it has refused.
         self._arriving: set[WebSocket] = set()
         self.drains_until: float | None = None
-        """When a drain ends or has ended, by the event loop's clock; `None` if none has begun."""
+        """When a drain ends or has ended, in seconds of the event loop's clock; `None` if none has begun."""
         self.quotas = Quotas(limits, violations)
-        """Counts connections, and paces handshakes."""
+        """Counts connections, and limits the rate of handshakes."""
         self.check_channels = self.quotas.check_channels
-        """Raises `LimitExceeded` for too many channels of one connection."""
+        """Raises `LimitExceeded` if a connection has too many channels."""
         self.inbound = InboundLimit(limits, violations)
         """Limits the messages of clients."""
         self.check_message = self.inbound.check
-        """Raises `LimitExceeded` for a message that is too large, or one too many."""
+        """Raises `LimitExceeded` if a message is too large, or if there are too many."""
 
     async def admit(self, websocket: WebSocket, joining: Joining) -> Lease:
         """Take a place for a WebSocket that is about to be accepted, or refuse it.
 
         Raises:
-            LimitExceeded: If no place is free, the channels are too many, or the node is drained; the refusal has been
+            LimitExceeded: If no place is free, the channels are too many, or the node is drained. The refusal has been
                 sent.
-            PermissionDenied: If it has expired; the refusal has been sent.
+            PermissionDenied: If the connection has expired already. The refusal has been sent.
         """
         if self.drains_until is not None:
             await self.refuse_draining(websocket)
         lease = self._take_over(websocket) or await self._take_lease(websocket)
         try:
             key = joining.user_key
-            if key is not None and not lease.counts_for(PER_USER, key):  # as that of the next poll does
+            if key is not None and not lease.counts_for(PER_USER, key):  # the lease of a later poll does already
                 self._make_room_for(key)
             lease.take(PER_USER, key)
             self.check_channels(len(joining.channels), websocket.scope.get("client"))
@@ -570,10 +566,10 @@ class Admission:
 
     @asynccontextmanager
     async def handshake(self, websocket: WebSocket) -> AsyncGenerator[None]:
-        """Hold a place for a handshake; `admit` takes it over. Inside another such block it is the same place.
+        """Hold a place for a handshake. `admit` takes the place over. An inner block has the same place.
 
         Raises:
-            LimitExceeded: If no place is free, or the node is drained; the refusal has been sent.
+            LimitExceeded: If no place is free, or the node is drained. The refusal has been sent.
         """
         if self.drains_until is not None:
             await self.refuse_draining(websocket)
@@ -587,18 +583,22 @@ class Admission:
             yield
         finally:
             self._arriving.discard(websocket)
-            if leases.get(self.quotas) is lease:  # else it is a connection's now
+            if leases.get(self.quotas) is lease:  # else a connection has taken it over
                 del leases[self.quotas]
                 lease.release()
 
+    def arrived(self, websocket: WebSocket) -> None:
+        """Let a drain leave a WebSocket alone, because something else ends it."""
+        self._arriving.discard(websocket)
+
     def drain(self, until: float) -> list[Coroutine[Any, Any, None]]:
-        """Take nobody any more; return what refuses those that are looked into now.
+        """Take no more connections; return coroutines that refuse the handshakes that are being checked now.
 
         Args:
-            until: When everybody who is here will be closed, by the event loop's clock.
+            until: When all connections will be closed, in seconds of the event loop's clock.
         """
         self.drains_until = until
-        # Who is being connected is refused there.
+        # WebSockets that are just being connected are refused by `admit`.
         self._arriving = {each for each in self._arriving if self.quotas in each.scope.get(_LEASES_KEY, ())}
         return [_refuse(each, self._draining(each), self._retry_after()) for each in self._arriving]
 
@@ -608,7 +608,7 @@ class Admission:
         Raises:
             LimitExceeded: Always.
         """
-        if websocket in self._arriving:  # it knows, and is counted
+        if websocket in self._arriving:  # it was refused and counted already
             raise limit_error(DRAINING)
         error = self._draining(websocket)
         await _refuse(websocket, error, self._retry_after())
@@ -618,7 +618,7 @@ class Admission:
         return self._violations.count(DRAINING, websocket.scope.get("client"))
 
     def _retry_after(self) -> list[tuple[bytes, bytes]]:
-        # Whoever can go to no other node comes back when this one is done.
+        # A client that can't reach another node comes back when this one has ended.
         assert self.drains_until is not None
         left = self.drains_until - asyncio.get_running_loop().time()
         return [(b"retry-after", b"%d" % max(1, ceil(left)))]
@@ -637,4 +637,4 @@ class Admission:
 
 
 async def _refuse(websocket: WebSocket, error: LimitExceeded, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
-    await refuse(websocket, REFUSALS[error.limit].status, error.code, error.reason, headers)
+    await refuse(websocket, REFUSALS[error.limit].status, error.code, error.reason, headers, limit=error.limit)

@@ -1,4 +1,4 @@
-"""The age that a connection may have: what was spread over nodes once doesn't stay where it is for ever."""
+"""The largest age of connections. It makes them spread over the nodes again from time to time."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from heapq import heapify, heappop, heappush
 
 from wsbroadcast.connection import Connection
 
-# The share of the age by which a connection lives longer or shorter than another one.
+# By this part of the age a connection may live longer or shorter.
 _AGE_SPREAD = 0.1
 
-# Those whose moment comes within this time are closed in the same turn.
+# Connections whose moment comes within so many seconds are closed in the same turn.
 _SLACK_SECONDS = 0.005
 
 
 class Ages:
-    """Closes each connection at an age of its own, so that those that came together don't go together.
+    """Closes each connection at its own random age, so that connections that came together don't go together.
 
     Args:
-        seconds: The age, give or take a tenth.
-        close: Closes one.
+        seconds: The age in seconds. Each connection's is up to a tenth shorter or longer.
+        close: Closes a connection.
     """
 
     def __init__(self, seconds: float, close: Callable[[Connection], None]) -> None:
         self._seconds = seconds
         self._close = close
-        # By the moment at which they are closed; some may have left already.
+        # The connections by the moment at which they are closed. Some may have left already.
         self._due: list[tuple[float, str, Connection]] = []
         self._left = 0
-        # For the first of them, while there are any.
+        # The timer for the first of them, while there are any.
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, connection: Connection) -> None:
@@ -41,7 +41,7 @@ class Ages:
         self._set_timer()
 
     def left(self) -> None:
-        """Take note that a connection has left; those that have are forgotten when they are half of all."""
+        """Take note that a connection has left. Those that have left are removed when they are half of all."""
         self._left += 1
         if self._left * 2 >= len(self._due):
             self._due = [each for each in self._due if each[2].is_open]
@@ -50,7 +50,7 @@ class Ages:
             self._set_timer()
 
     def end(self) -> None:
-        """Close nobody any more."""
+        """Close no more connections."""
         self._due.clear()
         self._set_timer()
 

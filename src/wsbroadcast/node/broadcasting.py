@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import Context
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,11 +28,12 @@ from wsbroadcast.history import (
     HistoryRules,
     check_key,
 )
-from wsbroadcast.hooks import HookChain
-from wsbroadcast.message import JSONDefault, Message
+from wsbroadcast.hooks import Encode, HookChain
+from wsbroadcast.message import Enveloped, JSONDefault, Message
 from wsbroadcast.node.lifecycle import Lifecycle
 from wsbroadcast.node.listening import Listener
 from wsbroadcast.node.node import Node
+from wsbroadcast.node.presence import NodePresence
 from wsbroadcast.publication import (
     NOBODY,
     Publication,
@@ -40,6 +42,8 @@ from wsbroadcast.publication import (
     publications_of,
 )
 from wsbroadcast.tracing import is_untraced
+from wsbroadcast.typed.message_types import MessageTypes
+from wsbroadcast.typed.sends import SendRules, typed_envelope, typed_message, typed_publications
 from wsbroadcast.types import Manager
 
 T = TypeVar("T")
@@ -61,15 +65,15 @@ class Broadcasting:
     """The ways to broadcast.
 
     Args:
-        manager: Whose.
+        manager: The manager that broadcasts.
         engine: Links it to other nodes.
-        hooks: Run around broadcasts.
-        max_bytes: The largest message.
-        json_default: Writes what JSON doesn't know.
+        hooks: The hooks that run around broadcasts.
+        max_bytes: The size of the largest message, in bytes.
+        json_default: Writes values that JSON doesn't know.
         rules: What is kept; `None` for nothing.
 
     Raises:
-        ConfigurationError: If the engine can't keep it.
+        ConfigurationError: If there are rules, and the engine can't keep histories.
     """
 
     def __init__(
@@ -82,24 +86,26 @@ class Broadcasting:
         rules: HistoryRules | None,
     ) -> None:
         self.manager = manager
-        """Whose operations these are."""
+        """The manager that these operations belong to."""
         self.life: Lifecycle
-        """Where it runs."""
+        """The state of the manager, and its event loop."""
         self.rules = rules
         """What is kept; `None` for nothing."""
         if rules is not None:
-            # The engine again, as one that keeps: to ask whether it can takes longer than to keep a message.
+            # The engine again, typed as one that keeps. To check that each time takes longer than to keep a message.
             self._keeper = keeps_history(engine)
             self._keeper.keep(rules)
+        self.sends: SendRules | None = None
+        """The types that broadcasts have; `None` for any."""
         self._hooks = hooks
         self._max_bytes = max_bytes
         self._json_default = json_default
 
     def ids(self, exclude: Exclude) -> frozenset[str]:
-        """Return the ids of connections; those that aren't known here are left out.
+        """Return the ids of the connections in `exclude=`. Connections that aren't known here are left out.
 
         Raises:
-            TypeError: If something else is among them.
+            TypeError: If it holds something else.
         """
         several: Iterable[Any] = exclude  # type: ignore[assignment]  # or one connection
         if isinstance(exclude, (Connection, WebSocket, Listener, str)) or not isinstance(exclude, Iterable):
@@ -108,14 +114,14 @@ class Broadcasting:
             found = [one if isinstance(one, Listener) else find_connection(one, self.manager) for one in several]
         except TypeError:
             raise TypeError(
-                f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users pass exclude_users=…"
+                f"exclude takes connections and WebSockets, not {exclude!r:.80}; for users write exclude_users=…"
             ) from None
         return frozenset(connection.id for connection in found if connection is not None)
 
     # Messages.
 
     def encode(self, message: object, key: str | None = None) -> Message:
-        """Encode a message within the limit.
+        """Encode a message, and check its size.
 
         Raises:
             EncodeError: If it can't be sent as text, bytes or JSON, or is too large.
@@ -132,17 +138,55 @@ class Broadcasting:
         exclude: Exclude = (),
         exclude_users: object = (),
         key: str | None = None,
+        as_: Any = None,
     ) -> Publications:
-        """Build what the arguments of a broadcast say: one publication for each audience.
+        """Build the publications of a broadcast from its arguments: one for each audience.
 
         Raises:
-            EncodeError: If the message can't be sent as text, bytes or JSON, or is too large.
+            EncodeError: If the message can't be sent as text, bytes or JSON, is too large, or isn't of its type.
             ValueError: If an argument isn't valid.
         """
         audiences = audiences_of(channel, user, channels, to)
         ids = self.ids(exclude) if exclude != () else NOBODY
         users = user_keys(exclude_users) if exclude_users != () else NOBODY
-        return publications_of(self.encode(message, key), audiences, ids, users)
+        if as_ is None and self.sends is None:
+            return publications_of(self.encode(message, key), audiences, ids, users)
+        encode = partial(self.encode, key=key)
+        return typed_publications(self.sends, message, as_, audiences, encode, ids, users, key=key)
+
+    def _encode_typed(
+        self, known: Message, types: MessageTypes[Any], audience: Audience, message: object, key: str | None
+    ) -> Message:
+        # A hook may have returned another message. If not, the message is checked already.
+        if message is known:
+            return known
+        if isinstance(known, Enveloped):
+            return self.encode(typed_envelope(types, self.encode(message, key), audience))
+        return self.encode(typed_message(types, message, key, audience), key)
+
+    def publications_to(self, message: Message, audience: Audience, exclude: Exclude = ()) -> Publications:
+        """Build the publications of a message that needs no check of its type.
+
+        Raises:
+            MessageTooLarge: If the message is too large.
+        """
+        return publications_of(self.encode(message), (audience,), self.ids(exclude) if exclude != () else NOBODY)
+
+    def send_types(self, pattern: str | Audience, annotation: Any) -> MessageTypes[Any] | None:
+        """Set the type of broadcasts to the channels of a pattern, or to `EVERYONE`; return the types that are known.
+
+        Args:
+            pattern: The pattern, or `EVERYONE`.
+            annotation: The type; `None` to set none.
+
+        Raises:
+            ConfigurationError: If they have another type already, or messages of this type can't be sent.
+        """
+        if annotation is None:
+            return None if self.sends is None else self.sends.about(pattern)
+        if self.sends is None:
+            self.sends = SendRules({})
+        return self.sends.add(pattern, annotation)
 
     async def broadcast(
         self,
@@ -151,22 +195,26 @@ class Broadcasting:
         idempotency_key: str | None = None,
         *,
         node: Node | None = None,
+        counts: bool = False,
     ) -> Receipt:
         """Publish to all nodes.
 
         Args:
-            publications: Those of one broadcast.
+            publications: The publications of one broadcast.
             transaction: See `ConnectionManager.broadcast`.
-            idempotency_key: See there.
-            node: What the manager is here, if that is known. It is where the manager is closed, too.
+            idempotency_key: See `ConnectionManager.broadcast`.
+            node: The node, if it is known. It is known even if the manager is closed.
+            counts: Whether the receipt has the number of members on all nodes, if that is known. It costs one question.
         """
         if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
             with tracing.publishing(publications):
-                return await self.broadcast(publications, transaction, idempotency_key, node=node)
+                return await self.broadcast(publications, transaction, idempotency_key, node=node, counts=counts)
         if node is None:
             node = self.life.node
             if not self.life.is_started or self.life.loop is not asyncio.get_running_loop():
                 node = await self.life.run_here()
+        if counts and (known := node.presence) is not None and known.counts(publications):
+            return await self._broadcast_and_count(node, known, publications, transaction, idempotency_key)
         if idempotency_key is not None:
             check_key(idempotency_key, self.rules, [each.audience for each in publications], transaction)
         if len(publications) != 1:
@@ -174,7 +222,7 @@ class Broadcasting:
         publication = publications[0]
         members = node.registry.count(publication.audience, publication.exclude, publication.exclude_users)
         if self._hooks.has("on_broadcast") or not node.dispatcher.is_clear:
-            prepared = await self._prepare(node, publication)
+            prepared = await self._prepare(node, publication, waits=transaction is None)
             if prepared is None:
                 return Receipt(members, is_held_back=True)
             publication = prepared
@@ -186,6 +234,27 @@ class Broadcasting:
             appended = await self._keeper.append(publication, history, idempotency_key)
             return Receipt(members, {publication.audience: appended.position}, is_repeat=appended.is_repeat)
         return Receipt(members)
+
+    async def _broadcast_and_count(
+        self,
+        node: Node,
+        presence: NodePresence,
+        publications: Publications,
+        transaction: object,
+        idempotency_key: str | None,
+    ) -> Receipt:
+        audience = publications[0].audience
+        publishing = self.broadcast(publications, transaction, idempotency_key, node=node)
+        if not self.life.engine.links_nodes:
+            receipt = await publishing
+            return receipt._replace(members=await presence.reached(audience))  # the broadcast doesn't wait for this
+        counting = node.tasks.begin(presence.reached(audience), "count", Context())
+        try:
+            receipt = await publishing
+        except BaseException:
+            counting.cancel()
+            raise
+        return receipt._replace(members=await counting)
 
     async def broadcast_local(self, publications: Publications) -> Receipt:
         """Send to the connections of this node only."""
@@ -206,7 +275,7 @@ class Broadcasting:
                 return self.broadcast_nowait(publications)
         if not self.life.is_started or self.life.loop is not running_loop():
             self.life.settle_here()
-            if self.life.engine.links_nodes:  # whose start waits for a broker, and must not be broken off
+            if self.life.engine.links_nodes:  # its start waits for a broker, and must not be interrupted
                 raise LifecycleError("the engine has to start, and broadcast_nowait can't: await `broadcast`")
             without_waiting(self.life.run_here(), "the engine has to start")
         members = self.life.node.count(publications)
@@ -217,7 +286,7 @@ class Broadcasting:
         return Receipt(members, is_held_back=not prepared and bool(publications))
 
     def broadcast_threadsafe(self, publications: Publications) -> Receipt:
-        """Publish from a thread, which is blocked until the engine has taken it."""
+        """Publish from a thread. The thread is blocked until the engine has taken the broadcast."""
         if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
             with tracing.publishing(publications):  # here, because the event loop doesn't know the thread's span
                 return self.broadcast_threadsafe(publications)
@@ -231,18 +300,18 @@ class Broadcasting:
                     "which works in both"
                 )
             try:
-                return wait_in_thread(submit(self.broadcast(publications), loop), loop)
+                return wait_in_thread(submit(self.broadcast(publications, counts=True), loop), loop)
             except LifecycleError as error:
                 if self.life.loop is loop or isinstance(error, LoopEnded):
                     raise
                 # Another event loop has taken the manager from that one, before anything was sent.
 
     def broadcast_soon(self, publications: Publications) -> None:
-        """Publish later, in the order of the calls; from any thread."""
+        """Publish later, in the order of the calls. It may be called from any thread."""
         if (tracing := self._hooks.tracing) is not None and is_untraced(publications):
-            with tracing.publishing(publications):  # it ends with the call; what is sent later names it
+            with tracing.publishing(publications):  # the span ends with the call; what is sent later refers to it
                 return self.broadcast_soon(publications)
-        node = self.life.node  # before the look at the loop
+        node = self.life.node  # read before the loop is checked
         loop = self.life.loop
         if loop is None or not loop.is_running() or not self.life.is_started:
             raise LifecycleError(f"{_NOT_RUNNING}: {_RUN_IT}")
@@ -257,7 +326,7 @@ class Broadcasting:
         self, node: Node, publications: Publications, transaction: object, idempotency_key: str | None
     ) -> Receipt:
         members = node.count(publications)
-        prepared = await self._prepare_all(node, publications)
+        prepared = await self._prepare_all(node, publications, waits=transaction is None)
         appended: Mapping[Audience, Appended] = {}
         if transaction is None:
             appended = await publish_all(self.life.engine, prepared, self.rules, idempotency_key)
@@ -272,25 +341,30 @@ class Broadcasting:
 
     # What is kept.
 
-    async def _prepare_all(self, node: Node, publications: Publications) -> list[Publication]:
-        return [found for one in publications if (found := await self._prepare(node, one)) is not None]
+    async def _prepare_all(self, node: Node, publications: Publications, *, waits: bool = True) -> list[Publication]:
+        return [found for one in publications if (found := await self._prepare(node, one, waits=waits)) is not None]
 
     async def _transform_all(self, publications: Publications) -> list[Publication]:
         return [found for one in publications if (found := await self._transform(one)) is not None]
 
-    async def _prepare(self, node: Node, publication: Publication) -> Publication | None:
+    async def _prepare(self, node: Node, publication: Publication, *, waits: bool = True) -> Publication | None:
+        # In a transaction of the app nobody waits for slow clients: its rows stay locked until it commits.
         loop = asyncio.get_running_loop()
         if self._hooks.has("on_broadcast"):
             transformed = await self._transform(publication)
             if transformed is None:
                 return None
             publication = transformed
-        if not node.dispatcher.is_clear:
+        if waits and not node.dispatcher.is_clear:
             await node.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
         if self.life.loop is not loop:  # it was closed, or another event loop took it
             raise self.life.elsewhere()
         return publication
 
     async def _transform(self, publication: Publication) -> Publication | None:
-        message = await self._hooks.transform(publication.message, publication.audience, self.encode)
+        encode: Encode = self.encode
+        types = None if self.sends is None else self.sends.of(publication.audience)
+        if types is not None:
+            encode = partial(self._encode_typed, publication.message, types, publication.audience)
+        message = await self._hooks.transform(publication.message, publication.audience, encode)
         return None if message is None else publication.with_message(message)

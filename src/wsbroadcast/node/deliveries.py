@@ -1,4 +1,4 @@
-"""What is in the tails, on its way to the connections: in order, at the pace of hooks and crowds."""
+"""Delivers publications from the tails to the connections, in order, at the pace of hooks and slow crowds."""
 
 from __future__ import annotations
 
@@ -14,64 +14,64 @@ from wsbroadcast.logs import about, logger
 from wsbroadcast.node.tail import Tail
 from wsbroadcast.publication import Publication
 
-# A tail delivers no more than this before the event loop gets its chance, although no hook waits for anything.
+# After so many publications of one tail the event loop gets a turn, even if no hook waits for anything.
 _TURN_PUBLICATIONS = 64
 
 
 class Deliverer(Protocol):
-    """What the tails ask of their node."""
+    """What the tails need of their node."""
 
     def is_ready(self, publication: Publication) -> bool:
         """Tell whether `deliver_now` may be called: no hook has to run, and most clients keep up."""
 
     def deliver_now(self, publication: Publication) -> None:
-        """Hand a publication to the connections; what goes wrong is logged."""
+        """Hand a publication to the connections. Errors are logged."""
 
     async def deliver_paced(self, publication: Publication) -> None:
-        """Hand it over when most clients keep up, through the hooks."""
+        """Run the hooks, and hand a publication to the connections when most of them keep up."""
 
     def delivered(self, audience: Audience) -> None:
-        """A publication was handed over: who waits for that place goes on."""
+        """Take note that a publication was handed over. Replays that waited for that position go on."""
 
     def withheld(self, publication: Publication) -> None:
-        """A hook has failed: nobody gets a publication, and who knows where it is is told that it is past it."""
+        """Take note that a hook has failed. Nobody gets the publication; clients that know positions are told of it."""
 
     def arrived(self, audience: Audience) -> None:
-        """There is more in a tail: listeners may read on."""
+        """Take note that a tail has more. Listeners may read on."""
 
     def broken(self, audience: Audience, reason: Reason, seconds: float | None) -> None:
-        """Something is missing that can't be read any more; the tail has begun anew behind it.
+        """Take note that publications are missing and can't be read any more. The tail begins anew after them.
 
-        It came within so many seconds; `None` if it is told with the rest of an outage.
+        They were published within the last `seconds`; `None` if they are reported with the rest of an outage.
         """
 
 
 class Deliveries:
-    """Delivers what is in a tail, and lets those wait who have published it.
+    """Delivers what is in the tails. Publishers of this node may wait for it.
 
     Args:
-        node: Hands it over.
+        node: Hands publications to the connections.
     """
 
     def __init__(self, node: Deliverer) -> None:
         self._node = node
-        # The audiences whose publications a task delivers, and those of them for which it waits inside a delivery.
+        # `_running`: the audiences that a task delivers to. `_in_flight`: those that it waits for inside a delivery.
         self._running: set[Audience] = set()
         self._in_flight: set[Audience] = set()
-        # Who waits until a publication of this node is delivered, by audience and offset.
+        # The futures of publishers that wait until their publication is delivered, by audience and offset.
         self._waiters: dict[Audience, dict[int, asyncio.Future[None]]] = {}
         self._tasks = Tasks()
 
     def is_running(self, audience: Audience) -> bool:
-        """Tell whether something waits for hooks or a crowd, so that what comes is delivered behind it."""
+        """Tell whether a delivery waits for hooks or a slow crowd. Later publications are delivered after it."""
         return audience in self._running
 
     def is_in_flight(self, audience: Audience) -> bool:
-        """Tell whether a publication is being delivered, so that it is settled already who gets it."""
+        """Tell whether a publication is being delivered. Its recipients are fixed already then."""
         return audience in self._in_flight
 
     def next(self, publication: Publication, audience: Audience, tail: Tail) -> None:
-        """Deliver what has come just now, and nothing waits before it."""
+        """Deliver a publication that has just come, if nothing waits before it."""
         if self._node.is_ready(publication):
             self._node.deliver_now(publication)
             tail.delivered = tail.top
@@ -80,7 +80,7 @@ class Deliveries:
             self._run(audience, tail)
 
     def go_on(self, audience: Audience, tail: Tail) -> None:
-        """Deliver whatever is in a tail and isn't delivered."""
+        """Deliver everything in a tail that isn't delivered yet."""
         if audience in self._running:
             return
         while (publication := tail.next()) is not None:
@@ -98,7 +98,7 @@ class Deliveries:
     async def _deliver_all(self, audience: Audience, tail: Tail) -> None:
         number = 0
         try:
-            await self._tasks.begun()  # who puts something in goes on before a hook runs
+            await self._tasks.begun()  # the caller goes on before a hook runs
             while (publication := tail.next()) is not None:
                 number += 1
                 await self._deliver_one(audience, tail, publication)
@@ -125,7 +125,7 @@ class Deliveries:
                     self._node.withheld(publication)
             finally:
                 self._in_flight.discard(audience)
-        if tail.epoch == epoch:  # else there was a break meanwhile, and it has begun anew
+        if tail.epoch == epoch:  # else the tail has begun anew meanwhile
             tail.delivered = max(tail.delivered, publication.offset)
         if not self._settle(audience, publication.offset, failure) and failure is not None:
             logger.error(
@@ -134,7 +134,7 @@ class Deliveries:
         self._node.delivered(audience)
 
     def _settle(self, audience: Audience, offset: int | None, failure: Exception | None) -> bool:
-        # Whether somebody waited for that publication; without an offset nobody waits any more.
+        # Returns whether somebody waited for that publication. Without an offset all waiting ends.
         waiters = self._waiters.get(audience)
         if waiters is None:
             return False
@@ -152,19 +152,19 @@ class Deliveries:
                 waiter.set_exception(failure)
         return bool(settled)
 
-    # Who waits.
+    # Waiting publishers.
 
     def waits(self, publication: Publication, tail: Tail | None) -> bool:
-        """Tell whether a publication of this node that was taken is still to be delivered, and may be waited for.
+        """Tell whether a publication of this node isn't delivered yet, and its publisher should wait for that.
 
-        A hook that broadcasts to the audience that it is asked about doesn't wait, because its own message goes first.
+        A hook that broadcasts to the audience that it runs for doesn't wait, because its own delivery comes first.
         """
         return tail is not None and tail.delivered < publication.offset <= tail.top and not is_delivering()
 
     async def wait_delivered(self, publication: Publication) -> None:
-        """Return when the connections have a publication that `waits`; raises what a hook raises.
+        """Return when the connections have a publication for which `waits` is true; raise what a hook raises.
 
-        Who is cancelled doesn't keep it from anybody: it is kept already.
+        If the caller is cancelled, the publication is still delivered: it is kept already.
         """
         audience, offset = publication.audience, publication.offset
         waiter = asyncio.get_running_loop().create_future()
@@ -172,11 +172,11 @@ class Deliveries:
         await waiter
 
     def broken(self, audience: Audience) -> None:
-        """Let nobody wait any more: the tail has begun anew."""
+        """End all waiting for an audience, because its tail has begun anew."""
         self._settle(audience, None, None)
 
     async def aclose(self, patience: float) -> None:
-        """End; what waits may still be delivered for so many seconds."""
+        """Deliver what waits for at most so many seconds, then end."""
         if patience and len(self._tasks):
             with suppress(TimeoutError):
                 async with asyncio.timeout(patience):

@@ -1,4 +1,4 @@
-"""Which audiences the engine brings to a node: those with a member here, and those that are about to get one."""
+"""The audiences that a node asks the engine for: those with a connection here, and those that will soon have one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Demand:
 
     Args:
         engine: Is told when an audience is wanted, and when it no longer is.
-        registry: Knows who is in which audience.
+        registry: Knows which connections are in which audience.
         tails: Are opened for audiences with a history; `None` if there are none.
     """
 
@@ -25,25 +25,29 @@ class Demand:
         self._engine = engine
         self._registry = registry
         self._tails = tails
-        # Audiences that are about to get a member, by how many.
+        # How many holds there are for each audience that will soon have a connection.
         self._held: dict[Audience, int] = {}
-        # Whether the engine wants to know; one that brings everything to every node doesn't.
+        # Whether the engine has to be told. An engine that brings everything to every node hasn't.
         self._is_asked = (
             type(engine).subscribe is not Engine.subscribe or type(engine).confirmed is not Engine.confirmed
         )
 
+    def keep(self, tails: Tails) -> None:
+        """Open tails too from now on."""
+        self._tails = tails
+
     def audiences(self, user_key: str | None, channels: Iterable[str]) -> list[Audience]:
-        """Return what has to be held for a new connection; nothing where neither engine nor tails want to know."""
+        """Return the audiences to hold for a new connection; none if neither the engine nor the tails need it."""
         if not self._is_asked and self._tails is None:
             return []
         audiences = [EVERYONE, *(Audience("channel", channel) for channel in channels)]
         return audiences if user_key is None else [*audiences, Audience("user", user_key)]
 
     async def hold(self, audiences: Sequence[Audience]) -> None:
-        """Want audiences that are about to get a member; return when the engine has confirmed.
+        """Ask for audiences that will soon have a connection; return when the engine has confirmed.
 
-        They stay wanted until `release`, even if their last member leaves. A connection that becomes a member before
-        that gets what any node publishes from then on.
+        They stay wanted until `release`, even if their last connection leaves. A connection that joins before `release`
+        gets everything that any node publishes from then on.
         """
         for audience in audiences:
             self._held[audience] = self._held.get(audience, 0) + 1
@@ -57,7 +61,7 @@ class Demand:
             raise
 
     def release(self, audiences: Sequence[Audience]) -> None:
-        """Undo a `hold`: the audiences have their member by now, or won't get it."""
+        """Undo a `hold`. The connection has joined by now, or won't."""
         for audience in audiences:
             count = self._held[audience] - 1
             if count:
@@ -76,7 +80,7 @@ class Demand:
             self.release(audiences)
 
     def left(self, audiences: Iterable[Audience]) -> None:
-        """Stop wanting those of the audiences that have no member and are not held."""
+        """Ask no more for those of the audiences that have no connection here and aren't held."""
         for audience in audiences:
             if audience not in self._held and not self._registry.members(audience):
                 self._engine.unsubscribe((audience,))

@@ -1,4 +1,4 @@
-"""What follows when a connection has left: its close frame, its socket, its lease; and what hooks are told of it."""
+"""What follows when a connection has left: its close frame, its socket, its lease, and the calls of hooks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from wsbroadcast.node.admission import Lease
 
 
 class EndpointGuard:
-    """Ends a connection with the ASGI call of its endpoint, on that call's exit stack.
+    """Ends a connection when the ASGI call of its endpoint ends. It is on the exit stack of that call.
 
     Args:
-        end: Ends it, with an error of the endpoint's if there is one.
-        connection: Which.
+        end: Ends the connection. It gets the error of the endpoint, if there is one.
+        connection: The connection.
     """
 
     __slots__ = ("_connection", "_end")
@@ -37,12 +37,12 @@ class EndpointGuard:
     async def __call__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End it; an error of the endpoint's goes on."""
+        """End the connection. An error of the endpoint passes through."""
         await self._end(self._connection, error)
 
 
 def code_of(error: BaseException) -> int:
-    """Return the code with which a connection is closed whose endpoint has failed."""
+    """Return the close code for a connection whose endpoint has failed with this error."""
     if isinstance(error, Exception):
         error = ungrouped(error, WebSocketException, WebSocketDisconnect)
     code = error.code if isinstance(error, WebSocketException) else CloseCode.INTERNAL_ERROR
@@ -50,16 +50,16 @@ def code_of(error: BaseException) -> int:
 
 
 class Departures:
-    """Closes connections and waits for their sockets, in tasks of its own: who takes one out doesn't wait."""
+    """Closes connections and waits for their sockets. It does so in tasks, so that nobody else waits."""
 
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
-        # Those that we close or have closed, until their sockets are freed. Done when the close frame is out, or the
-        # peer was given up.
+        # The connections that are being or were closed here, until their sockets are freed. The future is done when the
+        # close frame is out, or the peer was given up.
         self._closing: dict[Connection, asyncio.Future[None]] = {}
-        # The places of connections, where places are counted, until their sockets are freed.
+        # The places of connections until their sockets are freed, if places are counted.
         self._leases: dict[Connection, Lease] = {}
-        # Done when nobody is being closed, while somebody waits for that.
+        # Set while somebody waits until no connection is being closed. It is done then.
         self._emptied: asyncio.Future[None] | None = None
 
     def hold(self, connection: Connection, lease: Lease) -> None:
@@ -68,17 +68,17 @@ class Departures:
             self._leases[connection] = lease
 
     def release(self, connection: Connection) -> None:
-        """Give a connection's place back. Idempotent."""
+        """Give a connection's place back. It may be called twice."""
         if (lease := self._leases.pop(connection, None)) is not None:
             lease.release()
 
     def oldest_of(self, user_key: str) -> Connection | None:
-        """Return the user's oldest connection that has a place, be it open or being closed."""
+        """Return the user's oldest connection that has a place. It may be open, or being closed."""
         return next((connection for connection in self._leases if connection._user_key == user_key), None)
 
     def close(self, connection: Connection, code: int, reason: str) -> None:
-        """Send what waits, then a close frame. `closing` tells when it is out or the peer was given up."""
-        # Both now, not when the task begins: another close that comes before that finds the connection closed.
+        """Send what waits, then a close frame. `closing` tells when that is out, or the peer was given up."""
+        # Both are set now, before the task begins, so that another close finds the connection closed.
         connection._sink.is_ended = True
         closing = self._closing[connection] = asyncio.get_running_loop().create_future()
 
@@ -94,11 +94,11 @@ class Departures:
         self._tasks.spawn(close(), "close", connection._transport.context)
 
     def closing(self, connection: Connection) -> asyncio.Future[None] | None:
-        """Return what ends with our close of a connection; `None` if we don't close it, or its socket is freed."""
+        """Return the future that is done when a connection's close is; `None` if it isn't closed here, or freed."""
         return self._closing.get(connection)
 
     def release_when_freed(self, connection: Connection) -> None:
-        """Let a connection go as soon as the server has let go of its socket. Nothing is sent on it any more."""
+        """Forget a connection as soon as the server has freed its socket. Nothing is sent on it any more."""
 
         async def wait() -> None:
             try:
@@ -108,20 +108,24 @@ class Departures:
 
         if connection._sink.is_freed:
             self._let_go(connection)
-        else:  # the caller of `close` doesn't wait for it, `aclose` does
+        else:  # `aclose` waits for the task, the caller of `close` doesn't
             self._tasks.spawn(wait(), "see-off", connection._transport.context)
 
     def _let_go(self, connection: Connection) -> None:
         self.release(connection)
         closing = self._closing.get(connection)
-        if closing is not None and closing.done():  # else those who wait for the close still have to find it
+        if closing is not None and closing.done():  # else callers that wait for the close still have to find it
             del self._closing[connection]
             if self._emptied is not None and not self._closing and not self._emptied.done():
                 self._emptied.set_result(None)
         connection._transport.let_go()
 
     async def seen_off(self, seconds: float) -> int:
-        """Wait until the sockets of all that are being closed are freed; then cut off the others, and count them."""
+        """Wait at most so many seconds until the sockets of closing connections are freed.
+
+        Returns:
+            int: How many connections were cut off then.
+        """
         if self._closing:
             self._emptied = asyncio.get_running_loop().create_future()
             await asyncio.wait({self._emptied}, timeout=seconds)
@@ -130,33 +134,34 @@ class Departures:
         for connection in late:
             connection._sink.abort()
         if closings := [closing for closing in self._closing.values() if not closing.done()]:
-            await asyncio.wait(closings)  # whose writers were cancelled
+            await asyncio.wait(closings)  # their writers were cancelled, so this is quick
         return len(late)
 
 
 class Announcements:
-    """Tells hooks who comes and goes: of each connection its coming first, and its going once, after that.
+    """Calls the hooks for connections that come and go: for each `on_connect` first, then once `on_disconnect`.
 
     Args:
-        hooks: Who is told.
-        tasks: Runs what nobody waits for.
-        leave_channel: Takes a connection out of a channel; returns whether it was in there.
+        hooks: The hooks.
+        tasks: Runs calls that nobody waits for.
+        leave_channel: Takes a connection out of a channel; returns whether it was in the channel.
     """
 
     def __init__(self, hooks: HookChain, tasks: Tasks, leave_channel: Callable[[Connection, str], bool]) -> None:
         self._hooks = hooks
         self._tasks = tasks
         self._leave_channel = leave_channel
-        # How many calls of hooks about a connection that was here run, where there are any.
+        # How many calls of hooks run for each connection, if any do.
         self._running: dict[Connection, int] = {}
 
     async def connected(self, connection: Connection, channels: tuple[str, ...]) -> None:
-        """Tell that a connection has come, and of each of its channels.
+        """Call `on_connect` for a connection, and `on_subscribe` for each of its channels.
 
-        `on_unsubscribe` is for channels whose `on_subscribe` began. The connection leaves the others if this fails.
+        If this fails, the connection leaves all channels whose `on_subscribe` hasn't begun. For the others
+        `on_unsubscribe` is called at its end.
 
         Raises:
-            PermissionDenied: If a hook refuses; those after it aren't told.
+            PermissionDenied: If a hook refuses. The hooks after it aren't called.
         """
         if not (self._hooks.has("on_connect") or self._hooks.has("on_subscribe")):
             return
@@ -174,7 +179,7 @@ class Announcements:
                 raise
 
     async def subscribed(self, connection: Connection, channel: str) -> None:
-        """Tell that a connection was subscribed to a channel; it leaves the channel if this fails.
+        """Call `on_subscribe` for a connection and a channel. If this fails, the connection leaves the channel.
 
         Raises:
             PermissionDenied: If a hook refuses.
@@ -190,16 +195,16 @@ class Announcements:
                 raise
 
     async def unsubscribed(self, connection: Connection, channel: str) -> None:
-        """Tell that a connection has left a channel, and stays."""
+        """Call `on_unsubscribe` for a connection that has left a channel, and stays."""
         if self._hooks.has("on_unsubscribe"):
             with self._holding(connection):
                 await self._hooks.observe("on_unsubscribe", connection, channel)
 
     def unsubscribed_soon(self, connection: Connection, channels: list[str]) -> None:
-        """Tell in a task that a connection has left channels, and stays; what is told of its end waits for that."""
+        """Call `on_unsubscribe` in a task for channels that a connection has left. Hooks of its end wait for that."""
         if not (channels and self._hooks.has("on_unsubscribe")):
             return
-        self._hold(connection)  # now, because it may end before the task begins
+        self._hold(connection)  # now, because the connection may end before the task begins
         told = self._tell_unsubscribed(connection, channels)
         task = self._tasks.spawn(told, "on_unsubscribe hooks", connection._transport.context)
         task.add_done_callback(lambda _: self._release(connection))
@@ -210,14 +215,14 @@ class Announcements:
             await self._hooks.observe("on_unsubscribe", connection, channel)
 
     def disconnected(self, connection: Connection) -> None:
-        """Tell that a connection has gone, in a task; after the hooks that are still told of its channels or coming."""
+        """Call `on_disconnect` in a task, after all other hooks that still run for the connection."""
         is_heard = self._hooks.has("on_disconnect") or self._hooks.has("on_unsubscribe")
         if is_heard and connection not in self._running:
             self._tasks.spawn(self._tell_end(connection), "on_disconnect hooks", connection._transport.context)
 
     @contextmanager
     def _holding(self, connection: Connection) -> Generator[None]:
-        # What is told of the connection's end waits for the end of this block.
+        # The hooks of the connection's end wait for the end of this block.
         self._hold(connection)
         try:
             yield
@@ -235,9 +240,9 @@ class Announcements:
                 self.disconnected(connection)
 
     async def _tell_end(self, connection: Connection) -> None:
-        await self._tasks.begun()  # a delivery may have found it gone, and goes on to others before a hook broadcasts
+        await self._tasks.begun()  # a delivery that found it gone goes on to others before a hook may broadcast
         if self._hooks.has("on_unsubscribe"):
-            # One budget for all channels: a hook that hangs holds up `on_disconnect` once, not once for each.
+            # All channels have one deadline, so that a hook that hangs delays `on_disconnect` once, not once for each.
             deadline = asyncio.get_running_loop().time() + self._hooks.timeout
             for channel in sorted(connection.channels):
                 await self._hooks.observe("on_unsubscribe", connection, channel, deadline=deadline)

@@ -1,9 +1,10 @@
-"""The end of a node that nobody notices: its connections go to others, a few at a time, before the server ends."""
+"""The drain: before the server ends, the connections of a node are closed a few at a time, and go to other nodes."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 
 from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
@@ -14,57 +15,62 @@ from wsbroadcast.logs import about, logger
 from wsbroadcast.node.membership import Membership
 
 DRAIN = "drain"
-"""The reason that a connection is closed with."""
+"""The close reason of a drain."""
 
-# Fewer connections don't take all the time that they are given, so that a small app stops at once.
+# A drain takes no longer than at this many connections per second, so that a small app stops at once.
 _PER_SECOND = 50
 
-# The shortest pause: those whose moment comes within it are closed in the same turn.
+# The shortest pause, in seconds. Connections whose moment comes within it are closed in the same turn.
 _STEP_SECONDS = 0.005
 
-# What is late, because the event loop was, is made up for at this many times the pace, and not at once: a burst of
-# closes is what a drain is there against. So much of a delay is let pass.
+# If the event loop was blocked, late closes are made up for at this many times the pace. They aren't made at once,
+# because a drain is there to avoid bursts of closes.
 _MOST_TIMES_FASTER = 1.5
 _SLACK_SECONDS = 0.02
 
-# So many are closed before others have a turn.
+# So many connections are closed before other tasks have a turn.
 _AT_ONCE = 50
 
 
 class Drain:
-    """Closes all connections of a node at random moments, so that they don't come back at the same one.
-
-    It knows connections and how they are closed, never what kind of transport they have.
+    """Closes all connections of a node at random moments, so that they don't all come back at the same moment.
 
     Args:
         registry: The connections.
         membership: Closes them.
-        tasks: Runs it: one task.
-        close_timeout: Seconds for a peer that takes nothing, once all are closed.
+        tasks: Runs the drain, in one task.
+        close_timeout: Seconds for peers that take nothing, once all connections are closed.
+        begun: Called when the drain begins.
     """
 
     def __init__(
-        self, registry: Registry[Connection], membership: Membership, tasks: Tasks, close_timeout: float
+        self,
+        registry: Registry[Connection],
+        membership: Membership,
+        tasks: Tasks,
+        close_timeout: float,
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self._registry = registry
         self._membership = membership
         self._tasks = tasks
+        self._begun = begun
         self.close_timeout = close_timeout
-        """Seconds for a peer that takes nothing, once all are closed."""
+        """Seconds for peers that take nothing, once all connections are closed."""
         self._task: asyncio.Task[None] | None = None
 
     @property
     def is_begun(self) -> bool:
-        """Whether it has begun, and perhaps is over: nobody comes in any more."""
+        """Whether the drain has begun; it may be over. No new connection is taken."""
         return self._task is not None
 
     @property
     def is_over(self) -> bool:
-        """Whether everybody has gone."""
+        """Whether all connections have gone."""
         return self._task is not None and self._task.done()
 
     def begin(self, over: float) -> asyncio.Task[None]:
-        """Refuse newcomers from now on, and close everybody in a task; if that was begun before, return its task."""
+        """Refuse new connections, and close all others in a task. A second call returns the same task."""
         if self._task is None:
             loop = asyncio.get_running_loop()
             connections = list(self._registry.recipients(EVERYONE))
@@ -77,15 +83,16 @@ class Drain:
             )
             begun = loop.time()
             self._membership.turn_away(begun + seconds)
+            self._begun()
             self._task = self._tasks.spawn(self._run(connections, begun, seconds), "drain")
         return self._task
 
     async def run(self, over: float) -> None:
-        """Do the same, and wait for the end; a caller that is cancelled doesn't end it."""
+        """Begin the drain, and wait for its end. If the caller is cancelled, the drain goes on."""
         await asyncio.wait({self.begin(over)})
 
     def end(self) -> None:
-        """End it at once: whoever is still there is closed by who calls this."""
+        """End the drain at once. The caller closes the connections that are left."""
         if self._task is not None:
             self._task.cancel()
 

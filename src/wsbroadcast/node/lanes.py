@@ -1,4 +1,4 @@
-"""What waits on this node: for hooks or a crowd that is behind, in a lane for each audience; to be published."""
+"""Publications that wait on this node: in lanes for hooks or a slow crowd, in the outbox to be published."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from wsbroadcast.exceptions import EngineUnavailable, LifecycleError
 from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.publication import Publication, Publications
 
-# A lane delivers no more than this before the event loop gets its chance, although no hook waits for anything.
+# After so many publications of one lane the event loop gets a turn, even if no hook waits for anything.
 _TURN_PUBLICATIONS = 64
 
-# What is dropped is reported once for all that is dropped within this time.
+# All that is dropped within so many seconds is reported once.
 _REPORT_SECONDS = 1.0
 
 
 class Deliverer(Protocol):
-    """What the lanes ask of their node."""
+    """What the lanes need of their node."""
 
     def is_ready(self, publication: Publication) -> bool:
         """Tell whether `deliver_now` may be called: no hook has to run, and most clients keep up."""
 
     def deliver_now(self, publication: Publication) -> None:
-        """Hand a publication to the connections; what goes wrong is logged."""
+        """Hand a publication to the connections. Errors are logged."""
 
     async def deliver_paced(self, publication: Publication) -> None:
-        """Hand it over when most clients keep up, through the hooks."""
+        """Run the hooks, and hand a publication to the connections when most of them keep up."""
 
     def overrun(self, seconds: float) -> None:
-        """Publications of the last seconds were dropped, because too many wait."""
+        """Take note that publications of the last seconds were dropped, because too many wait."""
 
 
 class _Turn:
-    """A place in a lane for somebody who delivers by himself."""
+    """A place in a lane for a caller that delivers by itself."""
 
     __slots__ = ("begun", "ended")
 
@@ -50,10 +50,10 @@ class _Turn:
 
 
 class Outbox:
-    """Broadcasts that nobody waits for, in the order in which they came, from any thread.
+    """Broadcasts of `broadcast_soon`, which nobody waits for, in the order of the calls. They come from any thread.
 
     Args:
-        publish: Sends one.
+        publish: Sends a broadcast.
         max_bytes: How many bytes of payload may wait.
     """
 
@@ -63,7 +63,7 @@ class Outbox:
         self._lock = threading.Lock()
         self._waiting: deque[Publications] = deque()
         self._bytes = 0
-        # Whether somebody sends, or is about to.
+        # Whether `send_all` runs, or will soon.
         self._is_busy = False
         self._is_closed = False
         self._idle = asyncio.Event()
@@ -75,11 +75,11 @@ class Outbox:
 
         Args:
             publications: What to send.
-            begin: Lets `send_all` run; called unless it runs.
+            begin: Lets `send_all` run. It is called if that doesn't run.
 
         Raises:
-            EngineUnavailable: If too much waits.
-            LifecycleError: If it is closed.
+            EngineUnavailable: If too much waits already. Nothing was sent.
+            LifecycleError: If the outbox is closed.
         """
         size = sum(publication.size for publication in publications)
         with self._lock:
@@ -94,7 +94,7 @@ class Outbox:
             begin()
 
     async def send_all(self) -> None:
-        """Send what waits. What can't be sent is counted in the log, and what waits behind it is sent all the same."""
+        """Send what waits. If one can't be sent, it is counted in the log, and the next ones are sent all the same."""
         while (publications := self._next()) is not None:
             try:
                 await self._publish(publications)
@@ -119,7 +119,7 @@ class Outbox:
             return publications
 
     async def aclose(self) -> None:
-        """Take nothing more; return when what waits is sent."""
+        """Take nothing more, and return when all that waits is sent."""
         with self._lock:
             self._is_closed = True
         if self._is_busy:
@@ -131,15 +131,15 @@ _Lane: TypeAlias = deque[Publication | _Turn]
 
 
 class Lanes:
-    """Delivers in order what can't be delivered at once.
+    """Delivers, in order, publications that can't be delivered at once.
 
-    Putting something in never waits. An audience whose crowd is behind holds up no other audience. What doesn't
-    fit is dropped, and reported.
+    `put` never waits. An audience with a slow crowd delays no other audience. What doesn't fit is dropped, and that is
+    reported.
 
     Args:
         node: Delivers.
-        max_publications: How many may wait in all lanes.
-        max_bytes: How many bytes of payload they may have.
+        max_publications: How many publications may wait in all lanes together.
+        max_bytes: How many bytes of payload these may have together.
     """
 
     def __init__(self, node: Deliverer, *, max_publications: int = 65_536, max_bytes: int = 32 * 1024 * 1024) -> None:
@@ -147,12 +147,12 @@ class Lanes:
         self._max_publications = max_publications
         self._max_bytes = max_bytes
         self.waiting: dict[Audience, _Lane] = {}
-        """What waits, by audience; an audience that nothing waits for isn't in it."""
+        """The lanes in which something waits, by audience."""
         self._publications = 0
         self._bytes = 0
         self._tasks = Tasks()
         self._is_closed = False
-        # The timer of a report about what was dropped.
+        # The timer of the next report of drops.
         self._report: asyncio.TimerHandle | None = None
 
     def put(self, publication: Publication) -> None:
@@ -166,13 +166,13 @@ class Lanes:
         self._bytes += publication.message.size
         if lane is not None:
             lane.append(publication)
-        else:  # with the first in it: an eager task factory runs the task at once
+        else:  # the lane has its first publication before the task begins: an eager task runs at once
             lane = self.waiting[audience] = deque((publication,))
             self._tasks.spawn(self._run(audience, lane), f"deliveries to {audience.kind}")
 
     @asynccontextmanager
     async def turn(self, audience: Audience) -> AsyncIterator[None]:
-        """Return a block that runs when everything that waits for an audience is delivered, and before what comes."""
+        """Return a block that runs after all that waits for an audience, and before all that comes later."""
         lane = self.waiting.get(audience)
         if lane is None:
             yield
@@ -189,7 +189,7 @@ class Lanes:
         """Take nothing more that would have to wait, and forget what waits.
 
         Args:
-            patience: Seconds for which what waits may still be delivered.
+            patience: For how many seconds the waiting publications may still be delivered before that.
         """
         self._is_closed = True
         if patience and len(self._tasks):
@@ -201,13 +201,13 @@ class Lanes:
         if self._report is not None:
             self._report.cancel()
         await self._tasks.cancel()
-        for audience in list(self.waiting):  # a task that never ran a step was cancelled without its `finally`
+        for audience in list(self.waiting):  # a task that was cancelled before its first step has run no `finally`
             self._end_lane(audience)
 
     async def _run(self, audience: Audience, lane: _Lane) -> None:
         number = 0
         try:
-            await self._tasks.begun()  # who puts something in goes on before a hook runs
+            await self._tasks.begun()  # the caller of `put` goes on before a hook runs
             while lane:
                 number += 1
                 first = lane.popleft()
@@ -227,14 +227,14 @@ class Lanes:
             self._end_lane(audience)
 
     def _end_lane(self, audience: Audience) -> None:
-        for left in self.waiting.pop(audience):  # at the end of the node nobody is kept waiting
+        for left in self.waiting.pop(audience):  # at the end of the node all waiting ends
             if isinstance(left, _Turn):
                 left.begun.set()
 
     async def _deliver_paced(self, publication: Publication) -> None:
         try:
             await self._node.deliver_paced(publication)
-        except Exception:  # a hook's: it fails closed, and there is no caller here to see it
+        except Exception:  # of a hook: it fails closed, and no caller is here to see the error
             logger.exception(
                 "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
             )

@@ -1,4 +1,4 @@
-"""Where and for how long a manager runs: from its first connection, or `start`, to `aclose`."""
+"""When and in which event loop a manager runs: from its first connection, or `start`, to `aclose`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _ELSEWHERE = (
     "that only sends can have a `Publisher`; in tests use `with TestClient(app)`"
 )
 
-# Between two looks whether another event loop has let go of the engine, and for how long to look.
+# How often, in seconds, it is checked whether another event loop has stopped the engine.
 _LOOK_SECONDS = 0.01
 _LEAVE_SECONDS = 5.0
 
-# For which a call there waits until it has.
+# For how many seconds a call in that event loop waits until it has.
 _FINISH_SECONDS = 1.0
 
 
@@ -42,21 +42,21 @@ class _Ending(NamedTuple):
 
 
 class Departure:
-    """The end in an event loop that owns nothing, because the manager is needed in another one.
+    """The end of a manager in an event loop that has no connections, because another event loop needs it.
 
-    The engine has to be stopped where it was started: in a task of that event loop, or by its next call of ours, should
-    it never get to its tasks.
+    The engine has to be stopped where it was started: in a task of that event loop; or by the next call of this library
+    there, if the loop never gets to its tasks.
 
     Args:
-        loop: The event loop that is left, which runs.
-        node: What the manager was there.
-        engine: What is stopped.
-        before: The departure that this event loop has waited for itself.
+        loop: The event loop that the manager leaves. It still runs.
+        node: The node in that event loop.
+        engine: The engine to stop.
+        before: The departure that this event loop itself has waited for.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, node: Node, engine: Engine, before: Departure | None) -> None:
         self.loop = loop
-        """The event loop that is left."""
+        """The event loop that the manager leaves."""
         self._node = node
         self._engine = engine
         self._before = before
@@ -66,17 +66,17 @@ class Departure:
 
     @property
     def is_over(self) -> bool:
-        """Whether the engine may be started elsewhere."""
+        """Whether the engine may be started in another event loop."""
         is_over = self._is_done or not self.loop.is_running()
         return is_over and (self._before is None or self._before.is_over)
 
     def begin(self) -> None:
-        """Leave as soon as that event loop gets to it; from any thread."""
-        with suppress(RuntimeError):  # it is closed
+        """Leave as soon as that event loop gets to it. It may be called from any thread."""
+        with suppress(RuntimeError):  # the event loop is closed
             self.loop.call_soon_threadsafe(self._begin)
 
     async def finish(self) -> None:
-        """Leave now, in that event loop, if that goes quickly: it may have to wait for a hook that calls this."""
+        """Leave now, in that event loop, if that is quick. It may have to wait for a hook, which may be the caller."""
         self._begin()
         assert self._task is not None
         await asyncio.wait([self._task], timeout=_FINISH_SECONDS)
@@ -99,8 +99,8 @@ class Departure:
 
     async def _leave(self) -> None:
         try:
-            async with self._node.starting:  # a start that has begun there is finished first
-                if self._before is None or self._before.is_over:  # else nobody could start it there
+            async with self._node.starting:  # if a start has begun there, it ends first
+                if self._before is None or self._before.is_over:  # else the engine can't have been started there
                     await self._engine.aclose()
         finally:
             self._is_done = True
@@ -108,14 +108,14 @@ class Departure:
 
 
 class Lifecycle:
-    """The life of a manager: in one event loop at a time, with a node for each, and an engine that starts once.
+    """The life of a manager. It runs in one event loop at a time, with a node for each, and with one engine.
 
-    An event loop owns it that has started it, or that has a connection, be it one that is coming in. One that has only
-    sent something is left as soon as another one wants to own it.
+    An event loop owns the manager if it has called `start`, or has a connection, also one that is being accepted. If an
+    event loop has only sent something, the manager leaves it as soon as another one wants to own it.
 
     Args:
-        engine: Starts with the manager, and stops with it.
-        new_node: Makes what the manager is in the next event loop.
+        engine: Starts and stops with the manager.
+        new_node: Makes the node for the next event loop.
         drain: Seconds of the drain at a signal; `None` for none.
     """
 
@@ -123,26 +123,26 @@ class Lifecycle:
         self.engine = engine
         self._drain = drain
         self.loop: asyncio.AbstractEventLoop | None = None
-        """The event loop it runs in, or begins to; `None` before that and after the end."""
+        """The event loop in which it runs or starts; `None` before that and after the end."""
         self.is_started = False
         """Whether the engine is started in that event loop."""
         self._new_node = new_node
         self._starts = 0
         self.is_closed = False
-        """Whether it has ended, or is about to."""
-        # There while the manager ends.
+        """Whether it has ended, or is ending."""
+        # Set while the manager ends.
         self._ending: _Ending | None = None
-        # What another event loop has begun because we took the manager from it.
+        # The departure from another event loop, from which the manager was taken.
         self._departure: Departure | None = None
-        # Held for moments, while it is decided which event loop it is.
+        # Held for moments, while the event loop is decided.
         self._lock = threading.Lock()
         self.node = new_node(engine)
-        """What the manager is in that event loop."""
+        """The node in that event loop."""
 
     async def start(self) -> None:
-        """Begin to run in this event loop. Every `start` wants an `aclose`; only the last one ends it.
+        """Begin to run in this event loop. Each `start` needs an `aclose`; only the last `aclose` ends the manager.
 
-        An end that has begun comes first, in whichever event loop it runs.
+        If the manager is ending, in any event loop, it waits for that first.
 
         Raises:
             LifecycleError: If it runs in another event loop, or its end there takes too long.
@@ -157,10 +157,10 @@ class Lifecycle:
             node.entering -= 1
 
     async def aclose(self) -> None:
-        """End: send what was handed over, close the connections with 1001, wait for hooks, stop the engine.
+        """Send what was handed over, close the connections with 1001, wait for hooks, and stop the engine.
 
-        Does nothing if `start` was called more often than `aclose`. Idempotent. Afterwards the manager refuses to work
-        until it is started again.
+        It does nothing if `start` was called more often than `aclose`. It may be called twice. Afterwards the manager
+        refuses to work until it is started again.
 
         Raises:
             LifecycleError: If it runs in another event loop.
@@ -184,7 +184,7 @@ class Lifecycle:
         if ending is None:
             return
         if not is_first:
-            if self.loop is here and not self.node.is_own_task():  # which the one that ends it waits for
+            if self.loop is here and not self.node.is_own_task():  # else the end would wait for this very task
                 await ending.over.wait()
             return
         try:
@@ -194,14 +194,14 @@ class Lifecycle:
                 await self._departed()
         finally:
             with self._lock:
-                if self._ending is ending:  # else this event loop had stopped, and another one has taken over
+                if self._ending is ending:  # else this event loop had stopped, and another one took over
                     SIGNALS.detach(self)
                     self._move_to(None)
                     self._ending = None
             ending.over.set()
 
     def _begin_again(self) -> Node | None:
-        # Nothing while the manager ends: who ends it still works on what it was.
+        # Returns `None` while the manager ends, because the end still works with the old node.
         with self._lock:
             if self._ending is not None and self._ending.loop.is_running():
                 return None
@@ -222,12 +222,12 @@ class Lifecycle:
             raise LifecycleError("the manager is still being closed in another event loop")
 
     async def run_here(self) -> Node:
-        """Begin in this event loop unless that has been done; return what the manager is here.
+        """Start in this event loop unless that was done; return the node.
 
         Raises:
             LifecycleError: If it is closed, perhaps during the call, or runs in another event loop.
         """
-        node = self.node  # before the look at the loop: who takes over changes that first
+        node = self.node  # read before the loop, because another event loop that takes over sets the loop first
         if self.is_started and self.loop is running_loop():
             return node
         try:
@@ -235,15 +235,14 @@ class Lifecycle:
         except LifecycleError:
             await self._let_go()
             raise
-        async with node.starting:  # several first uses at the same time start the engine once
+        async with node.starting:  # several first calls at the same time start the engine once
             if self._is_current(node) and not self.is_started:
                 await self._departed()
                 await self.engine.start(node)
                 with self._lock:
                     if self._is_current(node):
                         self.is_started = True
-                        if node.siblings is not None:
-                            node.siblings.begin()
+                        node.begin()
                         if self._drain is not None:
                             SIGNALS.attach(self)
                 if not self._is_current(node) and (self.node is node or self.loop is None):
@@ -255,11 +254,11 @@ class Lifecycle:
 
     @property
     def needs_drain(self) -> bool:
-        """Whether it runs, in an event loop that runs too, and isn't drained yet."""
+        """Whether it runs, its event loop runs too, and it isn't drained yet."""
         return self.is_started and not self.node.drain.is_over and self.loop is not None and self.loop.is_running()
 
     def begin_drain(self) -> tuple[asyncio.Task[None], float]:
-        """Begin the drain at a signal, in its event loop; return it, and for how many seconds to wait for it."""
+        """Begin the drain at a signal, in its event loop; return its task, and how many seconds to wait for it."""
         drain, seconds = self.node.drain, self._drain or 0.0
         return drain.begin(seconds), seconds + drain.close_timeout
 
@@ -270,14 +269,14 @@ class Lifecycle:
         """Check that the caller is in the event loop that the manager runs in, before anything changes.
 
         Raises:
-            LifecycleError: If it is in another one, or in a thread without one.
+            LifecycleError: If the caller is in another event loop, or in a thread without one.
         """
         loop = running_loop()
         if loop is None or loop is not self.loop:
             raise LifecycleError(_ELSEWHERE)
 
     def enter(self) -> Node:
-        """Own the manager in this event loop while somebody comes in; the caller counts `node.entering` down.
+        """Own the manager in this event loop while a connection is accepted. The caller counts `node.entering` down.
 
         Raises:
             LifecycleError: If the manager is closed, or runs in another event loop.
@@ -290,7 +289,7 @@ class Lifecycle:
             return node
 
     def settle_here(self) -> Node:
-        """Return what the manager is in this event loop, if nobody else owns it.
+        """Return the node of this event loop, if no other one owns the manager.
 
         Raises:
             LifecycleError: If the manager is closed, or runs in another event loop.
@@ -306,7 +305,7 @@ class Lifecycle:
             raise LifecycleError(CLOSED)
         if self.loop is not None and self.loop is not loop:
             if not self.loop.is_running():
-                self._move_to(loop)  # that loop has ended, and its connections with it
+                self._move_to(loop)  # the other loop has ended, and its connections with it
             elif is_owner and not self._is_owned:
                 self._take_to(loop)
             else:
@@ -327,10 +326,10 @@ class Lifecycle:
         assert self.loop is not None
         self._departure = Departure(self.loop, self.node, self.engine, self._departure)
         self._move_to(loop)
-        self._departure.begin()  # last: it may be over before the next line
+        self._departure.begin()  # comes last, because it may be over before a next line would run
 
     def _move_to(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        self.loop = loop  # before the node: who looks at both does it the other way round
+        self.loop = loop  # set before the node, because readers of both read the node first
         self.node = self._new_node(self.engine)
         self._starts = 0
         self.is_started = False
@@ -338,7 +337,7 @@ class Lifecycle:
     async def _departed(self) -> None:
         departure = self._departure
         if departure is not None:
-            if departure.loop is running_loop():  # another loop took it from us, and waits for us
+            if departure.loop is running_loop():  # another loop took the manager from this one, and waits for it
                 raise self.elsewhere()
             await departure.wait()
             if self._departure is departure:
@@ -354,13 +353,13 @@ class Lifecycle:
         try:
             await node.aclose()
         finally:
-            # Else another event loop has started it again, or it is stopped where it still runs.
+            # If not, another event loop has started the engine again, or it is stopped in the loop where it still runs.
             if self.node is node and (self._departure is None or self._departure.is_over):
                 await self.engine.aclose()
                 await self._stopped_starting()
 
     async def _stopped_starting(self) -> None:
-        # Who was starting the engine stops it again, and the next start comes after that.
+        # The task that was starting the engine stops it again. The next start comes after that.
         with suppress(TimeoutError):
             async with asyncio.timeout(_LEAVE_SECONDS), self.node.starting:
                 pass

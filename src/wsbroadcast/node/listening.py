@@ -1,4 +1,4 @@
-"""Listeners: what is broadcast to channels, as an async iterator in this process."""
+"""Listeners: async iterators, in this process, over what is broadcast to channels."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from wsbroadcast.options import check_count
 from wsbroadcast.publication import Position, Publication
 
 ListenPolicy = Literal["raise", "drop_oldest"]
-"""What happens to a listener that has missed something: it is told by `Lagged`, or goes on."""
+"""What a listener does when it has missed something: it raises `Lagged`, or goes on without a word."""
 
-# Broadcasts to several audiences that are remembered, so that a listener to two of them gets each once.
+# How many broadcasts to several audiences are remembered, so that a listener to two of the audiences gets each once.
 _REMEMBERED = 1024
 
 
@@ -30,7 +30,7 @@ class _Remembered:
         self._ids: OrderedDict[str, None] = OrderedDict()
 
     def add(self, id_: str) -> bool:
-        """Remember one; tell whether it is new."""
+        """Remember an id; tell whether it is new."""
         if id_ in self._ids:
             return False
         self._ids[id_] = None
@@ -42,15 +42,15 @@ class _Remembered:
 class Listener:
     """Gets what is broadcast to channels, and to a user, in this process: `async for publication in listener`.
 
-    Of a channel with a history it gets everything, however late it reads, as long as the history has it. Of others so
-    many wait for it as `size` says. It is never waited for. What hooks of `on_deliver` do to a message is for
-    connections: a listener gets it as it was broadcast.
+    From a channel with a history it gets everything that the history still has, however late it reads. Of channels
+    without a history at most `size` messages wait for it. Nobody ever waits for a listener. `on_deliver` hooks don't
+    apply: a listener gets each message as it was broadcast.
 
     Args:
-        channels: Their names.
-        user_key: Whose own messages it gets, too.
+        channels: The names of the channels.
+        user_key: A user, as text, whose own messages it gets too; `None` for none.
         size: How many messages of channels without a history may wait.
-        policy: What happens when some were missed.
+        policy: What happens when messages were missed: `raise` raises `Lagged`, `drop_oldest` goes on.
 
     Raises:
         ConfigurationError: If an option makes no sense.
@@ -66,22 +66,22 @@ class Listener:
         self.channels = channels
         """The channels that it listens to."""
         self.user_key = user_key
-        """Whose messages it gets; the text of a user."""
+        """The user whose messages it gets too, as text; `None` for none."""
         self.recovered: dict[str | Audience, Recovery] = {}
-        """Whether it gets everything since the positions that it named, by channel."""
+        """Whether it gets everything after the positions given in `since=`, by channel."""
         self.audiences = [Audience("channel", channel) for channel in channels]
-        """What it listens to."""
+        """The audiences that it listens to."""
         if user_key is not None:
             self.audiences.append(Audience("user", user_key))
         self._size = size
         self._policy = policy
         self._tails: Tails | None = None
-        # Where it is, in each audience with a history.
+        # Its position in each audience with a history.
         self._places: dict[Audience, Position] = {}
         self._waiting: deque[Publication] = deque()
         self._missed = 0
         self._has_broken = False
-        # The broadcasts that it has got, and those that came without a history, whether they fitted or not.
+        # The broadcasts that it has got; and those that came without a history, also if they were dropped.
         self._got = _Remembered()
         self._offered = _Remembered()
         self._wake: asyncio.Future[None] | None = None
@@ -89,23 +89,23 @@ class Listener:
 
     @property
     def id(self) -> str:
-        """Unique among all nodes; `exclude=` takes the listener itself."""
+        """An id that is unique among all nodes. `exclude=` takes the listener itself."""
         return self._id
 
-    # What the node does with it.
+    # For the node.
 
     def begin(self, tails: Tails | None, places: Mapping[Audience, Position]) -> None:
-        """Begin to listen, at these places of the audiences that have a history."""
+        """Begin to listen, at these positions of the audiences with a history."""
         self._tails = tails
         self._has_broken = False
         for audience in self.audiences:
             tail, place = None if tails is None else tails.of(audience), places.get(audience)
             if tail is None or not tail.epoch:
-                continue  # it has no history, or nobody knows yet where that is
+                continue  # it has no history, or its position isn't known yet
             if place is not None and place.epoch == tail.epoch:
                 self._places[audience] = place
             else:
-                self.broken(audience, tail.position)  # since the place was looked up
+                self.broken(audience, tail.position)  # the tail has begun anew since the position was looked up
         self.wake()
 
     def offer(self, publication: Publication) -> None:
@@ -115,49 +115,50 @@ class Listener:
         if len(self._waiting) >= self._size:
             self._missed += 1
             if self._policy == "raise":
-                return  # what waits comes before the hole
+                return  # it is dropped, and the waiting ones come first
             self._waiting.popleft()
         self._waiting.append(publication)
         self.wake()
 
     def arrived(self, audience: Audience, tail: Tail) -> None:
-        """There is more in a tail; a listener that has no place there begins before what has come now."""
+        """Take note that a tail has more. A listener without a position there begins before the newest."""
         if audience not in self._places and self._tails is not None:
             self._places[audience] = Position(tail.epoch, tail.delivered)
         self.wake()
 
     def wake(self) -> None:
-        """Look whether something has come."""
+        """Check whether something has come."""
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     def broken(self, audience: Audience, position: Position | None) -> None:
-        """Something is missing in an audience that can't be read any more; it goes on at this place."""
+        """Take note that publications are missing and can't be read any more. The listener goes on at this position."""
         self._has_broken = True
         if position is not None:
             self._places[audience] = position
         self.wake()
 
     def end(self) -> None:
-        """The node ends."""
+        """Take note that the node ends."""
         self._is_ended = True
         self.wake()
 
-    # What the application does with it.
+    # For the app.
 
     def __aiter__(self) -> Self:
         """Iterate until the block or the manager ends."""
         return self
 
     async def __anext__(self) -> Publication:
-        """Wait for the next publication. A read that is cancelled loses nothing.
+        """Wait for the next publication. If the call is cancelled, nothing is lost.
 
         Raises:
-            Lagged: Once for each hole, under the policy `raise`; the next call goes on behind it.
+            Lagged: If messages were missed, under the policy `raise`. It is raised once; the next call goes on after
+                them.
             RuntimeError: If another task waits already.
         """
         if self._wake is not None:
-            raise RuntimeError("another task reads from this listener already")
+            raise RuntimeError("another task reads from this listener already: open a listener for each task")
         while True:
             publication = self._next()
             if publication is not None:
@@ -203,7 +204,7 @@ class Listener:
             self._places[audience] = Position(place.epoch, tail.base)
             self._tell(missed)
         publication = tail.first_after(self._places[audience].offset)
-        if publication is not None and publication.position is not None:  # in a tail each has one
+        if publication is not None and publication.position is not None:  # each publication in a tail has one
             self._places[audience] = publication.position
         return publication
 

@@ -1,58 +1,69 @@
-"""What a manager is in one event loop: its connections, and the way from the engine to them."""
+"""The node: a manager in one event loop, with its connections, and the way from the engine to them."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
 
+from wsbroadcast.audience import EVERYONE
 from wsbroadcast.close_codes import CloseCode
 from wsbroadcast.concurrency import Tasks
 from wsbroadcast.connection import Connection, Operations
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.registry import Registry
 from wsbroadcast.delivery.slow_consumers import SlowConsumers
-from wsbroadcast.engines.contract import Engine
+from wsbroadcast.engines.contract import Engine, keeps_lease, keeps_presence
+from wsbroadcast.engines.lease import LeaseKeeper
 from wsbroadcast.history import HistoryRules
 from wsbroadcast.hooks import Delivery, HookChain, is_delivering
 from wsbroadcast.logs import Clock, about, logger
+from wsbroadcast.message import JSONDefault, Message
 from wsbroadcast.node.continuity import Continuity
 from wsbroadcast.node.drain import Drain
+from wsbroadcast.node.jobs import Election, Job, Jobs
 from wsbroadcast.node.lanes import Lanes, Outbox
 from wsbroadcast.node.membership import Membership
+from wsbroadcast.node.presence import NodePresence
 from wsbroadcast.node.reports import Reports
 from wsbroadcast.node.siblings import Siblings
+from wsbroadcast.node.streams import NodeStreams
 from wsbroadcast.options import ClientTiming, Limits, SlowConsumer
+from wsbroadcast.presence import PresenceRules
 from wsbroadcast.publication import (
     Control,
     Dismissal,
+    Frame,
     Gap,
     NodeMessage,
+    PresenceChange,
     Publication,
     Publications,
     Unsubscription,
 )
 from wsbroadcast.stats import Counters, Stats
 
-# For how long it is remembered who got a broadcast to several audiences.
+# For how many seconds it is remembered who got a broadcast to several audiences.
 _REMEMBERED_SECONDS = 10.0
 
 
 class OnceEach:
-    """Who got a broadcast to several audiences, so that each connection gets it once.
+    """Remembers who got a broadcast to several audiences, so that each connection gets it once.
 
-    It is remembered who *got* it, not who was in an audience: between its publications connections come, go and move.
-    Remembered are the broadcasts of the last 10 s; older ones are forgotten when the next is delivered.
+    It remembers who *got* it, not who was in an audience: connections come, go and move between its publications. It
+    remembers the broadcasts of the last 10 s. Older ones are forgotten when the next one is delivered.
 
     Args:
-        clock: Tells the time, in seconds.
-        max_remembered: How many connections are remembered, of all broadcasts together, before the oldest is forgotten.
+        clock: Returns the time in seconds.
+        max_remembered: How many connections are remembered over all broadcasts, before the oldest broadcast is
+            forgotten.
     """
 
     def __init__(self, clock: Clock = monotonic, max_remembered: int = 500_000) -> None:
         self._clock = clock
         self._max_remembered = max_remembered
-        # By the broadcast's id, when it was last delivered, and the ids of connections; the oldest is the first.
+        # By the id of the broadcast: when it was last delivered, and the ids of connections. The oldest is the first.
         self._got: dict[str, tuple[float, set[str]]] = {}
         self._size = 0
 
@@ -94,6 +105,8 @@ class Node:
         counters: Counters,
         rules: HistoryRules | None = None,
         client_timing: ClientTiming = ClientTiming(),  # noqa: B008  # frozen
+        presence_rules: PresenceRules | None = None,
+        jobs: Sequence[Job] = (),
     ) -> None:
         self._engine = engine
         self._links_nodes = engine.links_nodes
@@ -101,11 +114,20 @@ class Node:
         self._slow_consumers = SlowConsumers(slow_consumer, counters)
         self.dispatcher = Dispatcher(self.registry, self._slow_consumers)
         self.tasks = Tasks()
-        """What runs in the background until it has ended; `aclose` waits for it."""
+        """The tasks in the background. `aclose` waits for them."""
         self.continuity = Continuity(
             self, self.registry, self.dispatcher, hooks, core.encode, engine, rules, counters, self.tasks, client_timing
         )
-        """Where this node and its connections are in histories."""
+        """The positions of this node and its connections in histories."""
+        self.siblings: Siblings | None = None
+        """The other nodes; `None` if nothing asks them."""
+        self._lease: LeaseKeeper | None = None
+        self.presence: NodePresence | None = None
+        """Who is in its channels; `None` if no channel has presence."""
+        if presence_rules is not None:
+            self.presence = NodePresence(
+                keeps_presence(engine), self.lease(), presence_rules, hooks, self.tasks, counters, self._say_to_several
+            )
         self.membership = Membership(
             core,
             self.registry,
@@ -116,30 +138,35 @@ class Node:
             engine,
             limits,
             self.continuity,
+            self.presence,
         )
-        self.drain = Drain(self.registry, self.membership, self.tasks, slow_consumer.close_timeout)
-        """Lets its connections go before it ends."""
+        self.drain = Drain(
+            self.registry, self.membership, self.tasks, slow_consumer.close_timeout, self._send_viewers_away
+        )
+        """Closes the connections before the node ends."""
+        self._background = jobs
+        self._jobs = Jobs(self._election, hooks.timeout)
         self._hooks = hooks
         self._encode = core.encode
         self._counters = counters
         self.starting = asyncio.Lock()
         """Held while the engine starts."""
         self.entering = 0
-        """How many are on their way in; the manager counts."""
-        # Keeps publications in order while on_deliver hooks take their time.
+        """How many connections are being accepted. The manager counts them."""
+        # Keeps publications in order while `on_deliver` hooks run.
         self._order = asyncio.Lock()
         self._lanes = Lanes(self)
         self._once_each = OnceEach()
         self.outbox: Outbox
-        """Broadcasts that nobody waits for."""
-        self.siblings: Siblings | None = None
-        """The other nodes, where something asks them."""
+        """The broadcasts of `broadcast_soon`."""
+        self.streams: NodeStreams | None = None
+        """The streams of this node; `None` if the app has none."""
         self._is_closed = False
 
-    # What an engine calls.
+    # For the engine.
 
     def take(self, publication: Publication | Control) -> None:
-        """Deliver a publication, now or behind what waits for its audience. Never blocks, never raises."""
+        """Deliver a publication, now or after what waits for its audience. It never blocks and never raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
             return
@@ -153,11 +180,11 @@ class Node:
                 self.deliver_now(publication)
 
     async def deliver(self, publication: Publication | Control) -> None:
-        """Deliver a publication of this node, behind what waits for its audience; raises what a hook raises."""
+        """Deliver a publication of this node, after what waits for its audience; raise what a hook raises."""
         if not isinstance(publication, Publication):
             self._obey(publication)
             return
-        if not self.dispatcher.collected:  # of a turn of the event loop the first
+        if not self.dispatcher.collected:  # it is the first of this turn of the event loop
             publication.taken_at = monotonic()
         if publication.position is not None and (tails := self.continuity.tails) is not None:
             tails.take(publication)
@@ -178,27 +205,60 @@ class Node:
                 await self._deliver_in_order(publication)
 
     def gap(self, gap: Gap) -> None:
-        """Tell the hooks that messages of other nodes are missing. Never blocks."""
+        """Tell the hooks that messages of other nodes are missing. It never blocks."""
         if not self._is_closed:
             if self.siblings is not None:
                 self.siblings.greet_again()
+            if self._lease is not None:
+                self._lease.suspect()
+            if self.presence is not None:
+                self.presence.suspect()
             self.tasks.spawn(self.continuity.tell_gap(gap), "on_gap hooks")
 
     def suspect(self) -> None:
-        """Look whether something is missing of what has a history."""
+        """Check whether something is missing in histories and presence."""
         if self.continuity.tails is not None and not self._is_closed:
             self.continuity.tails.suspect()
 
-    # What the manager calls.
+    # For the manager.
 
     def know_siblings(self) -> Siblings:
-        """Return the other nodes; from the first call on this one takes part in questions to all of them."""
+        """Return the other nodes. From the first call on, this node takes part in questions to all nodes."""
         if self.siblings is None:
             self.siblings = Siblings(self._engine, self.tasks, Reports(self, self._engine).respond)
+            if self._lease is not None:
+                self.siblings.use(self._lease)
         return self.siblings
 
+    def know_streams(self, rules: HistoryRules, json_default: JSONDefault | None) -> NodeStreams:
+        """Return the streams of this node. From the first call on, histories are kept under these rules.
+
+        Raises:
+            ConfigurationError: If the engine can't carry streams.
+        """
+        if self.streams is None:
+            self.continuity.keep(self._engine, rules)
+            assert self.continuity.tails is not None
+            self.membership.demand.keep(self.continuity.tails)
+            self.streams = NodeStreams(
+                self._engine, self.lease(), self.continuity, self.membership.demand, json_default
+            )
+        return self.streams
+
+    def lease(self) -> LeaseKeeper:
+        """Return the keeper of this node's lease.
+
+        Raises:
+            ConfigurationError: If the engine keeps no leases.
+        """
+        if self._lease is None:
+            self._lease = LeaseKeeper(keeps_lease(self._engine), self.tasks)
+            if self.siblings is not None:
+                self.siblings.use(self._lease)
+        return self._lease
+
     def count(self, publications: Publications) -> int:
-        """Tell how many connections a broadcast is for, each counted once."""
+        """Return how many connections here a broadcast is for, each counted once."""
         if len(publications) == 1:
             one = publications[0]
             return self.registry.count(one.audience, one.exclude, one.exclude_users)
@@ -210,9 +270,9 @@ class Node:
         self.tasks.spawn(self.outbox.send_all(), "broadcast_soon")
 
     async def deliver_local(self, publication: Publication) -> None:
-        """Deliver a publication that is for this node only.
+        """Deliver a publication that is only for this node.
 
-        It doesn't wait behind those of other nodes, which wait for most clients to keep up.
+        It doesn't wait for publications of other nodes, which wait until most clients keep up.
         """
         self.continuity.offer(publication)
         await (self._deliver_in_order if self._links_nodes else self._deliver_behind)(publication)
@@ -220,7 +280,7 @@ class Node:
     def stats(self) -> Stats:
         """Return what the node holds now and has counted so far."""
         counters = self._counters
-        # Copies first: it may be called in another thread. Nothing here takes longer with more connections.
+        # Copies are made first, because it may be called in another thread. More connections don't make it slower.
         waiting = list(self._slow_consumers.waiting)
         return Stats(
             connections=len(self.registry),
@@ -236,8 +296,10 @@ class Node:
             dropped=dict(counters.dropped),
             evicted=dict(counters.evicted),
             limited=dict(counters.limited),
+            client_errors=dict(counters.client_errors),
             vetoed=counters.vetoed,
             unpublished=counters.unpublished,
+            invalid=counters.invalid,
             hook_errors=counters.hook_errors,
             heals=counters.heals,
             recoveries=counters.recoveries,
@@ -253,14 +315,17 @@ class Node:
         )
 
     def is_own_task(self) -> bool:
-        """Tell whether the caller runs in one of the background tasks, such as a hook's, that `aclose` waits for."""
-        return self.tasks.includes_current()
+        """Tell whether the caller runs in a background task, such as a hook's, for which `aclose` waits."""
+        return self.tasks.includes_current() or self._jobs.includes_current()
 
     async def aclose(self) -> None:
         """Send what was handed over, close every connection, wait for hooks and writers."""
+        await self._jobs.aclose()
         self.drain.end()
         if self.siblings is not None:
             self.siblings.end()
+        if self.streams is not None:
+            await self.streams.aclose()
         if not self.is_own_task():
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._hooks.timeout):
@@ -270,40 +335,70 @@ class Node:
         await self._lanes.aclose(patience)
         await self.continuity.aclose(patience)
         await self.membership.close_all(CloseCode.GOING_AWAY, "the server is going away")
+        if self.presence is not None:
+            await self.presence.aclose()
+        if self._lease is not None:
+            self._lease.end()
         self._is_closed = True
         await self.tasks.join()
         await self._slow_consumers.aclose()
 
-    # What the lanes call.
+    def begin(self) -> None:
+        """Begin all background work, because the engine is started."""
+        if self.siblings is not None:
+            self.siblings.begin()
+        if self.presence is not None and self._links_nodes:
+            self.presence.begin()
+        self.run_background()
+
+    def run_background(self) -> None:
+        """Run the app's background functions, except those that run already."""
+        if self._background:
+            self._jobs.begin(self._background)
+
+    def _election(self) -> Election:
+        engine = keeps_presence(self._engine)
+        return Election(engine, self.lease(), self._sweep)
+
+    async def _sweep(self) -> None:
+        if self.presence is not None:
+            await self.presence.sweep()
+        else:
+            await keeps_presence(self._engine).sweep()
+
+    def _say_to_several(self, connections: Sequence[Connection], message: Message) -> None:
+        self.dispatcher.dispatch(Frame(message, EVERYONE), connections)
+
+    # For lanes and tails.
 
     def is_ready(self, publication: Publication) -> bool:
         """Tell whether no hook has to run, and most clients keep up."""
         if self._hooks.has("on_deliver"):
             return False
-        # What is published here and not awaited sets no pace: the slow-consumer policy deals with what doesn't fit.
+        # With `memory://` a publisher that doesn't await isn't slowed down: the slow-consumer policy handles the rest.
         return not self._links_nodes or self.dispatcher.is_ready(publication.audience, publication.exclude)
 
     def deliver_now(self, publication: Publication) -> None:
-        """Hand a publication to the connections; what goes wrong is logged."""
+        """Hand a publication to the connections. Errors are logged."""
         try:
             self._deliver(publication)
-        except Exception:  # whatever it is, the engine goes on
+        except Exception:  # whatever the error is, the engine must go on
             logger.exception(
                 "a message was not delivered", extra=about("delivery.failed", audience=publication.audience.kind)
             )
 
     async def deliver_paced(self, publication: Publication) -> None:
-        """Hand it over when most clients keep up, through the hooks."""
+        """Run the hooks, and hand a publication to the connections when most of them keep up."""
         if self._links_nodes:
             await self.dispatcher.ease(publication.message.size, publication.audience, publication.exclude)
         await self._deliver_in_order(publication)
 
     def evict(self, connection: Connection) -> None:
-        """Let a connection go that is too far behind."""
+        """Evict a connection that is too far behind."""
         self.membership.evict(connection, "backlog_full")
 
     def overrun(self, seconds: float) -> None:
-        """Tell that publications were dropped, because too many wait."""
+        """Report that publications were dropped, because too many wait."""
         logger.warning(
             "messages of the last %.1f s are missing here: more came by the %s engine than connections and hooks take",
             seconds,
@@ -315,10 +410,14 @@ class Node:
 
     # Inside.
 
+    def _send_viewers_away(self) -> None:
+        if self.streams is not None:
+            self.streams.send_away()
+
     def _deliver(self, publication: Publication) -> None:
         if publication.traceparent and (tracing := self._hooks.tracing) is not None:
             with tracing.delivering(publication):
-                pass  # nothing of the app runs here, and what is handed over is written at the end of the turn
+                pass  # no code of the app runs here, and what is handed over is written at the end of the turn
         self._counters.broadcasts += 1
         if publication.id is None and not publication.exclude_users:
             self.dispatcher.dispatch(publication)
@@ -344,21 +443,26 @@ class Node:
         if not self._hooks.has("on_deliver"):
             self._deliver(publication)
         elif is_delivering():
-            # A hook broadcasts while its own delivery holds the order: this one goes first.
+            # A hook has made this broadcast while its own delivery holds the lock. This one goes first.
             await self._deliver_through_hooks(publication)
         else:
             async with self._order:
                 await self._deliver_through_hooks(publication)
 
     def _obey(self, control: Control) -> None:
-        # No hook is asked and nothing is waited for: who is no longer welcome doesn't get what waits either.
+        # No hook runs and nothing is waited for: a dismissed connection doesn't get what waits for it either.
         if isinstance(control, Dismissal):
+            if self.streams is not None and control.audience.kind == "user":
+                self.streams.dismiss(control.audience.name, control.code, control.reason)
             self.membership.dismiss_all(control.audience, control.exclude, control.code, control.reason)
         elif isinstance(control, Unsubscription):
             self.membership.unsubscribe_all(control.audience, control.channels)
         elif isinstance(control, NodeMessage):
             if self.siblings is not None:
                 self.siblings.take(control)
+        elif isinstance(control, PresenceChange):
+            if self.presence is not None:
+                self.presence.take(control)
         else:
             self.continuity.forgotten(control.audience)
 
@@ -377,9 +481,9 @@ class Node:
         self._counters.broadcasts += 1
         got: list[Connection] = []
         for message, some in delivery._parts():
-            # Who has left the audience while the hooks ran gets nothing any more; who is behind gets it later.
+            # A connection that has left the audience while hooks ran gets nothing; one that is behind gets it later.
             still_here = [member for member in some if self.registry.is_member(member, publication.audience)]
-            if publication.id is not None:  # a hook that broadcasts was overtaken by itself
+            if publication.id is not None:  # a broadcast of the hook itself may have overtaken this one
                 still_here = self._once_each.left(publication.id, still_here)
             self._deliver_to(publication.with_message(message), still_here)
             got += still_here

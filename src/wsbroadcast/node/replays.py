@@ -1,10 +1,10 @@
-"""Connections that are behind in the history of an audience, and are sent what they missed until they are not."""
+"""Replays: connections that are behind in the history of an audience are sent what they missed."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any, Protocol
@@ -15,38 +15,42 @@ from wsbroadcast.connection import Connection
 from wsbroadcast.delivery.dispatcher import Dispatcher
 from wsbroadcast.delivery.frames import Batch
 from wsbroadcast.delivery.slow_consumers import NOBODYS
-from wsbroadcast.history import LAST, NOW, Reason, Recovery, Since
+from wsbroadcast.history import FIRST, LAST, NOW, Offset, Reason, Recovery, Since
 from wsbroadcast.logs import about, logger
 from wsbroadcast.node.tail import Stretch, Tail, batch_of
 from wsbroadcast.node.tails import Tails
 from wsbroadcast.publication import MAX_OFFSET, Position, Publication
 from wsbroadcast.stats import Counters
 
-# How many connections are sent something in one turn of the event loop: what is live goes between the turns.
+# How many connections are sent something in one turn of the event loop. New publications go out between the turns.
 _TURN_CURSORS = 64
 
 
-Announce = Callable[[Recovery, Position | None], None]
+Announce = Callable[[Recovery, Position | None, Sequence[Publication]], None]
+"""Tells a client whether it gets what it missed, the position after which publications follow, and the first ones."""
+
+Found = tuple[Recovery, Position | None]
+"""Whether everything after a place can be had; and the position of that place, `None` if it can't."""
 
 
 class Replayer(Protocol):
-    """What the replays ask of their node."""
+    """What the replays need of their node."""
 
     @property
     def has_hooks(self) -> bool:
-        """Whether `on_deliver` hooks have to be asked."""
+        """Whether `on_deliver` hooks have to run."""
 
     async def replay_through_hooks(
         self, publication: Publication, connection: Connection, has_room: Callable[[], Awaitable[bool]]
     ) -> None:
-        """Ask the hooks about a publication that a connection missed, and hand it over; raises what a hook raises."""
+        """Run the hooks for a publication that a connection missed, and hand it over; raise what a hook raises."""
 
     def lost_track(self, audience: Audience, connection: Connection, reason: Reason) -> None:
-        """A connection was promised what isn't there any more; it is a member where the audience is now."""
+        """Take note that what a connection was promised is gone. It goes on where the audience is now."""
 
 
 class Cursor:
-    """A connection that is behind in an audience, and where it is."""
+    """A connection that is behind in an audience, and its position there."""
 
     __slots__ = ("audience", "began", "connection", "epoch", "is_busy", "offset")
 
@@ -54,11 +58,11 @@ class Cursor:
         self.connection = connection
         self.audience = audience
         self.began = 0.0
-        """When it said where it was, by the monotonic clock; 0 for one that was never away."""
+        """When it told its position, in seconds of the monotonic clock; 0 if it was never away."""
         self.epoch = ""
-        """That of its offset; empty as long as it hasn't begun."""
+        """The epoch of its offset; empty before it begins."""
         self.offset = 0
-        """It has got everything up to here."""
+        """The offset up to which it has got everything."""
         self.is_busy = False
         """Whether its next step is scheduled already, or waits for its sink or for hooks."""
 
@@ -66,14 +70,15 @@ class Cursor:
 class Replays:
     """The connections of one node that are behind.
 
-    Such a connection is in the registry, and left out when its audience is delivered to. It is sent what came since, as
-    fast as its sink takes it. It is a member like others from the turn of the event loop in which it has reached the
-    place up to which the members have got everything. So it gets every publication once, and nothing is kept for it.
+    Such a connection is in the registry, but new publications aren't delivered to it. It is sent what it missed, as
+    fast as its sink takes it. Once it has got as much as the other connections of the audience, it gets new
+    publications like them, from the same turn of the event loop on. So it gets each publication once, and none is
+    stored for it.
 
     Args:
-        node: Asks hooks.
+        node: Runs the hooks.
         tails: Have what was missed.
-        dispatcher: Hands over what is live.
+        dispatcher: Hands over new publications.
         counters: Where recoveries are counted.
     """
 
@@ -83,13 +88,13 @@ class Replays:
         self._dispatcher = dispatcher
         self._counters = counters
         self.cursors: dict[Audience, dict[Connection, Cursor]] = {}
-        """Those that are behind, by audience."""
+        """The connections that are behind, by audience."""
         self._ready: deque[Cursor] = deque()
         self._is_scheduled = False
         self._tasks = Tasks()
 
     def behind(self, audience: Audience) -> Collection[Connection]:
-        """Return the connections that are behind in an audience: they get nothing live."""
+        """Return the connections that are behind in an audience. They get no new publications."""
         return self.cursors.get(audience, ())
 
     def is_held(self, connection: Connection, audience: Audience) -> bool:
@@ -98,59 +103,99 @@ class Replays:
         return cursor is not None and not cursor.epoch
 
     def place(self, connection: Connection, audience: Audience) -> Position | None:
-        """Return up to where a member has got everything; `None` if it isn't known."""
+        """Return the position up to which a connection has got everything; `None` if it isn't known."""
         cursor = self.cursors.get(audience, {}).get(connection)
         return self._position(audience) if cursor is None else Position(cursor.epoch, cursor.offset)
 
     # In and out.
 
     def hold(self, connection: Connection, audience: Audience) -> None:
-        """Let a connection that is about to be a member get nothing yet: it says in `start` since when."""
+        """Send a new connection nothing of an audience until `start` says where it begins."""
         self._dispatcher.flush()
         self.cursors.setdefault(audience, {})[connection] = Cursor(connection, audience)
 
-    async def start(self, connection: Connection, audience: Audience, since: Since, announce: Announce) -> Recovery:
-        """Send a connection that is held what it missed; return, before all of it is sent, whether that can be done.
+    async def start(
+        self, connection: Connection, audience: Audience, since: Since, announce: Announce, carries: int = 0
+    ) -> Recovery:
+        """Send a held connection what it missed; return whether that can be done. The sending goes on after that.
 
-        If it can't, the connection is a member from now on, where the audience is now.
+        If it can't be done, the connection begins where the audience is now.
 
         Args:
-            connection: Which.
-            audience: In which audience.
-            since: Where it was.
-            announce: Called with what is returned, and with the position from which messages follow, before any does.
+            connection: The connection.
+            audience: The audience.
+            since: The place after which it wants what it missed.
+            announce: Called with the result before anything is sent.
+            carries: How many bytes of missed publications `announce` takes.
         """
         began = monotonic()
-        cursor = self.cursors.get(audience, {}).get(connection)
-        if cursor is None:
-            recovery, begins = Recovery(False, "unavailable", self._position(audience)), None
+        if self.cursors.get(audience, {}).get(connection) is None:
+            found: Found = Recovery(False, "unavailable", self._position(audience)), None
         else:
-            recovery, begins = await self.locate(audience, since)
+            found = await self.locate(audience, since)
+        return self.begin(connection, audience, since, found, announce, carries, began)
+
+    def begin(
+        self,
+        connection: Connection,
+        audience: Audience,
+        since: Since,
+        found: Found,
+        announce: Announce,
+        carries: int,
+        began: float,
+    ) -> Recovery:
+        """Do the same as `start` at once, with the result of `locate`; `began` is when that was asked."""
+        cursor = self.cursors.get(audience, {}).get(connection)
+        recovery, begins = found
+        if cursor is None:
+            begins = None  # the connection has left meanwhile
         if begins is None:
             if since is not NOW:
                 self._counters.refused_recoveries[recovery.reason] += 1
             if cursor is not None:
                 self._join(cursor)
-            announce(recovery, recovery.position)
+            announce(recovery, recovery.position, ())
         else:
             assert cursor is not None
             cursor.epoch, cursor.offset = begins.epoch, begins.offset
-            announce(recovery, begins)
+            announce(recovery, begins, () if since is NOW or not carries else self._head(cursor, carries))
             if since is not NOW:
                 cursor.began = began
             self._schedule(cursor)
         return recovery
 
+    def _head(self, cursor: Cursor, most: int) -> list[Publication]:
+        # Returns the first missed publications, of at most so many bytes, and moves the cursor after them. It returns
+        # none if there are hooks, because hooks may have to wait.
+        tail = self._tails.of(cursor.audience)
+        missed: list[Publication] = []
+        while not self._node.has_hooks and tail is not None and tail.epoch == cursor.epoch:
+            if cursor.offset >= tail.delivered or not tail.has_all_after(cursor.offset):
+                break
+            stretch = tail.after(cursor.offset)
+            publications = [] if stretch.batch is None else stretch.batch.publications
+            most -= sum(each.size for each in publications)
+            if most < 0:
+                break
+            missed += [each for each in publications if not _is_withheld(each, cursor.connection)]
+            cursor.offset = stretch.end
+        return missed
+
     def _position(self, audience: Audience) -> Position | None:
         tail = self._tails.of(audience)
         return None if tail is None else tail.delivered_position
 
-    async def locate(self, audience: Audience, since: Since) -> tuple[Recovery, Position | None]:
-        """Find out whether everything since a place can be had; return the place too, if it can.
+    async def locate(self, audience: Audience, since: Since) -> Found:
+        """Find out whether everything after a place can be had; return the position of the place too, if it can.
 
-        It can be had from here for a while.
+        What was found stays available on this node for a while.
         """
         tail = self._tails.of(audience)
+        if isinstance(since, Offset):
+            if tail is not None and tail.is_reading:
+                await self._tails.attempted(audience)
+            since = Position("" if tail is None else tail.epoch, int(since))
         if tail is None and self._tails.history(audience) is None:
             return Recovery(False, "not_kept", None), None
         if tail is None or not await self._is_near(tail, audience, since):
@@ -159,6 +204,8 @@ class Replays:
             offset = tail.delivered
         elif since is LAST:
             offset = tail.before_last()
+        elif since is FIRST:
+            offset = tail.base
         elif since.epoch != tail.epoch or since.offset > tail.top:
             return Recovery(False, "epoch", tail.delivered_position), None
         elif not await self._has(tail, audience, since.offset):
@@ -169,7 +216,7 @@ class Replays:
         return Recovery(True, "", tail.position), Position(tail.epoch, offset)
 
     async def _is_near(self, tail: Tail, audience: Audience, since: Since) -> bool:
-        # Who is ahead may have been at a node that heard more; a history that was forgotten, too.
+        # A client that is ahead may have been at a node that got more, or in a history that was removed.
         if tail.is_reading:
             await self._tails.attempted(audience)
         is_elsewhere = isinstance(since, Position) and (since.epoch != tail.epoch or since.offset > tail.top)
@@ -183,7 +230,7 @@ class Replays:
         return tail.has(offset, asyncio.get_running_loop().time())
 
     def fall_back(self, connection: Connection, audience: Audience, offset: int) -> bool:
-        """Let a member whose sink is full go on after an offset when there is room; return whether that can be done."""
+        """Let a connection with a full sink go on after an offset once it has room; return whether that can be done."""
         tail = self._tails.of(audience)
         if tail is None or not tail.epoch:
             return False
@@ -196,7 +243,7 @@ class Replays:
         return True
 
     def left(self, connection: Connection, audience: Audience | None = None) -> None:
-        """Forget a connection that has left an audience, or all."""
+        """Forget a connection that has left an audience, or all audiences."""
         for each in [audience] if audience is not None else list(self.cursors):
             self._forget(each, connection)
 
@@ -208,17 +255,17 @@ class Replays:
                 tail.promised = MAX_OFFSET
 
     def _join(self, cursor: Cursor) -> None:
-        self._dispatcher.flush()  # what was handed over for the members comes before
+        self._dispatcher.flush()  # what was handed over for the other connections comes first
         self._forget(cursor.audience, cursor.connection)
 
     def moved(self, audience: Audience) -> None:
-        """Let those go on who wait for the place up to which the members have got everything."""
+        """Let connections go on that wait for the position up to which the others have got everything."""
         for cursor in self.cursors.get(audience, {}).values():
             if cursor.epoch and not cursor.is_busy:
                 self._schedule(cursor)
 
     def broken(self, audience: Audience) -> None:
-        """The tail has begun anew: who was behind has missed something, and is a member from now on."""
+        """Take note that a tail has begun anew. Connections that were behind have missed something, and go on there."""
         for cursor in list(self.cursors.get(audience, {}).values()):
             if cursor.epoch:
                 self._join(cursor)
@@ -256,7 +303,7 @@ class Replays:
         if tail is None or tail.epoch != cursor.epoch:
             self._lose(cursor, "epoch")
         elif cursor.offset >= tail.delivered:
-            # Else it waits for `moved`: it is settled already who gets what is being delivered, or it is ahead.
+            # If not, it waits for `moved`: the recipients of the running delivery are fixed already, or it is ahead.
             if cursor.offset == tail.delivered and not self._tails.deliveries.is_in_flight(cursor.audience):
                 self._join(cursor)
                 if cursor.began:
@@ -265,7 +312,7 @@ class Replays:
         elif not tail.has_all_after(cursor.offset):
             self._lose(cursor, tail.why_not(cursor.offset))
         elif cursor.connection._sink.backlog is not None:
-            self._go_on(cursor)  # it may be behind in many audiences, whose stretches together are more than fits
+            self._go_on(cursor)  # it may be behind in many audiences, whose stretches don't all fit at once
         elif self._node.has_hooks:
             cursor.is_busy = True
             replaying = self._replay_through_hooks(cursor, tail.after(cursor.offset))
@@ -309,7 +356,7 @@ class Replays:
         self._go_on(cursor)
 
     async def _has_room(self, cursor: Cursor) -> bool:
-        # Hooks of many audiences may come to their end at once, for one connection.
+        # The hooks of many audiences may end at the same time for one connection.
         sink = cursor.connection._sink
         while self._is_behind(cursor) and sink.is_half_full:
             drained = asyncio.Event()
@@ -323,7 +370,7 @@ class Replays:
             self._dispatcher.deliver_batch(batch_of([publication.withheld()]), cursor.connection)
 
     async def aclose(self) -> None:
-        """End: nobody is sent anything more."""
+        """End. No connection is sent anything more."""
         self.cursors.clear()
         self._ready.clear()
         await self._tasks.cancel()

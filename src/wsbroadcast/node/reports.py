@@ -1,4 +1,4 @@
-"""What a node says about itself when it is asked: what it holds, and how it is."""
+"""What a node answers about itself: its connections, its channels, and its health."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from wsbroadcast.node.siblings import Reply, Siblings
 from wsbroadcast.stats import Stats
 
 MAX_LIMIT = 500
-"""As many connections or channels are told at once."""
+"""How many connections or channels one answer has at most."""
 
 MAX_CHANNELS_SHOWN = 20
-"""As many channels of one connection."""
+"""How many channels of one connection an answer has at most."""
 
 MAX_OVER = 3600.0
-"""Over so many seconds a drain may go."""
+"""The longest time of a drain, in seconds."""
 
 _SHOWN = ("connections", "users", "channels", "behind", "backlog_bytes", "backlog_messages", "broadcasts", "deliveries")
 
 _ECHO_SECONDS = 0.5
 
-# Of the largest channels each node tells so many more than are wanted, because they are added up.
+# Each node names so many times more large channels than are wanted, because the answers of nodes are added up.
 _MORE = 10
 
 
 def connections_of(registry: Registry[Connection], arguments: Mapping[str, Any]) -> Reply:
-    """Tell of connections: those after an id in the order of ids, or those with the largest backlogs.
+    """Describe connections: those after an id in the order of ids, or those with the largest backlogs.
 
     Raises:
         ValueError: If the arguments make no sense.
@@ -50,7 +50,7 @@ def connections_of(registry: Registry[Connection], arguments: Mapping[str, Any])
         } if 0 < limit <= MAX_LIMIT:
             pass
         case _:
-            raise ValueError("a question about connections has other arguments")
+            raise ValueError("these are not the arguments of a question about connections")
     found: Iterable[Connection] = registry.recipients(EVERYONE)
     if user is not None:
         found = registry.users.get(user, ())
@@ -89,7 +89,7 @@ def _address_of(connection: Connection) -> str | None:
 
 
 def channels_of(registry: Registry[Connection], arguments: Mapping[str, Any]) -> Reply:
-    """Tell of channels and how many connections each has here: those after a name, or the largest.
+    """List channels, with the number of their connections here: those after a name, or the largest.
 
     Raises:
         ValueError: If the arguments make no sense.
@@ -104,7 +104,7 @@ def channels_of(registry: Registry[Connection], arguments: Mapping[str, Any]) ->
             if not 0 < limit <= MAX_LIMIT:
                 raise ValueError("a question about channels has another limit")
         case _:
-            raise ValueError("a question about channels has other arguments")
+            raise ValueError("these are not the arguments of a question about channels")
     names = [name for name in registry.channels if name.startswith(prefix)]
     if largest:
         limit *= _MORE
@@ -120,7 +120,7 @@ def _present(names: Iterable[str], registry: Registry[Connection]) -> Iterator[s
 
 
 class Node(Protocol):
-    """What a report needs to know of a node."""
+    """What reports need of a node."""
 
     registry: Registry[Connection]
     drain: Drain
@@ -133,8 +133,8 @@ class Reports:
     """Answers the questions of other nodes, and those of this one.
 
     Args:
-        node: Of what.
-        engine: Tells how the broker is.
+        node: The node that is described.
+        engine: Tells the health of the broker.
     """
 
     def __init__(self, node: Node, engine: Engine) -> None:
@@ -146,7 +146,7 @@ class Reports:
         """Answer a question.
 
         Raises:
-            ValueError: If it isn't understood, such as one of a newer release.
+            ValueError: If the question isn't understood, such as one of a newer release.
         """
         match topic:
             case "node":
@@ -173,7 +173,7 @@ class Reports:
         } | {name: getattr(stats, name) for name in _SHOWN}
 
     async def _health(self) -> dict[str, Any]:
-        # An echo that takes longer than the answer may is trouble enough.
+        # If the echo takes longer than the answer may take, that counts as trouble.
         try:
             async with asyncio.timeout(_ECHO_SECONDS):
                 health = await self._engine.health()
@@ -189,4 +189,4 @@ class Reports:
                 if is_meant:
                     self._node.drain.begin(over)
                 return Reply({"is_meant": is_meant})
-        raise ValueError("a drain has other arguments")
+        raise ValueError("these are not the arguments of a drain")

@@ -1,4 +1,4 @@
-"""The other nodes of an app: which there are, and what they answer when one of them asks."""
+"""The other nodes of an app: which ones there are, and questions to all of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pydantic_core import ValidationError, from_json, to_json
 
 from wsbroadcast.audience import NODES, Audience
 from wsbroadcast.concurrency import Tasks
-from wsbroadcast.engines.contract import Engine
+from wsbroadcast.engines.contract import Engine, KeepsLease
+from wsbroadcast.engines.lease import LeaseKeeper
 from wsbroadcast.exceptions import EngineError, LimitExceeded, MessageTooLarge
 from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES, NodeMessage, NodeMessageKind
@@ -25,21 +26,22 @@ from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES, NodeMessage, NodeMes
 T = TypeVar("T")
 
 HELLO_SECONDS = 5.0
-"""A node says so often that it is there."""
+"""How often, in seconds, a node says hello to the others."""
 
 KNOWN_SECONDS = 15.0
-"""For so long after that it counts as one of the app's."""
+"""For how many seconds after a hello a node counts as there. A node with a lease says hello only once, and counts while
+it holds the lease."""
 
 ANSWER_SECONDS = 1.0
-"""For so long answers are waited for."""
+"""How many seconds answers are waited for."""
 
 MAX_SIBLINGS = 1000
-"""As many other nodes are remembered."""
+"""How many other nodes are remembered."""
 
 MAX_QUESTIONS = 32
-"""As many questions are asked at the same time, and as many of others are answered."""
+"""How many questions are asked at the same time, and how many of other nodes are answered at the same time."""
 
-# For so many bytes an answer is made, if the broker doesn't take the one before.
+# The sizes of answers, in bytes. If the broker doesn't take one size, the next is tried.
 _BUDGETS = (MAX_NODE_MESSAGE_BYTES, 64 * 1024, 16 * 1024)
 
 _MAX_DESCRIPTION = 255
@@ -47,58 +49,67 @@ _MAX_DESCRIPTION = 255
 
 @dataclass(frozen=True, slots=True)
 class NodeInfo:
-    """Which node it is: a manager in a process."""
+    """What identifies a node, which is a manager in a process."""
 
     id: str
-    """Unique, and a new one in each process."""
+    """A unique id, another one in each process."""
     host: str = ""
     """The name of the machine or container."""
     pid: int = 0
-    """The process."""
+    """The number of the process."""
     family: str = ""
-    """The same for the processes of one server, such as the workers of `uvicorn --workers 4`."""
+    """A text that all processes of one server share, such as the workers of `uvicorn --workers 4`."""
 
 
 class Reply(NamedTuple):
-    """What a node answers to a question."""
+    """The answer of a node to a question."""
 
     head: Mapping[str, Any]
-    """What fits into an answer in any case."""
+    """The part that always fits into an answer."""
     items: Iterable[Any] = ()
-    """A list, of which as much is sent as fits."""
+    """A list. As many of its items are sent as fit."""
 
 
 class Answer(NamedTuple, Generic[T]):
-    """What came from a node."""
+    """The answer of one node."""
 
     node: NodeInfo
-    """Which."""
+    """The node."""
     content: T
-    """What it says, as the one who asked has read it."""
+    """The content, as `read` has returned it."""
 
 
 class Answers(NamedTuple, Generic[T]):
-    """What came from all nodes within the time."""
+    """The answers of all nodes that came in time."""
 
     given: list[Answer[T]]
-    """Those that came; this node's is the first."""
+    """The answers. This node's is the first."""
     silent: list[NodeInfo]
-    """The nodes that are known and have not answered."""
+    """The known nodes that have not answered."""
     is_linked: bool
-    """Whether the engine links nodes at all: `memory://` knows this process only."""
+    """Whether the engine links nodes at all. `memory://` knows only this process."""
 
     @property
     def known(self) -> int:
-        """How many nodes there are, as far as this one knows: this one, and those heard of within 15 s."""
+        """How many nodes are known: this one, and those that said hello within 15 s or hold their lease."""
         return len(self.given) + len(self.silent)
 
 
 Respond = Callable[[str, Mapping[str, Any]], Awaitable[Reply]]
-"""Answers a question by its topic and arguments. Raises `ValueError` for one that it doesn't understand."""
+"""Answers a question, given its topic and arguments. It raises `ValueError` if it doesn't understand the question."""
+
+
+class _Known(NamedTuple):
+    """What is known of another node."""
+
+    info: NodeInfo
+    heard_at: float
+    lease: str
+    """The name of its lease; empty if it holds none, and says hello from time to time."""
 
 
 class _Question(Generic[T]):
-    """One that is being asked; whoever asks the same meanwhile gets the same answers."""
+    """A question that is being asked. Callers that ask the same meanwhile get the same answers."""
 
     def __init__(self, read: Callable[[bytes], T]) -> None:
         self.read = read
@@ -110,11 +121,12 @@ class _Question(Generic[T]):
 class Siblings:
     """Keeps in touch with the other nodes, from the start of the engine to the end of the node.
 
-    What comes from others is untrusted: it is bounded, read by the one who asked, and dropped if that fails.
+    What other nodes send is untrusted: its size is limited, `read` of the caller checks it, and it is dropped if that
+    fails.
 
     Args:
-        engine: Carries what nodes say.
-        tasks: Of the node; its answers run in them.
+        engine: Carries the messages of nodes.
+        tasks: The tasks of the node, in which it answers.
         respond: Answers questions.
     """
 
@@ -124,35 +136,46 @@ class Siblings:
         self._respond = respond
         self.me = this_process()
         """This node."""
-        # With when it was heard of; the one that was heard of last comes last.
-        self._known: dict[str, tuple[NodeInfo, float]] = {}
-        # By their id, and by what is asked.
+        # The other nodes by id. The one that was heard last is the last.
+        self._known: dict[str, _Known] = {}
+        # The lease of this node, if something else needs one.
+        self._lease: LeaseKeeper | None = None
+        # The questions that are being asked, by their id, and by what is asked.
         self._asking: dict[str, _Question[Any]] = {}
         self._asked: dict[bytes, _Question[Any]] = {}
         self._answering = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._is_begun = self._is_ended = False
+        self._is_begun = self._has_greeted = self._is_ended = False
         self._throttle = Throttle()
 
     # From start to end.
 
     def begin(self) -> None:
-        """Take part: the engine is started. Does nothing the second time, or if the engine links no nodes."""
+        """Take part, because the engine is started. A second call does nothing, nor does it with `memory://`."""
         if self.me.pid != os.getpid():
-            self.me = this_process()  # a process that was forked off is another one
+            self.me = this_process()  # a forked process is another node
         if self._is_begun or self._is_ended or not self._engine.links_nodes:
             return
         self._is_begun = True
+        if self._lease is not None:
+            self._lease.hold(self)
         audiences = (NODES, Audience("nodes", self.me.id))
         self._engine.subscribe(audiences)
         self._tasks.spawn(self._greet(audiences), "greeting of other nodes")
+
+    def use(self, lease: LeaseKeeper) -> None:
+        """Use the lease that this node holds for something else, and know other nodes by theirs."""
+        self._lease = lease
+        lease.on_another.append(self.greet_again)
+        if self._is_begun and not self._is_ended:
+            lease.hold(self)
 
     async def _greet(self, audiences: tuple[Audience, ...]) -> None:
         try:
             await self._engine.confirmed(audiences)
         except EngineError as error:
             logger.warning(
-                "other nodes are not heard, so that this one answers for itself alone: %s",
+                "other nodes can't be heard, so this node answers only for itself: %s",
                 error,
                 extra=about("nodes.unheard", engine=self._engine.name),
             )
@@ -160,7 +183,7 @@ class Siblings:
             self._say_hello()
 
     def end(self) -> None:
-        """Take leave; nobody is asked any more."""
+        """Say goodbye. No question is asked any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -171,35 +194,57 @@ class Siblings:
             question.changed.set()
 
     def greet_again(self) -> None:
-        """Say hello at once: the broker was away, and others may have forgotten this node."""
-        if self._timer is not None:
-            self._timer.cancel()
+        """Say hello again at once: other nodes may have forgotten this one, or know its old lease."""
+        if self._has_greeted and not self._is_ended:
             self._say_hello()
 
     def _say_hello(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(HELLO_SECONDS, self._say_hello, context=Context())
+        self._has_greeted = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._lease_name:
+            self._timer = asyncio.get_running_loop().call_later(HELLO_SECONDS, self._say_hello, context=Context())
         self._tell(NODES, "hello")
 
-    # Who there is.
+    @property
+    def _lease_name(self) -> str:
+        return self._lease.incarnation if self._lease is not None and self._lease.generation else ""
+
+    # The known nodes.
 
     def others(self) -> list[NodeInfo]:
-        """Return the other nodes that were heard of within 15 s."""
+        """Return the other nodes that are known."""
         self._forget_old()
-        return [info for info, _ in self._known.values()]
+        return [known.info for known in self._known.values()]
 
     def _forget_old(self) -> None:
-        oldest = asyncio.get_running_loop().time() - KNOWN_SECONDS
-        while self._known and self._known[id_ := next(iter(self._known))][1] < oldest:
+        now = asyncio.get_running_loop().time()
+        while self._known and (first := next(iter(self._known.items())))[1].heard_at < now - KNOWN_SECONDS:
+            id_, known = first
             del self._known[id_]
+            if known.lease:  # the broker knows whether the lease holds
+                self._known[id_] = known._replace(heard_at=now)
+
+    async def _forget_dead(self) -> None:
+        # Forgets nodes whose lease has run out. While the broker is away, that isn't known.
+        if any(known.lease for known in self._known.values()) and isinstance(self._engine, KeepsLease):
+            try:
+                alive = await self._engine.alive()
+            except EngineError:
+                return
+            for id_, known in list(self._known.items()):
+                if known.lease and known.lease not in alive:
+                    del self._known[id_]
 
     def take(self, message: NodeMessage) -> None:
-        """Take what a node says. Never blocks, never raises."""
+        """Take a message of a node. It never blocks and never raises."""
         try:
             if message.sender != self.me.id and self._is_begun and not self._is_ended:
                 self._take(message)
         except Exception as error:  # it may be forged, or of another release
             if self._throttle.is_due("node message"):
-                text = "dropped what a node said (%s), which can't be read: %s"
+                text = "dropped a message of another node (%s) that can't be read: %s"
                 logger.warning(text, message.kind, _what_is_wrong(error), extra=about("nodes.bad_message"))
 
     def _take(self, message: NodeMessage) -> None:
@@ -213,7 +258,7 @@ class Siblings:
             if question is not None and message.sender in self._known and message.sender not in question.got:
                 question.got[message.sender] = question.read(message.body)
                 question.changed.set()
-        elif self._answering < MAX_QUESTIONS:  # else it counts as silent
+        elif self._answering < MAX_QUESTIONS:  # else this node counts as silent
             self._answering += 1
             self._tasks.spawn(self._answer(message), "answer to a node")
 
@@ -221,34 +266,34 @@ class Siblings:
         self._forget_old()
         now = asyncio.get_running_loop().time()
         if (known := self._known.pop(message.sender, None)) is not None:
-            self._known[message.sender] = known[0], now
+            self._known[message.sender] = known._replace(heard_at=now, lease=_described(message).lease)
         elif len(self._known) < MAX_SIBLINGS:
-            self._known[message.sender] = _described(message.sender, message.body), now
-            if not message.audience.name:  # a newcomer, which knows nobody yet
+            self._known[message.sender] = _described(message)._replace(heard_at=now)
+            if not message.audience.name:  # a new node, which knows no others yet
                 self._tell(Audience("nodes", message.sender), "hello")
 
     # Questions.
 
     async def ask(self, topic: str, arguments: Mapping[str, Any], read: Callable[[bytes], T]) -> Answers[T]:
-        """Ask all nodes, this one too; return when all that are known have answered, and after a second in any case.
+        """Ask all nodes, this one too; return when all known nodes have answered, or after a second.
 
-        While the broker is away, this node answers alone.
+        While the broker is away, only this node answers.
 
         Args:
-            topic: What is asked.
-            arguments: The rest of the question, as JSON knows it.
-            read: Makes of an answer's JSON what is returned of it; what it raises drops the answer.
+            topic: The topic of the question.
+            arguments: The arguments of the question, as JSON can have them.
+            read: Makes the content of an `Answer` from its JSON. If it raises, the answer is dropped.
 
         Raises:
             LimitExceeded: If too many different questions are being asked already.
-            ValueError: If this node itself doesn't understand it.
+            ValueError: If this node itself doesn't understand the question.
         """
         body = to_json({"topic": topic, "arguments": arguments})
         question: _Question[T] | None = self._asked.get(body)
         if question is None:
             if len(self._asked) >= MAX_QUESTIONS:
                 raise LimitExceeded("questions", f"{MAX_QUESTIONS} questions to the nodes are being asked already")
-            self.begin()  # where it was needed only after the start
+            self.begin()  # if nothing needed it before
             question = self._asked[body] = _Question(read)
             self._tasks.spawn(self._run(question, topic, arguments, body), "question to all nodes")
         return await asyncio.shield(question.answers)
@@ -257,22 +302,23 @@ class Siblings:
         id_ = token_urlsafe(9)
         self._asking[id_] = question
         try:
-            asked = self.others()
             deadline = asyncio.get_running_loop().time() + ANSWER_SECONDS
+            await self._forget_dead()
+            asked = self.others()
             is_sent = self._is_begun and self._tell(NODES, "question", id_, body)
             own = question.read(_fitting(await self._reply(topic, arguments), MAX_NODE_MESSAGE_BYTES))
             if is_sent:
                 await self._until_answered(question, deadline)
             question.answers.set_result(self._answers(question, own, asked))
-        except Exception as error:  # who asked gets it
+        except Exception as error:  # the callers get it
             question.answers.set_exception(error)
-            question.answers.exception()  # looked at: who asked may be gone
+            question.answers.exception()  # marked as retrieved: the callers may be gone
         finally:
             del self._asking[id_], self._asked[body]
 
     def _answers(self, question: _Question[T], own: T, asked: list[NodeInfo]) -> Answers[T]:
         others = self.others()
-        known = {info.id: info for info in (*asked, *others)}  # one that has answered may have taken leave since
+        known = {info.id: info for info in (*asked, *others)}  # a node that has answered may have said goodbye since
         given = [Answer(known[sender], content) for sender, content in question.got.items() if sender in known]
         silent = [info for info in others if info.id not in question.got]
         return Answers([Answer(self.me, own), *given], silent, self._engine.links_nodes)
@@ -309,7 +355,7 @@ class Siblings:
                 except MessageTooLarge:
                     continue
         except (EngineError, TimeoutError):
-            pass  # it counts as silent
+            pass  # this node counts as silent
         except ValueError as error:  # broken JSON, too
             if self._throttle.is_due("question"):
                 text = "a question of another node was not understood: %s"
@@ -321,9 +367,11 @@ class Siblings:
 
     def _tell(self, audience: Audience, kind: NodeMessageKind, id_: str = "", body: bytes | None = None) -> bool:
         try:
-            self._send(audience, kind, id_, to_json(asdict(self.me)) if body is None else body)
+            if body is None:
+                body = to_json({**asdict(self.me), "lease": self._lease_name})
+            self._send(audience, kind, id_, body)
         except (EngineError, MessageTooLarge):
-            return False  # the broker is away: nobody hears, nobody answers
+            return False  # the broker is away, so no node would answer
         return True
 
     def _send(self, audience: Audience, kind: NodeMessageKind, id_: str, body: bytes) -> None:
@@ -344,16 +392,17 @@ def _fitting(reply: Reply, budget: int) -> bytes:
     return start + b",".join(parts) + (b'],"is_cut":true}' if is_cut else b'],"is_cut":false}')
 
 
-def _described(id_: str, body: bytes) -> NodeInfo:
-    match from_json(body):
-        case {"host": str() as host, "pid": int() as pid, "family": str() as family}:
-            if max(len(host), len(family)) <= _MAX_DESCRIPTION:
-                return NodeInfo(id_, host, pid, family)
+def _described(message: NodeMessage) -> _Known:
+    match from_json(message.body):
+        case {"host": str() as host, "pid": int() as pid, "family": str() as family, **rest}:
+            lease = rest.get("lease", "")  # older releases don't send it
+            if isinstance(lease, str) and max(len(host), len(family), len(lease)) <= _MAX_DESCRIPTION:
+                return _Known(NodeInfo(message.sender, host, pid, family), 0.0, lease)
     raise ValueError("it doesn't say which node it is")
 
 
 def _what_is_wrong(error: Exception) -> str:
-    # The text of pydantic's error shows what it has read: users, channels and their line breaks.
+    # The text of pydantic's error repeats what it has read: users, channels and their line breaks.
     if not isinstance(error, ValidationError):
         return str(error)
     first, *others = error.errors(include_url=False, include_context=False, include_input=False)
@@ -363,14 +412,14 @@ def _what_is_wrong(error: Exception) -> str:
 def this_process() -> NodeInfo:
     """Describe a new node of this process."""
     id_, host, pid = token_urlsafe(9), socket.gethostname()[:_MAX_DESCRIPTION], os.getpid()
-    # Without workers the parent may be anything, such as a system's first process, which has other children as well.
+    # Without workers the parent may be any process, such as the first one of a system, which has other children too.
     has_siblings = multiprocessing.parent_process() is not None or "gunicorn.arbiter" in sys.modules
     family = f"{host} {_namespace()} {os.getppid()}" if has_siblings else id_
     return NodeInfo(id_, host, pid, family[:_MAX_DESCRIPTION])
 
 
 def _namespace() -> int:
-    # Containers may share the name of their machine, and have the same process ids each.
+    # Containers may have the same host name and the same process ids.
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:

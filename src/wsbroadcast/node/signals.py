@@ -1,4 +1,4 @@
-"""A drain before the server ends: the first SIGTERM or SIGINT goes to the managers, and then to the server."""
+"""A drain before the server ends: the first SIGTERM or SIGINT goes to the managers first, and then to the server."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ Handler = Callable[[int, FrameType | None], Any]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-# What the server is given beyond the time of a drain, whatever happens.
+# After so many seconds beyond the time of a drain, the signal is passed on to the server, whatever happens.
 _GRACE_SECONDS = 1.0
 
 
 class Drainable(Protocol):
-    """What is drained at a signal: the life of a manager."""
+    """What is drained at a signal: the lifecycle of a manager."""
 
     loop: asyncio.AbstractEventLoop | None
 
     @property
     def needs_drain(self) -> bool:
-        """Whether it runs and has not been drained yet."""
+        """Whether it runs, and isn't drained yet."""
 
     def begin_drain(self) -> tuple[asyncio.Task[None], float]:
-        """Begin in its event loop; return the task, and the seconds for which somebody may wait for it."""
+        """Begin the drain in its event loop; return the task, and how many seconds to wait for it."""
 
 
 class SignalHandler:
-    """Stands before the signal handler of a server: there is one in a process, for all of its managers.
+    """Gets signals before the handler of a server does. A process has one, for all of its managers.
 
-    uvicorn closes all sockets right after the signal, and runs the lifespan after that: too late for a drain. So its
-    handler is called when the drain is over. What follows is as if the signal had come then.
+    uvicorn closes all sockets right after the signal, and runs the end of the lifespan after that, which is too late
+    for a drain. So uvicorn's handler is called when the drain is over, as if the signal had come then.
     """
 
     def __init__(self) -> None:
         self._managers: WeakSet[Drainable] = WeakSet()
-        # What was there before, by the signal.
+        # The handlers that were there before, by signal.
         self._before: dict[int, Handler] = {}
-        # The first signal, until it is passed on: the call, and who is drained before.
+        # The first signal, until it is passed on: the call of the server's handler, and the managers to drain first.
         self._held: list[Callable[[], Any]] = []
         self._draining: set[Drainable] = set()
         self._is_passing = False
 
     @property
     def should_exit(self) -> bool:
-        """Whether the server has begun to end. sse-starlette finds the server by this name, to end its streams then."""
+        """Whether the server has begun to end. sse-starlette looks for an object with this name, to end its streams."""
         return any(getattr(_server_of(handler), "should_exit", False) for handler in self._before.values())
 
     def attach(self, manager: Drainable) -> None:
-        """Drain a manager at a signal, if the handler is a known server's; called in its event loop, in any thread.
+        """Drain a manager at a signal, if a known server handles signals. Call it in the manager's event loop.
 
-        One that begins when the signal has come is drained at once: else it lets people in whom nobody closes.
-        Nothing is done in a thread other than the main one, where Python sets no handlers, or where somebody else's
-        handler is: pytest's, a notebook's, the app's own.
+        A manager that begins after the signal is drained at once. Otherwise it would take connections that nobody
+        closes. Nothing is done outside of the main thread, where Python sets no handlers, nor if the handler is of
+        something else: of pytest, a notebook, the app itself.
         """
         self._managers.add(manager)
         if threading.current_thread() is threading.main_thread():
@@ -71,15 +71,15 @@ class SignalHandler:
                     self._before[number] = handler
                     self._is_passing = False
                     self._held.clear()
-                    with suppress(ValueError):  # a subinterpreter
+                    with suppress(ValueError):  # in a subinterpreter no handlers can be set
                         signal.signal(number, self.handle)
         if (self._held or self.should_exit) and signal.getsignal(signal.SIGTERM) == self.handle:
             manager.begin_drain()
 
     def detach(self, manager: Drainable) -> None:
-        """Drain a manager no more; the last one puts back what was there, unless somebody has replaced our handler."""
+        """Drain a manager no more. The last one puts the old handlers back, unless somebody has replaced ours."""
         self._managers.discard(manager)
-        # One whose event loop has ended, without a word, needs no handler either.
+        # A manager whose event loop has ended without `aclose` needs no handler either.
         others = any(each.loop is not None and each.loop.is_running() for each in list(self._managers))
         if others or threading.current_thread() is not threading.main_thread():
             return
@@ -88,9 +88,9 @@ class SignalHandler:
                 signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Begin to drain at the first signal; pass on each one after that at once.
+        """Begin to drain at the first signal. Pass each later signal on at once.
 
-        A signal handler waits for no lock: its thread may be the one that holds it.
+        A signal handler must not wait for a lock, because its own thread may hold the lock.
         """
         before = self._before[number]
         managers = [] if self._is_passing else [each for each in list(self._managers) if each.needs_drain]
@@ -105,7 +105,7 @@ class SignalHandler:
             try:
                 assert manager.loop is not None
                 manager.loop.call_soon_threadsafe(self._begin, manager)
-            except RuntimeError:  # that loop has just been closed
+            except RuntimeError:  # the event loop has just been closed
                 self._ended(manager)
 
     def _begin(self, manager: Drainable) -> None:
@@ -115,7 +115,7 @@ class SignalHandler:
             logger.exception("a drain at a signal failed", extra=about("drain.failed"))
             self._ended(manager)
             return
-        # However long somebody else's drain takes, which may have begun before, or the event loop of another thread.
+        # A limit, because the drain may be one that has begun before, and an event loop of another thread may be slow.
         limit = asyncio.get_running_loop().call_later(seconds + _GRACE_SECONDS, self._pass_on)
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -131,12 +131,12 @@ class SignalHandler:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        with suppress(IndexError):  # two threads come to this, or a second signal has been here
+        with suppress(IndexError):  # another thread or a second signal has passed it on already
             self._held.pop()()
 
 
 def _server_of(handler: object) -> object | None:
-    """Return the server whose handler it is, if its kind is known: uvicorn's, also under gunicorn, or a subclass."""
+    """Return the server of a handler, if it is a known one: uvicorn's, also under gunicorn, or a subclass."""
     server = getattr(handler, "__self__", None)
     uvicorn = sys.modules.get("uvicorn.server")
     is_known = uvicorn is not None and isinstance(server, uvicorn.Server)
@@ -144,4 +144,4 @@ def _server_of(handler: object) -> object | None:
 
 
 SIGNALS = SignalHandler()
-"""That of this process."""
+"""The signal handler of this process."""

@@ -1,4 +1,7 @@
-"""The newest stretch of the history of one audience on one node: the only place where replay meets live. No I/O."""
+"""The tail: the newest part of one audience's history on one node. Replays and new publications meet only here. No I/O.
+
+Here "members" are the connections of the audience that get new publications; connections that are behind get replays.
+"""
 
 from __future__ import annotations
 
@@ -15,70 +18,70 @@ from wsbroadcast.publication import MAX_OFFSET, Position, Publication
 
 _offset = attrgetter("offset")
 
-# In the place of what was trimmed.
+# Replaces entries that were trimmed.
 _NOTHING = Publication(Message.of(""), EVERYONE)
 
-# What is held at most while the history is read. What doesn't fit is in the history, and read again.
+# How many publications are held at most while the history is read. Those that don't fit are read from the history.
 _MAX_HELD = 4096
 
-# After so many reads that don't have it, what was held is given up.
+# After so many reads that don't have a held publication, it is given up.
 _MAX_READS = 3
 
-# What was trimmed is taken out of the list when it is this many, because that moves the rest.
+# Trimmed entries are removed from the list when there are so many, because that moves all others.
 _TRIM = 64
 
-# How many times as much as the history has is held for those who are on the way.
+# For connections that are on the way, so many times as much is kept here as the history has.
 _PROMISED_PART = 3
 
-# Joined stretches that are remembered: who comes back at the same time has mostly missed the same.
+# How many joined stretches are remembered. Clients that come back at the same time have mostly missed the same.
 _MAX_STRETCHES = 8
 
 
 class Taken(Enum):
-    """What became of a publication that came."""
+    """What a tail did with a publication."""
 
     NEXT = "next"
     """It is the next one, and may be delivered."""
     KNOWN = "known"
     """It came before."""
     HELD = "held"
-    """It waits until the history is read."""
+    """It is held until the history is read."""
     SUSPECT = "suspect"
-    """It waits, and the history has to be read: something before it is missing, or the epoch is another."""
+    """It is held, and the history has to be read: something before it is missing, or it has another epoch."""
 
 
 class Stretch:
-    """Consecutive publications as they are replayed, the same for everybody who misses the same."""
+    """Consecutive publications for a replay. All connections that miss the same share one object."""
 
     __slots__ = ("batch", "end", "withholds")
 
     def __init__(self, publications: list[Publication], delivered: int) -> None:
         self.batch: Batch[Any] | None = batch_of(publications) if publications else None
-        """The publications; `None` if there are none, because the rest was no envelope."""
+        """The publications; `None` if there are none, because the other offsets had no valid envelope."""
         self.end = publications[-1].offset if publications else delivered
-        """The offset of the last."""
+        """The offset of the last one."""
         self.withholds = any(each.exclude or each.exclude_users for each in publications)
-        """Whether there is one that not everybody gets."""
+        """Whether one of them excludes connections or users."""
 
 
 def batch_of(publications: list[Publication]) -> Batch[Any]:
-    """Return publications of one audience as a batch, which doesn't look at whom they exclude."""
+    """Return publications of one audience as a batch. It ignores whom they exclude."""
     batch: Batch[Any] = Batch(publications[0])
     batch.publications.extend(publications[1:])
     return batch
 
 
 class Tail:
-    """What came, without a hole, and how far it was delivered.
+    """The publications that came, with none missing in between, and up to where they were delivered.
 
-    Publications come by `take`, as the engine brings them: some twice, some never. Each says which one was before it,
-    so a hole shows. Then what comes behind it is held, until `filled` has what the engine has read. What was read and
-    can't be joined to the rest without a hole is a break: the tail begins anew behind it.
+    Publications come by `take`, as the engine brings them: some twice, some never. Each has the offset of the one
+    before it, so it shows if one is missing. Then later publications are held, until `filled` gets what the engine has
+    read. If that doesn't join the rest without a gap, there is a break: the tail begins anew after it.
 
     Args:
         history: How much is kept of the audience.
-        turn_messages: How many are replayed at once, one at least.
-        turn_bytes: How many bytes of payload are, if that is more than one.
+        turn_messages: How many publications are replayed at once; at least one is.
+        turn_bytes: How many bytes of payload are replayed at once, if that is more than one publication.
     """
 
     __slots__ = (
@@ -110,44 +113,44 @@ class Tail:
     def __init__(self, history: History, turn_messages: int = 128, turn_bytes: int = 16 * 1024) -> None:
         self.history = history
         """How much is kept of the audience."""
-        self._turn_messages = max(1, turn_messages)  # of a backlog of three messages a turn is none
+        self._turn_messages = max(1, turn_messages)  # it would be 0 with a backlog of three messages
         self._turn_bytes = turn_bytes
         self.epoch = ""
-        """That of the history; empty as long as it was never read."""
+        """The epoch of the history; empty before it was read."""
         self.top = 0
         """The offset of the newest publication."""
         self.base = 0
         """Everything after this offset is here."""
         self.delivered = 0
-        """The offset up to which the members have got everything, or had it withheld."""
+        """The offset up to which members have got everything that isn't withheld from them."""
         self.is_reading = False
         """Whether the history is being read, or has to be."""
         self.is_void = False
-        """Whether the history was removed: nothing more of it goes out."""
+        """Whether the history was removed. Nothing more of it is sent then."""
         self.reads = 0
         """How many reads of the history have begun."""
         self.read = 0
-        """The newest read that has come to its end."""
+        """The number of the newest read that has ended."""
         self.has_failed = False
-        """Whether a read has failed, so that there may be members who weren't told where they begin."""
+        """Whether a read has failed. There may be members then that weren't told where they begin."""
         self.wanted_read = 0
-        """The read that somebody wants the outcome of, because it has what was confirmed before it began."""
+        """The number of the read that somebody waits for, because it has all that was confirmed before it began."""
         self.promised = MAX_OFFSET
-        """The offset after which everything is held a while longer, for those who are on the way here."""
+        """Everything after this offset is kept here a while longer, for connections that are on the way."""
         self.is_shrunk = False
-        """Whether some of it was forgotten that is still kept."""
+        """Whether publications were dropped here that the engine still keeps."""
         self.heard_at = 0.0
-        """When something came last, by the clock of the event loop."""
+        """When something came last, in seconds of the event loop's clock."""
         self.bytes = 0
-        """Payload bytes of what is here."""
-        # Those from `_first` on are here; the rest was trimmed.
+        """The payload bytes of all that is here."""
+        # The entries from `_first` on are here. Those before it were trimmed.
         self._entries: list[Publication] = []
         self._first = 0
-        # With the number of reads that had begun when it came.
+        # The held publications, each with the number of reads that had begun when it came.
         self._held: list[tuple[Publication, int]] = []
         self._has_lost_held = False
         self._stretches: dict[tuple[int, int], Stretch] = {}
-        # Why what came before `base` is gone.
+        # Why everything up to `base` is gone.
         self._gone: Reason = "expired"
 
     @property
@@ -157,16 +160,16 @@ class Tail:
 
     @property
     def delivered_position(self) -> Position | None:
-        """The position up to which the members have got everything; `None` if it isn't known."""
+        """The position up to which members have got everything; `None` if it isn't known."""
         return Position(self.epoch, self.delivered) if self.epoch else None
 
     def want_read(self) -> int:
-        """Let the history be read, from now on; return the number of the read that begins after this."""
+        """Ask for a read of the history that begins after this call; return its number."""
         self.is_reading = True
         self.wanted_read = self.reads + 1
         return self.wanted_read
 
-    # What comes.
+    # Taking publications.
 
     def take(self, publication: Publication) -> Taken:
         """Take a publication with a position."""
@@ -177,7 +180,7 @@ class Tail:
         assert position is not None
         offset = position.offset
         if position.epoch == self.epoch and publication.previous == self.top and not self.is_void:
-            self._append(publication, offset)  # also while the history is read: nothing is missing before it
+            self._append(publication, offset)  # also while the history is read, because nothing is missing before it
             return Taken.NEXT
         if self.is_reading:
             self._hold(publication, reads)
@@ -189,9 +192,10 @@ class Tail:
         return Taken.SUSPECT
 
     def filled(self, replay: Replay, read: int) -> Reason | None:
-        """Take what was read since `position`; return why there is a break, or `None` if there is none.
+        """Take what was read after `position`; return the reason of a break, or `None` if there is none.
 
-        What was held comes next, as if it came now. Ask `is_reading` afterwards: it may have to be read again.
+        The held publications are taken next, as if they came now. Check `is_reading` afterwards: the history may have
+        to be read again.
 
         Args:
             replay: What was read.
@@ -204,7 +208,7 @@ class Tail:
             for publication in replay.publications:
                 if publication.offset > self.top:
                     self._append(publication, publication.offset)
-            self.top = replay.top.offset  # what is no envelope has an offset, too
+            self.top = replay.top.offset  # an invalid envelope has an offset, too
         elif replay.top.epoch != self.epoch or replay.top.offset > self.top:
             broken, was_known = self._why_broken(replay), bool(self.epoch)
             self._begin(replay)
@@ -220,10 +224,10 @@ class Tail:
         return broken
 
     def given_up(self) -> Reason | None:
-        """The history can't be read: go on with what was held; return why there is a break, if there is one.
+        """Go on with the held publications, because the history can't be read; return the reason of a break, if any.
 
-        There is none where what was held follows what is here: the read was for something else, such as a position of
-        another history. Ask `is_reading` afterwards: there may be a hole behind that.
+        There is no break if the held ones follow what is here. Then the read was for something else, such as a position
+        of another history. Check `is_reading` afterwards: publications may be missing after these.
         """
         self.is_reading = self.is_void = False
         held, self._held, self._has_lost_held = self._held, [], False
@@ -240,8 +244,8 @@ class Tail:
         return None if is_joined else "unavailable"
 
     def _is_refuted(self, publication: Publication, reads: int) -> bool:
-        # What came before a read began, and isn't in there: it is of a history that has ended, or forged. A broker may
-        # tell the nodes a little earlier than those who read.
+        # A publication that came before a read began, but isn't in that read, is forged or of a former history. Several
+        # reads decide, because a broker may send a publication slightly before a read has it.
         position = publication.position
         assert position is not None
         if position.epoch != self.epoch:
@@ -250,7 +254,7 @@ class Tail:
 
     def _why_broken(self, replay: Replay) -> Reason | None:
         if not self.epoch:
-            return "unavailable" if self.has_failed else None  # else nobody has begun yet
+            return "unavailable" if self.has_failed else None  # else no connection has begun yet
         if replay.top.epoch != self.epoch:
             return "epoch"
         return self._why_gone(replay)
@@ -266,10 +270,10 @@ class Tail:
         self._stretches.clear()
         self.is_shrunk = False
         self.bytes = sum(publication.message.size for publication in self._entries)
-        self.delivered = self.top  # who is a member now has not missed what came before it was one
+        self.delivered = self.top  # present members haven't missed what came before they joined
 
     def _deliver_what_came(self) -> None:
-        # What came behind the break is for the members, also if the read has it already.
+        # Publications that came after the break are delivered to members, also if the read has them already.
         came = [
             each.previous
             for each, _ in self._held
@@ -292,7 +296,7 @@ class Tail:
             self._trim()
 
     def _trim(self) -> None:
-        # What was not delivered stays, however much it is; what somebody was promised for as long as there is room.
+        # Everything that isn't delivered stays, however much it is. What was promised stays as long as there is room.
         entries, most = self._entries, self.history.messages
         while (size := len(entries) - self._first) > most and entries[self._first].offset <= self.delivered:
             if entries[self._first].offset > self.promised and size <= _PROMISED_PART * most:
@@ -311,18 +315,18 @@ class Tail:
         self._first += 1
 
     def shrink(self) -> None:
-        """Forget what was delivered, because many tails together are too large; the position stays."""
+        """Drop what was delivered, because all tails together are too large. The position stays."""
         while self._first < len(self._entries) and self._entries[self._first].offset <= self.delivered:
             self._forget_first()
             self.is_shrunk = True
         self._stretches.clear()
 
     def skip(self) -> None:
-        """Count everything as delivered: too much waits for it."""
+        """Count everything as delivered, because too much waits."""
         self.delivered = self.top
         self._trim()
 
-    # What is here.
+    # Reading what is here.
 
     @property
     def waiting(self) -> int:
@@ -330,35 +334,35 @@ class Tail:
         return len(self._entries) - bisect_right(self._entries, self.delivered, lo=self._first, key=_offset)
 
     def next(self) -> Publication | None:
-        """Return what has to be delivered next; `None` if everything was."""
+        """Return the publication to deliver next; `None` if all were delivered."""
         if self.delivered >= self.top:
             return None
         index = bisect_right(self._entries, self.delivered, lo=self._first, key=_offset)
         if index == len(self._entries):
-            self.delivered = self.top  # the rest was no envelope
+            self.delivered = self.top  # the other offsets had no valid envelope
             return None
         return self._entries[index]
 
     def first_after(self, offset: int) -> Publication | None:
-        """Return what came first after an offset, delivered or not; `None` if nothing did."""
+        """Return the first publication after an offset, delivered or not; `None` if there is none."""
         index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
         return self._entries[index] if index < len(self._entries) else None
 
     def has(self, offset: int, now: float) -> bool:
-        """Tell whether everything after an offset is here, none of it too old; an offset that never was is not."""
+        """Tell whether everything after an offset is here, and none of it too old. The offset must have existed."""
         index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
         if not self._is_one(offset, index):
             return False
         return index == len(self._entries) or now - self._entries[index].kept_at <= self.history.seconds
 
     def _is_one(self, offset: int, index: int) -> bool:
-        # Whether it is the offset of something, or the place where what is here begins.
+        # Whether it is the offset of a publication here, or the one at which these begin.
         if offset in (self.base, self.top):
             return True
         return offset > self.base and index > self._first and self._entries[index - 1].offset == offset
 
     def before_last(self) -> int:
-        """Return the offset before the newest publication that was delivered, so that a replay has only that one."""
+        """Return the offset before the newest delivered publication. A replay after it has only that one."""
         index = bisect_right(self._entries, self.delivered, lo=self._first, key=_offset)
         return self.delivered if index == self._first else self._entries[index - 1].previous
 
@@ -368,17 +372,17 @@ class Tail:
             index = bisect_right(self._entries, offset, lo=self._first, key=_offset)
             return "expired" if self._is_one(offset, index) else "epoch"
         if self.is_shrunk:
-            return "unavailable"  # the rest is kept, and couldn't be read
+            return "unavailable"  # the rest is kept, but couldn't be read
         return self._gone
 
     def has_all_after(self, offset: int) -> bool:
-        """Tell whether everything after the offset of one who is on the way here is still here."""
+        """Tell whether everything after an offset is still here, for a connection that is on the way."""
         return offset >= self.base
 
     def after(self, offset: int) -> Stretch:
-        """Return what was delivered after an offset: as much as one turn takes, and one publication at least.
+        """Return what was delivered after an offset: as much as one turn takes, and at least one publication.
 
-        Whoever misses the same gets the same object, whose bytes are joined once.
+        Connections that miss the same get the same object, whose bytes are joined once.
         """
         key = (offset, self.delivered)
         stretch = self._stretches.get(key)
@@ -400,7 +404,7 @@ class Tail:
         return self._entries[start:end]
 
     def refilled(self, replay: Replay) -> None:
-        """Take back what was forgotten by `shrink` and is still kept, unless the history is another by now."""
+        """Take back what `shrink` has dropped and the engine still keeps, unless the history is another one now."""
         if replay.top.epoch != self.epoch:
             return
         older = [publication for publication in replay.publications if publication.offset <= self.base]

@@ -1,4 +1,4 @@
-"""The tails of one node: opened with the first member, read where something is missing, delivered in order."""
+"""The tails of one node. A tail is opened with the first connection of an audience, and reads what is missing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from wsbroadcast.node.tail import Tail, Taken
 from wsbroadcast.publication import Publication
 from wsbroadcast.stats import Counters
 
-# An audience from which nothing came for so long is asked where it is: its last message may have been lost.
+# If nothing came to an audience for so many seconds, the engine is asked for its position: a message may be lost.
 _QUIET_SECONDS = 10.0
 
-# Audiences in one question, so that its timeout is for something that can be done in time.
+# How many audiences one question has at most, so that it can be answered within its timeout.
 _ASKED_AT_ONCE = 1000
 
-# What may wait for hooks, or for a crowd that is behind, in one tail. Beyond, there is a break.
+# How many publications of one tail may wait for hooks or a slow crowd. If there are more, there is a break.
 _MAX_WAITING = 65_536
 _MAX_WAITING_BYTES = 32 * 1024 * 1024
 
-# How many bytes of payload the tails have together, before those that are quiet for longest keep the position only.
+# How many bytes of payload all tails may have together. If there are more, the quietest tails keep only their position.
 _MAX_BYTES = 64 * 1024 * 1024
 _COUNT_AFTER = 1024
 
-# Between two attempts to read; after so many failures what was held is delivered, behind a break.
+# Seconds between two attempts to read. After so many failures the held publications are delivered, after a break.
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 2.0
 _MAX_FAILURES = 4
@@ -44,25 +44,25 @@ def _now() -> float:
 
 
 class _Reading:
-    """A history that is being read, attempt after attempt."""
+    """A read of a history, in one or more attempts."""
 
     def __init__(self) -> None:
         self.attempted = asyncio.Event()
-        """Set when the attempt that runs has ended, however it did."""
+        """Set when the present attempt has ended, with success or not."""
         self.wanted = asyncio.Event()
-        """Set when the next attempt may be made at once."""
+        """Set when the next attempt is to be made at once."""
 
 
 class Tails:
-    """What this node has of the histories of its audiences, and the way from there to the connections.
+    """The newest parts of the histories of this node's audiences, and the way from there to the connections.
 
     Args:
-        node: Delivers.
+        node: Delivers publications.
         engine: Keeps what is published.
-        rules: Say what is kept.
-        counters: Where is counted what was healed.
+        rules: What is kept.
+        counters: Where heals are counted.
         turn_messages: How many publications are replayed to a connection at once.
-        turn_bytes: How many bytes of payload are, if that is more than one.
+        turn_bytes: How many bytes of payload are replayed at once, if that is more than one publication.
     """
 
     def __init__(
@@ -82,11 +82,11 @@ class Tails:
         self._tails: dict[Audience, Tail] = {}
         self._readings: dict[Audience, _Reading] = {}
         self._refilling: dict[Audience, asyncio.Task[None]] = {}
-        # Breaks since the look that runs has begun; `None` while none runs whose caller wants to know.
+        # The audiences that have broken since the running check has begun; `None` if no check needs them.
         self._breaks: set[Audience] | None = None
         self._tasks = Tasks()
         self.deliveries = Deliveries(node)
-        """What is on its way from here."""
+        """Delivers publications from the tails to the connections."""
         self._look: asyncio.TimerHandle | None = None
         self._throttle = Throttle()
         self._taken = 0
@@ -96,20 +96,20 @@ class Tails:
         return self._rules.of(audience)
 
     def of(self, audience: Audience) -> Tail | None:
-        """Return the tail of an audience that has one here."""
+        """Return the tail of an audience; `None` if it has none here."""
         return self._tails.get(audience)
 
     def is_due(self, publication: Publication) -> bool:
-        """Tell whether a publication may still be delivered: there was no break since it was taken."""
+        """Tell whether a publication may still be delivered. It may not if there was a break since it was taken."""
         tail, position = self._tails.get(publication.audience), publication.position
         if tail is None or position is None:
             return True
         return tail.epoch == position.epoch and tail.delivered < position.offset
 
-    # From the first member to the last.
+    # Opening and closing.
 
     async def open(self, audiences: Iterable[Audience]) -> None:
-        """Have tails of those audiences that have a history; return when they were read, or can't be read now."""
+        """Open tails of those audiences that have a history; return when they were read, or can't be read now."""
         opened = [audience for audience in audiences if audience in self._tails or self._open(audience)]
         for audience in opened:
             if (tail := self._tails.get(audience)) is not None and not tail.epoch:
@@ -127,21 +127,21 @@ class Tails:
         return True
 
     def close(self, audience: Audience) -> None:
-        """Forget the tail of an audience that has no member here any more."""
+        """Forget the tail of an audience that has no connection here any more."""
         if self._tails.pop(audience, None) is not None:
             reading = self._readings.pop(audience, None)
             if reading is not None:
                 reading.wanted.set()
                 reading.attempted.set()
 
-    # What comes.
+    # Taking publications.
 
     def take(self, publication: Publication) -> None:
-        """Deliver a publication with a position, or hold it until what is missing before it is read; never blocks."""
+        """Deliver a publication with a position, or hold it until what is missing before it is read. Never blocks."""
         audience = publication.audience
         tail = self._tails.get(audience)
         if tail is None:
-            self._node.deliver_now(publication)  # nobody is here, or nobody that minds a hole
+            self._node.deliver_now(publication)  # no connection here needs the tail
             return
         taken = tail.take(publication)
         if taken is Taken.NEXT:
@@ -161,7 +161,7 @@ class Tails:
             tail.skip()
             self._break(audience, "too_many", 0.0)
 
-    # What is missing.
+    # Reading what is missing.
 
     def _begin_reading(self, audience: Audience, tail: Tail) -> None:
         if audience not in self._readings:
@@ -169,13 +169,13 @@ class Tails:
             self._tasks.spawn(self._read(audience, tail, reading), "history")
 
     async def attempted(self, audience: Audience) -> None:
-        """Return when an attempt to read that runs now has ended, or at once if none runs."""
+        """Return when the running attempt to read has ended, or at once if none runs."""
         reading = self._readings.get(audience)
         if reading is not None:
             await reading.attempted.wait()
 
     async def settled(self, audience: Audience) -> bool:
-        """Return when nothing has to be read any more, or nothing can be; tell which."""
+        """Return true when nothing has to be read any more, or false when it can't be read now."""
         while (tail := self._tails.get(audience)) is not None and tail.is_reading:
             before = self._readings.get(audience)
             if before is None or before.attempted.is_set():
@@ -184,7 +184,7 @@ class Tails:
         return True
 
     async def read_on(self, audience: Audience, tail: Tail) -> bool:
-        """Read what came since the top; return when that is done, or can't be done now, and which."""
+        """Read what came after the top; return true when that is done, or false when it can't be done now."""
         read = tail.want_read()
         while tail.read < read and self._tails.get(audience) is tail:
             tail.is_reading = True
@@ -194,7 +194,7 @@ class Tails:
         return True
 
     def forgotten(self, audience: Audience) -> None:
-        """Read the history of an audience anew, because it was removed; until then nobody is sent anything of it."""
+        """Read the history of an audience again, because it was removed. Until then nothing of it is sent."""
         tail = self._tails.get(audience)
         if tail is not None:
             tail.want_read()
@@ -202,7 +202,7 @@ class Tails:
             self._begin_reading(audience, tail)
 
     async def refill(self, audience: Audience, tail: Tail) -> None:
-        """Read what the tail has forgotten to save memory; many who ask at once are one read."""
+        """Read what the tail has dropped to save memory. Many calls at once make one read."""
         refilling = self._refilling.get(audience)
         if refilling is None:
             refilling = self._refilling[audience] = self._tasks.spawn(self._refill(audience, tail), "history refill")
@@ -218,7 +218,7 @@ class Tails:
                 self._begin_reading(audience, tail)
         except EngineError as error:
             logger.info(
-                "what was forgotten of %s can't be read (%s)",
+                "the history of %s can't be read again (%s)",
                 for_logs(audience),
                 error,
                 extra=about("history.unreadable", audience=audience.kind),
@@ -254,7 +254,7 @@ class Tails:
                 seconds, tail.heard_at = _now() - tail.heard_at, _now()
                 if broken is not None:
                     self._break(audience, broken, seconds)
-                elif not was_unknown and tail.top > top:  # else nothing was missing
+                elif not was_unknown and tail.top > top:  # if not, nothing was missing
                     self._counters.heals += 1
                 self._node.arrived(audience)
                 self.deliveries.go_on(audience, tail)
@@ -267,7 +267,7 @@ class Tails:
         tail.has_failed = True
         if self._throttle.is_due("read"):
             logger.warning(
-                "what was missed of %s can't be read (%s); trying again",
+                "missed messages to %s can't be read (%s); trying again",
                 for_logs(audience),
                 error,
                 extra=about("history.unreadable", audience=audience.kind),
@@ -290,10 +290,10 @@ class Tails:
             self._breaks.add(audience)
         self._node.broken(audience, reason, None if self._breaks is not None else seconds)
 
-    # Looks.
+    # Checks.
 
     async def heal(self) -> Collection[Audience]:
-        """Read on wherever something came that isn't here, after an outage; return the audiences that are broken.
+        """After an outage, read all that was missed; return the audiences for which that can't be done.
 
         An audience whose position can't be asked is one of them.
         """
@@ -311,7 +311,7 @@ class Tails:
         return breaks
 
     def suspect(self) -> None:
-        """Look soon whether something is missing: the engine has lost some of what it was brought."""
+        """Check soon whether something is missing, because the engine may have lost publications."""
         if self._tails:
             self._tasks.spawn(self._look_in_peace(list(self._tails)), "history look")
 
@@ -320,7 +320,7 @@ class Tails:
         await self._look_at(audiences)
 
     async def _look_at(self, audiences: Sequence[Audience]) -> set[Audience]:
-        # Those that can't be asked now.
+        # The audiences whose position can't be asked now.
         unknown: set[Audience] = set()
         for start in range(0, len(audiences), _ASKED_AT_ONCE):
             some = [each for each in audiences[start : start + _ASKED_AT_ONCE] if each in self._tails]
@@ -343,7 +343,7 @@ class Tails:
         return unknown
 
     def _look_later(self) -> None:
-        # One timer for all, also if what a look begins makes another tail before that look's end.
+        # There is only one timer, also if a check opens another tail before the check ends.
         if self._look is None:
             loop = asyncio.get_running_loop()
             self._look = loop.call_later(_QUIET_SECONDS, self._look_at_the_quiet, context=Context())
@@ -370,7 +370,7 @@ class Tails:
                 return
 
     async def aclose(self, patience: float = 0.0) -> None:
-        """End; what waits may still be delivered for so many seconds."""
+        """Deliver what waits for at most so many seconds, then end."""
         if self._look is not None:
             self._look.cancel()
         await self.deliveries.aclose(patience)

@@ -1,1 +1,1 @@
-"""What publications look like to clients that speak more than plain messages. Pure functions, no I/O."""
+"""Protocols: what publications look like to clients that speak more than plain messages. Pure functions, no I/O."""

@@ -1,7 +1,7 @@
-"""What a client of events asks for: commands are read here and answers are written. No I/O.
+"""The commands of clients that speak events: they are read here, and answers are written. No I/O.
 
-A command is an object of JSON with a `type`. `Session.read` says what is to be done, or raises `Refused`, which is an
-answer by code. Whoever has the connection, or the POST, does it.
+A command is an object of JSON with a `type`. `Session.read` returns what is to be done, or raises `Refused`, which has
+an answer with a code. The code that has the connection, or the POST, carries the command out.
 """
 
 from __future__ import annotations
@@ -18,59 +18,59 @@ from wsbroadcast.history import MAX_KEY_BYTES
 from wsbroadcast.publication import POSITION_TEXT
 
 MAX_ID_CHARACTERS = 200
-"""The longest `id` of a command, as text: the name of a channel fits."""
+"""The longest `id` of a command, in characters. The name of a channel fits."""
 
 MAX_CALLS = 16
-"""So many calls of a connection run at once."""
+"""How many calls of one connection may run at once."""
 
 MAX_TOKEN_CHARACTERS = 8192
-"""Longer tokens are rejected."""
+"""The longest token, in characters. Longer ones are rejected."""
 
 Answer = dict[str, Any]
-"""What a command is answered with."""
+"""The answer to a command."""
 
 
 class ErrorCode(StrEnum):
     """Why a command was not done: the `code` of an `error`."""
 
     INVALID_COMMAND = "invalid_command"
-    """No command of this form is known. To send it again doesn't help."""
+    """No such command is known. Sending it again doesn't help."""
     INVALID_CHANNEL = "invalid_channel"
     """The channel's name breaks a rule."""
     INVALID_DATA = "invalid_data"
-    """The data can't be sent here, or is too large."""
+    """The data can't be sent here, or is too large. If the server knows its type, `errors` says what doesn't fit."""
     INVALID_ARGUMENTS = "invalid_arguments"
-    """The arguments of a call don't fit; `errors` says where."""
+    """The arguments of a call don't fit. `errors` says where."""
     UNKNOWN_METHOD = "unknown_method"
     """There is no method of this name."""
     UNAUTHENTICATED = "unauthenticated"
-    """The token is not valid. The connection stays what it was."""
+    """The token is not valid. The connection stays as it was."""
     FORBIDDEN = "forbidden"
-    """Who asks may not do this."""
+    """The client may not do this."""
     NOT_SUPPORTED = "not_supported"
     """The server isn't set up for this."""
     LIMIT_EXCEEDED = "limit_exceeded"
-    """It would be one too many."""
+    """It would go past a limit."""
     UNAVAILABLE = "unavailable"
-    """The broker can't be reached. Try again later. What was published may have been sent."""
+    """The broker can't be reached. Try again later. A publication may have been sent nevertheless."""
     TIMEOUT = "timeout"
-    """A call took too long and was cut off. What it had done by then is done."""
+    """A call took too long and was cancelled. What it had done by then is done."""
     FAILED = "failed"
-    """A mistake of the server's, which stands in its log."""
+    """The server has made a mistake. It is in the server's log."""
 
 
 class Refused(Exception):
-    """Raised for a command that isn't done, with what it is answered."""
+    """Raised for a command that isn't done. It has the answer."""
 
-    def __init__(self, code: ErrorCode, text: str) -> None:
-        self.answer = error_answer(code, text)
-        """The answer."""
+    def __init__(self, code: ErrorCode | str, text: str, **more: Any) -> None:
+        self.answer = error_answer(code, text, **more)
+        """The answer to the command."""
         super().__init__(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Subscribe:
-    """To get what is published to a channel."""
+    """Get what is published to a channel."""
 
     channel: str
     since: str | None
@@ -78,14 +78,22 @@ class Subscribe:
 
 @dataclass(frozen=True, slots=True)
 class Unsubscribe:
-    """To get it no more."""
+    """Stop getting what is published to a channel."""
 
     channel: str
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """Be told who is in a channel, or stop being told."""
+
+    channel: str
+    begins: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Publish:
-    """To publish to a channel; to everyone, if it is `None`."""
+    """Publish to a channel; to everyone, if the channel is `None`."""
 
     channel: str | None
     data: Any
@@ -94,10 +102,10 @@ class Publish:
     client: str | None = None
 
     def key_of(self, user_key: str | None) -> str | None:
-        """Return the key under which it is remembered: nobody can use up somebody else's.
+        """Return the key under which it is remembered. It has the user's name, so nobody can use up another user's key.
 
         Raises:
-            Refused: If nobody knows whose key it is.
+            Refused: If it has a key, but neither a user nor a `client`.
         """
         if self.idempotency_key is None:
             return None
@@ -113,7 +121,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """To call a method."""
+    """Call a method."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -121,32 +129,32 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """To go on with another token."""
+    """Go on with another token."""
 
     token: str
 
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """To hear whether the connection is alive."""
+    """Ask whether the connection is alive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """That it is; it isn't answered."""
+    """Say that the client is alive. It isn't answered."""
 
 
-Command: TypeAlias = Subscribe | Unsubscribe | Publish | Call | Refresh | Ping | Pong
-"""What a client may ask for."""
+Command: TypeAlias = Subscribe | Unsubscribe | Watch | Publish | Call | Refresh | Ping | Pong
+"""Everything that a client may ask for."""
 
 
 class Session:
-    """What one client has asked for and may ask for.
+    """What one client may ask for, and how many of its calls run.
 
     Args:
-        path_channel: The channel of the path; `None` if it names none.
-        publishes: Where it may publish: to the channel of the path, also to everyone if the path names none
-            (`path_or_everyone`), to others too (`anywhere`), or nowhere.
+        path_channel: The channel of the path; `None` if the path names none.
+        publishes: Where the client may publish: only to the channel of the path (`path`); also to everyone if the path
+            names no channel (`path_or_everyone`); anywhere (`anywhere`); or nowhere (`nowhere`).
     """
 
     def __init__(
@@ -155,13 +163,13 @@ class Session:
         self._path_channel = path_channel
         self._publishes = publishes
         self.calls = 0
-        """How many of its calls run."""
+        """How many of its calls are running."""
 
     def read(self, command: object) -> Command:
-        """Return what a client asks for. `begun` and `ended` are told of its calls.
+        """Return what a client asks for. Its calls are counted by `begun` and `ended`.
 
         Raises:
-            Refused: If it is no command, or may not be done.
+            Refused: If it is not a command, or may not be done.
         """
         if not isinstance(command, dict):
             raise Refused(ErrorCode.INVALID_COMMAND, "a command is an object with a type")
@@ -172,9 +180,16 @@ class Session:
         found = reader(command)
         if isinstance(found, Publish):
             return self._allowed(found)
+        if isinstance(found, Watch) and not found.channel:
+            return Watch(self._path(), found.begins)
         if isinstance(found, Call) and self.calls >= MAX_CALLS:
             raise Refused(ErrorCode.LIMIT_EXCEEDED, f"{MAX_CALLS} calls run already")
         return found
+
+    def _path(self) -> str:
+        if self._path_channel is None:
+            raise Refused(ErrorCode.INVALID_COMMAND, "presence needs a channel here")
+        return self._path_channel
 
     def _allowed(self, publish: Publish) -> Publish:
         channel = self._path_channel if publish.channel is None else publish.channel
@@ -186,11 +201,11 @@ class Session:
         return Publish(channel, publish.data, publish.encoding, publish.idempotency_key, publish.client)
 
     def begun(self) -> None:
-        """Count a call that runs."""
+        """Count a call that has begun."""
         self.calls += 1
 
     def ended(self) -> None:
-        """Count it no more."""
+        """Count a call that has ended."""
         self.calls -= 1
 
 
@@ -213,6 +228,13 @@ def _subscribe(command: Mapping[str, Any]) -> Subscribe:
     if since is not None and not isinstance(since, str):
         raise Refused(ErrorCode.INVALID_COMMAND, f'since is "last", or a text: {POSITION_TEXT}')
     return Subscribe(_channel(command), since or None)
+
+
+def _presence(command: Mapping[str, Any]) -> Watch:
+    begins = command.get("watch", True)
+    if not isinstance(begins, bool):
+        raise Refused(ErrorCode.INVALID_COMMAND, "watch is true or false")
+    return Watch("" if command.get("channel") is None else _channel(command), begins)
 
 
 def _publish(command: Mapping[str, Any]) -> Publish:
@@ -241,6 +263,7 @@ def _refresh(command: Mapping[str, Any]) -> Refresh:
 _READERS: dict[str, Callable[[Mapping[str, Any]], Command]] = {
     "subscribe": _subscribe,
     "unsubscribe": lambda command: Unsubscribe(_channel(command)),
+    "presence": _presence,
     "publish": _publish,
     "call": _call,
     "refresh": _refresh,
@@ -253,7 +276,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Command]] = {
 
 
 def error_answer(code: ErrorCode | str, text: str, **more: Any) -> Answer:
-    """Make the answer that says why something was not done."""
+    """Return the answer that says why something was not done."""
     return {"type": "error", "code": str(code), "text": text, **more}
 
 

@@ -1,7 +1,7 @@
 """Server-sent events (WHATWG HTML, 9.2): what a publication looks like in a `text/event-stream`. No I/O.
 
 ```
-retry: 2381                                                     the first of all: how long a browser waits
+retry: 2381                                                     the first line: how long a browser waits
 
 event: hello
 data: {"type":"hello","id":"kX2…"}
@@ -14,10 +14,10 @@ id: mH3…:17
 data: what was broadcast
 
 event: close
-data: {"type":"close","code":1012,"reason":"drain"}            the last of all
+data: {"type":"close","code":1012,"reason":"drain"}            the last event
 ```
 
-The `id` is the position in the channel of the path, and of nothing else: a browser sends back the last one that it saw.
+The `id` is always the position in the path's channel, and nothing else: a browser sends back the last one that it saw.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from wsbroadcast.protocols.events import events
 from wsbroadcast.publication import Frame, Publication, Withheld
 
 PING = b": ping\n\n"
-"""A comment, which keeps a stream alive."""
+"""A comment that keeps a stream alive."""
 
-# Not `error`: a browser calls the loss of a stream so.
+# Not `error`: browsers use that name for the loss of a stream.
 _NAMES = {"subscribed": b"recovered", "error": b"refused", "message": b"", "position": b""}
 
 
 def event(data: bytes, name: bytes = b"", position: str | None = None) -> bytes:
-    """Write one event.
+    """Return one event as bytes.
 
-    A line ends at LF, CR LF and CR, and at nothing else (9.2.6); U+2028 and the like are letters.
+    A line ends at LF, CR LF and CR, and at nothing else (9.2.6). U+2028 and similar characters don't end it.
 
     Args:
-        data: What it says; empty text is an event too.
-        name: Its type; empty for `message`.
-        position: Its id, which has no line ends.
+        data: The data of the event. An empty text makes an event too.
+        name: The type of the event; empty for `message`.
+        position: The id of the event. It has no line ends.
     """
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -59,24 +59,24 @@ def event(data: bytes, name: bytes = b"", position: str | None = None) -> bytes:
 
 
 def app_event(content: str | bytes) -> bytes:
-    """Write what an app sends itself: text, or bytes as base64 in an event of their own."""
+    """Return the event for what an app sends itself: text, or bytes as base64 in an event named `binary`."""
     if isinstance(content, str):
         return event(content.encode("utf-8", "replace"))
     return event(b64encode(content), b"binary")
 
 
 def comment(text: bytes) -> bytes:
-    """Write what no page sees."""
+    """Return a comment. Pages don't see it."""
     return b": %b\n\n" % text.replace(b"\r", b" ").replace(b"\n", b" ")
 
 
 def retry(seconds: float) -> bytes:
-    """Say how long a browser waits before it comes back."""
+    """Return the line that says how long a browser waits before it comes back."""
     return b"retry: %d\n\n" % round(seconds * 1000)
 
 
 def close(code: int, reason: str) -> bytes:
-    """Write the last event of a stream: why it ends, as a close frame says it."""
+    """Return the last event of a stream. It says why the stream ends, like a close frame."""
     return event(to_json({"type": "close", "code": code, "reason": reason}), b"close")
 
 
@@ -84,27 +84,27 @@ class ServerSentEvents:
     """Writes publications as server-sent events, for the streams of one channel.
 
     Args:
-        channel: Whose positions are the ids; `None` for none.
-        is_events: Whether the data is the JSON of `wsbroadcast.v1`, for a client that speaks that; else it is what was
-            broadcast.
+        channel: The channel whose positions are the ids; `None` for no ids.
+        is_events: Whether the data is the JSON of `wsbroadcast.v1`, for clients that speak that. Otherwise it is what
+            was broadcast.
     """
 
     has_positions = True
-    """Clients know where they are, so that a connection that is behind may be sent the rest later."""
+    """Clients know their position, so a connection that is behind may be sent the rest later."""
 
     def __init__(self, channel: str | None, *, is_events: bool) -> None:
         self._audience = None if channel is None else Audience("channel", channel)
         self._is_events = is_events
 
     def __call__(self, publication: Publication) -> Message:
-        """Return what a client gets of a publication."""
+        """Return what a client gets for a publication."""
         message = publication.message
         if isinstance(publication, Frame):
             return Message(self._frame(message), "text")
         position = publication.position if publication.audience == self._audience else None
         if self._is_events:
             return Message(event(events(publication).payload, b"", position), "text", key=message.key)
-        if isinstance(publication, Withheld):  # an id without data says where it is, and is no event (9.2.6)
+        if isinstance(publication, Withheld):  # an id without data sets the position, but makes no event (9.2.6)
             return Message(PING if position is None else b"id: %b\n\n" % position.encode(), "text")
         if message.is_text:
             data, name = message.payload, b""
@@ -113,7 +113,7 @@ class ServerSentEvents:
         return Message(event(data, name, position), "text", key=message.key)
 
     def _frame(self, message: Message) -> bytes:
-        # What the protocol itself says is JSON with a type, which is the event's.
+        # What the protocol itself says is JSON with a type. The type becomes the event's name.
         said: dict[str, Any] = from_json(message.payload)
         kind: str = said["type"]
         if kind == "ping":
@@ -126,7 +126,7 @@ _KNOWN: WeakValueDictionary[tuple[str | None, bool], ServerSentEvents] = WeakVal
 
 
 def server_sent_events(channel: str | None, *, is_events: bool = False) -> ServerSentEvents:
-    """Return the protocol of the streams of a channel: the same object for all of them, so that they share bytes."""
+    """Return the protocol for the streams of a channel. They all get the same object, so that they share bytes."""
     protocol = _KNOWN.get((channel, is_events))
     if protocol is None:
         protocol = _KNOWN[channel, is_events] = ServerSentEvents(channel, is_events=is_events)

@@ -1,1 +1,1 @@
-"""What `stats()` counts, in the forms that Prometheus and OpenTelemetry read. Imports neither."""
+"""What `stats()` counts, as Prometheus and OpenTelemetry read it. This package itself imports neither of them."""

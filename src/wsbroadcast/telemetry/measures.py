@@ -1,4 +1,4 @@
-"""Which metrics there are: their names, what they mean, and where they stand in `Stats`."""
+"""The metrics: their names, what they mean, and where `Stats` has them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from wsbroadcast.protocols.centrifuge.codes import Disconnect, ErrorCode
 from wsbroadcast.stats import CONNECTION_BOUNDS, WAIT_BOUNDS, Histogram, Stats
 
 PREFIX = "wsbroadcast"
-"""What all names begin with."""
+"""The beginning of all names."""
 
 OTHER = "other"
-"""What stands for a value of a label that isn't known here, such as one of a newer node."""
+"""The value of a label under which unknown values are counted, such as those of a newer node."""
 
 Kind = Literal["gauge", "counter", "histogram"]
 
@@ -23,39 +24,39 @@ Value = int | Mapping[str, int] | Histogram
 class Measure:
     """One metric.
 
-    A label has the values that are known here, each with a number from the beginning, so that the first event of a kind
-    is an increase. What else is found is counted as `other`. So neither a client nor a forged message of another node
-    can make series.
+    A label has the values in `values`. Each of them has a number from the beginning, so the first event of a kind shows
+    as an increase. Any other value is counted as `other`, so neither a client nor a forged message of another node can
+    add series.
     """
 
     name: str
-    """Its name in OpenTelemetry, without the prefix."""
+    """The name in OpenTelemetry, without the prefix."""
     kind: Kind
-    """Whether it goes up and down, is counted, or is a duration."""
+    """A gauge goes up and down, a counter only up. A histogram is of durations."""
     unit: str
-    """Its unit, as UCUM writes it."""
+    """The unit, as UCUM writes it."""
     help: str
-    """What it means, in one line."""
+    """What the metric means, in one line."""
     read: Callable[[Stats], Value]
-    """Finds it: a number, or numbers by the value of the label."""
+    """Reads the value: a number, or numbers by the value of the label."""
     label: str = ""
     """The name of the label; empty for none."""
     values: tuple[str, ...] = ()
-    """The values that the label has."""
+    """The known values of the label."""
     bounds: tuple[float, ...] = ()
     """The bounds of a histogram, in seconds."""
     prometheus_name: str
-    """The name of its family in Prometheus, without `_total`."""
+    """The name of the metric's family in Prometheus, without `_total`."""
 
     def histogram(self, stats: Stats) -> Histogram:
-        """Return what is known of a duration; nothing if it has other bounds, as of a node of another version."""
+        """Return the histogram of a duration; an empty one if its bounds differ, as at a node of another version."""
         found = self.read(stats)
         if isinstance(found, Histogram) and found.bounds == self.bounds and len(found.counts) == len(self.bounds) + 1:
             return found
         return Histogram(bounds=self.bounds, counts=(0,) * (len(self.bounds) + 1))
 
     def points(self, stats: Stats) -> Iterator[tuple[tuple[str, str] | None, int]]:
-        """Return the numbers of what is no histogram, each with its label."""
+        """Return the numbers of a gauge or a counter, each with its label."""
         found = self.read(stats)
         assert not isinstance(found, Histogram)
         if not isinstance(found, Mapping):
@@ -71,11 +72,11 @@ class Measure:
     def _known(self, value: str) -> str:
         if value in self.values:
             return value
-        # "server protocol WSProtocol" and "unknown uvicorn: transport" say what it was
+        # Some values have details behind them: "server protocol WSProtocol", "unknown uvicorn: transport".
         return next((known for known in self.values if value.startswith((f"{known} ", f"{known}:"))), OTHER)
 
 
-# How Prometheus writes units; the others only say what is counted.
+# How Prometheus writes units. A unit in braces only says what is counted, and isn't written.
 _SUFFIXES = {"By": "_bytes", "s": "_seconds"}
 
 _REFUSED = (
@@ -90,7 +91,8 @@ _REFUSED = (
     "long poll",
 )
 _SINKS = ("uvicorn", "asgi", "uvicorn_sse", "asgi_sse", "long_poll")
-_DROPPED = ("disconnect", "drop_newest", "drop_oldest", "conflate", "closed")
+_DROPPED = ("disconnect", "drop_newest", "drop_oldest", "conflate", "closed", "not_json", "opening")
+_CLIENT_ERRORS = tuple(str(int(code)) for code in (*ErrorCode, *Disconnect))
 _LIMITS = (
     "max_connections",
     "max_connections_per_user",
@@ -152,7 +154,7 @@ def _prometheus_name(name: str, unit: str) -> str:
     return f"{PREFIX}.{name}".replace(".", "_") + _SUFFIXES.get(unit, "")
 
 
-# In OpenTelemetry the names are nested with dots, as those of SignalR are, which are the only stable ones for sockets.
+# In OpenTelemetry names are nested with dots. SignalR's names are the model: no others for sockets are stable yet.
 MEASURES = (
     _gauge("connections", "{connection}", "Open connections.", lambda s: s.sinks, sink=_SINKS),
     _gauge("users", "{user}", "Users with at least one connection.", lambda s: s.users),
@@ -164,18 +166,20 @@ MEASURES = (
         lambda s: s.fast_path_refused,
         reason=_REFUSED,
     ),
-    _gauge("slow_consumers", "{connection}", "Connections past their high-water mark.", lambda s: s.behind),
-    _gauge("backlog.size", "By", "Bytes that wait for slow consumers.", lambda s: s.backlog_bytes),
-    _gauge("backlog.messages", "{message}", "Messages that wait for slow consumers.", lambda s: s.backlog_messages),
-    _counter("connects", "{connection}", "Connections that came.", lambda s: s.connects),
-    _counter("disconnects", "{connection}", "Connections that went.", lambda s: s.disconnects),
+    _gauge("slow_consumers", "{connection}", "Open connections past their high-water mark.", lambda s: s.behind),
+    _gauge("backlog.size", "By", "Unsent bytes in the backlogs of connections.", lambda s: s.backlog_bytes),
+    _gauge(
+        "backlog.messages", "{message}", "Unsent messages in the backlogs of connections.", lambda s: s.backlog_messages
+    ),
+    _counter("connects", "{connection}", "Connections that were opened.", lambda s: s.connects),
+    _counter("disconnects", "{connection}", "Connections that have ended.", lambda s: s.disconnects),
     _counter("broadcasts", "{message}", "Broadcasts handed to the recipients of this node.", lambda s: s.broadcasts),
     _counter("sends", "{message}", "Messages to single connections.", lambda s: s.sends),
     _counter("deliveries", "{message}", "Messages handed to connections.", lambda s: s.deliveries),
     _counter(
         "dropped",
         "{message}",
-        "Messages that were handed to connections and do not arrive.",
+        "Messages that were meant for connections and were dropped.",
         lambda s: s.dropped,
         reason=_DROPPED,
     ),
@@ -186,24 +190,37 @@ MEASURES = (
         lambda s: s.evicted,
         reason=("backlog_full", "send_timeout"),
     ),
-    _counter("limited", "{refusal}", "What went past a limit and was refused.", lambda s: s.limited, limit=_LIMITS),
+    _counter("limited", "{refusal}", "Refusals because a limit was passed.", lambda s: s.limited, limit=_LIMITS),
+    _counter(
+        "client_errors",
+        "{error}",
+        "Errors and closes that clients of the Centrifuge protocol have caused.",
+        lambda s: s.client_errors,
+        error=_CLIENT_ERRORS,
+    ),
     _counter("held_back", "{message}", "Broadcasts that an on_broadcast hook held back.", lambda s: s.vetoed),
     _counter(
         "unpublished",
         "{message}",
-        "Messages of clients of a router that the broker did not take.",
+        "Messages of a router's clients that the broker did not take.",
         lambda s: s.unpublished,
     ),
     _counter("hook_errors", "{error}", "Hooks that raised or were cut off.", lambda s: s.hook_errors),
-    _counter("heals", "{heal}", "Times that missing messages were read from a history.", lambda s: s.heals),
+    _counter(
+        "invalid",
+        "{message}",
+        "Messages of clients that were not of a type in receives=.",
+        lambda s: s.invalid,
+    ),
+    _counter("heals", "{heal}", "How often a history had everything that was missing.", lambda s: s.heals),
     _counter(
         "recoveries",
         "{recovery}",
-        "Connections that asked for what they had missed, by what became of it.",
+        "Connections that asked for what they had missed, by the result.",
         lambda s: {"recovered": s.recoveries, **s.refused_recoveries},
         result=_RECOVERIES,
     ),
-    _counter("unkept", "{message}", "Messages that were published past a history.", lambda s: s.unkept),
+    _counter("unkept", "{message}", "Messages that a history did not keep.", lambda s: s.unkept),
     _gauge(
         "engine.connected",
         "1",
@@ -211,7 +228,10 @@ MEASURES = (
         lambda s: int(s.engine.is_connected),
     ),
     _counter(
-        "engine.reconnects", "{reconnect}", "Lost connections to the broker, replaced.", lambda s: s.engine.reconnects
+        "engine.reconnects",
+        "{reconnect}",
+        "Connections to the broker that were lost and replaced.",
+        lambda s: s.engine.reconnects,
     ),
     _counter("engine.gaps", "{gap}", "Outages of the broker in which messages were lost.", lambda s: s.engine.gaps),
     _counter(
@@ -223,22 +243,22 @@ MEASURES = (
     _counter(
         "engine.bad_envelopes",
         "{message}",
-        "What came from the broker and was dropped.",
+        "Messages from the broker that were refused and dropped.",
         lambda s: s.engine.bad_envelopes,
         reason=_BAD_ENVELOPES,
     ),
     _duration(
-        "connection", "How long connections lasted that have ended.", CONNECTION_BOUNDS, lambda s: s.connection_seconds
+        "connection", "How long ended connections had lasted.", CONNECTION_BOUNDS, lambda s: s.connection_seconds
     ),
     _duration(
         "delivery",
-        "From when the node had a message until it was written; the first of each turn of the event loop.",
+        "Time from a message's arrival at the node until it was written; measured for the first of each loop turn.",
         WAIT_BOUNDS,
         lambda s: s.delivery_seconds,
     ),
     _duration(
         "recovery",
-        "From when a connection said where it was until it had what it had missed.",
+        "Time from a connection's request for what it missed until it had all of it.",
         WAIT_BOUNDS,
         lambda s: s.recovery_seconds,
     ),
@@ -247,7 +267,7 @@ MEASURES = (
     ),
     _duration(
         "engine.round_trip",
-        "How long a message of the engine to itself took.",
+        "How long a message took that the engine sent to itself through the broker.",
         WAIT_BOUNDS,
         lambda s: s.engine.round_trip_seconds,
     ),

@@ -37,10 +37,10 @@ try:
 except ImportError as error:
     raise MissingDependency('traces and metrics need OpenTelemetry: pip install "wsbroadcast[otel]"') from error
 
-# A histogram is told of no more durations than this when it is collected, which takes about 18 ms.
+# At most so many durations are recorded in a histogram when it is collected. They take about 18 ms.
 _MOST_RECORDED = 1000
 
-# How many broadcasts are remembered, so that a node makes one span for one that comes to several audiences.
+# How many broadcasts are remembered. A node makes one span for a broadcast that comes to several audiences.
 _REMEMBERED = 1024
 
 _Labels = dict[str, str]
@@ -61,14 +61,14 @@ def instrument(
 ) -> None:
     """Let OpenTelemetry read the metrics of managers whenever it collects. Nothing is recorded in between.
 
-    Histograms are filled when they are collected, from the counts by bucket: the counts are right, and the sum is that
-    of the middles of the buckets. Of more than 1,000 durations between two collections 1,000 are recorded, in the same
-    proportions. Call it once.
+    Call it once. Histograms are filled when they are collected, from the counts of the buckets. So the counts are
+    exact, and each duration is taken as the middle of its bucket in the sum. If there were more than 1,000 durations
+    since the last collection, about 1,000 are recorded, in the same proportions.
 
     Args:
-        managers: Whose. Several are told apart by the attribute `wsbroadcast.manager`, so give them by keyword.
-        meter_provider: Where the instruments are made; the global one if none is given.
-        named: More of them, by what the attribute says.
+        managers: One manager. Give several by keyword, so that the attribute `wsbroadcast.manager` tells them apart.
+        meter_provider: Where the instruments are made; the global one by default.
+        named: Managers by name. The name is the value of the attribute.
 
     Raises:
         ConfigurationError: If no manager is given, or several without names.
@@ -98,7 +98,7 @@ def _observe(measure: Measure, meter: Meter, sources: list[tuple[_Labels, Connec
         make: Callable[..., object] = meter.create_observable_counter
     elif measure.unit == "1":
         make = meter.create_observable_gauge
-    else:  # what has a sum over nodes
+    else:  # a number that can be added up over nodes
         make = meter.create_observable_up_down_counter
     make(f"{PREFIX}.{measure.name}", [callback], measure.unit, measure.help)
 
@@ -108,7 +108,7 @@ def _observe_first(
     sources: list[tuple[_Labels, ConnectionManager]],
     recorders: list[Callable[[list[tuple[_Labels, Stats]]], None]],
 ) -> None:
-    # A histogram can't be observed. So one instrument is there to be asked, and records then what has come since.
+    # OpenTelemetry has no observable histogram. When it asks this instrument, the histograms are filled.
     def callback(options: CallbackOptions) -> Iterable[Observation]:
         found = [(labels, manager.stats()) for labels, manager in sources]
         for record in recorders:
@@ -121,7 +121,7 @@ def _observe_first(
 
 
 class _Recorder:
-    """Records what has come to a histogram since it was last asked."""
+    """Records the durations that have come since the last collection."""
 
     def __init__(self, measure: Measure, meter: Meter) -> None:
         self._measure = measure
@@ -145,7 +145,7 @@ class _Recorder:
             total = sum(new)
             for number, middle in zip(new, self._middles, strict=True):
                 if total > _MOST_RECORDED:
-                    number = -(-number * _MOST_RECORDED // total)  # rounded up, so that the rare one is seen
+                    number = -(-number * _MOST_RECORDED // total)  # rounded up, so that rare durations are seen
                 for _ in range(number):
                     self._instrument.record(middle, labels)
 
@@ -160,13 +160,13 @@ def _middle(low: float, high: float) -> float:
 def trace(source: ConnectionManager | Publisher, tracer_provider: TracerProvider | None = None) -> None:
     """Trace the broadcasts of a manager or a publisher from now on.
 
-    Each broadcast is a span of the kind `PRODUCER`. On each node that has tracing on, what is done with it is one span
-    of the kind `CONSUMER` in a trace of its own, linked to the broadcast, however many connections get it. Hooks of
-    broadcasts and deliveries are their children. Neither channels, users nor messages are written into spans.
+    Each broadcast is a span of the kind `PRODUCER`. Each node that traces makes one more span, of the kind `CONSUMER`,
+    for its delivery to all connections of the node. That span has a trace of its own, with a link to the broadcast. The
+    hooks `on_broadcast` and `on_deliver` are child spans. No channel, user or message is written into a span.
 
     Args:
-        source: Whose broadcasts.
-        tracer_provider: Makes the spans; the global one if none is given.
+        source: Whose broadcasts are traced.
+        tracer_provider: Makes the spans; the global one by default.
     """
     spans = Spans(get_tracer(PREFIX, _version(), tracer_provider))
     if isinstance(source, Publisher):
@@ -176,21 +176,21 @@ def trace(source: ConnectionManager | Publisher, tracer_provider: TracerProvider
 
 
 class Spans:
-    """Makes the spans of broadcasts. One that can't be made, or ended, costs no message.
+    """Makes the spans of broadcasts. If a span can't be made or ended, the message is sent all the same.
 
     Args:
-        tracer: Makes a span.
+        tracer: Makes the spans.
     """
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
         self._throttle = Throttle()
-        # The spans of the newest broadcasts that came here, by where the broadcast is found.
+        # The delivery spans of the newest broadcasts that came here, by the `traceparent` of the broadcast.
         self._delivered: dict[str, SpanContext] = {}
 
     @contextmanager
     def publishing(self, publications: Publications) -> Iterator[None]:
-        """Make the span of one broadcast, and write into its publications where it is found, if it is recorded."""
+        """Make the span of one broadcast; if it is recorded, write its `traceparent` into the publications."""
         kind = _kind(publications)
         attributes = _attributes("publish", "send", kind)
         attributes["messaging.message.body.size"] = publications[0].size if publications else 0
@@ -204,7 +204,7 @@ class Spans:
 
     @contextmanager
     def delivering(self, publication: Publication) -> Iterator[None]:
-        """Make the span of a broadcast on this node; for its further audiences only the place of their hooks."""
+        """Make the span of a delivery on this node; the other audiences of the same broadcast use that span too."""
         where = publication.traceparent or ""
         if (before := self._delivered.get(where)) is not None:
             with _within(before):
@@ -222,14 +222,14 @@ class Spans:
             yield
 
     def hook(self, event: str, name: str) -> AbstractContextManager[object]:
-        """Make the span of a hook, if what it belongs to is recorded."""
+        """Make the span of a hook, if the span around it is recorded."""
         if not get_current_span().is_recording() and not get_current_span().get_span_context().trace_flags.sampled:
             return nullcontext()
         return self._span(event, attributes={"code.function.name": name})
 
     @contextmanager
     def _span(self, name: str, **options: Any) -> Iterator[Span]:
-        # A sampler or a processor of spans may raise.
+        # A sampler or a span processor may raise.
         making = self._tracer.start_as_current_span(name, **options)
         try:
             span = making.__enter__()
@@ -274,7 +274,7 @@ def _kind(publications: Publications) -> str:
 
 
 def _attributes(name: str, type_: str, kind: str) -> dict[str, str | int]:
-    # OpenTelemetry's conventions for messaging.
+    # The names are those of OpenTelemetry's conventions for messaging.
     return {
         "messaging.system": PREFIX,
         "messaging.operation.name": name,

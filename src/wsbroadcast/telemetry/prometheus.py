@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: a collector for prometheus_client, and the text itself, which needs no other package."""
+"""Metrics for Prometheus: a collector for prometheus_client, and the text format, which needs no other package."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def exposition(stats: Mapping[str, Stats]) -> bytes:
-    """Return the metrics of some nodes as a page that Prometheus reads, with the label `node`.
+    """Return the metrics of some nodes as a page that Prometheus reads, in UTF-8. The label `node` has the node's name.
 
     It needs no other package, so that a route of metrics works without an extra.
 
     Args:
-        stats: By the name of the node.
+        stats: What `stats()` returned, by the name of the node.
     """
     names = {node: f'{{node="{_escaped(node)}"' for node in stats}
     lines: list[str] = []
@@ -51,7 +51,7 @@ _HEADS = [
 
 
 def _samples(measure: Measure, stats: Stats) -> Iterator[tuple[str, tuple[str, str] | None, float]]:
-    # Each with its label, whose values are ours and need no escaping.
+    # Each sample with its label. The values of labels are our own, so they need no escaping.
     name = measure.prometheus_name
     if measure.kind != "histogram":
         name += _TOTAL[measure.kind]
@@ -79,8 +79,8 @@ class StatsCollector:
     ```
 
     Args:
-        managers: Whose. Several are told apart by the label `manager`, so give them by keyword.
-        named: More of them, by what the label says.
+        managers: One manager. Give several by keyword, so that the label `manager` tells them apart.
+        named: Managers by name. The name is the value of the label.
 
     Raises:
         ConfigurationError: If none is given, or several without names.
@@ -95,7 +95,7 @@ class StatsCollector:
         ]
 
     def describe(self) -> Iterable[Metric]:
-        """Return the metrics without samples, so that a registry refuses a second collector of the same names."""
+        """Return the metrics without samples. By these a registry refuses a second collector with the same names."""
         return (self._family(measure) for measure in MEASURES)
 
     def collect(self) -> Iterator[Metric]:

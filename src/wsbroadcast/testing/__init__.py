@@ -1,6 +1,6 @@
-"""For tests of apps: a client, and nodes that fail as they are told to. For tests of engines: what a right one does.
+"""For tests of apps: a client, and nodes that fail on request. For tests of engines: contracts that every engine keeps.
 
-The contracts of engines want pytest and pytest-asyncio; they are imported when they are asked for.
+The contracts need pytest and pytest-asyncio. They are imported only when they are used.
 """
 
 from importlib import import_module
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from wsbroadcast.testing.history import HistoryContract
     from wsbroadcast.testing.nodes import Node, Recorder
     from wsbroadcast.testing.outages import BrokerContract
+    from wsbroadcast.testing.presence import PresenceContract
 
 _LAZY = {
     "BrokerContract": "outages",
     "EngineContract": "contract",
     "HistoryContract": "history",
     "Node": "nodes",
+    "PresenceContract": "presence",
     "Recorder": "nodes",
 }
 
@@ -41,4 +43,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-__all__ = ["BrokerContract", "Cluster", "EngineContract", "HistoryContract", "Node", "Peer", "Recorder", "Refused"]
+__all__ = [
+    "BrokerContract",
+    "Cluster",
+    "EngineContract",
+    "HistoryContract",
+    "Node",
+    "Peer",
+    "PresenceContract",
+    "Recorder",
+    "Refused",
+]

@@ -1,4 +1,4 @@
-"""Several nodes of an app in one process, for tests of what happens between them."""
+"""Several nodes of an app in one process, to test what happens between them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from wsbroadcast.exceptions import ConfigurationError, LifecycleError
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.testing.hub import Hub, HubEngine
 
-# In so many steps the clock is set forward, so that what follows from what is due happens in between.
+# The clock is set forward in so many steps, so that tasks can run between events that become due.
 _STEPS = 100
 
 
 class Cluster:
     """Nodes of an app in one process, each a `ConnectionManager`: `async with Cluster(3, history=…) as cluster`.
 
-    `cluster[0]` is the first node; the nodes may be given hooks and apps before the block. They are linked by a broker
-    in memory, and run from the beginning of the block to its end.
+    `cluster[0]` is the first node. Before the block you may give the nodes hooks and apps. A broker in memory links
+    them. They run from the beginning of the block to its end.
 
     Args:
-        count: How many nodes.
-        seed: Of what is lost and doubled by chance.
-        options: Those of every `ConnectionManager`, but for the engine.
+        count: The number of nodes.
+        seed: The seed for messages that are lost or doubled at random.
+        options: Options of each `ConnectionManager`, except for the engine.
 
     Raises:
         ConfigurationError: If the count is not a positive number, or an option makes no sense.
@@ -37,13 +37,13 @@ class Cluster:
         if "engine" in options:
             raise ConfigurationError("the nodes of a cluster have an engine of its own: leave engine= out")
         self.hub = Hub(seed)
-        """The broker between them. Its `lost` and `doubled` are the shares of live messages that fare so."""
+        """The broker between them. Set its `lost` and `doubled` to lose or double a share of the live messages."""
         self._engines = [HubEngine(self.hub) for _ in range(count)]
         self.managers = [ConnectionManager(engine, **options) for engine in self._engines]
-        """One for each node."""
+        """The managers, one for each node."""
         self._killed: set[int] = set()
         self._was_started = self._is_running = False
-        # What the event loop's clock was before it was first set forward, and by how much it is.
+        # The event loop's clock before it was first set forward, and by how much it is forward now.
         self._clock: tuple[asyncio.AbstractEventLoop, Any] | None = None
         self._set_forward = 0.0
 
@@ -79,12 +79,13 @@ class Cluster:
     def __iter__(self) -> Iterator[ConnectionManager]:
         return iter(self.managers)
 
-    # What fails.
+    # Failures.
 
     def partition(self, *numbers: int) -> None:
-        """Cut nodes off from the broker; without a number all of them.
+        """Cut nodes off from the broker; without a number, all of them.
 
-        What is on its way to them is lost. Their clients stay, and `broadcast` raises `EngineUnavailable` there.
+        Messages on their way to these nodes are lost. Their clients stay, and their `broadcast` raises
+        `EngineUnavailable`.
 
         Raises:
             ValueError: If there is no such node, or it was killed.
@@ -94,7 +95,7 @@ class Cluster:
             engine.cut()
 
     def heal(self, *numbers: int) -> None:
-        """Let nodes reach the broker again; without a number all of them. `on_gap` runs there.
+        """Let nodes reach the broker again; without a number, all of them. `on_gap` runs there.
 
         Raises:
             ValueError: If there is no such node, or it was killed.
@@ -104,9 +105,9 @@ class Cluster:
             engine.heal()
 
     async def kill(self, number: int) -> None:
-        """End a node as `kill -9` does: other nodes hear nothing from it, and its clients see no close frame.
+        """End a node like `kill -9`: other nodes hear nothing from it, and its clients see no close frame.
 
-        Its `on_disconnect` hooks run all the same, cut off from the broker.
+        Its `on_disconnect` hooks run nevertheless, cut off from the broker.
 
         Raises:
             ValueError: If there is no such node, or it was killed.
@@ -119,14 +120,14 @@ class Cluster:
         life = core_of(manager).life
         for connection in manager.connections:
             life.node.membership.lost(connection, ABNORMAL, "")
-        while life.is_started:  # an app's lifespan may have started it once more
+        while life.is_started:  # the lifespan of an app may have started it once more
             await manager.aclose()
 
     async def restart_broker(self, *, keeps: bool = False) -> None:
         """Cut all nodes off for a moment, and let the broker forget what it kept.
 
         Args:
-            keeps: Whether it remembers all of it, as a broker with a disk.
+            keeps: Whether the broker remembers everything instead, like a broker with a disk.
 
         Raises:
             LifecycleError: If the cluster doesn't run.
@@ -138,20 +139,20 @@ class Cluster:
         self.heal()
 
     def delay(self, seconds: float) -> None:
-        """Let messages come so much later to every node, and answers of the broker, from now on.
+        """Delay each message to a node, and each answer of the broker, by so many seconds, from now on.
 
         Raises:
             ValueError: If it is not a number of seconds.
         """
         self.hub.delay = _seconds(seconds)
 
-    # What the time is.
+    # Time.
 
     async def advance(self, seconds: float) -> None:
-        """Set the clock of the event loop forward, so that what is due by then happens now.
+        """Set the clock of the event loop forward, so that everything that is due by then happens now.
 
-        Timers, timeouts and the age of what is kept go by this clock; `expires_at` goes by that of the system. A
-        timeout that runs meanwhile, such as one of the test, runs out too. The end of the block sets the clock right.
+        Timers, timeouts and the age of kept messages follow this clock; `expires_at` follows that of the system. A
+        timeout that runs meanwhile, such as one of the test, runs out too. The end of the block resets the clock.
 
         Raises:
             ValueError: If it is not a number of seconds.
@@ -163,7 +164,7 @@ class Cluster:
         begin = self._set_forward
         for step in range(1, _STEPS + 1):
             self._set_forward = begin + seconds * step / _STEPS
-            for _ in range(3):  # a timer's callback, the task that it wakes, and what that has handed over
+            for _ in range(3):  # a timer's callback, the task that it wakes, and what that task hands over
                 await asyncio.sleep(0)
 
     def _set_clock(self) -> None:

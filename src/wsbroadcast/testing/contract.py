@@ -1,4 +1,4 @@
-"""What a right engine does, as tests: their docstrings together are the definition."""
+"""The contract of engines, as tests. The docstrings of the tests together define what an engine must do."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ import pytest
 from wsbroadcast.audience import EVERYONE, NODES, Audience
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError, MessageTooLarge, WSBroadcastError
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Control, Dismissal, Forgetting, NodeMessage, Publication, Unsubscription
+from wsbroadcast.publication import Control, Dismissal, Forgetting, NodeMessage, Publication, Sender, Unsubscription
 from wsbroadcast.stats import EngineStats
 from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Nodes, Recorder, use
 
 
 @pytest.mark.asyncio
 class EngineContract(Nodes):
-    """What every engine does, with one node or with many.
+    """What every engine must do, with one node or with many.
 
     Subclass it, override `make_engine`, and give the subclass a name that begins with `Test`.
     """
 
-    # What arrives.
+    # Content.
 
     async def test_publication_arrives_as_it_was(self) -> None:
-        """Text, bytes and JSON arrive with the same payload, kind and key, whatever characters and bytes they hold."""
+        """Text, bytes and JSON arrive with the same payload, kind and key, with any characters and bytes in them."""
         published = [Publication(message, NEWS) for message in MESSAGES]
         await self._check_same(published)
 
     async def test_publication_keeps_audience_and_exclusions(self) -> None:
-        """Audiences arrive as they were, and who is excluded; of a broadcast to several all of them, and its id."""
+        """Audiences, exclusions arrive unchanged; for a broadcast to several audiences, all of these and its id."""
         message = Message.of("hello")
         some, many = frozenset({"a", "b\n"}), frozenset(f"connection {number}" for number in range(1000))
         kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Publication(message, kind, exclude) for kind in kinds for exclude in (frozenset(), some, many)]
         both = Publication(message, NEWS, some, exclude_users=some, id="xyz", audiences=(EVERYONE, NEWS))
+        both.sender = Sender("kX2", "5", b'{"name":"\xc3\xa4"}', b"1")
         await self._check_same([*published, Publication(message, NEWS, exclude_users=many), both])
 
     async def test_dismissal_arrives_as_it_was(self) -> None:
-        """What closes connections keeps its code, reason and who stays; what unsubscribes them, the channels."""
+        """A dismissal keeps its code, its reason and who stays; an unsubscription keeps its channels."""
         kinds = [EVERYONE, NEWS, Audience("user", "news")]
         published = [Dismissal(kind, 1008, "reäson", frozenset({"a", "b\n"})) for kind in kinds]
         left = [Unsubscription(kind, ("news", "späße")) for kind in kinds]
@@ -48,7 +49,7 @@ class EngineContract(Nodes):
         await self._check_same([*published, Dismissal(NEWS, 4999), *left, *forgotten])
 
     async def test_nodes_hear_each_other(self) -> None:
-        """What nodes say about themselves arrives as it was: at all that want it, or at the one that it is for."""
+        """Messages between nodes arrive unchanged: at all nodes that want them, or at the one node they are for."""
         one = Audience("nodes", "kX2-_")
         hello, bye = NodeMessage(NODES, "hello", "a", body=b'{"host":"h\xc3\xb6st"}'), NodeMessage(NODES, "bye", "a")
         question = NodeMessage(NODES, "question", "a", "q1", b'{"topic":"node"}')
@@ -67,7 +68,7 @@ class EngineContract(Nodes):
                     assert came == [each for each in published if each.audience == audience]
 
     async def test_large_message_arrives_or_is_refused(self) -> None:
-        """1 MiB arrives, or `MessageTooLarge` names a limit, and what is as large as that arrives."""
+        """A message of 1 MiB arrives, or `MessageTooLarge` names a limit, and a message of that size arrives."""
         data = bytes(range(256)) * 4096
         async with self.nodes(NEWS) as nodes:
             try:
@@ -80,7 +81,7 @@ class EngineContract(Nodes):
                 await node.receives([data, "after"])
 
     async def test_message_reaches_its_audience_and_no_other(self) -> None:
-        """Names mean nothing to a broker: a message to each of many odd ones reaches exactly that one."""
+        """Names mean nothing to a broker: a message to one of many odd names reaches exactly that audience."""
         audiences = [EVERYONE, *(Audience(kind, name) for name in NAMES for kind in ("channel", "user"))]
         async with self.nodes(*audiences) as nodes:
             for word in ("first", "last"):
@@ -91,22 +92,22 @@ class EngineContract(Nodes):
                     await node.receives([f"first {audience}", f"last {audience}"], audience)
 
     async def test_every_message_arrives_once(self) -> None:
-        """What a node publishes comes to every node once, and to itself once; at the end every counter is zero."""
+        """What a node publishes arrives once at every node, itself included. At the end every counter is zero."""
         async with self.nodes(NEWS) as nodes:
             sent = [f"{number} of {index}" for index in range(len(nodes)) for number in range(20)]
             for index, text in enumerate(sent):
                 await nodes[index // 20].publish(text)
-                await nodes[index // 20].publish(text, SPORT)  # which nobody has joined
+                await nodes[index // 20].publish(text, SPORT)  # nobody has joined this one
             for node in nodes:
                 node.publish_nowait("last")
             for node in nodes:
                 await node.receives(sent + ["last"] * len(nodes))
                 assert node.engine.stats() == EngineStats()
 
-    # In which order.
+    # Order.
 
     async def test_messages_arrive_in_the_order_of_publish(self) -> None:
-        """Messages of one publisher arrive in its order."""
+        """Messages of one publisher arrive in the order in which it published them."""
         sent = [str(number) for number in range(200)]
         async with self.nodes(NEWS) as nodes:
             for text in sent:
@@ -115,7 +116,7 @@ class EngineContract(Nodes):
                 await node.receives(sent)
 
     async def test_publish_and_publish_nowait_keep_their_order(self) -> None:
-        """`publish_nowait` has its place in the same order as `publish`."""
+        """`publish_nowait` and `publish` share one order."""
         sent = [str(number) for number in range(200)]
         async with self.nodes(NEWS) as nodes:
             for number, text in enumerate(sent):
@@ -127,7 +128,7 @@ class EngineContract(Nodes):
                 await node.receives(sent)
 
     async def test_publishers_at_the_same_time_have_one_order(self) -> None:
-        """What is published at the same time, on any node, all arrives, in one order on all nodes."""
+        """Everything that is published at the same time, on any node, arrives, in the same order on all nodes."""
         async with self.nodes(NEWS) as nodes:
             sent = [[f"{number} of {task}" for number in range(40)] for task in range(4 * len(nodes))]
 
@@ -144,7 +145,7 @@ class EngineContract(Nodes):
             self.check_one_order(nodes)
 
     async def test_cancelled_publish_disturbs_nobody(self) -> None:
-        """Of a `publish` that is cancelled the message comes once or not at all, and what is published later comes."""
+        """If a `publish` is cancelled, its message arrives once or not at all, and later messages arrive."""
         async with self.nodes(NEWS) as nodes:
             for number in range(40):
                 task = asyncio.create_task(nodes[0].publish(f"cancelled {number}"))
@@ -162,7 +163,7 @@ class EngineContract(Nodes):
     # Subscriptions.
 
     async def test_confirmed_subscription_misses_nothing(self) -> None:
-        """What is published on any node after `confirmed` has returned arrives: 300 times, always a new name."""
+        """What any node publishes after `confirmed` has returned arrives: 300 times, each time with a new name."""
         async with self.nodes() as nodes:
             audiences = [Audience("channel", f"news {number}") for number in range(300)]
             for number, audience in enumerate(audiences):
@@ -172,7 +173,7 @@ class EngineContract(Nodes):
                 await nodes[number % len(nodes)].receives(["hello"], audience)
 
     async def test_thousands_of_audiences_are_confirmed_at_once(self) -> None:
-        """Any number of audiences can be asked for in one call, and confirmed in one."""
+        """Any number of audiences can be wanted in one call, and confirmed in one call."""
         async with self.nodes() as nodes:
             audiences = [Audience("user", str(number)) for number in range(2500)]
             await nodes[-1].join(*audiences)
@@ -182,7 +183,7 @@ class EngineContract(Nodes):
                 await nodes[-1].receives(["hello"], audience)
 
     async def test_last_word_counts_where_subscriptions_flap(self) -> None:
-        """However often an audience is wanted and no longer wanted: wanted in the end, its messages come, each once."""
+        """An audience may be wanted and unwanted many times: if it is wanted last, each message arrives once."""
         async with self.nodes(SPORT) as nodes:
             first, last = nodes[0], nodes[-1]
             for number in range(200):
@@ -201,7 +202,7 @@ class EngineContract(Nodes):
             is_over = False
             while not is_over:
                 is_over = asyncio.get_running_loop().time() >= end
-                for _ in range(2):  # then what was due by now is done, however long this process stood still
+                for _ in range(2):  # lets everything run that is due by now, even if this process was blocked
                     await asyncio.sleep(0)
                 sent.append(f"{len(sent)} in the end")
                 await first.publish(sent[-1])
@@ -210,7 +211,7 @@ class EngineContract(Nodes):
             await last.receives(["sport"], SPORT)
 
     async def test_confirmed_ends_when_the_audience_is_no_longer_wanted(self) -> None:
-        """`confirmed` doesn't wait for an audience that is no longer wanted, and returns at once for no audience."""
+        """`confirmed` doesn't wait for an audience that is no longer wanted, and returns at once without audiences."""
         async with self.nodes() as nodes:
             engine = nodes[-1].engine
             engine.subscribe([NEWS])
@@ -225,7 +226,7 @@ class EngineContract(Nodes):
     # Receivers.
 
     async def test_receiver_that_fails_holds_up_nobody(self) -> None:
-        """An error in the receiver costs the one message; what comes later is delivered, other audiences are too."""
+        """If the receiver fails for a message, only that one is lost: later ones and other audiences are delivered."""
         async with self.nodes(NEWS, SPORT) as nodes:
             recorder = nodes[-1].recorder
             recorder.failing.add(NEWS)
@@ -239,11 +240,11 @@ class EngineContract(Nodes):
             await nodes[-1].receives(["news"])
 
     async def test_receiver_that_waits_holds_up_its_own_audience_only(self) -> None:
-        """While the receiver takes for ever over one audience, others go on, health is good, and `aclose` ends."""
+        """While the receiver takes for ever for one audience, others go on, health is good, and `aclose` ends."""
         async with self.nodes(NEWS, SPORT) as nodes:
             recorder = nodes[-1].recorder
             recorder.stalled.add(NEWS)
-            # Where there is no broker in between, the publisher waits as well.
+            # Without a broker in between, the publisher waits as well.
             stalled = [asyncio.create_task(nodes[0].publish(f"{number}")) for number in range(100)]
             assert await recorder.wait_until(lambda: recorder.waiting, self.seconds)
             for number in range(100):
@@ -259,7 +260,7 @@ class EngineContract(Nodes):
     # Start and end.
 
     async def test_engine_is_made_where_no_event_loop_runs(self) -> None:
-        """Making an engine does no I/O and needs no event loop; in the same thread or in another."""
+        """Making an engine does no I/O and needs no event loop. It may be made in any thread."""
         engine = await asyncio.to_thread(self.make_engine)
         await use(engine, Recorder(), self.seconds)
 
@@ -278,7 +279,7 @@ class EngineContract(Nodes):
             await use(engine, Recorder(), self.seconds)
 
     async def test_health_is_good_while_it_runs(self) -> None:
-        """Health is good, under the engine's name, on every node and as often as it is asked."""
+        """Health is good, has the engine's name, on every node, each time it is asked."""
         async with self.nodes() as nodes:
             for node in nodes * 2:
                 health = await node.engine.health()
@@ -286,7 +287,7 @@ class EngineContract(Nodes):
                 assert node.recorder.publications == []
 
     async def test_cancelled_health_leaves_no_trace(self) -> None:
-        """A `health` that is cancelled counts as nothing: its answer may come when nobody waits for it any more."""
+        """A cancelled `health` changes nothing: its answer may come when nobody waits for it any more."""
         async with self.nodes() as nodes:
             for number in range(40):
                 asking = asyncio.ensure_future(nodes[0].engine.health())
@@ -299,7 +300,7 @@ class EngineContract(Nodes):
                 assert node.engine.stats() == EngineStats()
 
     async def test_nothing_arrives_after_aclose(self) -> None:
-        """Once `aclose` has returned, nothing is received; what was published before it still reaches other nodes."""
+        """After `aclose` has returned, nothing is received. What was published before still reaches other nodes."""
         async with self.nodes(NEWS) as nodes:
             last, others = nodes[-1], nodes[:-1]
             for number in range(100):
@@ -316,7 +317,7 @@ class EngineContract(Nodes):
                 await node.receives([*(f"{n}" for n in range(100)), *["later"] * len(others), "hello"])
 
     async def test_aclose_can_be_called_again_and_again(self) -> None:
-        """`aclose` is idempotent: before `start`, twice, and at the same time."""
+        """`aclose` is idempotent: before `start`, when called twice, and when called twice at the same time."""
         engine = self.make_engine()
         await engine.aclose()
         await engine.start(Recorder())
@@ -324,7 +325,7 @@ class EngineContract(Nodes):
         await engine.aclose()
 
     async def test_aclose_ends_a_start_that_runs(self) -> None:
-        """An engine that is stopped while it starts: both calls end, and it can be started again."""
+        """If an engine is stopped while it starts, both calls end, and it can be started again."""
         engine = self.make_engine()
         for turns in range(20):
             starting = asyncio.ensure_future(engine.start(Recorder()))
@@ -338,7 +339,7 @@ class EngineContract(Nodes):
         await use(engine, Recorder(), self.seconds)
 
     async def test_engine_serves_one_node_at_a_time(self) -> None:
-        """While it runs, another `start` is a `LifecycleError`, and the first receiver gets what it got before."""
+        """While an engine runs, another `start` is a `LifecycleError`, and the first receiver still gets everything."""
         async with self.nodes(NEWS) as nodes:
             for node in nodes:
                 with pytest.raises(LifecycleError):
@@ -348,14 +349,14 @@ class EngineContract(Nodes):
                 await node.receives(["hello"])
 
     async def test_engine_can_be_started_again_when_its_event_loop_has_ended(self) -> None:
-        """An event loop may end without `aclose`: the engine can then be started in another one."""
+        """If an event loop ends without `aclose`, the engine can be started in another one."""
         engine, last = self.make_engine(), Recorder()
         await asyncio.to_thread(asyncio.run, engine.start(Recorder()))
         await use(engine, last, self.seconds)
         assert last.data(NEWS) == ["hello"]
 
     async def test_engine_can_be_started_again(self) -> None:
-        """After `aclose` it starts again, with another receiver, in another event loop too; the first gets no more."""
+        """After `aclose` it can be started with a new receiver, in another event loop too. The old one gets nothing."""
         engine = self.make_engine()
         recorders = [Recorder() for _ in range(4)]
         for index, recorder in enumerate(recorders):

@@ -1,4 +1,4 @@
-"""What a right engine does that keeps what is published, as tests."""
+"""The contract of engines that keep what is published, as tests."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from wsbroadcast.engines.contract import keeps_history
 from wsbroadcast.exceptions import EngineUnavailable
 from wsbroadcast.history import USERS, Appended, History, HistoryRules, Replay
 from wsbroadcast.message import Message
-from wsbroadcast.publication import Position, Publication
+from wsbroadcast.publication import Position, Publication, Sender
 from wsbroadcast.testing.nodes import MESSAGES, NAMES, NEWS, SPORT, Node, Nodes
 
 KEPT = History(messages=20, seconds=60)
-"""What the tests keep, unless they say something else."""
+"""How much the tests keep, if they don't say otherwise."""
 
 RULES = HistoryRules({"*": KEPT, USERS: KEPT, EVERYONE: KEPT})
-"""What the nodes of the tests say that they keep."""
+"""The rules of the nodes in the tests."""
 
 
 @pytest.mark.asyncio
 class HistoryContract(Nodes):
-    """What an engine does that has the ability `KeepsHistory`, with one node or with many.
+    """What an engine with the ability `KeepsHistory` must do, with one node or with many.
 
     Subclass it beside `EngineContract`, override `make_engine`, and give the subclass a name that begins with `Test`.
     """
 
     is_dense: ClassVar[bool] = True
-    """Whether offsets count the publications of one audience: 1, 2, 3; those of JetStream have jumps."""
+    """Whether offsets count the publications of one audience: 1, 2, 3. Those of JetStream have jumps."""
     keeps_large: ClassVar[bool] = False
-    """Whether `max_kept_bytes` is not kept to, because the broker has no way to number what it doesn't keep."""
+    """Whether `max_kept_bytes` has no effect, because the broker can't number a message without keeping it."""
 
     @asynccontextmanager
     async def keeping(self, *audiences: Audience) -> AsyncIterator[list[Node]]:
-        """Run nodes that keep everything, and have joined these audiences."""
+        """Run nodes that keep everything and have joined these audiences."""
         async with self.nodes(*audiences, rules=RULES) as nodes:
             yield nodes
 
     # Positions.
 
     async def test_positions_are_an_unbroken_chain(self) -> None:
-        """Each publication comes to every node with its position and the offset before it; no offset comes twice."""
+        """Each publication arrives at every node with its position and the offset before it. No offset comes twice."""
         async with self.keeping(NEWS) as nodes:
             before = await position(nodes[0], NEWS)
             appended = [await append(nodes[n % len(nodes)], str(n)) for n in range(50)]
@@ -61,7 +61,7 @@ class HistoryContract(Nodes):
                 assert [each.offset for each in positions] == list(range(1, 51))
 
     async def test_who_joins_late_sees_what_is_before_the_first_message(self) -> None:
-        """The offset before a publication is that of the audience, whether it came to this node or not."""
+        """The offset before a publication is that of its audience, even if a node hasn't got what came before."""
         async with self.keeping() as nodes:
             unseen = [(await append(node, "unseen")).position for node in nodes * 2]
             for node in nodes:
@@ -74,7 +74,7 @@ class HistoryContract(Nodes):
                 assert (came.position, came.previous) == (seen, unseen[-1].offset)
 
     async def test_appends_at_the_same_time_are_an_unbroken_chain(self) -> None:
-        """Of what is appended at once, on every node and to two audiences, each node gets everything in one order."""
+        """If all nodes append to two audiences at the same time, each node gets everything, in one order."""
         async with self.keeping(NEWS, SPORT) as nodes:
             tasks = [
                 append(nodes[n % len(nodes)], f"{n} {audience.name}", audience)
@@ -93,14 +93,14 @@ class HistoryContract(Nodes):
                     assert [each.message.data for each in came] == [texts[offset] for offset in offsets]
 
     async def test_appends_of_one_turn_keep_their_order(self) -> None:
-        """Those of one publisher, awaited or not, are kept and sent in the order of the calls."""
+        """Appends of one publisher, awaited or not, are kept and sent in the order of the calls."""
         async with self.keeping(NEWS) as nodes:
             tasks = []
             for number in range(60):
                 if number % 3:
                     tasks.append(asyncio.ensure_future(append(nodes[0], str(number))))
                 else:
-                    await asyncio.sleep(0)  # what was called before has begun
+                    await asyncio.sleep(0)  # so that the earlier calls have begun
                     keeps_history(nodes[0].engine).append_nowait(_publication(str(number)), KEPT)
             await asyncio.gather(*tasks)
             for node in nodes:
@@ -108,7 +108,7 @@ class HistoryContract(Nodes):
                 assert [each.message.data for each in came] == [str(number) for number in range(60)]
 
     async def test_what_arrives_is_kept(self) -> None:
-        """What comes can be read at once; of an `append` that is cancelled it is kept and sent, or neither."""
+        """What arrives can be read at once. A cancelled `append` is both kept and sent, or neither."""
         async with self.keeping(NEWS) as nodes:
             at = await position(nodes[0], NEWS)
             for number in range(18):
@@ -133,7 +133,7 @@ class HistoryContract(Nodes):
                 await appending
 
     async def test_audience_without_publications_has_a_position(self) -> None:
-        """It is the same on all nodes, has an epoch and the offset 0, and who is there has missed nothing."""
+        """It is the same on all nodes, has an epoch and the offset 0, and a reader from there has missed nothing."""
         async with self.keeping() as nodes:
             audiences = [EVERYONE, NEWS, Audience("user", "news")]
             found = [
@@ -146,7 +146,7 @@ class HistoryContract(Nodes):
                 assert (replay.top, list(replay.publications), replay.is_complete(at)) == (at, [], True)
 
     async def test_many_positions_are_read_at_once(self) -> None:
-        """Any number of audiences, in their order."""
+        """Positions of any number of audiences can be read at once, and come in their order."""
         async with self.keeping() as nodes:
             audiences = [Audience("channel", f"news {number}") for number in range(1500)]
             for audience in audiences[::500]:
@@ -155,13 +155,14 @@ class HistoryContract(Nodes):
             assert [number for number, each in enumerate(found) if each.offset] == [0, 500, 1000]
             assert await keeps_history(nodes[0].engine).positions([], []) == []
 
-    # What is kept.
+    # Keeping.
 
     async def test_publication_is_kept_as_it_was(self) -> None:
-        """Text, bytes and JSON are replayed as they came, with key, id, audiences and excluded users."""
+        """Text, bytes and JSON are replayed unchanged, with key, id, audiences, excluded users and sender."""
         some = frozenset({"5", "ä\n"})
         published = [Publication(message, NEWS) for message in MESSAGES]
         published += [Publication(MESSAGES[0], NEWS, exclude_users=some, id="xyz", audiences=(EVERYONE, NEWS))]
+        published[-1].sender = Sender("kX2", "5", b'{"name":"\xc3\xa4"}')
         async with self.keeping(NEWS) as nodes:
             at = await position(nodes[0], NEWS)
             for publication in published:
@@ -173,7 +174,7 @@ class HistoryContract(Nodes):
                 assert list(replay.publications) == came
 
     async def test_names_are_kept_apart(self) -> None:
-        """Names mean nothing to a broker: each odd one has a history of its own, as channel and as user."""
+        """Names mean nothing to a broker: each odd name has a history of its own, as a channel and as a user."""
         audiences = [EVERYONE, *(Audience(kind, name) for name in NAMES for kind in ("channel", "user"))]
         async with self.keeping() as nodes:
             for audience in audiences:
@@ -183,7 +184,7 @@ class HistoryContract(Nodes):
                 assert [each.message.data for each in replay.publications] == [f"to {audience}"]
 
     async def test_replay_is_complete_where_it_can_be(self) -> None:
-        """Of 20 kept: from the top nothing, from 20 back all 20 in order, and one further is not complete."""
+        """With 20 kept: from the top there is nothing, from 20 back all 20 in order, from 21 back it isn't complete."""
         async with self.keeping() as nodes:
             positions = [(await append(nodes[0], str(number))).position for number in range(50)]
             for back in (0, 1, 7, 19, 20):
@@ -204,7 +205,7 @@ class HistoryContract(Nodes):
             assert not newest.is_complete(positions[28])
 
     async def test_newest_few_are_read(self) -> None:
-        """A read for a smaller history returns its newest messages, and says what they are complete from."""
+        """A read for a smaller history returns its newest messages, and from where on they are complete."""
         async with self.keeping() as nodes:
             positions = [(await append(nodes[0], str(number))).position for number in range(10)]
             few = History(messages=3)
@@ -214,7 +215,7 @@ class HistoryContract(Nodes):
             assert not replay.is_complete(positions[5])
 
     async def test_position_that_is_none_is_not_complete(self) -> None:
-        """No epoch, another one, an offset that never was, one of another audience: not complete, and no error."""
+        """A wrong epoch, an offset that never was, or a position of another audience isn't complete, and no error."""
         async with self.keeping() as nodes:
             for number in range(10):
                 at = (await append(nodes[0], str(number))).position
@@ -234,7 +235,7 @@ class HistoryContract(Nodes):
                     assert [each.message.data for each in replay.publications] == [str(number) for number in range(10)]
 
     async def test_old_publications_are_not_replayed(self) -> None:
-        """None that is older than `seconds`; who has missed one of them is told; who hasn't, isn't."""
+        """Nothing older than `seconds` is replayed. Only a reader that has missed such a message is told so."""
         async with self.keeping() as nodes:
             old = [(await append(nodes[0], str(number))).position for number in range(3)]
             await asyncio.sleep(0.1)
@@ -256,7 +257,7 @@ class HistoryContract(Nodes):
                 assert not replay.is_complete(old[2])
 
     async def _read_younger(self, node: Node, since: Position, moment: float) -> Replay:
-        while True:  # until the read was quick enough to tell the one side of the moment from the other
+        while True:  # until a read was quick enough to be surely on one side of the moment
             asked = monotonic()
             history = History(messages=20, seconds=asked - moment)
             replay = await keeps_history(node.engine).read(NEWS, since, history)
@@ -264,7 +265,7 @@ class HistoryContract(Nodes):
                 return replay
 
     async def test_large_publication_is_delivered_and_not_kept(self) -> None:
-        """Beyond `max_kept_bytes` it comes, with a position, and who would have to read it back is told."""
+        """A message beyond `max_kept_bytes` arrives, with a position. Readers later are told of the hole."""
         small = History(messages=20, max_kept_bytes=1000)
         async with self.keeping(NEWS) as nodes:
             history = keeps_history(nodes[0].engine)
@@ -284,7 +285,7 @@ class HistoryContract(Nodes):
             assert replay.is_complete(positions[0]) == self.keeps_large
 
     async def test_forgotten_history_is_gone(self) -> None:
-        """After `forget` the epoch is another, nothing is read, and what is appended then is a new history."""
+        """After `forget` there is another epoch, nothing is read, and later appends begin a new history."""
         async with self.keeping(NEWS) as nodes:
             at = (await append(nodes[0], "secret")).position
             await append(nodes[0], "sport", SPORT)
@@ -306,7 +307,7 @@ class HistoryContract(Nodes):
     # Keys.
 
     async def test_one_key_is_kept_once(self) -> None:
-        """Of 64 at once with one key one is kept and sent, and all return its position; a repeat says that it is."""
+        """Of 64 appends with one key, one is kept and sent. All return its position, and the others say `is_repeat`."""
         async with self.keeping(NEWS) as nodes:
             appended = await asyncio.gather(
                 *(append(nodes[n % len(nodes)], f"{n}", key="k") for n in range(64)), return_exceptions=False
@@ -323,7 +324,7 @@ class HistoryContract(Nodes):
                 assert [each.message.data for each in came][1:] == ["other", "last"]
 
     async def test_key_counts_in_its_audience(self) -> None:
-        """The same key in two audiences, or in names that look alike, names different things."""
+        """The same key in two audiences, even with similar names, means different things."""
         async with self.keeping() as nodes:
             audiences = [EVERYONE, NEWS, SPORT, Audience("user", "news"), Audience("channel", "news:k")]
             for audience in audiences:
@@ -332,10 +333,10 @@ class HistoryContract(Nodes):
                     assert not appended.is_repeat
                     assert await append(nodes[-1], "again", audience, key=key) == appended._replace(is_repeat=True)
 
-    # Who only publishes.
+    # Engines that only publish.
 
     async def test_publisher_learns_what_is_kept(self) -> None:
-        """An engine that was told nothing knows the rules that others have written down, once it is started."""
+        """An engine without rules of its own knows the rules that others have stored, as soon as it is started."""
         async with self.keeping(NEWS) as nodes:
             assert all(keeps_history(node.engine).rules == RULES for node in nodes)
             if not nodes[0].engine.links_nodes:
@@ -347,7 +348,7 @@ class HistoryContract(Nodes):
                 assert [each.position for each in await self._kept(node, NEWS, 1)] == [appended.position]
 
     async def test_history_needs_a_running_engine(self) -> None:
-        """Before `start` and after `aclose` everything raises `EngineUnavailable`."""
+        """Before `start` and after `aclose`, every call raises `EngineUnavailable`."""
         engine = self.make_engine()
         history = keeps_history(engine)
         history.keep(RULES)
@@ -365,7 +366,7 @@ class HistoryContract(Nodes):
             await engine.aclose()
 
     async def test_unkept_publication_has_no_position(self) -> None:
-        """What is published beside the history comes without a position, and changes nothing in it."""
+        """What is published past the history arrives without a position, and doesn't change the history."""
         async with self.keeping(NEWS) as nodes:
             at = (await append(nodes[0], "kept")).position
             await nodes[0].publish("unkept")
@@ -396,7 +397,7 @@ def _content(publication: Publication) -> Sequence[object]:
     message = publication.message
     return (
         *(message.payload, message.form, message.key, publication.exclude_users, publication.id),
-        *(publication.audiences, publication.audience),
+        *(publication.audiences, publication.audience, publication.sender),
     )
 
 
@@ -411,6 +412,6 @@ async def read(node: Node, since: Position | None, audience: Audience = NEWS) ->
 
 
 async def position(node: Node, audience: Audience) -> Position:
-    """Ask a node where an audience is."""
+    """Return the newest position of an audience, as a node knows it."""
     (found,) = await keeps_history(node.engine).positions([audience], [KEPT])
     return found

@@ -1,11 +1,12 @@
-"""A broker in memory that fails as it is told to, and the engines of the nodes that it links."""
+"""A broker in memory that fails on request, and the engines of the nodes that it links."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from secrets import token_urlsafe
 from typing import Self
 
 from wsbroadcast.audience import Audience
@@ -13,7 +14,8 @@ from wsbroadcast.engines.contract import Engine, Health, Receiver
 from wsbroadcast.engines.memory import Log
 from wsbroadcast.exceptions import EngineUnavailable, LifecycleError
 from wsbroadcast.history import Appended, History, HistoryRules, Replay
-from wsbroadcast.publication import Control, Gap, Position, Publication
+from wsbroadcast.presence import Members, Roll
+from wsbroadcast.publication import Control, Gap, Position, PresenceChange, Publication
 from wsbroadcast.stats import EngineStats
 
 
@@ -21,22 +23,26 @@ class Hub:
     """A broker in this process.
 
     Args:
-        seed: Of what is lost and doubled by chance.
+        seed: The seed for messages that are lost or doubled at random.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.engines: list[HubEngine] = []
-        """Those that run."""
+        """The engines that run."""
         self.delay = 0.0
-        """Seconds that a message takes to a node, and an answer of the broker."""
+        """Seconds that a message takes to a node, and that an answer of the broker takes."""
         self.lost = 0.0
-        """The share of live publications that don't arrive at a node."""
+        """The share of live publications that don't arrive at a node, from 0 to 1."""
         self.doubled = 0.0
-        """The share that arrives twice."""
+        """The share of live publications that arrive twice, from 0 to 1."""
         self.rules: HistoryRules | None = None
-        """What the nodes have said that they keep."""
+        """The history rules that the nodes have stored."""
         self._random = random.Random(seed)  # noqa: S311  # not for secrets
         self._logs: dict[Audience, Log] = {}
+        self.roll = Roll()
+        """Who is in which channel."""
+        self.leases: dict[str, float] = {}
+        """Until when each incarnation is alive, by the clock of the event loop."""
 
     def log(self, audience: Audience) -> Log:
         """Return the history of an audience."""
@@ -45,12 +51,28 @@ class Hub:
             log = self._logs[audience] = Log(self.now())
         return log
 
+    def alive(self) -> frozenset[str]:
+        """Return the incarnations whose lease is valid."""
+        now = self.now()
+        return frozenset(incarnation for incarnation, until in self.leases.items() if until > now)
+
+    def sweep(self) -> list[PresenceChange]:
+        """Remove the members of dead incarnations, and tell the nodes."""
+        changes: list[PresenceChange] = []
+        alive = self.alive()
+        for incarnation in self.roll.incarnations - alive:
+            changes += self.roll.drop(incarnation)
+        self.leases = {each: until for each, until in self.leases.items() if each in alive}
+        for change in changes:
+            self.send(change)
+        return changes
+
     def now(self) -> float:
         """Return the time by the clock of the event loop."""
         return asyncio.get_running_loop().time()
 
     def forget(self, audience: Audience | None = None) -> None:
-        """Forget the history of an audience, or everything, as a broker does that loses its memory."""
+        """Forget the history of an audience, or everything, like a broker that loses its memory."""
         if audience is None:
             self._logs.clear()
         else:
@@ -81,17 +103,18 @@ class HubEngine(Engine):
         self._learns = False
         self._cut_at = 0.0
         self._gaps = self._failures = 0
-        # What is on its way here, each with the time at which it arrives; the timer is that of the first.
+        self._incarnation = ""
+        # Publications on their way here, each with the time of its arrival. The timer is that of the first one.
         self._arriving: deque[tuple[float, Publication | Control]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.wanted: set[Audience] = set()
-        """What it is subscribed to."""
+        """The audiences that it is subscribed to."""
         self.is_cut = False
         """Whether it can't reach the hub."""
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """It is made for a hub, not for a URL."""
+        """Raise an error: it is made for a hub, not for a URL."""
         raise LifecycleError("a HubEngine is made for a Hub")
 
     async def start(self, receiver: Receiver) -> None:
@@ -99,7 +122,7 @@ class HubEngine(Engine):
         if self._receiver is not None:
             if self._loop is not None and self._loop.is_running():
                 raise LifecycleError("the hub engine is started already: each manager needs one of its own")
-            await self.aclose()  # what was left there
+            await self.aclose()  # ends what an event loop that is gone has left
         self._receiver, self._loop = receiver, asyncio.get_running_loop()
         self._hub.engines.append(self)
         if self.rules is not None:
@@ -116,7 +139,7 @@ class HubEngine(Engine):
             self._hub.engines.remove(self)
 
     def arrive(self, publication: Publication | Control, delay: float) -> None:
-        """Let a publication come to this node after so many seconds, and never before those of earlier calls."""
+        """Let a publication arrive at this node after so many seconds, but never before those of earlier calls."""
         loop = asyncio.get_running_loop()
         due = max(loop.time() + delay, self._arriving[-1][0] if self._arriving else 0.0)
         self._arriving.append((due, publication))
@@ -127,9 +150,9 @@ class HubEngine(Engine):
         loop, self._timer = asyncio.get_running_loop(), None
         now = max(loop.time(), self._arriving[0][0])  # timers may be early by the resolution of the clock
         while self._arriving and self._arriving[0][0] <= now:
-            assert self._receiver is not None  # else nothing is on its way
+            assert self._receiver is not None  # without one, nothing is on its way
             self._receiver.take(self._arriving.popleft()[1])
-        if self._arriving and self._timer is None:  # else something has come meanwhile
+        if self._arriving and self._timer is None:  # a publication may have set the timer meanwhile
             self._timer = loop.call_at(self._arriving[0][0], self._take)
 
     def _lose(self) -> None:
@@ -139,13 +162,13 @@ class HubEngine(Engine):
             self._timer = None
 
     def cut(self) -> None:
-        """Lose the connection: what is on its way is lost, and nothing comes or goes."""
+        """Lose the connection: publications on their way are lost, and nothing comes or goes."""
         if not self.is_cut:
             self.is_cut, self._cut_at = True, self._hub.now()
             self._lose()
 
     def heal(self) -> None:
-        """Have the connection back."""
+        """Restore the connection."""
         if self.is_cut:
             self.is_cut = False
             if self._receiver is not None:
@@ -157,16 +180,16 @@ class HubEngine(Engine):
         self.wanted.update(audiences)
 
     def unsubscribe(self, audiences: Iterable[Audience]) -> None:
-        """No longer want them."""
+        """Stop wanting publications to these audiences."""
         self.wanted.difference_update(audiences)
 
     async def publish(self, publication: Publication | Control) -> None:
-        """Send it to all nodes."""
+        """Send a publication to all nodes."""
         self.publish_nowait(publication)
         await self._confirmed()
 
     def publish_nowait(self, publication: Publication | Control) -> None:
-        """Send it to all nodes."""
+        """Send a publication to all nodes."""
         self._check_publish()
         self._hub.send(publication)
 
@@ -175,7 +198,7 @@ class HubEngine(Engine):
         self.rules, self._learns = rules, only_publishes and rules is None
 
     async def append(self, publication: Publication, history: History, key: str | None = None) -> Appended:
-        """Keep it, and send it to all nodes."""
+        """Keep a publication, and send it to all nodes."""
         self._check_publish()
         log = self._log(publication.audience)
         known = None if key is None else log.repeat(key)
@@ -188,13 +211,13 @@ class HubEngine(Engine):
         return Appended(position, is_repeat=known is not None)
 
     def append_nowait(self, publication: Publication, history: History) -> None:
-        """Keep it, and send it to all nodes."""
+        """Keep a publication, and send it to all nodes."""
         self._check_publish()
         self._log(publication.audience).append(publication, history, self._hub.now())
         self._hub.send(publication)
 
     async def read(self, audience: Audience, since: Position | None, history: History) -> Replay:
-        """Return what is kept."""
+        """Return what is kept of an audience."""
         await self._travel()
         log = self._log(audience)
         is_its_own = since is not None and since.epoch == log.epoch and 0 <= since.offset <= log.offset
@@ -203,7 +226,7 @@ class HubEngine(Engine):
         return replay
 
     async def positions(self, audiences: Sequence[Audience], histories: Sequence[History]) -> Sequence[Position]:
-        """Return where audiences are."""
+        """Return the newest positions of audiences."""
         await self._travel()
         logs = [self._log(audience) for audience in audiences]
         return [Position(log.epoch, log.offset) for log in logs]
@@ -213,12 +236,72 @@ class HubEngine(Engine):
         await self._travel()
         self._hub.forget(audience)
 
+    # Presence.
+
+    @property
+    def incarnation(self) -> str:
+        """The name of this node's lease."""
+        return self._incarnation
+
+    async def renew(self, seconds: float) -> bool:
+        """Hold the lease, or take another one."""
+        await self._travel()
+        is_same = self._incarnation in self._hub.alive()
+        if not is_same:
+            self._incarnation = token_urlsafe(9)
+        self._hub.leases[self._incarnation] = self._hub.now() + seconds
+        await self._travel()
+        return is_same
+
+    async def alive(self) -> frozenset[str]:
+        """Return the incarnations whose lease is valid."""
+        await self._travel()
+        return self._hub.alive()
+
+    async def enter(self, channel: str, members: Mapping[str, bytes]) -> PresenceChange | None:
+        """Say that members are in a channel."""
+        return await self._change(lambda: self._hub.roll.enter(channel, self._incarnation, members))
+
+    async def leave(self, channel: str, members: Iterable[str]) -> PresenceChange | None:
+        """Say that members are not in a channel any more."""
+        return await self._change(lambda: self._hub.roll.leave(channel, self._incarnation, members))
+
+    async def _change(self, step: Callable[[], PresenceChange | None]) -> PresenceChange | None:
+        await self._travel()
+        change = step()
+        if change is not None:
+            self._hub.send(change)
+        await self._confirmed()
+        return change
+
+    async def members(self, channel: str) -> Members:
+        """Return who is in a channel."""
+        await self._travel()
+        return self._hub.roll.members(channel)
+
+    async def count(self, channel: str) -> int:
+        """Return how many are in a channel."""
+        await self._travel()
+        return self._hub.roll.count(channel)
+
+    async def channels_of(self, member: str) -> frozenset[str]:
+        """Return the channels that a member is in."""
+        await self._travel()
+        return self._hub.roll.channels_of(member)
+
+    async def sweep(self) -> Sequence[PresenceChange]:
+        """Remove the members of dead nodes."""
+        await self._travel()
+        changes = self._hub.sweep()
+        await self._travel()
+        return changes
+
     def stats(self) -> EngineStats:
         """Return what was counted."""
         return EngineStats(reconnects=self._gaps, gaps=self._gaps, publish_failures=self._failures)
 
     async def health(self) -> Health:
-        """Tell whether it reaches the hub."""
+        """Return whether it reaches the hub."""
         is_ok = self._receiver is not None and not self.is_cut
         return Health(self.name, is_ok, "" if is_ok else "cut off" if self.is_cut else "not started")
 
@@ -233,7 +316,7 @@ class HubEngine(Engine):
     async def _confirmed(self) -> None:
         try:
             await self._travel()
-        except EngineUnavailable as error:  # cut off before it could hear that the hub has it
+        except EngineUnavailable as error:  # cut off before the hub's answer could arrive
             self._failures += 1
             error.may_have_been_sent = True
             raise

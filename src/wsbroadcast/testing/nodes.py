@@ -1,4 +1,4 @@
-"""Nodes for tests of engines: what they publish, and what they receive."""
+"""Nodes for tests of engines: they publish, and keep what they receive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wsbroadcast.history import HistoryRules
 from wsbroadcast.message import Message
 from wsbroadcast.publication import Control, Gap, Publication
 
-# Messages and names that engines and brokers have been known to get wrong.
+# Messages and names that engines and brokers are known to get wrong.
 
 
 NEWS = Audience("channel", "news")
@@ -41,33 +41,33 @@ NAMES = (
     *("\N{GRINNING FACE}" * 50, "\N{WINKING FACE}" * 50, "x" * 200, "x" * 199, "x" * 63, "x" * 64, "X" * 64),
     *(normalize("NFC", "café"), normalize("NFD", "café"), "CAFÉ", "ß", "ss", "İ", "i", "\N{NO-BREAK SPACE}"),
 )
-"""Names of channels and users that a broker may take for something else, or for each other."""
+"""Names of channels and users that a broker may misread, or mix up."""
 
 
 # A receiver that keeps what an engine hands to it.
 
 
 class Recorder:
-    """A receiver that keeps publications and gaps, and can be told to fail or to take its time."""
+    """A receiver that keeps publications and gaps. It can be told to fail, or never to end."""
 
     def __init__(self) -> None:
         self.publications: list[Publication] = []
-        """What was received, in order; but for what closes connections."""
+        """The publications that were received, in order."""
         self.controls: list[Control] = []
-        """What closes connections, in order."""
+        """The controls that were received, such as dismissals, in order."""
         self.gaps: list[Gap] = []
-        """What was reported missing, in order."""
+        """The gaps that were reported, in order."""
         self.failing: set[Audience] = set()
-        """Audiences for which `deliver` raises `RuntimeError`; `take` only counts."""
+        """Audiences for which `deliver` raises `RuntimeError`. `take` only counts their publications."""
         self.stalled: set[Audience] = set()
-        """Audiences for which `deliver` never ends; `take` only counts."""
+        """Audiences for which `deliver` never ends. `take` only counts their publications."""
         self.failures = 0
-        """How many publications to a failing audience came."""
+        """How many publications to failing audiences came."""
         self.waiting = 0
-        """How many publications to a stalled audience came."""
+        """How many publications to stalled audiences came."""
         self._changed = asyncio.Event()
 
-    # What an engine calls.
+    # Called by the engine.
 
     def take(self, publication: Publication | Control) -> None:
         """Keep a publication."""
@@ -82,7 +82,7 @@ class Recorder:
         self._changed.set()
 
     async def deliver(self, publication: Publication | Control) -> None:
-        """Keep a publication, unless it was told to fail or to take its time."""
+        """Keep a publication, unless it was told to fail or never to end."""
         self.take(publication)
         if publication.audience in self.stalled:
             await asyncio.Event().wait()
@@ -95,13 +95,13 @@ class Recorder:
         self._changed.set()
 
     def suspect(self) -> None:
-        """Nothing to do: who has no tail reads nothing."""
+        """Do nothing: without a tail there is nothing to read."""
 
-    # What a test asks.
+    # For tests.
 
     @property
     def received(self) -> list[Publication | Control]:
-        """What was received of both kinds."""
+        """Everything that was received: publications, then controls."""
         return [*self.publications, *self.controls]
 
     def data(self, audience: Audience) -> list[str | bytes]:
@@ -109,7 +109,7 @@ class Recorder:
         return [each.message.data for each in self.publications if each.audience == audience]
 
     async def wait_until(self, condition: Callable[[], object], seconds: float) -> bool:
-        """Wait until something is true, which only changes when something is received; return whether it is."""
+        """Wait until a condition is true, which changes only when something is received; return whether it is true."""
         try:
             async with asyncio.timeout(seconds):
                 while not condition():
@@ -124,15 +124,15 @@ class Recorder:
 
 
 class Node(NamedTuple):
-    """An engine that runs, and what it has handed over."""
+    """An engine that runs, and the recorder of what it has handed over."""
 
     engine: Engine
     recorder: Recorder
     seconds: float
-    """How long to wait for what should be received."""
+    """How many seconds to wait for something that should be received."""
 
     async def join(self, *audiences: Audience) -> None:
-        """Subscribe, and wait until that is confirmed."""
+        """Subscribe to audiences, and wait until that is confirmed."""
         self.engine.subscribe(audiences)
         await self.engine.confirmed(audiences)
 
@@ -145,27 +145,27 @@ class Node(NamedTuple):
         self.engine.publish_nowait(Publication(Message.of(data), audience))
 
     async def receives(self, expected: Sequence[str | bytes], audience: Audience = NEWS) -> None:
-        """Wait for as many messages to an audience; they and no others must have come, in this order."""
+        """Wait for as many messages to an audience; check that exactly these have come, in this order."""
         recorder = self.recorder
         await recorder.wait_until(lambda: len(recorder.data(audience)) >= len(expected), self.seconds)
         assert recorder.data(audience) == list(expected), f"of what was published to {audience}"
 
 
 class Nodes(ABC):
-    """What the tests of a contract run on."""
+    """The nodes that the tests of a contract run on."""
 
     node_count: ClassVar[int] = 1
     """How many nodes each test has. The first publishes, all receive."""
     has_one_order: ClassVar[bool] = True
-    """Whether the broker puts what several nodes publish at the same time in one order for all; NATS doesn't."""
+    """Whether all nodes get what several nodes publish at the same time in the same order. With NATS they don't."""
     seconds: ClassVar[float] = 5.0
-    """After which something that should have happened counts as missing."""
+    """After so many seconds, something that should have happened counts as missing."""
     flapping_seconds: ClassVar[float] = 0.1
-    """For which a subscription is watched after it has flapped."""
+    """For so many seconds a subscription is watched after it has flapped."""
 
     @abstractmethod
     def make_engine(self) -> Engine:
-        """Return a new engine that isn't started; all that one test makes are linked by the same broker."""
+        """Return a new engine that isn't started. The same broker links all engines that one test makes."""
 
     @asynccontextmanager
     async def nodes(
@@ -185,7 +185,7 @@ class Nodes(ABC):
             yield nodes
 
     def check_one_order(self, nodes: Sequence[Node]) -> None:
-        """Compare the orders in which nodes have received what they have in common, if the broker promises one."""
+        """Compare the orders in which nodes have received the same messages, if the broker promises one order."""
         first, *orders = (node.recorder.data(NEWS) for node in nodes)
         for order in orders if self.has_one_order else []:
             both = set(first) & set(order)
@@ -193,7 +193,7 @@ class Nodes(ABC):
 
 
 async def use(engine: Engine, recorder: Recorder, seconds: float) -> None:
-    """Start an engine, let one message come back to it, stop it; all in so many seconds."""
+    """Start an engine, let one message come back to it, and stop it, all within so many seconds."""
     node = Node(engine, recorder, seconds)
     async with asyncio.timeout(seconds):
         await engine.start(recorder)

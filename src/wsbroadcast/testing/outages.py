@@ -1,4 +1,4 @@
-"""What a right engine does when its broker goes away and comes back."""
+"""The contract of engines whose broker goes away and comes back, as tests."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LATER = Audience("channel", "joined during the outage")
 
 @pytest.mark.asyncio
 class BrokerContract(EngineContract):
-    """What an engine does whose nodes are linked by a broker, which may go away.
+    """What an engine must do whose nodes are linked by a broker that may go away.
 
-    Subclass it and override `make_engine`, `stop_broker` and `start_broker`. The broker runs when a test begins.
+    Subclass it and override `make_engine`, `stop_broker` and `start_broker`. When a test begins, the broker runs.
     """
 
     node_count: ClassVar[int] = 3
     answer_seconds: ClassVar[float] = 2.5
-    """In which a call is answered while the broker is away, an error included."""
+    """Within so many seconds a call is answered while the broker is away, if only by an error."""
     recovery_seconds: ClassVar[float] = 2.0
-    """In which all is well again after `start_broker` has returned."""
+    """Within so many seconds after `start_broker` has returned, everything works again."""
     lag_seconds: ClassVar[float] = 1.0
-    """For which the event loop may be late in an outage, at most; what blocks it waits for a timeout, and is longer."""
+    """The most seconds that the event loop may be late in an outage. Code that blocks it for a timeout takes longer."""
     outage_seconds: ClassVar[float] = 0.3
-    """How long an outage is at least."""
+    """The shortest outage, in seconds."""
 
     @abstractmethod
     async def stop_broker(self) -> None:
@@ -44,9 +44,9 @@ class BrokerContract(EngineContract):
 
     @abstractmethod
     async def start_broker(self) -> None:
-        """Start it again where it was; return when it can be connected to."""
+        """Start it again at the same place; return when it can be connected to."""
 
-    # One node and the others.
+    # Nodes that end or block.
 
     async def test_end_of_a_node_is_no_matter_for_the_others(self) -> None:
         """A node that ends takes nothing with it: the others reach each other as before, and report no gap."""
@@ -60,7 +60,7 @@ class BrokerContract(EngineContract):
                 assert node.recorder.gaps == []
 
     async def test_node_that_takes_nothing_is_no_matter_for_the_others(self) -> None:
-        """A node whose receiver takes for ever keeps no publisher waiting, and no other node."""
+        """A node whose receiver takes for ever doesn't delay any publisher, or any other node."""
         sent = [f"{number}" for number in range(500)]
         async with self.nodes(NEWS) as nodes:
             nodes[1].recorder.stalled.add(NEWS)
@@ -73,11 +73,11 @@ class BrokerContract(EngineContract):
     # Outages.
 
     async def test_publishing_fails_during_an_outage_and_never_arrives_late(self) -> None:
-        """Without a broker, `publish` raises `EngineUnavailable` in time, `health` says so, nothing is sent later."""
+        """Without a broker, `publish` raises `EngineUnavailable` in time, `health` says so, nothing is sent late."""
         async with self.nodes(NEWS) as nodes:
             async with self.outage(nodes):
                 for node in nodes:
-                    with suppress(EngineUnavailable):  # it has no need to know at once
+                    with suppress(EngineUnavailable):  # it need not know at once
                         node.publish_nowait("late")
                     async with asyncio.timeout(self.answer_seconds):
                         health = await node.engine.health()
@@ -89,7 +89,7 @@ class BrokerContract(EngineContract):
                 assert (await node.engine.health()).is_ok
 
     async def test_other_tasks_run_during_an_outage(self) -> None:
-        """The event loop is never blocked: not by the loss of the broker, the attempts to find it, or its return."""
+        """The event loop is never blocked: not by the loss of the broker, attempts to find it, or its return."""
         async with self.nodes(NEWS) as nodes, _lag() as lag:
             async with self.outage(nodes):
                 pass
@@ -97,7 +97,7 @@ class BrokerContract(EngineContract):
         assert max(lag) < self.lag_seconds
 
     async def test_audiences_are_back_with_the_broker(self) -> None:
-        """All audiences are subscribed again in time, those that were joined during the outage too."""
+        """All audiences are subscribed again in time, also those that were joined during the outage."""
         async with self.nodes(NEWS, SPORT) as nodes:
             async with self.outage(nodes):
                 for node in nodes:
@@ -115,7 +115,7 @@ class BrokerContract(EngineContract):
         """Every node reports each outage once, with about its length, and counts it."""
         async with self.nodes(NEWS) as nodes:
             for count in (1, 2):
-                await self.recover(nodes, NEWS)  # a sign of life from the broker: the gap can't begin before
+                await self.recover(nodes, NEWS)  # a message from the broker: the gap can't begin before it
                 before = asyncio.get_running_loop().time()
                 async with self.outage(nodes) as outage:
                     pass
@@ -145,7 +145,7 @@ class BrokerContract(EngineContract):
                 await node.receives(sent)
 
     async def test_order_survives_an_outage(self) -> None:
-        """Across an outage nothing comes twice, no older message after a newer one; all nodes agree on the order."""
+        """Across an outage nothing comes twice, and nothing older after newer. All nodes agree on the order."""
         async with self.nodes(NEWS) as nodes:
             is_over = asyncio.Event()
 
@@ -176,7 +176,7 @@ class BrokerContract(EngineContract):
             self.check_one_order(nodes)
 
     async def test_broker_may_come_later_than_the_engine(self) -> None:
-        """Without a broker an engine starts all the same, says that it isn't well, and heals when the broker comes."""
+        """Without a broker an engine still starts, says that it isn't well, and heals when the broker comes."""
         async with AsyncExitStack() as stack:
             async with self.outage([]):
                 async with asyncio.timeout(self.node_count * self.answer_seconds):
@@ -191,7 +191,7 @@ class BrokerContract(EngineContract):
                 assert len(node.recorder.gaps) == 1
 
     async def test_aclose_needs_no_broker(self) -> None:
-        """An engine that ends during an outage ends in time, and can be started again after it."""
+        """An engine that ends during an outage ends in time, and can be started again afterwards."""
         engine = self.make_engine()
         await engine.start(Recorder())
         async with self.outage([]):
@@ -199,11 +199,11 @@ class BrokerContract(EngineContract):
                 await engine.aclose()
         await use(engine, Recorder(), self.seconds)
 
-    # What the tests do.
+    # For the tests.
 
     @asynccontextmanager
     async def outage(self, nodes: Sequence[Node]) -> AsyncIterator[Outage]:
-        """Stop the broker; after the block and a moment in which no node can publish, start it again."""
+        """Stop the broker. After the block, and when no node can publish any more, start it again."""
         loop = asyncio.get_running_loop()
         await self.stop_broker()
         try:
@@ -223,7 +223,7 @@ class BrokerContract(EngineContract):
                 await node.publish("late")
 
     async def recover(self, nodes: Sequence[Node], *audiences: Audience) -> None:
-        """Publish until a message to each audience has come from every node to every node; in time."""
+        """Publish until a message to each audience has come from every node to every node, in time."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.recovery_seconds
         routes = [(node, audience) for node in nodes for audience in audiences]
@@ -259,7 +259,7 @@ async def _probe(node: Node, audience: Audience, text: str) -> None:
 
 @asynccontextmanager
 async def _lag() -> AsyncIterator[list[float]]:
-    """Collect by how many seconds the event loop is late, in the block."""
+    """Collect by how many seconds the event loop is late during the block."""
     loop = asyncio.get_running_loop()
     lag = [0.0]
     is_over = asyncio.Event()
@@ -275,4 +275,4 @@ async def _lag() -> AsyncIterator[list[float]]:
         yield lag
     finally:
         is_over.set()
-        await measuring  # what blocked last is noticed at the next look
+        await measuring  # a block at the very end is noticed at the next look

@@ -1,22 +1,34 @@
-"""A client of an app for tests, without a server and without a network; whatever it waits for has a timeout."""
+"""A client of an app for tests, without a server and a network. Everything that it waits for has a timeout."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import is_dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 from urllib.parse import unquote
+
+from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.exceptions import LifecycleError
+from wsbroadcast.protocols.events import SUBPROTOCOL
+from wsbroadcast.typed.message_types import MessageTypes, shown
+from wsbroadcast.typed.mistakes import Invalid
+
+if TYPE_CHECKING:  # older versions of typing_extensions don't have it
+    from typing_extensions import TypeForm
+
+T = TypeVar("T")
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 
 Event = MutableMapping[str, Any]
 
-# How many of the last messages an error shows, and how much of each.
+# How many of the last messages an error shows, and how many characters of each.
 _SHOWN = 5
 _SHOWN_CHARACTERS = 100
 
@@ -30,11 +42,11 @@ class Refused(AssertionError):
             why = f"close code {code}, as of a path that Starlette doesn't know"
         super().__init__(f"the app refused {path} with HTTP status {status}: {why}")
         self.status = status
-        """The HTTP status; 403 if the app has closed the WebSocket before it accepted it, as servers make of that."""
+        """The HTTP status; 403 if the app closed the WebSocket before accepting it, as with a real server."""
         self.text = text
         """The text of the HTTP response."""
         self.code = code
-        """The code that the app has closed the WebSocket with; `None` if it has sent an HTTP response."""
+        """The code that the app closed the WebSocket with; `None` if it sent an HTTP response."""
         self.reason = reason
         """The reason that came with the code."""
 
@@ -42,23 +54,24 @@ class Refused(AssertionError):
 class Peer:
     """A WebSocket client of an app: `async with Peer(app, "/ws/room:1") as peer`.
 
-    It runs in the event loop of the test, and calls the app as a server does. It doesn't run the lifespan of the app,
-    so that several clients can share one: `async with app.router.lifespan_context(app):` around them runs it. The block
-    begins when the app has accepted. At its end the client leaves, and the app's call has ended; what the app has
-    raised is raised there.
+    It runs in the event loop of the test, and calls the app like a server. It doesn't run the lifespan of the app, so
+    that several clients can share one: put `async with app.router.lifespan_context(app):` around them.
 
-    A wait that ends without what it was for raises `TimeoutError`, or `AssertionError` if something else came.
+    The block begins when the app has accepted. At its end the client leaves, and the app's call has ended. If the app
+    has raised an error, it is raised there.
+
+    A wait that is in vain raises `TimeoutError`, or `AssertionError` if something else came.
 
     Args:
         app: FastAPI, Starlette, or any ASGI app.
-        path: The path, and perhaps a query.
-        headers: What the client sends, such as `{"cookie": "session=…"}`.
-        subprotocols: What the client offers, such as `["wsbroadcast.v1"]`.
-        state: What the lifespan of the app has yielded.
-        timeout: Seconds that everything may take that says nothing else.
+        path: The path, with a query if you like.
+        headers: Headers that the client sends, such as `{"cookie": "session=…"}`.
+        subprotocols: Subprotocols that the client offers, such as `["wsbroadcast.v1"]`.
+        state: The state that the lifespan of the app has yielded.
+        timeout: Seconds that each step may take, if it has no timeout of its own.
 
     Raises:
-        Refused: If the app refuses the handshake; by `async with`.
+        Refused: If the app refuses the handshake. `async with` raises it.
     """
 
     def __init__(
@@ -74,22 +87,22 @@ class Peer:
         if not isinstance(path, str) or not path.startswith("/"):
             raise ValueError(f'a path begins with a slash, such as "/ws", not {path!r:.80}')
         if isinstance(subprotocols, str):
-            raise ValueError(f"subprotocols is a list: write subprotocols=[{subprotocols!r:.80}]")
+            raise ValueError(f"subprotocols must be a list: write subprotocols=[{subprotocols!r:.80}]")
         self.path = path
-        """Where it connects to."""
+        """The path that it connects to."""
         self.messages: list[str | bytes] = []
         """All messages that came, read or not."""
         self.subprotocol: str | None = None
-        """The subprotocol that the app has accepted with."""
+        """The subprotocol that the app accepted."""
         self.close_code: int | None = None
-        """The code that the server has closed with; 1006 if it has gone without a word, `None` while it is there."""
+        """The code that the server closed with; 1006 if it ended without a close frame, `None` while it is open."""
         self.close_reason = ""
         """The reason that came with the code."""
         self._app = app
         self._timeout = timeout
         self._scope = _scope(path, headers, list(subprotocols), dict(state or {}))
         self._call: asyncio.Task[None] | None = None
-        # What the app is given next.
+        # The events for the app, in order.
         self._inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._inbox.put_nowait({"type": "websocket.connect"})
         self._changed = asyncio.Event()
@@ -97,7 +110,7 @@ class Peer:
         self._takes.set()
         self._read = 0
         self._is_accepted = self._has_left = False
-        # Status and body of an HTTP response to the handshake, and whether that is all of it.
+        # The status and body of an HTTP response to the handshake, and whether it is complete.
         self._denial: tuple[int, bytearray] | None = None
         self._is_denied = False
 
@@ -107,7 +120,7 @@ class Peer:
         __tracebackhide__ = True
         if self._call is not None:
             raise LifecycleError("this Peer has been connected: make another one")
-        # A coroutine of our own: apps may return any awaitable.
+        # A coroutine of our own, because an app may return any awaitable.
         self._call = asyncio.create_task(self._run(), name=f"wsbroadcast peer {self.path}")
         self._call.add_done_callback(lambda _: self._changed.set())
         try:
@@ -117,7 +130,7 @@ class Peer:
         except BaseException:
             self._call.cancel()
             await asyncio.wait({self._call}, timeout=self._timeout)
-            self._raised()  # so that asyncio doesn't log it
+            self._raised()  # so that asyncio doesn't log the error
             raise
         return self
 
@@ -142,7 +155,7 @@ class Peer:
         """Leave with a close frame; return when the app's call has ended.
 
         Raises:
-            TimeoutError: If it goes on.
+            TimeoutError: If the app's call goes on.
         """
         __tracebackhide__ = True
         self._check_connected()
@@ -150,9 +163,9 @@ class Peer:
         await self._until_call_ends()
 
     def vanish(self) -> None:
-        """Go without a word, as when a phone loses the network: the app finds out when it sends something.
+        """Leave without a close frame, like a phone that loses the network. The app notices when it sends something.
 
-        The end of the block stands for the server's ping that isn't answered.
+        At the end of the block, the app notices too, as if the server's ping had not been answered.
         """
         self._check_connected()
         self._has_left = True
@@ -160,17 +173,20 @@ class Peer:
         self._changed.set()
 
     def stall(self) -> None:
-        """Take nothing from the app any more: what it sends waits in the app."""
+        """Stop reading. What the app sends waits in the app."""
         self._takes.clear()
 
     def resume(self) -> None:
-        """Take what comes again."""
+        """Read again after `stall`."""
         self._takes.set()
 
-    # What is said and heard.
+    # Sending and receiving.
 
     async def send(self, message: object) -> None:
-        """Send text, bytes, or anything else as JSON.
+        """Send text, bytes, or anything else as JSON: `await peer.send(Say(text="hi"))`.
+
+        What JSON doesn't know, such as a model or a date, is written as pydantic writes it, with the aliases of its
+        fields. A peer that speaks `wsbroadcast.v1` sends a model or a dataclass as a command to `publish` it.
 
         Raises:
             AssertionError: If the connection has ended.
@@ -180,19 +196,53 @@ class Peer:
         self._check_connected()
         if self._is_over or self._has_left:
             raise AssertionError(f"{_shown(message)} can't be sent to {self.path}: {self._state()}")
-        data = message if isinstance(message, (str, bytes)) else json.dumps(message, separators=(",", ":"))
+        if self.subprotocol == SUBPROTOCOL and (is_dataclass(message) or hasattr(message, "__pydantic_serializer__")):
+            message = {"type": "publish", "data": message}
+        data = message if isinstance(message, (str, bytes)) else _json(message)
         self._inbox.put_nowait({"type": "websocket.receive", "text" if isinstance(data, str) else "bytes": data})
 
-    async def receive(self, timeout: float | None = None) -> str | bytes:
-        """Return the next message.
+    @overload
+    async def receive(self, *, timeout: float | None = None) -> str | bytes: ...
+    @overload
+    async def receive(self, timeout: float | None, /) -> str | bytes: ...
+    @overload
+    async def receive(self, expected: TypeForm[T], timeout: float | None = None) -> T: ...
+    async def receive(self, expected: Any = None, timeout: float | None = None) -> Any:
+        """Return the next message. If a type is given, return it as that type: `await peer.receive(Said)`.
+
+        With a type, a peer that speaks `wsbroadcast.v1` returns the `data` of the next `message`. It ignores other
+        events, but not an `error`.
 
         Args:
+            expected: A type that pydantic reads from JSON, such as a model or a union of models.
             timeout: Seconds to wait for it.
 
         Raises:
-            AssertionError: If the connection ends before.
-            TimeoutError: If none comes.
+            AssertionError: If the connection ends first, or the message is not of the type.
+            TimeoutError: If no message comes.
         """
+        __tracebackhide__ = True
+        if isinstance(expected, (int, float)):
+            expected, timeout = None, expected
+        if expected is None:
+            return await self._next(timeout)
+        types: MessageTypes[Any] = MessageTypes.of(expected, "what a peer receives")
+        while True:
+            message = await self._next(timeout)
+            data = message
+            if self.subprotocol == SUBPROTOCOL:
+                event = json.loads(message)
+                if event["type"] not in ("message", "error"):
+                    continue
+                data = json.dumps(event.get("data"))
+            try:
+                return types.read(data)
+            except Invalid as invalid:
+                raise AssertionError(
+                    f"waited for {shown(expected)} of {self.path}, but {_shown(message)} came: {invalid.text}"
+                ) from None
+
+    async def _next(self, timeout: float | None) -> str | bytes:
         __tracebackhide__ = True
         self._check_connected()
         await self._wait(
@@ -204,24 +254,24 @@ class Peer:
         return self.messages[self._read - 1]
 
     async def receive_json(self, timeout: float | None = None) -> Any:
-        """Return what the JSON of the next message stands for, such as an event of `wsbroadcast.v1`.
+        """Return the value of the JSON in the next message, such as an event of `wsbroadcast.v1`.
 
         Args:
             timeout: Seconds to wait for it.
 
         Raises:
-            AssertionError: If the message is not JSON, or the connection ends before.
-            TimeoutError: If none comes.
+            AssertionError: If the message is not JSON, or the connection ends first.
+            TimeoutError: If no message comes.
         """
         __tracebackhide__ = True
-        message = await self.receive(timeout)
+        message = await self._next(timeout)
         try:
             return json.loads(message)
         except ValueError:
             raise AssertionError(f"waited for JSON of {self.path}, but {_shown(message)} came") from None
 
     async def expect_nothing(self, timeout: float = 0.1) -> None:
-        """Check that neither a message comes nor the end, for so many seconds.
+        """Check that no message comes, and the connection doesn't end, for so many seconds.
 
         Raises:
             AssertionError: If something came.
@@ -237,7 +287,7 @@ class Peer:
         raise AssertionError(f"expected nothing of {self.path} for {timeout:g} s, but {what}") from self._raised()
 
     async def wait_closed(self, timeout: float | None = None) -> int:
-        """Wait until the server has closed, whatever comes before; return the close code.
+        """Wait until the server has closed, whatever messages come first; return the close code.
 
         Args:
             timeout: Seconds to wait for it.
@@ -253,7 +303,7 @@ class Peer:
             raise AssertionError(f"waited for a close of {self.path}, but {self._state()}") from self._raised()
         return self.close_code
 
-    # What the app calls.
+    # Called by the app.
 
     async def _run(self) -> None:
         try:
@@ -265,7 +315,7 @@ class Peer:
     async def _give(self) -> Event:
         event = await self._inbox.get()
         if event["type"] == "websocket.disconnect":
-            self._inbox.put_nowait(event)  # for who asks again, so that nobody waits for ever
+            self._inbox.put_nowait(event)  # so that the app gets it again if it asks again, and doesn't wait for ever
         return event
 
     async def _take(self, event: Event) -> None:
@@ -292,7 +342,7 @@ class Peer:
                 raise RuntimeError(f"the app sends {kind}, which no WebSocket server takes")
         self._changed.set()
 
-    # What has happened.
+    # The state, for errors.
 
     @property
     def _is_over(self) -> bool:
@@ -358,7 +408,7 @@ class Peer:
         try:
             done, _ = await asyncio.wait({self._call}, timeout=self._timeout)
         finally:
-            self._call.cancel()  # which does nothing to one that has ended
+            self._call.cancel()  # does nothing if it has ended
         if not done:
             await asyncio.wait({self._call}, timeout=self._timeout)
             raise TimeoutError(
@@ -393,6 +443,13 @@ def _scope(
         "extensions": {"websocket.http.response": {}},
         "state": state,
     }
+
+
+def _json(message: object) -> str:
+    try:
+        return json.dumps(message, separators=(",", ":"), default=partial(to_jsonable_python, by_alias=True))
+    except PydanticSerializationError as error:
+        raise TypeError(str(error)) from None
 
 
 def _shown(message: object) -> str:

@@ -1,4 +1,4 @@
-"""How a peer is connected: one file for each way. Here is what a connection and its transport know of each other."""
+"""The ways in which a peer is connected, one in each file. Here is what a connection and its transport share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ Event = MutableMapping[str, Any]
 """An ASGI event."""
 
 SCOPE_KEY = "wsbroadcast.connection"
-"""Where in its scope a WebSocket's connection stands, so that a later wrapper of `websocket.send` doesn't hide it."""
+"""The key in a WebSocket's scope for its connection. A later wrapper of `websocket.send` doesn't hide it."""
+
+SPEAKS = "wsbroadcast.speaks"
+"""The key in a WebSocket's scope for the protocol that its client speaks, unless that is `plain`."""
 
 SEEN_KEY = "wsbroadcast.seen_by"
-"""Where in its scope the manager stands that was told to connect a WebSocket last, whatever came of it."""
+"""The key in a WebSocket's scope for the manager that was last told to connect it, with success or not."""
 
 STEPPED_ASIDE: Event = {"type": "wsbroadcast.stepped_aside"}
-"""What a reader that throws messages away gets when another task begins to read."""
+"""The event for a reader that throws messages away, when another task begins to read."""
 
 
 class Owner(Protocol):
-    """What a transport knows of the connection that it belongs to."""
+    """What a transport needs of its connection."""
 
     @property
     def is_open(self) -> bool:
@@ -36,11 +39,11 @@ class Owner(Protocol):
 
     @property
     def close_code(self) -> int | None:
-        """The code it ended with, `None` while it is open."""
+        """The close code; `None` while it is open."""
 
     @property
     def close_reason(self) -> str:
-        """The reason that came with the code."""
+        """The close reason."""
 
     async def close(self, code: int, reason: str) -> None:
         """Send what was handed over before, then close."""
@@ -50,96 +53,96 @@ class Owner(Protocol):
 
 
 class Keeper(Protocol):
-    """Whom a transport tells what happens to its connection. The membership of a node is one."""
+    """Is told by a transport what happens to its connection. The membership of a node is one."""
 
     @property
     def manager(self) -> Any:
-        """The manager whose connections it keeps."""
+        """The manager of the connections."""
 
     @property
     def core(self) -> Any:
-        """Does what a connection is told to do."""
+        """The operations that methods of connections call."""
 
     def lost(self, connection: Any, code: int, reason: str) -> None:
-        """The peer is gone."""
+        """Take note that the peer is gone."""
 
     def evict(self, connection: Any, cause: str) -> None:
-        """The peer doesn't take what it is sent."""
+        """Take note that the peer doesn't take what it is sent."""
 
     def fall_back(self, connection: Any, audience: Audience, offset: int) -> bool:
-        """A connection has no room for what comes after a place; return whether it is sent that when it has."""
+        """Take note that a connection has no room after an offset; return whether it is sent the rest later."""
 
     def expiring(self, connection: Any, expires_at: float, seconds: float) -> None:
-        """A connection ends in so many seconds, unless it is renewed."""
+        """Take note that a connection expires in so many seconds, unless it is renewed."""
 
     def expire(self, connection: Any) -> None:
-        """The moment has come at which the connection had to be renewed."""
+        """Take note that a connection has expired, and wasn't renewed."""
 
     def before_app_send(self) -> None:
-        """The app is about to send something itself."""
+        """Take note that the app is about to send something itself."""
 
     def app_closes(self, connection: Any, code: int, reason: str) -> None:
-        """The app is about to close the socket itself."""
+        """Take note that the app is about to close the WebSocket itself."""
 
     def app_closed(self, connection: Any) -> None:
-        """The app's own close is out, or has failed."""
+        """Take note that the app's own close is out, or has failed."""
 
     def is_closing(self, connection: Any) -> bool:
-        """Tell whether we are closing the connection, or have closed it."""
+        """Tell whether the connection is being closed by the library, or was closed by it."""
 
     def observe_message(self, connection: Any, message: str | bytes) -> Awaitable[None] | None:
-        """Return what to await before the endpoint gets a message, or `None` if there is nothing.
+        """Return what to await before the endpoint gets a message; `None` if there is nothing.
 
         Raises:
             LimitExceeded: If the message goes past a limit.
         """
 
     def observe_again(self, connection: Any, message: str | bytes) -> Awaitable[None]:
-        """Return what to await before the endpoint gets a message whose hooks were cancelled; no limit counts it."""
+        """Return what to await before the endpoint gets a message whose hooks were cancelled. Limits don't count it."""
 
 
 class Transport(Protocol):
     """What a connection needs of the way in which its peer is connected."""
 
     keeper: Keeper
-    """Who is told what happens."""
+    """Is told what happens."""
     sink: Sink
-    """Where messages go."""
+    """Takes the messages."""
     websocket: WebSocket
-    """What the endpoint was given."""
+    """The WebSocket of the endpoint."""
     context: Context
-    """The context variables of the call that connected it; what is done about the connection later sees a copy."""
+    """The context variables of the call that connected it. Later work for the connection sees a copy."""
     fast_path_refused: str
-    """Why the sink is not the fast one; empty if it is."""
+    """Why the connection isn't on the fast path; empty if it is."""
     previous: object
-    """The connection that the WebSocket had before, of another manager."""
+    """The connection that the WebSocket had before, of another manager; `None` if it had none."""
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody waits for a message of the peer now."""
+        """Whether a task waits for a message of the peer now."""
 
     def attach(self, owner: Owner) -> None:
-        """Begin: from now on what the endpoint does goes through here."""
+        """Take over the WebSocket: from now on all that the endpoint does goes through here."""
 
     async def receive(self, *, throws_away: bool = False) -> Event:
-        """Return the next event of the peer, or that it is disconnected. A read that is cancelled loses nothing.
+        """Return the next event of the peer, or a disconnect event. If the call is cancelled, nothing is lost.
 
         Args:
-            throws_away: Whether the caller only waits for the end, and steps aside as soon as another task reads.
+            throws_away: Whether the caller only waits for the end, and stops as soon as another task reads.
         """
 
     def interrupt(self) -> None:
-        """Get everybody out of `receive`: the connection has ended."""
+        """Make all tasks come out of `receive`, because the connection has ended."""
 
     def give_back(self) -> None:
-        """Undo the taking over, unless something waits to be written."""
+        """Give the WebSocket back, unless something waits to be written."""
 
     def let_go(self) -> None:
-        """The socket is gone: hold nothing any more that holds the connection."""
+        """Drop all references to the connection, because the socket is gone."""
 
 
 class Ended:
-    """What is left of a connection when its socket is gone: its code and reason, and nothing that holds the rest.
+    """Replaces a connection when its socket is gone. It has the code and reason, and no reference to the rest.
 
     Without it, the WebSocket, its scope and the connection would hold each other until the garbage collector comes.
     """
@@ -151,49 +154,49 @@ class Ended:
 
     def __init__(self, manager: object, owner: Owner) -> None:
         self.manager = manager
-        """Whose connection it was."""
+        """The manager of the connection."""
         self.close_code, self.close_reason = end_of(owner)
-        """The code and reason it ended with."""
+        """The close code and reason."""
 
     async def close(self, code: int, reason: str) -> None:
-        """It is closed already."""
+        """Do nothing: it is closed already."""
 
     async def wait_closed(self) -> None:
-        """It is closed already."""
+        """Return at once: it is closed already."""
 
-    # What its sink may still say.
+    # For its sink.
 
     def lost(self, code: int, reason: str) -> None:
-        """It is known already."""
+        """Do nothing: it is closed already."""
 
     def evict(self, cause: str) -> None:
-        """It is closed already."""
+        """Do nothing: it is closed already."""
 
     def fall_back(self, place: Place) -> bool:
-        """It is closed already."""
+        """Return false: it is closed already."""
         return False
 
     async def app_send(self, event: Event) -> None:
-        """Nothing goes out any more."""
+        """Send nothing any more."""
 
-    # What the endpoint may still do with the WebSocket.
+    # For the endpoint.
 
     async def send(self, event: Event) -> None:
-        """Raise; a close has nothing to complain about."""
+        """Raise an error, except for a close event."""
         if event["type"] != "websocket.close":
             raise closed_error(self)
 
     async def receive(self) -> Event:
-        """Say that it is disconnected."""
+        """Return a disconnect event."""
         return disconnect_event(self)
 
     async def refuse(self, code: int, reason: str) -> ConnectionClosed:
-        """It is closed already."""
+        """Return the error: it is closed already."""
         return closed_error(self)
 
 
 def end_of(owner: Owner) -> tuple[int, str]:
-    """Return the code and reason with which a connection ended."""
+    """Return the close code and reason of a connection."""
     return ABNORMAL if owner.close_code is None else owner.close_code, owner.close_reason
 
 

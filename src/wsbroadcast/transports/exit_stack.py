@@ -1,4 +1,4 @@
-"""The end of an endpoint, as an event: what is pushed onto its exit stack runs when the ASGI call ends."""
+"""The end of an endpoint: what is pushed onto its exit stack runs when the ASGI call ends."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from wsbroadcast.delivery.uvicorn import SERVER_RECEIVE, SERVER_SEND
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-# FastAPI's own, which ends after the `yield` dependencies and the route's exception handlers. It isn't documented, so
-# it is looked at like every attribute of somebody else's; a test says whether the installed FastAPI has it.
+# FastAPI's own exit stack, which ends after the `yield` dependencies and the route's exception handlers. It isn't
+# documented, so it may be missing; a test shows whether the installed FastAPI has it.
 _FASTAPI = "fastapi_middleware_astack"
-# Ours, where an app is not a FastAPI.
+# Our own exit stack, for an app that is not a FastAPI.
 _OURS = "wsbroadcast.exit_stack"
 
 
 Exit = Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], Awaitable[bool | None]]
-"""Called at the end, with the error of the call if there was one."""
+"""Called at the end, with the error of the call, if there was one."""
 
 
 class Exits(list[Exit]):
-    """An exit stack that costs a list: what was pushed last is called first."""
+    """An exit stack that costs only a list. What was pushed last is called first."""
 
     def push_async_exit(self, exit: Exit) -> None:  # noqa: A002  # the name that `AsyncExitStack` has
-        """Call it at the end."""
+        """Call a function at the end."""
         self.append(exit)
 
     async def close(self, error: BaseException | None) -> None:
-        """Call all, whatever one of them raises; raise what the first raised."""
+        """Call all functions, even if one of them raises; then raise the first error."""
         failure: BaseException | None = None
         while self:
             try:
@@ -45,7 +45,7 @@ class Exits(list[Exit]):
 
 
 def exit_stack_of(scope: Mapping[str, Any]) -> AsyncExitStack | Exits | None:
-    """Return the stack that ends with the ASGI call, if there is one."""
+    """Return the exit stack that ends with the ASGI call; `None` if there is none."""
     stack = scope.get(_FASTAPI)
     if stack is None:
         stack = scope.get(_OURS)
@@ -68,7 +68,7 @@ class WithExitStack:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the app; a stack that is there already serves."""
+        """Call the app. If there is an exit stack already, that is used."""
         if scope["type"] != "websocket" or _OURS in scope:
             await self.app(scope, receive, send)
             return
@@ -84,9 +84,9 @@ class WithExitStack:
 
 
 def give_exit_stack(app: Any) -> None:
-    """Let the WebSocket calls of an app that is about to run have an exit stack, where they have none.
+    """Give the WebSocket calls of an app an exit stack, before it runs, unless they have one.
 
-    FastAPI has one for its endpoints. A middleware that connects is outside of it.
+    FastAPI has one for its endpoints. A middleware that connects is outside of that.
     """
     layers = getattr(app, "middleware_stack", None)
     is_needed = not has_exit_stack(layers) or bool(getattr(app, "user_middleware", None))
@@ -94,17 +94,17 @@ def give_exit_stack(app: Any) -> None:
         app.middleware_stack = WithExitStack(layers)
 
 
-# Keeping the fast path where a middleware wraps `receive`.
+# Keeping the fast path if a middleware wraps `receive`.
 
 
 class FastPath:
-    """The outermost layer of an app, around everything that wraps `receive` (OpenTelemetry does).
+    """The outermost layer of an app, around all middleware that wraps `receive`, such as OpenTelemetry's.
 
-    The fast path is found through the server's own `receive`; a wrapped one hides it, and `stats().fast_path_refused`
-    says "receive is wrapped". Serve `asgi = FastPath(app)` instead of `app` to show it again. What a middleware does to
-    each message that is sent is then left out for broadcasts, as it is on the fast path without this class.
+    The fast path is found through the server's own `receive`. If that is wrapped, it isn't found, and
+    `stats().fast_path_refused` says "receive is wrapped". Then serve `asgi = FastPath(app)` instead of `app`. The
+    middleware doesn't see broadcasts then, as it never does on the fast path, so it can't change them.
 
-    It also tells the manager when an endpoint has ended, where the app is not a FastAPI, which does so itself.
+    It also tells the manager when an endpoint has ended, if the app is not a FastAPI, which tells that itself.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -115,5 +115,5 @@ class FastPath:
         """Remember the server's `receive` and `send` in the scope of a WebSocket."""
         if scope["type"] == "websocket":
             scope[SERVER_RECEIVE] = receive
-            scope[SERVER_SEND] = send  # what wraps it outside of here is not ours to pass by
+            scope[SERVER_SEND] = send  # a wrapper outside of this layer must not be skipped
         await self._app(scope, receive, send)

@@ -1,7 +1,7 @@
-"""An HTTP request whose response is a stream of events, as a WebSocket by which nothing comes in.
+"""An HTTP request with a stream of events as its response, in the form of a WebSocket that receives nothing.
 
-So it is let in, registered, asked about, closed and refused like every other connection. To the app it is a Starlette
-WebSocket: what the app sends there is an event.
+So it is admitted, registered, closed and refused like every other connection, and hooks run for it. For the app it is a
+Starlette WebSocket, and what the app sends there is an event.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from wsbroadcast.close_codes import ABNORMAL
 from wsbroadcast.delivery.sink import Sink
 from wsbroadcast.delivery.slow_consumers import Owner, SlowConsumers
 from wsbroadcast.delivery.sse import Opened, drawn_retry, last_event
+from wsbroadcast.delivery.uvicorn import find_transport
 from wsbroadcast.protocols import sse
 from wsbroadcast.publication import Protocol as Speaks
 
 STREAM = "wsbroadcast.stream"
-"""Where in its scope the request stands that a WebSocket stands for."""
+"""The key in such a WebSocket's scope for the request."""
 
 Header = tuple[bytes, bytes]
 
-# After these an ordinary client comes back. `EventSource` takes every status but 200 as final.
+# After these statuses an ordinary client comes back. `EventSource` takes every status but 200 as final.
 _LATER = frozenset({429, 502, 503, 504})
 
-# How long an `EventSource` waits that was refused for now, in seconds, if nothing else is said.
+# For how many seconds a refused `EventSource` waits before it comes back, if there is no `Retry-After`.
 _REFUSED_FOR = 5.0
 
 
@@ -51,13 +52,13 @@ def websocket_scope(scope: Scope, answer: Answer) -> Scope:
 
 
 class Answer(ABC):
-    """What answers a request: makes a WebSocket that stands for it, and a response of what is sent by that.
+    """Answers a request. It makes a WebSocket that stands for the request, and a response of what is sent there.
 
     Args:
-        scope: The request's.
-        receive: Its `receive`.
-        send: Its `send`, as middleware has it.
-        headers: Of every response, such as those of CORS.
+        scope: The scope of the request.
+        receive: The `receive` of the request.
+        send: The `send` of the request, as middleware has wrapped it.
+        headers: The headers of every response, such as those of CORS.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Iterable[Header]) -> None:
@@ -66,7 +67,7 @@ class Answer(ABC):
         self._headers = tuple(headers)
         self._has_begun = False
         self.websocket = WebSocket(websocket_scope(scope, self), self._next, self._say)
-        """The WebSocket."""
+        """The WebSocket that stands for the request."""
 
     @abstractmethod
     def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
@@ -76,14 +77,19 @@ class Answer(ABC):
     async def serve(self, connection: Any) -> None:
         """Return when the connection has ended, or the answer can be given."""
 
-    # What the WebSocket receives and sends.
+    async def left(self) -> None:
+        """Return when the peer has left."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    # The `receive` and `send` of the WebSocket.
 
     async def _next(self) -> MutableMapping[str, Any]:
         if not self._has_begun:
             self._has_begun = True
             return {"type": "websocket.connect"}
         while (await self._receive())["type"] != "http.disconnect":
-            pass  # a body, which says nothing
+            pass  # the body of the request isn't used
         return {"type": "websocket.disconnect", "code": ABNORMAL, "reason": ""}
 
     @abstractmethod
@@ -94,13 +100,13 @@ class EventStream(Answer):
     """One `text/event-stream` response.
 
     Args:
-        scope: The request's.
-        receive: Its `receive`.
-        send: Its `send`, as middleware has it.
-        headers: Of every response, such as those of CORS.
-        is_event_source: Whether a browser's `EventSource` may have asked, which takes every status but 200 as final.
-            So it is told when to come back instead.
-        begin: Called with the connection once it is in.
+        scope: The scope of the request.
+        receive: The `receive` of the request.
+        send: The `send` of the request, as middleware has wrapped it.
+        headers: The headers of every response, such as those of CORS.
+        is_event_source: Whether the client may be a browser's `EventSource`. That takes every status but 200 as final,
+            so it is told when to come back instead.
+        begin: Called with the connection once it is registered.
     """
 
     def __init__(
@@ -118,7 +124,7 @@ class EventStream(Answer):
         self._begin = begin
         self._is_http_1_1 = scope.get("http_version", "1.1") == "1.1"
         self._opened = Opened(send, receive)
-        # The status of a refusal that an `EventSource` isn't told.
+        # Whether an `EventSource` was refused, and is told to come back later.
         self._later = False
 
     def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
@@ -172,18 +178,49 @@ class EventStream(Answer):
         await self._write(sse.retry(uniform(seconds, 2 * seconds)))  # noqa: S311  # no secret
 
     def _head(self, status: int, headers: Iterable[Header]) -> dict[str, Any]:
-        # A list of its own for each: some middleware changes it in place.
+        # Each response has its own list, because some middleware changes it in place.
         return {"type": "http.response.start", "status": status, "headers": [*headers, *self._headers]}
 
 
+class WrittenStream(EventStream):
+    """A stream whose events are written by its caller."""
+
+    async def begin_with(self) -> None:
+        """Send the head of the response."""
+        await self._accept(())
+
+    async def write(self, events: bytes) -> None:
+        """Send events. It waits as long as the peer can't take them."""
+        await self._write(events)
+
+    async def end(self, events: bytes = b"") -> None:
+        """Send the last events, and end the response."""
+        await self._write(events, more_body=False)
+
+    async def say_nothing(self) -> None:
+        """Answer with 204, after which an `EventSource` doesn't come back (WHATWG HTML, 9.2.3)."""
+        await self._send(self._head(204, ()))
+        await self._send({"type": "http.response.body", "body": b""})
+
+    def abort(self) -> None:
+        """Cut off a stream whose peer takes nothing, or is gone."""
+        transport = find_transport(self._receive)
+        if transport is not None:
+            transport.abort()
+
+    async def wind_up(self) -> None:
+        """Tell the server that nothing follows, if it doesn't know that the peer is gone."""
+        await self._opened.finish()
+
+
 class RefusableRequest(EventStream):
-    """What looks into a request that becomes no stream: it can be refused, and nothing else is sent.
+    """A request that becomes no stream, but is checked like one. It can be refused; nothing else is sent.
 
     Args:
-        scope: The request's.
-        receive: Its `receive`.
-        send: Its `send`.
-        headers: Of every response.
+        scope: The scope of the request.
+        receive: The `receive` of the request.
+        send: The `send` of the request.
+        headers: The headers of every response.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, headers: Iterable[Header]) -> None:
@@ -195,14 +232,14 @@ class RefusableRequest(EventStream):
 
 
 def stream_headers(*, is_http_1_1: bool) -> list[Header]:
-    """Return the headers of an event stream: nobody between here and the page keeps, changes or collects it."""
+    """Return the headers of an event stream. They keep proxies from caching, changing or buffering it."""
     headers = [
         (b"content-type", b"text/event-stream; charset=utf-8"),
         (b"cache-control", b"no-cache, no-store, no-transform"),
         (b"x-accel-buffering", b"no"),
     ]
     if is_http_1_1:  # HTTP/2 forbids it (RFC 9113, 8.2.2)
-        headers.append((b"connection", b"close"))  # its end is the socket's: what the peer doesn't take holds up nobody
+        headers.append((b"connection", b"close"))  # the socket ends with it, so untaken bytes delay no later request
     return headers
 
 

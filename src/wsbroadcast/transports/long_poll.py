@@ -1,9 +1,9 @@
-"""Long poll: an HTTP request that is answered with what came, as soon as something has, or after a while."""
+"""Long poll: an HTTP request that is answered as soon as messages have come, or after a while."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from random import uniform
 from typing import Any
 
@@ -23,22 +23,22 @@ from wsbroadcast.publication import Protocol as Speaks
 from wsbroadcast.transports.http import Answer, Header
 
 MAX_WAIT_SECONDS = 30.0
-"""The longest that a request waits."""
+"""How many seconds a request waits at most."""
 
 KEPT_SECONDS = 30.0
-"""How long the place of a client that names it is kept after the longest wait."""
+"""For how many seconds after the longest wait the place of a polling client is kept."""
 
 _OWN = Audience("connection")
 
-# How long a poll that doesn't wait is given for what was missed, in seconds: it is read from a history.
+# How many seconds a poll that doesn't wait has for reading what was missed from a history.
 _MISSED_SECONDS = 5.0
 
-# What comes so soon after the first message goes with it.
+# Messages that come within so many seconds after the first one are sent together with it.
 _JOIN_SECONDS = 0.03
 
 
 class Collected:
-    """What a poll is answered with.
+    """The content of the answer to a poll.
 
     Args:
         channel: The channel whose positions count.
@@ -51,15 +51,20 @@ class Collected:
         self._most = most
         self._bytes = 0
         self.messages: list[bytes] = []
-        """As the protocol `events` writes them."""
+        """The messages, in the form of events."""
+        self._said: list[bytes] = []
+        # The channels whose members the client was told.
+        self._watched: set[str] = set()
+        self.has_news = False
+        """Whether there is something to answer with, so that the poll needn't wait longer."""
         self.position: Position | str | None = None
-        """Up to where that is everything."""
+        """The position up to which these are all messages."""
         self.recovered: bool | None = None
-        """What became of what was missed; `None` if nothing was asked for."""
+        """Whether everything that was missed is among them; `None` if nothing was asked for."""
         self.reason: str | None = None
-        """Why that is lost."""
+        """Why what was missed is lost."""
         self.place: str | None = None
-        """What the client's next poll calls its place; `None` where places aren't counted."""
+        """The name of the client's place, for its next poll; `None` if places aren't counted."""
 
     @property
     def is_full(self) -> bool:
@@ -73,7 +78,7 @@ class Collected:
     def take(self, publication: Publication) -> bool:
         """Add a publication, if there is room; return whether there was."""
         if isinstance(publication, Frame):
-            self._hear(from_json(publication.message.payload))
+            self._hear(from_json(publication.message.payload), publication.message.payload)
             return True
         if self.is_full:
             return False
@@ -81,11 +86,17 @@ class Collected:
             payload = publication.seen_by(events).payload
             self.messages.append(payload)
             self._bytes += len(payload)
+            self.has_news = True
         if publication.position is not None and publication.channel == self.channel:
             self.position = publication.position
         return True
 
-    def _hear(self, said: dict[str, Any]) -> None:
+    def _hear(self, said: dict[str, Any], payload: bytes) -> None:
+        if said["type"] in ("presence", "error"):  # the list of members, changes of it, or an error
+            self._said.append(payload)
+            self.has_news |= said["type"] == "presence" and said["channel"] in self._watched
+            self._watched.add(said.get("channel", ""))
+            return
         if self.channel is None or said.get("channel") != self.channel:
             return
         if said["type"] == "subscribed":
@@ -95,19 +106,20 @@ class Collected:
         elif said["type"] == "gap" and not self.is_full:
             self.recovered, self.reason = False, said["reason"]
             self.position = said.get("position")
+        self.has_news |= self.recovered is False
 
     def answer(self) -> bytes:
-        """Return it as JSON."""
+        """Return the answer as JSON."""
         told: dict[str, Any] = {"position": self.position, "recovered": self.recovered}
         if self.reason is not None:
             told["reason"] = self.reason
         if self.place is not None:
             told["id"] = self.place
-        return b'%b,"messages":[%b]}' % (to_json(told)[:-1], b",".join(self.messages))
+        return b'%b,"messages":[%b]}' % (to_json(told)[:-1], b",".join(self._said + self.messages))
 
 
 class PollSink(Sink):
-    """Collects what a poll is answered with."""
+    """Collects the content of the answer to a poll."""
 
     kind = "long_poll"
     is_stream = True
@@ -130,23 +142,24 @@ class PollSink(Sink):
         self.deliver(batch)
 
     def enqueue(self, entries: Iterable[Entry]) -> None:
-        """Nothing waits here."""
+        """Do nothing: a poll has no backlog."""
 
     async def _write_close(self, turn: Close) -> None:
         await self._poll.respond(turn.code, turn.reason)
 
 
 class LongPoll(Answer):
-    """One request that waits.
+    """One polling request.
 
     Args:
-        scope: The request's.
-        receive: Its `receive`.
-        send: Its `send`.
-        headers: Of every response.
+        scope: The scope of the request.
+        receive: The `receive` of the request.
+        send: The `send` of the request.
+        headers: The headers of every response.
         channel: The channel of its path.
-        wait: For how long it waits, in seconds; with 0 it is answered with what was missed.
-        most: How many bytes of messages it is answered with, about.
+        wait: For how many seconds it waits. With 0 it is answered at once, with what was missed.
+        most: About how many bytes of messages an answer has.
+        begin: Called with the connection once it is registered.
     """
 
     def __init__(
@@ -158,17 +171,19 @@ class LongPoll(Answer):
         channel: str | None,
         wait: float,
         most: int,
+        begin: Callable[[Any], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(scope, receive, send, headers)
         self._wait = wait
+        self._begin = begin
         self._collected = Collected(channel, most)
         self._is_accepted = False
         self._timeout: asyncio.Timeout | None = None
-        # Up to where everything was missed, if it doesn't wait for more.
+        # The position up to which everything was missed, if the poll doesn't wait for more.
         self._end: Position | None = None
 
     def tell(self, place: str) -> None:
-        """Tell the client what its next poll calls its place, so that it keeps it."""
+        """Tell the client the name of its place, so that its next poll keeps the place."""
         self._collected.place = place
 
     def make_sink(self, owner: Owner, slow_consumers: SlowConsumers, speaks: Speaks) -> tuple[Sink, str]:
@@ -176,7 +191,9 @@ class LongPoll(Answer):
         return PollSink(owner, slow_consumers, self), "long poll"
 
     async def serve(self, connection: Any) -> None:
-        """Wait until it can be answered, or the connection has ended."""
+        """Wait until the poll can be answered, or the connection has ended."""
+        if self._begin is not None:
+            await self._begin(connection)
         seconds = self._wait * uniform(0.9, 1.0)  # noqa: S311  # no secret
         if not self._wait:
             recovery = connection.recovered.get(self._collected.channel)
@@ -191,9 +208,10 @@ class LongPoll(Answer):
             pass
 
     def take(self, publications: Iterable[Publication]) -> int:
-        """Collect publications; the answer goes out soon after the first. Return how many found no room, for ever.
+        """Collect publications. The answer is sent soon after the first one.
 
-        What has a position comes with the next poll.
+        Returns:
+            int: How many had no room and are lost. Those with a position aren't lost: the next poll gets them.
         """
         lost = 0
         for publication in publications:
@@ -207,7 +225,7 @@ class LongPoll(Answer):
         if timeout is None:
             return
         is_done = collected.is_full or (self._end is not None and collected.reaches(self._end))
-        if not (is_done or collected.messages or collected.recovered is False):
+        if not (is_done or collected.has_news):
             return
         now = asyncio.get_running_loop().time()
         soon = now if is_done else now + _JOIN_SECONDS
@@ -215,7 +233,7 @@ class LongPoll(Answer):
             timeout.reschedule(soon)
 
     async def respond(self, code: int, reason: str) -> None:
-        """Answer, when the connection has ended."""
+        """Send the answer once the connection has ended."""
         if code == CloseCode.NORMAL or should_reconnect(code):
             await self._answer(200, self._collected.answer())
         else:
@@ -224,7 +242,7 @@ class LongPoll(Answer):
             await self._answer(status, to_json(told))
 
     async def respond_with(self, event: MutableMapping[str, Any]) -> None:
-        """Nothing but the answer is written."""
+        """Send nothing: only the answer is sent."""
 
     async def _answer(self, status: int, body: bytes) -> None:
         headers = [

@@ -28,12 +28,12 @@ from wsbroadcast.publication import plain
 from wsbroadcast.transports import SCOPE_KEY, STEPPED_ASIDE, Ended, Event, Keeper, Owner, closed_error, disconnect_event
 from wsbroadcast.transports.http import STREAM, Answer
 
-# Messages that hooks see, in the order in which they came.
+# Numbers for messages that hooks see, in the order in which these came.
 _NUMBERS = itertools.count()
 
 
 class Taker(Protocol):
-    """Who gets what an endpoint does with a WebSocket: a connection, or what is left of one."""
+    """Gets all that an endpoint does with a WebSocket: a transport, or what is left of a connection."""
 
     def send(self, event: Event) -> Coroutine[Any, Any, None]:
         """Send an event of the app, in its place among the broadcasts."""
@@ -42,20 +42,20 @@ class Taker(Protocol):
         """Return the next event of the peer."""
 
     def refuse(self, code: int, reason: str) -> Coroutine[Any, Any, ConnectionClosed]:
-        """Close because of what the peer sent; return the error for the reader."""
+        """Close the connection because of what the peer sent; return the error for the reader."""
 
 
 class TakenOver(WebSocket):
-    """What the class of a WebSocket is while a connection has it.
+    """The class of a WebSocket while a connection has it.
 
-    The class is exchanged, rather than methods set on each instance: those would hold the connection in a reference
-    cycle, and take memory for each.
+    The class is replaced. Methods on each instance would hold the connection in a reference cycle, and take memory for
+    each of them.
     """
 
     taker: Taker | None = None
-    """Who has it; `None` before and after."""
+    """Gets all that the endpoint does; `None` before and after."""
     kind: type[WebSocket] = WebSocket
-    """The class that it had."""
+    """The class that the WebSocket had."""
 
     def send(self, message: Event) -> Coroutine[Any, Any, None]:
         """Send an ASGI event."""
@@ -68,33 +68,33 @@ class TakenOver(WebSocket):
         return self.kind.receive(self) if taker is None else taker.receive()
 
     def __init_subclass__(cls) -> None:
-        """Leave out what an app's own class does for each class below it: this one takes its place."""
+        """Do nothing. A class of the app may do something for each subclass, but this one only takes its place."""
 
 
 class Readers(WebSocket):
-    """The readers of a WebSocket that is taken over, in the place of Starlette's: below a class of the app's own.
+    """The readers of a WebSocket that is taken over, in place of Starlette's. A class of the app may override them.
 
-    They close a peer that sends something else, where Starlette's fail with `KeyError`.
+    They close the connection of a peer that sends something else, where Starlette's fail with `KeyError`.
     """
 
     taker: Taker | None
 
     async def receive_text(self) -> str:
-        """Wait for a text message; a binary one closes with 1003, and is an end like others."""
+        """Wait for a text message. A binary one closes the connection with 1003, and raises `WebSocketDisconnect`."""
         text = _event_of(await self.receive()).get("text")
         if isinstance(text, str):
             return text
         raise await self._refusal(CloseCode.UNSUPPORTED_DATA, "expected a text message")
 
     async def receive_bytes(self) -> bytes:
-        """Wait for a binary message; a text one closes with 1003, and is an end like others."""
+        """Wait for a binary message. A text one closes the connection with 1003, and raises `WebSocketDisconnect`."""
         data = _event_of(await self.receive()).get("bytes")
         if isinstance(data, bytes):
             return data
         raise await self._refusal(CloseCode.UNSUPPORTED_DATA, "expected a binary message")
 
     async def receive_json(self, mode: str = "text") -> Any:
-        """Wait for a message that holds JSON; anything else closes with 1003 or 1007, and is an end like others."""
+        """Wait for a message of JSON. Anything else closes with 1003 or 1007, and raises `WebSocketDisconnect`."""
         if mode not in ("text", "binary"):
             raise RuntimeError('The "mode" argument should be "text" or "binary".')
         data = await (self.receive_text() if mode == "text" else self.receive_bytes())
@@ -104,18 +104,18 @@ class Readers(WebSocket):
             raise await self._refusal(CloseCode.INVALID_DATA, "expected JSON") from None
 
     async def _refusal(self, code: int, reason: str) -> WebSocketDisconnect:
-        if self.taker is None:  # an app's own wrapper has it: what it lets through is all there is
+        if self.taker is None:  # a wrapper of the app has the WebSocket
             await self.close(code, reason)
             return ConnectionClosed(code, reason)
         return await self.taker.refuse(code, reason)
 
 
 Found = tuple[Callable[[Event], Coroutine[Any, Any, None]], Callable[[], Coroutine[Any, Any, Event]]]
-"""The `send` and `receive` that a WebSocket had, where they were not simply its class's own."""
+"""The `send` and `receive` that a WebSocket had, if they were not those of its class."""
 
 
 def take_over(websocket: WebSocket, taker: Taker) -> Found | None:
-    """Let a WebSocket's events go through `taker`; return what it had before, if that was not its class's own."""
+    """Let a WebSocket's events go through `taker`; return its `send` and `receive`, if not those of its class."""
     is_wrapped = not is_untouched(websocket)
     if not isinstance(websocket, TakenOver):
         websocket.__class__ = _taken_over(type(websocket))
@@ -128,14 +128,14 @@ def take_over(websocket: WebSocket, taker: Taker) -> Found | None:
 
 
 def has(taker: Taker, websocket: WebSocket) -> bool:
-    """Tell whether what an endpoint does goes to `taker` first."""
+    """Tell whether all that an endpoint does goes to `taker` first."""
     attributes = vars(websocket)
     has_it = getattr(attributes["send"], "__self__", None) if "send" in attributes else attributes.get("taker")
     return has_it is taker
 
 
 def hand_on(websocket: WebSocket, taker: Taker | None, found: Found | None) -> None:
-    """Let somebody else have what goes through `taker` so far, or give back what was found."""
+    """Give a WebSocket to another taker, or give back the `send` and `receive` that were found."""
     if found is None and "send" in vars(websocket) and taker is not None:
         found = (taker.send, taker.receive)
     if found is not None:
@@ -149,7 +149,7 @@ def _exchange(websocket: WebSocket, found: Found) -> None:
 
 
 def is_untouched(websocket: WebSocket) -> bool:
-    """Tell whether a WebSocket's `send` and `receive` go straight to its class: nobody wrapped or has them."""
+    """Tell whether a WebSocket's `send` and `receive` are those of its class: nothing wraps them."""
     attributes = vars(websocket)
     return attributes.get("taker") is None and "send" not in attributes and "receive" not in attributes
 
@@ -161,14 +161,14 @@ def is_plain(websocket: WebSocket) -> bool:
 
 
 def own_send(websocket: WebSocket) -> Callable[[Event], Coroutine[Any, Any, None]] | None:
-    """Return the `send` of a class of the app's own, which may change what goes out; `None` if it is Starlette's."""
+    """Return the `send` of a class of the app, which may change what is sent; `None` if it is Starlette's."""
     kind = websocket.kind if isinstance(websocket, TakenOver) else type(websocket)
     return None if kind.send is WebSocket.send else MethodType(kind.send, websocket)
 
 
 @cache
 def _taken_over(kind: type[WebSocket]) -> type[WebSocket]:
-    # By its name a user sees, in an error for example, the class that it was.
+    # It keeps the name of the class that it replaces, which users see in errors, for example.
     own = () if kind is WebSocket else (kind,)
     return type(kind.__name__, (TakenOver, *own, Readers), {"kind": kind})
 
@@ -182,14 +182,14 @@ def _event_of(event: Event) -> Event:
 class WebSocketTransport:
     """Takes over `websocket.send` and `websocket.receive` for a connection.
 
-    What the app sends itself keeps its place among the broadcasts. Every reader notices the peer's end for the
-    connection.
+    What the app sends itself keeps its place among the broadcasts. If any reader gets the peer's disconnect, the
+    connection ends.
 
     Args:
-        websocket: The endpoint's, accepted.
-        slow_consumers: Looks after what waits to be sent.
+        websocket: The accepted WebSocket of the endpoint.
+        slow_consumers: Looks after connections with a backlog.
         keeper: Is told what happens.
-        speaks: What publications look like to its client.
+        speaks: The protocol of the client.
     """
 
     __slots__ = (
@@ -211,51 +211,51 @@ class WebSocketTransport:
         self.websocket = websocket
         self.keeper = keeper
         self.owner: Owner
-        """The connection, from `attach` to `let_go`; then what is left of it."""
+        """The connection, from `attach` to `let_go`; after that an `Ended`."""
         self.context = copy_context()
         self.previous: object = websocket.scope.get(SCOPE_KEY)
         self.sink, self.fast_path_refused = _make_sink(self, websocket, slow_consumers, speaks)
-        # Set by `attach`, where the WebSocket's `send` and `receive` were not simply its class's own.
+        # Set by `attach`, if the WebSocket's `send` and `receive` were not those of its class.
         self._found: Found | None = None
-        # Who is inside `receive`, the last first, to be interrupted when the connection ends by our side.
+        # The tasks inside `receive`, the last one first. They are interrupted when the library ends the connection.
         self._reading: Interruptible | None = None
-        # Messages whose hooks had not ended when the read was cancelled, by their numbers; the next read gets them.
-        # `None` while there was none and the connection is open, so that a read has one thing to look at.
+        # Messages whose hooks had not ended when the read was cancelled, by their numbers. The next read gets them.
+        # `None` while there were none and the connection is open, so that a read has only one thing to check.
         self._kept: deque[tuple[int, Event, Awaitable[None] | None]] | None = None
 
-    # What the connection uses; see `Transport`.
+    # For the connection; see `Transport`.
 
     @property
     def is_read(self) -> bool:
-        """Whether somebody waits for a message of the peer now."""
+        """Whether a task waits for a message of the peer now."""
         return self._reading is not None
 
     def attach(self, owner: Owner) -> None:
-        """Begin: from now on what the endpoint does goes through here."""
+        """Take over the WebSocket: from now on all that the endpoint does goes through here."""
         self.owner = owner
         self.websocket.scope[SCOPE_KEY] = owner
         self._found = take_over(self.websocket, self)
 
     def interrupt(self) -> None:
-        """Get everybody out of `receive`: the connection has ended."""
+        """Make all tasks come out of `receive`, because the connection has ended."""
         self._kept = self._kept or deque()
         reading = self._reading
         while reading is not None:
-            reading.interrupt()  # now: granian sends no close frame while the app is inside `receive`
+            reading.interrupt()  # at once, because granian sends no close frame while the app is inside `receive`
             reading = reading.before
 
     def give_back(self) -> None:
-        """Undo the taking over, before the WebSocket is connected anew; not while something waits to be written."""
+        """Give the WebSocket back before it is connected again, unless something waits to be written."""
         if self.sink.backlog is None and has(self, self.websocket):
             hand_on(self.websocket, None, self._found)
             if self.previous is None:
                 del self.websocket.scope[SCOPE_KEY]
             else:
                 self.websocket.scope[SCOPE_KEY] = self.previous
-            self.sink.is_ended = True  # what is left of it closes nothing
+            self.sink.is_ended = True  # so that this transport doesn't close the WebSocket any more
 
     def let_go(self) -> None:
-        """The socket is gone: hold nothing any more that holds the connection."""
+        """Drop all references to the connection, because the socket is gone."""
         owner = self.owner
         ended = self.owner = self.sink.owner = Ended(self.keeper.manager, owner)
         if has(self, self.websocket):
@@ -263,22 +263,22 @@ class WebSocketTransport:
         if self.websocket.scope.get(SCOPE_KEY) is owner:
             self.websocket.scope[SCOPE_KEY] = ended
 
-    # What the sink uses.
+    # For the sink.
 
     def lost(self, code: int, reason: str) -> None:
-        """The sink found the peer gone."""
+        """Take note that the sink found the peer gone."""
         self.keeper.lost(self.owner, code, reason)
 
     def evict(self, cause: str) -> None:
-        """The sink found that the peer doesn't take what it is sent."""
+        """Take note that the sink found that the peer doesn't take what it is sent."""
         self.keeper.evict(self.owner, cause)
 
     def fall_back(self, place: Place) -> bool:
-        """The sink found no room for a message from a history."""
+        """Take note that the sink has no room for a message of a history; return whether it is sent later."""
         return self.keeper.fall_back(self.owner, place.audience, place.previous)
 
     async def app_send(self, event: Event) -> None:
-        """Send an event of the app the way it would have gone without the connection."""
+        """Send an event of the app as it would be sent without the connection."""
         code = event.get("code") if event["type"] == "websocket.close" else None
         try:
             if code is None or not is_sendable(code):
@@ -303,12 +303,12 @@ class WebSocketTransport:
                 return await self._pass_on({**event, "code": each})
             except (OSError, RuntimeError, WebSocketDisconnect):
                 raise
-            except Exception:  # what daphne says of a code it doesn't take
+            except Exception:  # daphne raises it for a code that it refuses
                 self.websocket.application_state = WebSocketState.CONNECTED
         await self._pass_on({**event, "code": last})
 
-    # What `websocket.send` and `websocket.receive` are while the connection lives. The connection may be let go while
-    # one of them waits, so each looks once whose it is.
+    # These replace `websocket.send` and `websocket.receive` while the connection lives. The connection may be let go
+    # while one of them waits, so each reads `owner` only once.
 
     async def send(self, event: Event) -> None:
         """Send an event of the app, in its place among the broadcasts.
@@ -320,7 +320,7 @@ class WebSocketTransport:
         keeper.before_app_send()
         if is_close := event["type"] == "websocket.close":
             if sink.is_ended:
-                return  # closed already: nothing to complain about
+                return  # it is closed already, which is no error for a close
             event = {**event, "reason": cut_reason(event.get("reason") or "")}
             keeper.app_closes(owner, event.get("code", CloseCode.NORMAL), event["reason"])
         elif sink.is_ended:
@@ -328,7 +328,7 @@ class WebSocketTransport:
         try:
             await sink.send_event(event)
         except WebSocketDisconnect as error:
-            if not keeper.is_closing(owner):  # else it was thrown away for a close, and `lost` would cancel the writer
+            if not keeper.is_closing(owner):  # else a close has dropped the event, and `lost` would cancel that close
                 keeper.lost(owner, error.code, error.reason)
             raise
         finally:
@@ -336,7 +336,7 @@ class WebSocketTransport:
                 keeper.app_closed(owner)
 
     async def receive(self, *, throws_away: bool = False) -> Event:
-        """Return the next event of the peer, or that it is disconnected. A read that is cancelled loses nothing."""
+        """Return the next event of the peer, or a disconnect event. If the call is cancelled, nothing is lost."""
         owner = self.owner
         if self._kept is not None:
             if not owner.is_open:
@@ -354,7 +354,7 @@ class WebSocketTransport:
                 raise
             return STEPPED_ASIDE if owner.is_open else await self._receive_after_the_end(owner)
         except (OSError, RuntimeError):
-            # Servers and Starlette have a dozen ways of saying that a disconnect was already received.
+            # Servers and Starlette raise many different errors if a disconnect was already received.
             event = disconnect_event(owner)
         finally:
             if spares:
@@ -385,37 +385,37 @@ class WebSocketTransport:
             observing = self.keeper.observe_again(owner, event["bytes"] if text is None else text)
         try:
             if isinstance(observing, asyncio.Task):
-                await asyncio.wait({observing})  # which doesn't cancel it
+                await asyncio.wait({observing})  # if this is cancelled, the hooks go on
                 observing.result()
             else:
                 await observing
         except asyncio.CancelledError:
-            # Hooks that were not expected to wait have been cancelled, and run again.
+            # Hooks that were not expected to wait were cancelled. They run again.
             self._kept = self._kept or deque()
             insort(self._kept, (number, event, observing if isinstance(observing, asyncio.Task) else None))
             raise
         return event if owner.is_open else disconnect_event(owner)
 
     async def _receive_after_the_end(self, owner: Owner) -> Event:
-        # A connection that has left the registry is out of reach for limits, hooks and `close_user`. So nothing
-        # that its peer says is handed on, although its close frame may still wait for its turn.
+        # Limits, hooks and `close_user` don't apply to a connection that has left the registry. So the endpoint gets no
+        # message of its peer any more, even if the close frame still waits for its turn.
         if self._is_anothers(owner):
             return await self._receive_below()
         await owner.wait_closed()  # an endpoint that ends earlier makes the server cut off the close frame
         return disconnect_event(owner)
 
     def _is_anothers(self, owner: Owner) -> bool:
-        # Out of this manager's registry, and the connection of another one, which reads through this one.
+        # It has left this manager's registry, and another manager has the WebSocket, and reads through this transport.
         return not self.sink.is_ended and self.websocket.scope.get(SCOPE_KEY) is not owner
 
     def _receive_below(self) -> Awaitable[Event]:
-        # Not a coroutine of its own: one frame less for each connection that waits here.
+        # It is no coroutine, which saves a frame for each connection that waits here.
         websocket = self.websocket
         assert isinstance(websocket, TakenOver)
         return websocket.kind.receive(websocket) if self._found is None else self._found[1]()
 
     async def refuse(self, code: int, reason: str) -> ConnectionClosed:
-        """Close because of what the peer sent; return the error for the caller who wanted to read it."""
+        """Close the connection because of what the peer sent; return the error for the reader."""
         await self.owner.close(code, reason)
         return ConnectionClosed(code, reason)
 
@@ -424,15 +424,15 @@ def _make_sink(
     transport: WebSocketTransport, websocket: WebSocket, slow_consumers: SlowConsumers, speaks: Speaks
 ) -> tuple[Sink, str]:
     stream: Answer | None = websocket.scope.get(STREAM)
-    form = unframed(plain if stream is not None else speaks)  # what is sent through a stream is made an event there
+    form = unframed(plain if stream is not None else speaks)  # a stream makes the events itself
     if not is_untouched(websocket):
-        # Somebody else owns this socket's writes already, such as another manager: go through it, in its order.
+        # Something else writes to this WebSocket already, such as another manager. Go through it, in its order.
         return Sink(transport, slow_consumers, websocket.send, form=form), "send is taken over"
     if (own := own_send(websocket)) is not None:
         return Sink(transport, slow_consumers, own, form=form), "send is taken over"
     if stream is not None:
         return stream.make_sink(transport, slow_consumers, speaks)
-    # Ours go to the server directly: Starlette's state then says only what the app itself did.
+    # Messages of the library go to the server directly, so Starlette's state shows only what the app itself did.
     send = getattr(websocket, "_send", websocket.send)
     shown = websocket.scope.get(SERVER_RECEIVE)
     own_receive = getattr(websocket, "_receive", None)

@@ -1,1 +1,1 @@
-"""How a FastAPI app plugs the manager in."""
+"""What connects a manager to a FastAPI app: routers, dependencies and access."""

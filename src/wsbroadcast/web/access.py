@@ -1,4 +1,4 @@
-"""The door: a handshake's origin, its identity and its rights are checked, in this order, before it is accepted."""
+"""Access: a handshake's origin, identity and rights are checked, in this order, before it is accepted."""
 
 from __future__ import annotations
 
@@ -42,65 +42,70 @@ from wsbroadcast.transports.refusal import can_refuse_handshake, mute, refuse, r
 from wsbroadcast.web.authentication import Authenticator, Handshake, Identity, UserKey, choose_subprotocol, identity_of
 from wsbroadcast.web.origin import AllowedOrigins
 
-Action = Literal["subscribe", "publish", "call"]
-"""What a client asks to do: with a channel, or `call` a method."""
+Action = Literal["subscribe", "publish", "presence", "call"]
+"""What a client asks to do: something with a channel, or to `call` a method."""
 
 Authenticate = Callable[..., Any] | params.Depends
-"""A FastAPI dependency that returns who it is."""
+"""A FastAPI dependency that returns who the client is."""
 
 
 class Authorize(Protocol):
-    """`def` or `async def`: whether a connection may do something with a channel."""
+    """Decides whether a connection may do something with a channel. It may be `def` or `async def`.
+
+    It always runs in the event loop. It should refuse an action that it doesn't know: later versions may ask about
+    others.
+    """
 
     def __call__(
         self, connection: Connection | Handshake, action: Action, channel: str | None, /
     ) -> bool | Awaitable[bool]:
-        """Return whether it may; only `True` lets it.
+        """Return whether it may. Only `True` allows it.
 
         Args:
-            connection: Who asks; a `Handshake` before it is accepted, and for a POST.
-            action: What it asks to do. Only who has methods (`manager.method`) is asked about `call`.
-            channel: The channel, `None` for everyone; for `call` the name of the method.
+            connection: The connection that asks; a `Handshake` before it is accepted, and for a POST.
+            action: What it asks to do. `call` is asked about only if the manager has methods (`manager.method`).
+                `presence` is asked about only for channels with presence: whether a member is told who is in it.
+            channel: The channel; `None` for everyone; for `call` the name of the method.
         """
 
 
 OnDenied = Literal["error", "close"]
-"""What a client gets for doing what it may not."""
+"""What a client gets if it does something that it may not do."""
 
-# Where in its scope a WebSocket has what `authenticate` found last.
+# The key in the scope of a WebSocket for what `authenticate` returned last.
 _INFO = "wsbroadcast.info"
 
-# So many origins are logged, each once, and then one a minute; a client can make up any number.
+# So many origins are logged, each once, and after that one a minute: a client can make up any number of them.
 _MAX_LOGGED = 100
 
 _NO_HEADERS: Mapping[str, str] = {}
-# Those of a response that `refuse_handshake` writes itself.
+# Headers of a response that `refuse_handshake` writes itself.
 _OURS = {"content-length", "content-type", "connection"}
 
-# What `authenticate` may raise to refuse. Of a group of them the kind counts that is named first here.
+# Errors by which `authenticate` may refuse. In a group of errors, the kind that is named first here counts.
 _ANSWERED = (HTTPException, WebSocketException, WebSocketRequestValidationError, WebSocketDisconnect)
 
-# What a refusal's HTTP status is after the WebSocket was accepted.
+# The close code for the HTTP status of a refusal, if the WebSocket was accepted already.
 _CODES = {401: CloseCode.UNAUTHENTICATED, 403: CloseCode.FORBIDDEN}
 
 
 @no_dependency("pass it on: create_router(manager, access=…), connection_dependency(access=…)")
 class Access:
-    """Who may come in, and what they may do there. Routers, routes and dependencies may share one.
+    """Who may connect, and what clients may do. Routers, routes and dependencies may share one.
 
     Args:
-        authenticate: A FastAPI dependency that returns the user, claims or an object with an `id`, or an `Identity`;
-            `None` refuses with 401. What it depends on is finished before the connection is accepted.
-        authorize: `authorize(connection, action, channel)` returns whether a connection may `subscribe` to a channel
-            or `publish` to it, and only `True` lets it; the channel is `None` for everyone. Before it is accepted it
-            gets a `Handshake`. A manager with methods has it asked whether a connection may `call` one, too, whose name
-            stands in place of the channel.
+        authenticate: A FastAPI dependency that returns the user, claims, an object with an `id`, or an `Identity`.
+            `None` refuses with 401. Dependencies of it that `yield` end before the connection is accepted.
+        authorize: `authorize(connection, action, channel)` returns whether a connection may `subscribe` to a channel,
+            or `publish` to it; the channel is `None` for everyone. Only `True` allows it. Before the connection is
+            accepted, it gets a `Handshake`. If the manager has methods, it is also asked whether a connection may
+            `call` one, with the name of the method in place of the channel.
         allowed_origins: The pages that may connect, such as `["https://app.example"]`, exact in scheme, host and port;
-            `"*"` for every page. By default the server's own, which is the scheme and the `Host` of the handshake.
-        allow_missing_origin: Whether a client without an `Origin` header may connect, which no browser is.
-        user_key: Makes the user's id of what `authenticate` returned.
-        on_denied: Whether a client that may not do something gets an `error` message, or a `close` with 4403.
-        subprotocols: Those that the endpoint speaks; the first that a client offers is accepted.
+            `"*"` for every page. By default only pages of the server itself: of the scheme and `Host` of the handshake.
+        allow_missing_origin: Whether a client without an `Origin` header may connect. No browser is such a client.
+        user_key: Returns the user's id from what `authenticate` returned.
+        on_denied: What a client gets that may not do something: an `error` message, or a `close` with 4403.
+        subprotocols: The subprotocols that the endpoint speaks. The first one that the client offers is accepted.
 
     Raises:
         ConfigurationError: If an option makes no sense.
@@ -122,7 +127,7 @@ class Access:
         if user_key is not None and authenticate is None:
             raise ConfigurationError("user_key makes a user of what authenticate returns: pass authenticate as well")
         if iscoroutinefunction(user_key):
-            raise ConfigurationError("user_key is a plain function: what has to wait belongs into authenticate")
+            raise ConfigurationError("user_key is a plain function: do what has to wait in authenticate")
         self._origins = AllowedOrigins(allowed_origins, allow_missing=allow_missing_origin)
         self._authenticate = None if authenticate is None else Authenticator(authenticate)
         self._user_key = user_key
@@ -142,9 +147,9 @@ class Access:
         """Let a handshake in and register it, subscribed to a channel if one is named.
 
         Raises:
-            WebSocketException: If it may not come in; it has its answer, and Starlette's close for this goes nowhere.
+            WebSocketException: If it may not come in. It has been answered, so Starlette's close for it has no effect.
             ConnectionClosed: If its peer is gone.
-            Exception: What is wrong with the app; it is not accepted, or closed with 1011 where it was.
+            Exception: A mistake of the app. The handshake is not accepted, or closed with 1011 if it was.
         """
         await self._check_origin(websocket)
         try:
@@ -164,27 +169,46 @@ class Access:
                 return await core_of(manager).connect(websocket, joining)
         except (WebSocketException, ConnectionClosed):
             raise
-        except EngineError as error:  # one that is to fail fast, and was started by this handshake
+        except EngineError as error:  # from an engine that fails fast and that this handshake has started
             if self._throttle.is_due("engine"):
                 logger.warning("refused a handshake: %s", error, extra=about("handshake.unavailable"))
             await _refuse(websocket, 503, "try again later", code=CloseCode.TRY_AGAIN_LATER)
         except Exception:
-            if not can_refuse_handshake(websocket):  # else the server answers with 500
+            if not can_refuse_handshake(websocket):  # otherwise the server answers with 500
                 await refuse(websocket, 500, CloseCode.INTERNAL_ERROR, "")
             raise
 
     async def _look(self, websocket: WebSocket, channel: str | None = None) -> Handshake:
-        """Check who asks for something over HTTP, without letting anybody in; and whether it may see a channel.
+        """Check a request over HTTP without letting anybody in, and whether it may see a channel.
 
         Raises:
-            WebSocketException: If it may not; it has its answer.
+            WebSocketException: If it may not. It has been answered.
         """
         await self._check_origin(websocket)
         identity = await self._admit(websocket, channel)
         return Handshake(websocket, identity.user, identity.info)
 
+    async def _who(self, websocket: WebSocket) -> Identity:
+        """Return who asks for something that only its owner may see.
+
+        Raises:
+            WebSocketException: If nobody may ask. It has been answered.
+        """
+        await self._check_origin(websocket)
+        return await self._admit(websocket, None)
+
+    @property
+    def _dependencies(self) -> list[params.Depends]:
+        # The dependencies that requests must satisfy, for documents.
+        return [] if self._authenticate is None else [self._authenticate.depends]
+
+    @property
+    def _authenticates(self) -> bool:
+        """Whether there is an `authenticate`."""
+        return self._authenticate is not None
+
     def _sharing(self, connection: HTTPConnection) -> tuple[tuple[bytes, bytes], ...]:
-        """Return the headers that let the page read the response to a request."""
+        """Return the headers that let the page read the response to its request."""
         return self._origins.sharing(websocket_scheme(connection.scope), connection.scope["headers"])
 
     async def _admit(self, websocket: WebSocket, channel: str | None) -> Identity:
@@ -198,12 +222,12 @@ class Access:
         return identity
 
     async def _check(self, connection: Connection | Handshake, action: Action, channel: str | None) -> None:
-        """Ask `authorize`, which there has to be.
+        """Ask `authorize`, which must be there.
 
         Raises:
-            PermissionDenied: If it returns something false, or raises this itself, another `WebSocketException` or an
+            PermissionDenied: If it returns something false, or raises this, another `WebSocketException`, or an
                 `HTTPException` of 4xx.
-            ConnectionClosed: If the connection has ended in the meantime.
+            ConnectionClosed: If the connection has ended meanwhile.
             ConfigurationError: If it returns something true that isn't `True`, such as a coroutine.
         """
         assert self._authorize is not None
@@ -212,22 +236,22 @@ class Access:
             if isinstance(allowed, Awaitable):
                 allowed = await allowed
         except Exception as error:
-            denial = _denial(ungrouped(error, HTTPException, WebSocketException), connection)
+            denial = denial_of(ungrouped(error, HTTPException, WebSocketException), connection)
             if denial is error:
                 raise
             raise denial from error
         is_allowed = _is_yes(allowed)
-        if isinstance(connection, Connection) and not connection.is_open:  # it has been closed: nobody acts for it now
+        if isinstance(connection, Connection) and not connection.is_open:  # nobody can act for a closed connection
             raise closed_error(connection)
         if not is_allowed:
             raise PermissionDenied("not allowed")
 
     async def _refresh(self, connection: Connection, token: str) -> float | None:
-        """Let a connection go on with another token of its user; return until when.
+        """Let a connection go on with another token of its user; return when it expires.
 
         Raises:
-            Refused: If the token isn't valid, or another user's, or there is no place for one here.
-            ConnectionClosed: If the connection has ended in the meantime.
+            Refused: If the token isn't valid, is another user's, or `authenticate` takes no token by `TokenFrom`.
+            ConnectionClosed: If the connection has ended meanwhile.
         """
         identity = await self._identify_again(connection.websocket, token)
         expires_at = unix_seconds(identity.expires_at)
@@ -238,7 +262,7 @@ class Access:
         if expires_at is not None and expires_at <= time():
             raise Refused(ErrorCode.UNAUTHENTICATED, "the token has expired")
         scope = connection.websocket.scope
-        if connection.info is scope.get(_INFO):  # else the app has put something of its own there
+        if connection.info is scope.get(_INFO):  # otherwise the app has put something of its own there
             connection.info = scope[_INFO] = identity.info
         connection.renew(expires_at)
         return expires_at
@@ -265,7 +289,7 @@ class Access:
         """Return the message for a connection that may not do something, or close it with 4403.
 
         Raises:
-            ConnectionClosed: If it is closed.
+            ConnectionClosed: If it was closed.
         """
         if self._on_denied == "close":
             await connection.close(CloseCode.FORBIDDEN, str(denied))
@@ -296,8 +320,8 @@ class Access:
 
 
 def _since_of(websocket: WebSocket, channel: str | None, user: UserId | None) -> SinceOption:
-    # Since when a client wants what it missed: of the path's channel, its user and everyone. An empty text is none.
-    # What a browser's `EventSource` has seen last stands before its URL, which it uses again.
+    # The position after which a client wants what it missed, for the path's channel, its user and everyone. An empty
+    # text is none. What a browser's `EventSource` has seen last counts before its URL, because it reuses the URL.
     query = dict(websocket.query_params)
     if last := websocket.headers.get("last-event-id"):
         query["since"] = last
@@ -310,7 +334,7 @@ def _since_of(websocket: WebSocket, channel: str | None, user: UserId | None) ->
     return wanted or None
 
 
-# Names that routers and dependencies had before there was an `Access`.
+# Options that routers and dependencies took before there was an `Access`.
 _MOVED = ("allow_missing_origin", "on_denied", "subprotocols", "user_key")
 
 
@@ -321,10 +345,10 @@ def choose_access(
     allowed_origins: Iterable[str] | None,
     others: Mapping[str, object],
 ) -> Access:
-    """Return the access that a router or dependency was given, or make it of the three options that they take.
+    """Return the access that a router or dependency was given, or make one of the three options that they take.
 
     Raises:
-        ConfigurationError: If an option makes no sense, both are given, or there are others.
+        ConfigurationError: If an option makes no sense, is unknown, or is given beside `access`.
     """
     for name in others:
         moved = f"{name} is an option of Access: pass access=Access({name}=…, …)" if name in _MOVED else None
@@ -336,30 +360,31 @@ def choose_access(
         raise ConfigurationError(f"access is an Access(…), not {kind_of(access)}")
     for name, value in given.items():
         if value is not None:
-            raise ConfigurationError(f"{name} belongs into the Access: pass access=Access({name}=…, …) alone")
+            raise ConfigurationError(f"{name} belongs in the Access: pass only access=Access({name}=…, …)")
     return access
 
 
 def _is_yes(allowed: object) -> bool:
     if allowed is True:
         return True
-    if finished(allowed, "what authorize returned"):  # a row, a number, a Future: who knows what it means
+    if finished(allowed, "what authorize returned"):  # a row, a number, a Future: nobody knows what they mean
         raise ConfigurationError(
             f"authorize has to return True or False, not {type(allowed).__name__}: return a comparison, or bool(…)"
         )
     return False
 
 
-def _denial(error: Exception, connection: Connection | Handshake) -> Exception:
+def denial_of(error: Exception, connection: Connection | Handshake) -> Exception:
+    """Return the `PermissionDenied` that an error of a dependency or of `authorize` means, or the error itself."""
     match error:
         case HTTPException(status_code=status) if status < 500:
             return PermissionDenied(_text(error.detail))
         case HTTPException(status_code=status) if isinstance(connection, Connection):
-            # Starlette would keep it to itself: there is nobody to answer any more.
+            # Starlette would not report it: there is nobody to answer any more.
             return RuntimeError(f"authorize failed with status {status}")
         case WebSocketException() if not isinstance(error, (PermissionDenied, LimitExceeded)):
             return PermissionDenied(error.reason or "not allowed")
-    return error  # the status of a handshake is its answer
+    return error  # the handshake is answered with its status
 
 
 async def _answer(websocket: WebSocket, error: Exception) -> NoReturn:
@@ -370,7 +395,7 @@ async def _answer(websocket: WebSocket, error: Exception) -> NoReturn:
             await _refuse(websocket, 403, str(error))
         case WebSocketException():
             await _refuse(websocket, 403, error.reason or "", code=error.code)
-        case WebSocketRequestValidationError():  # whose text repeats what came
+        case WebSocketRequestValidationError():  # its text repeats what came
             await _refuse(websocket, 403, "the handshake lacks a parameter, or one is wrong")
         case WebSocketDisconnect():
             raise ConnectionClosed(error.code, error.reason or "") from error
@@ -400,10 +425,10 @@ def _encoded(name: str, value: str) -> tuple[bytes, bytes]:
 
 
 def end_quietly(websocket: WebSocket) -> WebSocketException:
-    """Return what ends an endpoint, or keeps it from running, when its WebSocket is closed or its peer is gone.
+    """Return the error that ends an endpoint, or keeps it from running, when its WebSocket is closed or its peer gone.
 
-    FastAPI closes a WebSocket at a `WebSocketException`, and anything else that leaves a dependency is an error in the
-    log; so the close goes nowhere.
+    It is a `WebSocketException`, because anything else that leaves a dependency is logged as an error. FastAPI closes
+    the WebSocket for it, and that close has no effect.
     """
     mute(websocket, swallows_all=True)
     return WebSocketException(CloseCode.POLICY_VIOLATION)

@@ -1,15 +1,12 @@
-"""Running a FastAPI dependency in a scope of its own, which is closed before the WebSocket lives on."""
+"""Authentication: a FastAPI dependency runs in a scope of its own, which ends before the WebSocket is used."""
 
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args, get_origin
 from uuid import UUID
-from weakref import WeakKeyDictionary, proxy
 
 from fastapi import Depends, HTTPException, WebSocket, WebSocketException, params
-from fastapi.dependencies.models import Dependant
-from fastapi.routing import APIWebSocketRoute
 from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketState
@@ -24,103 +21,83 @@ from wsbroadcast.protocols.commands import MAX_TOKEN_CHARACTERS
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.text import plain
 from wsbroadcast.transports.http import STREAM
+from wsbroadcast.web.injection import Injection, begun
 
 _RESULT = "wsbroadcast.authenticated"
 
 REFRESHED = "wsbroadcast.refreshed"
-"""The scope's key for a token that a connection goes on with, instead of the one that it came with."""
+"""The scope's key for a token that a connection goes on with, in place of its first one."""
 
-# Is in the scope when somebody has looked at that token.
+# The scope's key that is set when somebody has read that token.
 _IS_REFRESHED = "wsbroadcast.is_refreshed"
 
 
 class Authenticator:
-    """Resolves a dependency, and those it depends on, like an endpoint whose only work that is.
-
-    When it returns, that endpoint has ended: what the dependencies `yield`ed is finished, a database session is back
-    in its pool. `app.dependency_overrides` holds.
+    """Resolves a dependency, with its own dependencies; see `Injection`.
 
     Args:
         dependency: A dependency as in `Depends(…)`, the `Depends` or `Security` itself, or an `Annotated` with one.
 
     Raises:
-        ConfigurationError: If it is something else, or wants a `Request`.
+        ConfigurationError: If it is something else, or needs a `Request`.
     """
 
     def __init__(self, dependency: Callable[..., Any] | params.Depends) -> None:
         self._depends = _depends_of(dependency)
         if not callable(self._depends.dependency):
             raise ConfigurationError(f"authenticate is a dependency, as in Depends(…), not {dependency!r:.200}")
-        if isinstance(self._depends.dependency, TokenFrom):  # any text would be a user
+        if isinstance(self._depends.dependency, TokenFrom):  # any text would become a user
             raise ConfigurationError(
                 "authenticate is a TokenFrom, which finds a token and doesn't check it: pass a function that takes "
                 "token: Annotated[str, Depends(TokenFrom(…))] and returns whose it is"
             )
-        route = self._make_route(self, "/")  # what FastAPI has to say about it, it says now
-        _check_parameters(route.dependant)
-        # By app, because each has overrides of its own, and by path parameters, which a dependency may ask for.
-        self._routes: WeakKeyDictionary[Any, dict[tuple[str, ...], APIWebSocketRoute]] = WeakKeyDictionary()
+        depends = self._depends
+
+        async def keep(websocket: WebSocket, result: Annotated[Any, depends]) -> None:
+            websocket.scope[_RESULT] = result
+
+        self._injection = Injection(keep, "authenticate")
+
+    @property
+    def depends(self) -> params.Depends:
+        """The dependency, for documents."""
+        return self._depends
 
     async def __call__(self, websocket: WebSocket) -> Any:
         """Return what the dependency returns.
 
-        It sees the same WebSocket: one that it accepts is accepted, what it leaves in `websocket.state` stays there.
-        One that is accepted already it may accept again, to no effect.
+        The dependency sees the same WebSocket. If it accepts the WebSocket, that is accepted, and what it leaves in
+        `websocket.state` stays there. Accepting one that is accepted already has no effect.
 
         Raises:
-            Exception: What the dependency raises, also while it is finished.
+            Exception: What the dependency raises, also after its `yield`.
         """
-        websocket.scope.setdefault("state", {})  # before the copy, so that both have the same
+        websocket.scope.setdefault("state", {})  # before the scope is copied, so that both share it
         scope = dict(websocket.scope)
-        # The app's handlers would answer an exception in here, and nobody would know. Without them it comes out.
-        scope.pop("starlette.exception_handlers", None)
         is_accepted = websocket.application_state is WebSocketState.CONNECTED
         receive, send = _from_the_beginning(websocket) if is_accepted else (websocket.receive, websocket.send)
-        await self._route(websocket).handle(scope, receive, send)
+        await self._injection.run(websocket, scope, receive, send)
         websocket.scope.update((key, scope[key]) for key in (SUBPROTOCOL, FIRST_MESSAGE) if key in scope)
         return scope.get(_RESULT)
 
     async def again(self, websocket: WebSocket, token: str) -> tuple[Any, bool]:
-        """Return what the dependency returns for another token of a connection, and whether it has looked at that.
+        """Run the dependency for another token of a connection; return its result and whether it has read the token.
 
-        The token stands in for what `TokenFrom` finds. What the dependency sends goes nowhere, and it reads nothing.
+        The token takes the place of what `TokenFrom` finds. What the dependency sends goes nowhere, and it receives
+        nothing.
 
         Raises:
             Exception: What the dependency raises.
         """
         scope = {**websocket.scope, REFRESHED: token}
-        scope.pop("starlette.exception_handlers", None)
         scope.pop(_RESULT, None)
-        begin = iter(({"type": "websocket.connect"},))
-
-        async def receive() -> Message:
-            return next(begin, {"type": "websocket.disconnect", "code": CloseCode.NORMAL})
-
-        async def send(event: Message) -> None:
-            pass
-
-        await self._route(websocket).handle(scope, receive, send)
+        await self._injection.run(websocket, scope, *begun())
         return scope.get(_RESULT), _IS_REFRESHED in scope
-
-    def _route(self, websocket: WebSocket) -> APIWebSocketRoute:
-        app = websocket.scope.get("app", self)
-        routes = self._routes.setdefault(app, {})
-        names = tuple(websocket.path_params)
-        if names not in routes:
-            routes[names] = self._make_route(app, "".join(f"/{{{name}}}" for name in names) or "/")
-        return routes[names]
-
-    def _make_route(self, app: Any, path: str) -> APIWebSocketRoute:
-        async def keep(websocket: WebSocket, result: Annotated[Any, self._depends]) -> None:
-            websocket.scope[_RESULT] = result
-
-        overrides = proxy(app) if hasattr(app, "dependency_overrides") else None  # plain Starlette has none
-        return APIWebSocketRoute(path, keep, dependency_overrides_provider=overrides)
 
 
 def _depends_of(dependency: Any) -> params.Depends:
-    # `CurrentUser = Annotated[User, Depends(current_user)]` is how apps name theirs. It can be called, and would make a
-    # user of whatever a client writes into the query.
+    # Apps name theirs like `CurrentUser = Annotated[User, Depends(current_user)]`. That can be called as well, but then
+    # it would make a user of anything that a client writes into the query.
     if get_origin(dependency) is Annotated:
         found = [each for each in get_args(dependency) if isinstance(each, params.Depends)]
         if len(found) != 1 or found[0].dependency is None:
@@ -129,19 +106,8 @@ def _depends_of(dependency: Any) -> params.Depends:
     return dependency if isinstance(dependency, params.Depends) else Depends(dependency)
 
 
-def _check_parameters(dependant: Dependant) -> None:
-    # FastAPI has no `Request` to give for a WebSocket, and calls without it.
-    for each in dependant.dependencies:
-        if each.request_param_name is not None:
-            raise ConfigurationError(
-                f"authenticate runs for a WebSocket, and {each.call!r:.200} wants a Request: take an HTTPConnection, "
-                "which serves both, or a WebSocket; TokenFrom finds tokens"
-            )
-        _check_parameters(each)
-
-
 def _from_the_beginning(websocket: WebSocket) -> tuple[Receive, Send]:
-    # What Starlette expects of a WebSocket that is new to it: first the connect event, and an accept before messages.
+    # Act like a WebSocket that is new to Starlette: first the connect event, and an accept before any message.
     is_begun = False
 
     async def receive() -> Message:
@@ -158,51 +124,51 @@ def _from_the_beginning(websocket: WebSocket) -> tuple[Receive, Send]:
     return receive, send
 
 
-# Who is behind a connection, as the app's own dependency says.
+# Who is behind a connection, according to the app's own dependency.
 
 
 UserKey = Callable[[Any], UserId]
-"""Makes the id of a user from what `authenticate` returned."""
+"""Returns the id of a user from what `authenticate` returned."""
 
 
 @no_dependency("a client would say in the query who it is; return one from a function that finds it out")
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who is behind a connection, and until when; what `authenticate` may return."""
+    """Who is behind a connection, and until when. `authenticate` may return it."""
 
     user: UserId | None
-    """The user's id; becomes `connection.user`."""
+    """The user's id. It becomes `connection.user`."""
     info: Any = field(default=None, repr=False)
-    """Whatever the app wants to find again; becomes `connection.info`."""
+    """Anything that the app wants to find again. It becomes `connection.info`."""
     expires_at: ExpiresAt = None
-    """When the connection is closed with 4401: seconds since 1970, or a datetime with a timezone. `None` is never."""
+    """When the connection is closed with 4401: seconds since 1970, or a datetime with a timezone. `None` for never."""
 
 
 @no_dependency("a client would say in the query who it is; authorize gets one")
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """A connection that isn't accepted yet, as `authorize` sees it, or a POST: what of a `Connection` is known then."""
+    """What is known of a connection before it is accepted, or of the sender of a POST. `authorize` gets it."""
 
     websocket: WebSocket
-    """The Starlette WebSocket; of an HTTP request one that stands for it."""
+    """The Starlette WebSocket. For an HTTP request it stands for the request."""
     user: UserId | None
-    """Who asks to come in, `None` if there is no `authenticate`."""
+    """The user who asks to come in; `None` if there is no `authenticate`."""
     info: Any = field(default=None, repr=False)
-    """What `authenticate` returned, unless that was an id."""
+    """What `authenticate` returned, unless that was only an id."""
     channels: frozenset[str] = frozenset()
-    """It is in none yet."""
+    """Always empty: it is in no channel yet."""
 
 
 def identity_of(found: Any, user_key: UserKey | None) -> Identity:
-    """Make an identity of what `authenticate` returned: an id, the claims of a token, or an object that has an id.
+    """Return the identity in what `authenticate` returned: an id, the claims of a token, or an object with an id.
 
     Args:
-        found: Not `None`. An id is the user itself; of claims, `sub` is the user and `exp` the expiry (RFC 7519, 4.1);
-            of anything else, `id` is the user. Claims and objects are kept as `info`.
-        user_key: Makes the id instead.
+        found: Not `None`. An id is the user itself. In claims, `sub` is the user and `exp` the expiry (RFC 7519, 4.1).
+            In anything else, `id` is the user. Claims and objects are kept as `info`.
+        user_key: If given, it returns the id instead.
 
     Raises:
-        ConfigurationError: If there is not an id in it, or something in it has yet to run.
+        ConfigurationError: If there is no id in it, or something in it has yet to run.
     """
     identity = found if isinstance(found, Identity) else _identity(found, user_key)
     finished(identity.user, "the user that authenticate found")
@@ -241,33 +207,35 @@ def _user_by(user_key: UserKey, found: Any) -> UserId:
     return user
 
 
-# Where a client may put its token, for an `authenticate` dependency that only has to check it.
+# Where a client may put its token. Then an `authenticate` dependency only has to check it.
 
 
 MAX_SUBPROTOCOLS = 32
-"""As many of the subprotocols that a client offers are looked at."""
+"""So many of the subprotocols that a client offers are read; the others are ignored."""
 
 FIRST_MESSAGE = "wsbroadcast.first_message"
-"""The scope's key for a token that came as the first message, for a dependency that asks for it again."""
+"""The scope's key for a token that came as the first message. A dependency that asks again gets it from there."""
 
 
 @no_dependency("name the places, as in Depends(TokenFrom(header=True))")
 class TokenFrom:
     """A dependency that finds a token: `token: Annotated[str, Depends(TokenFrom(cookie="session"))]`.
 
-    It looks in the places that are named, in this order: header, subprotocol, cookie, query, first message. A token is
-    1 to 8,192 visible ASCII characters; anything else is rejected. On an HTTP route the places that only a WebSocket
-    has are passed over.
+    It looks in the named places, in this order: header, subprotocol, cookie, query, first message. A token is 1 to
+    8,192 visible ASCII characters. Anything else is rejected. On an HTTP route, places that only a WebSocket has are
+    ignored.
+
+    Without a token it raises 401. After a first message that isn't one, the WebSocket is closed with 4401.
 
     Args:
-        header: Whether to take `Authorization: Bearer …`. Browsers can't send it with a WebSocket; programs can.
-        subprotocol: The name before the token in `new WebSocket(url, ["bearer", token])`; it is what the connection is
-            accepted with, never the token.
+        header: Whether to take `Authorization: Bearer …`. Programs can send it. Browsers can't, with a WebSocket.
+        subprotocol: The name before the token in `new WebSocket(url, ["bearer", token])`. The connection is accepted
+            with this name, never with the token.
         cookie: The name of a cookie.
         query: The name of a query parameter. Servers and proxies write it into their access logs.
-        first_message: Seconds to wait for the token as the first message, as text; `True` is 10. The WebSocket is
-            accepted then, if it wasn't before, and in no channel; one that says nothing in time, or something else, is
-            closed with 4401. Asked for again, it is the same token.
+        first_message: Seconds to wait for the token as the first message, as text; `True` means 10. For this the
+            WebSocket is accepted, if it wasn't before, but is in no channel. If nothing comes in time, or something
+            else, it is closed with 4401. A dependency that asks again gets the same token.
 
     Raises:
         ConfigurationError: If no place is named, or the seconds aren't valid.
@@ -284,7 +252,7 @@ class TokenFrom:
     ) -> None:
         if not any((header, subprotocol, cookie, query, first_message)):
             raise ConfigurationError(
-                "TokenFrom wants a place: header=True, subprotocol=, cookie=, query= or first_message="
+                "TokenFrom needs a place: header=True, subprotocol=, cookie=, query= or first_message="
             )
         self._deadline = 10.0 if first_message is True else first_message
         if first_message:
@@ -299,7 +267,7 @@ class TokenFrom:
 
         Raises:
             HTTPException: With 401, if no token is found.
-            WebSocketException: With 4401, if there was none in the first message either.
+            WebSocketException: With 4401, if none came in the first message either.
         """
         token: str | None
         if REFRESHED in connection.scope:
@@ -336,7 +304,7 @@ class TokenFrom:
 
 
 def choose_subprotocol(websocket: WebSocket, spoken: tuple[str, ...]) -> None:
-    """Remember the first subprotocol that a client offers and the endpoint speaks, to accept with."""
+    """Remember the first subprotocol that a client offers and the endpoint speaks: it is accepted with that one."""
     for offered in websocket.scope.get("subprotocols", [])[:MAX_SUBPROTOCOLS]:
         if offered in spoken:
             websocket.scope.setdefault(SUBPROTOCOL, offered)
@@ -360,7 +328,7 @@ def _is_token(text: object) -> bool:
 
 async def _first_message(websocket: WebSocket, deadline: float) -> str:
     try:
-        if websocket.application_state is WebSocketState.CONNECTING:  # else somebody accepted it before
+        if websocket.application_state is WebSocketState.CONNECTING:  # it may have been accepted before
             await websocket.accept(websocket.scope.get(SUBPROTOCOL))
         async with asyncio.timeout(deadline):
             event = await websocket.receive()

@@ -1,4 +1,4 @@
-"""Serves the browser's client beside the sockets: always the one that belongs to this version of the server."""
+"""Serves the browser's client beside the sockets. It is always the one of this version of the server."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 NAME = "wsbroadcast.js"
-"""What pages import."""
+"""The name that pages import."""
 
 DIRECTORY = Path(__file__).parents[1] / "client"
-"""Where the files of the client are: its source and types, and what is served."""
+"""The directory of the client's files: its source, its types, and what is served."""
 
 _ANY_NAME = re.compile(r"wsbroadcast(\.[0-9a-f]+)?\.js")
 
-# So that a script of another origin may be a module, and nobody takes it for something else.
+# A script of another origin may then be used as a module, and browsers don't guess its type.
 _HEADERS = {
     "Access-Control-Allow-Origin": "*",
     "Cross-Origin-Resource-Policy": "cross-origin",
@@ -33,31 +33,31 @@ _NEVER_ASK = "public, max-age=31536000, immutable"
 
 
 def is_script(path: str) -> bool:
-    """Tell whether a URL's path names the client, so that no channel may have that name."""
+    """Return whether the path of a URL names the client. No channel may have that name."""
     return _ANY_NAME.fullmatch(path.rpartition("/")[2]) is not None
 
 
 class ClientScript:
-    """The client as it is served: minified, and compressed for who takes that."""
+    """The client as it is served: minified, and compressed for browsers that take that."""
 
     def __init__(self) -> None:
         self._plain = (DIRECTORY / "wsbroadcast.min.js").read_bytes()
         self._gzipped = (DIRECTORY / "wsbroadcast.min.js.gz").read_bytes()
         self.hash = sha256(self._plain).hexdigest()[:16]
-        """Names this very script: `wsbroadcast.<hash>.js` never changes."""
+        """Identifies this content: what is served as `wsbroadcast.<hash>.js` never changes."""
         self.integrity = f"sha384-{b64encode(sha384(self._plain).digest()).decode()}"
-        """What `integrity=` of a script or an import map says (Subresource Integrity)."""
+        """The value of `integrity=` in a script tag or an import map (Subresource Integrity)."""
 
     @property
     def name(self) -> str:
-        """The name under which it never changes."""
+        """The name under which the content never changes."""
         return f"wsbroadcast.{self.hash}.js"
 
     def response(self, request: Request) -> Response:
-        """Answer a request for it, by its name or the one that never changes.
+        """Answer a request for it, by its plain name or by one that never changes.
 
-        The name of another version gets this one as well, not to be kept: during a deploy a page of one node may ask
-        another.
+        A request for the name of another version gets this version, marked as not to be cached: during a deploy, a page
+        of one node may ask another node.
         """
         is_gzipped = _takes_gzip(request.headers.get("accept-encoding", ""))
         tag = f'"{self.hash}-gzip"' if is_gzipped else f'"{self.hash}"'
@@ -75,12 +75,12 @@ class ClientScript:
 
 @cache
 def client_script() -> ClientScript:
-    """Return the client, read once."""
+    """Return the client. Its files are read once."""
     return ClientScript()
 
 
 def script_routes(path: str) -> list[BaseRoute]:
-    """Make the routes of the client beside a router's path, in front of its first parameter."""
+    """Make the routes of the client. They are beside a router's path, before its first parameter."""
     before, parameter, _ = path.partition("{")
     base = before.rpartition("/")[0] if parameter else path.rstrip("/")
     return _routes(f"{base}/{NAME}")
@@ -95,18 +95,18 @@ def _routes(path: str) -> list[BaseRoute]:
 
 
 def create_script_router(path: str = f"/{NAME}") -> APIRouter:
-    """Make a router that serves the browser's client alone, for apps whose endpoints are their own.
+    """Make a router that serves only the browser's client, for apps with endpoints of their own.
 
     Routers of `create_router` serve it already, beside their sockets.
 
     Args:
-        path: Where; the name that never changes is beside it, with the hash in front of `.js`.
+        path: The path of the script. The name that never changes is beside it, with the hash before `.js`.
     """
     return APIRouter(routes=_routes(path))
 
 
 def _takes_gzip(accepted: str) -> bool:
-    # RFC 9110, 12.5.3: `gzip;q=0` says that it doesn't.
+    # RFC 9110, 12.5.3: `gzip;q=0` means that the client doesn't take it.
     for each in accepted.lower().split(","):
         coding, _, weight = (part.strip() for part in each.partition(";"))
         if coding in ("gzip", "*"):

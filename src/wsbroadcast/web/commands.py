@@ -1,4 +1,4 @@
-"""What clients may ask for in JSON: to subscribe, to unsubscribe and to publish.
+"""The commands of clients in JSON: subscribe, unsubscribe and publish.
 
 ```
 {"type": "subscribe", "channel": "news"}            → {"type": "subscribed", "channel": "news"}
@@ -7,35 +7,42 @@
 anything that isn't done                            → {"type": "error", "code": "forbidden", "text": "not allowed"}
 ```
 
-Every command gets one answer; if it has an `id`, the answer has it too. What is published reaches the channel as
-`{"type": "message", "channel": "news", "data": 42}`, so that nobody can make it look like an answer.
+Every command gets one answer. If it has an `id`, the answer has it too. What is published reaches the channel as
+`{"type": "message", "channel": "news", "data": 42}`, so nobody can make it look like an answer.
 """
 
 from __future__ import annotations
 
-from wsbroadcast.audience import check_channel
-from wsbroadcast.connection import Connection
+from wsbroadcast.audience import Audience, Unset, check_channel
+from wsbroadcast.connection import Connection, Exclude
 from wsbroadcast.exceptions import (
     ConfigurationError,
     EncodeError,
     EngineError,
     InvalidChannel,
     LimitExceeded,
+    MessageTooLarge,
     PermissionDenied,
     ungrouped,
 )
 from wsbroadcast.logs import Throttle, about, logger
+from wsbroadcast.message import Enveloped, Message, to_json_bytes
 from wsbroadcast.node.core import Core
 from wsbroadcast.protocols.commands import Answer, ErrorCode, Refused, error_answer, id_of
+from wsbroadcast.publication import Publications
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.authentication import Handshake
+from wsbroadcast.web.inbound import TypedInbound
 
-# What a client is told of; of a group of them the first counts that is named first here.
+# What is put around data that is JSON already.
+_ENVELOPE = b'{"type":"message","channel":%b,"data":%b}'
+
+# Errors that a client is told about. In a group of errors, the kind that is named first here counts.
 _ANSWERED = (Refused, PermissionDenied, InvalidChannel, LimitExceeded, EncodeError, EngineError)
 
 
 class Outage:
-    """Logs once a minute that clients find the broker out of reach: they say much, and it is all one trouble."""
+    """Logs once a minute that the broker is out of reach for clients: many messages fail for the same reason."""
 
     def __init__(self) -> None:
         self._throttle = Throttle()
@@ -47,25 +54,28 @@ class Outage:
 
 
 class Commands:
-    """Obeys the commands of a router's clients.
+    """Carries out the commands of a router's clients.
 
-    Without `authorize` a client may publish to the channels that its connection is subscribed to by the path or by the
-    app, and subscribe to no others. With it, every subscribe and every publish is asked for, so that a right that was
-    taken back is gone with the next command; a subscribe twice, before it is done and after. To unsubscribe is
-    everybody's right.
+    Without `authorize` a client may publish to the channels that the path or the app has subscribed it to. It may
+    subscribe to no others. With `authorize`, that is asked at every subscribe and every publish, so a right that was
+    taken away is gone with the next command. For a subscribe it is asked twice, before and after. Everybody may
+    unsubscribe.
     """
 
-    def __init__(self, core: Core, access: Access, outage: Outage, *, include_sender: bool) -> None:
+    def __init__(
+        self, core: Core, access: Access, outage: Outage, *, include_sender: bool, typed: TypedInbound | None = None
+    ) -> None:
         self._core = core
         self._access = access
         self._outage = outage
         self._include_sender = include_sender
+        self._typed = typed
 
     async def obey(self, connection: Connection, command: object) -> None:
-        """Do what a client asks for, and answer.
+        """Do what a client asks for, and send the answer.
 
         Raises:
-            ConnectionClosed: If the connection has ended. A command that is denied may end it.
+            ConnectionClosed: If the connection has ended. A denied command may end it.
         """
         try:
             answer = await self._run(connection, command)
@@ -74,11 +84,11 @@ class Commands:
         await connection.send(answer | id_of(command))
 
     async def answer_to(self, error: Exception, connection: Connection | Handshake) -> Answer:
-        """Return the answer for what went wrong with a command.
+        """Return the answer for an error in a command.
 
         Raises:
-            Exception: What nobody is told.
-            ConnectionClosed: If the connection was closed for it.
+            Exception: The error, if clients aren't told about it.
+            ConnectionClosed: If the connection was closed because of it.
         """
         error = ungrouped(error, *_ANSWERED)
         match error:
@@ -109,8 +119,7 @@ class Commands:
                 await connection.unsubscribe(channel)
                 return {"type": "unsubscribed", "channel": channel}
             case {"type": "publish", "channel": str() as channel, "data": data}:
-                await self._publish(connection, check_channel(channel), data)
-                return {"type": "published", "channel": channel}
+                return await self._publish(connection, check_channel(channel), data)
         return error_answer(
             ErrorCode.INVALID_COMMAND, "expected a type, subscribe, unsubscribe or publish, and a channel"
         )
@@ -119,23 +128,50 @@ class Commands:
         if self._access._authorize is None:
             if channel not in connection.channels:
                 raise PermissionDenied("not allowed")
-            return  # it is in there
+            return  # it is subscribed already
         await self._access._check(connection, "subscribe", channel)
         try:
             await connection.subscribe(channel)
-        except ConfigurationError as error:  # the broker forbids us the name
+        except ConfigurationError as error:  # the broker doesn't allow us this name
             raise EngineError(str(error)) from error
-        try:  # again: while it was subscribed, who took the right back found nothing to unsubscribe
+        try:  # again: if the right was taken away meanwhile, there was nothing yet to unsubscribe
             await self._access._check(connection, "subscribe", channel)
-        except BaseException:  # also if nobody can say just now
+        except BaseException:  # also if `authorize` can't answer now
             await connection.unsubscribe(channel)
             raise
 
-    async def _publish(self, connection: Connection, channel: str, data: object) -> None:
+    async def _publish(self, connection: Connection, channel: str, data: object) -> Answer:
         await self.check_publish(connection, channel)
         exclude = () if self._include_sender else (connection,)
-        message = {"type": "message", "channel": channel, "data": data}
-        await self._core.broadcast(self._core.publications(message, channel, exclude=exclude))
+        if self._typed is None and self._core.sends is None:
+            envelope = to_json_bytes({"type": "message", "channel": channel, "data": data})
+        else:
+            if self._typed is None:
+                checked = self.publications(Message.json(data), channel)
+            else:
+                message = self._typed.read_data(data)
+                if await self._typed.handle(connection, message, channel):
+                    return {"type": "handled", "channel": channel}
+                checked = self._typed.publications(message, channel)
+            envelope = _ENVELOPE % (to_json_bytes(channel), checked[0].message.payload)
+        audience = Audience("channel", channel)
+        publications = self._core.publications_to(Enveloped(envelope, "json"), audience, exclude)
+        await self._core.broadcast(publications)
+        return {"type": "published", "channel": channel}
+
+    def publications(self, message: object, channel: str | Unset, exclude: Exclude = ()) -> Publications:
+        """Return the publications of a message from a client, for a router without types.
+
+        Raises:
+            EncodeError: If it isn't of the type that `sends` of the manager says, which is counted; or if it is too
+                large.
+        """
+        try:
+            return self._core.publications(message, channel, exclude=exclude)
+        except EncodeError as error:
+            if not isinstance(error, MessageTooLarge):
+                self._core.counters.invalid += 1
+            raise
 
     async def check_publish(self, connection: Connection, channel: str) -> None:
         """Check that a client may publish to a channel.

@@ -18,11 +18,16 @@ from wsbroadcast.logs import about, logger
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.signatures import no_dependency
 from wsbroadcast.web.access import Access, Authenticate, choose_access, end_quietly
+from wsbroadcast.web.inbound import CONNECTS
 from wsbroadcast.web.routing import Endpoint
 
 
 async def get_manager(connection: HTTPConnection) -> ConnectionManager:
-    """Return the manager that is bound to the app; works on HTTP and on WebSocket routes.
+    """Return the manager that is bound to the app. It works on HTTP routes and on WebSocket routes.
+
+    A manager is bound to an app by its `lifespan`, by a router of `create_router`, or by `bind`. A mounted app, whose
+    lifespan nobody runs, has the managers of its own routers and those that were bound to it. If there are none, it has
+    those of the outermost app.
 
     Replace it in tests through `app.dependency_overrides[get_manager]`.
 
@@ -32,8 +37,8 @@ async def get_manager(connection: HTTPConnection) -> ConnectionManager:
     managers = managers_of(connection.scope)
     if len(managers) > 1:
         raise ConfigurationError(
-            f"{len(managers)} ConnectionManagers are bound to this app: say which, for example with "
-            "Annotated[ConnectionManager, Depends(get_chat)] with a function that returns it, or "
+            f"{len(managers)} ConnectionManagers are bound to this app: name one, for example with "
+            "Annotated[ConnectionManager, Depends(get_chat)] and a function that returns it, or with "
             "connection_dependency(chat)"
         )
     if not managers:
@@ -57,7 +62,7 @@ async def _connected(
     access: Access, manager: ConnectionManager, websocket: HTTPConnection
 ) -> AsyncGenerator[Connection]:
     if not isinstance(websocket, WebSocket):
-        raise ConfigurationError("ConnectionDep is for a WebSocket's endpoint; one of HTTP takes a ManagerDep")
+        raise ConfigurationError("ConnectionDep is for endpoints of WebSockets: take a ManagerDep in an HTTP endpoint")
     try:
         connection = await access._connect(manager, websocket)
     except ConnectionClosed:
@@ -75,10 +80,10 @@ async def _connected(
                 code, reason = denied.code, denied.reason
             case WebSocketException() as refusal:
                 code, reason = refusal.code, refusal.reason or ""
-                raise refusal from refusal.__cause__  # FastAPI knows it, but not a group of it
-            case HTTPException():  # which FastAPI makes a response of that goes nowhere
+                raise refusal from refusal.__cause__  # FastAPI understands it, but not a group that holds it
+            case HTTPException():  # FastAPI would make a response of it that reaches nobody
                 logger.error(
-                    "an endpoint raised %r, which no WebSocket's client sees: %s",
+                    "an endpoint raised %r, but clients of WebSockets don't see it: %s",
                     error,
                     _RAISE_INSTEAD,
                     extra=about("endpoint.failed"),
@@ -92,7 +97,7 @@ async def _connected(
 
 
 ManagerDep = Annotated[ConnectionManager, Depends(get_manager)]
-"""The app's manager, as a parameter's type."""
+"""The app's manager, as the type of a parameter."""
 
 
 @no_dependency("it makes one, so call it once: Depends(connection_dependency(…))")
@@ -104,23 +109,23 @@ def connection_dependency(
     allowed_origins: Iterable[str] | None = None,
     **moved: Never,
 ) -> Callable[..., AsyncIterator[Connection]]:
-    """Make a dependency like `get_connection`, which `ConnectionDep` has, with checks of its own.
+    """Make a dependency like `get_connection`, the one of `ConnectionDep`, with checks of its own.
 
     Make it once: `Member = Annotated[Connection, Depends(connection_dependency(authenticate=current_user))]`.
 
     Args:
         manager: Where connections are registered; by default the manager that is bound to the app.
         access: An `Access`, which has more options and may be shared.
-        authenticate: A FastAPI dependency that says who it is; see `Access`.
+        authenticate: A FastAPI dependency that returns who the client is; see `Access`.
         allowed_origins: The pages that may connect; see `Access`.
-        moved: None: what was here before is an option of `Access`.
+        moved: Nothing: these options have moved to `Access`.
 
     Raises:
         ConfigurationError: If an option makes no sense.
     """
     chosen_access = choose_access(access, authenticate, None, allowed_origins, moved)
 
-    async def get_given() -> ConnectionManager | None:  # `async`, or each handshake would need a thread
+    async def get_given() -> ConnectionManager | None:  # `async`: otherwise each handshake would need a thread
         return manager
 
     chosen = Depends(get_manager if manager is None else get_given)
@@ -128,35 +133,41 @@ def connection_dependency(
     async def get_connection(
         websocket: HTTPConnection, manager: Annotated[ConnectionManager, chosen]
     ) -> AsyncIterator[Connection]:
-        """Accept and register the WebSocket of an endpoint, and remove it on the way out, whatever way that is.
+        """Accept and register the WebSocket of an endpoint, and remove it when the endpoint ends, for any reason.
 
-        An endpoint that returns closes the connection with 1000, one that raises `WebSocketException` with its code,
-        one that raises `PermissionDenied` with 1008, one that fails with 1011. That the peer is gone is not an error
-        here: `WebSocketDisconnect` ends the endpoint quietly.
+        If the endpoint returns, the connection is closed with 1000; if it raises `WebSocketException`, with its code;
+        if it raises `PermissionDenied`, with 1008; if it fails, with 1011. A peer that is gone is not an error here:
+        `WebSocketDisconnect` ends the endpoint quietly.
         """
         async with _connected(chosen_access, manager, websocket) as connection:
             yield connection
 
+    setattr(get_connection, CONNECTS, True)
     return get_connection
 
 
 get_connection = connection_dependency()
-"""Accepts and registers the WebSocket of an endpoint, and removes it on the way out; for `ConnectionDep`."""
+"""Accepts and registers the WebSocket of an endpoint, and removes it when that ends. `ConnectionDep` uses it."""
 
 ConnectionDep = Annotated[Connection, Depends(get_connection)]
-"""The endpoint's connection, accepted and registered, as a parameter's type."""
+"""The endpoint's connection, accepted and registered, as the type of a parameter.
+
+Only pages of the server's own origin may connect; `connection_dependency` can allow others. An endpoint that returns
+closes the connection with 1000. One that raises `PermissionDenied` closes it with 1008, `WebSocketException` with its
+own code, anything else with 1011. A peer that is gone is not an error. An `ExceptionGroup`, as a task group raises,
+counts as the error in it, if there are no others in it."""
 
 
 _RAISE_INSTEAD = "raise PermissionDenied(text), or WebSocketException(code, reason)"
 
-# Which manager belongs to the app that a request came to.
+# Which managers belong to the app that a request came to.
 
 
 def managers_of(scope: Scope) -> tuple[ConnectionManager, ...]:
     """Return the managers that are bound to the app of a request, or else to the outermost app around it.
 
-    A manager is bound by a lifespan, which a mounted app doesn't get. So one whose router an app has included, or whose
-    lifespan it was given, counts as bound to it.
+    A lifespan binds a manager, but a mounted app gets no lifespan. So a manager also counts as bound if the app has
+    included its router or was given its lifespan.
     """
     app, outermost = scope["app"], scope["router"]
     if bound := _bound(app.router):
@@ -167,7 +178,7 @@ def managers_of(scope: Scope) -> tuple[ConnectionManager, ...]:
 
 
 def is_mounted(scope: Scope) -> bool:
-    """Tell whether the app of a request is mounted in another one."""
+    """Return whether the app of a request is mounted in another one."""
     return scope["app"].router is not scope["router"]
 
 
@@ -187,9 +198,9 @@ def _carried(router: Any) -> Iterator[ConnectionManager]:
 
 def _endpoints(routes: Iterable[BaseRoute]) -> Iterator[Any]:
     for route in routes:
-        # An older FastAPI copies the routes of an included router, a newer one keeps the router.
+        # An older FastAPI copies the routes of an included router. A newer one keeps the router.
         router = route.app if isinstance(route, Mount) else getattr(route, "original_router", None)
-        if isinstance(router, Router):  # and no app, whose managers are its own
+        if isinstance(router, Router):  # but not an app: its managers are its own
             yield from _endpoints(router.routes)
         else:
             yield getattr(route, "endpoint", None)

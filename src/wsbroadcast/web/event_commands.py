@@ -1,4 +1,4 @@
-"""Does what clients of events ask for: over a WebSocket, where commands come one after the other, or by POST."""
+"""The commands of clients that speak events: one after another over a WebSocket, or by POST."""
 
 from __future__ import annotations
 
@@ -36,29 +36,31 @@ from wsbroadcast.protocols.commands import (
     Session,
     Subscribe,
     Unsubscribe,
+    Watch,
     error_answer,
     id_of,
 )
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.authentication import Handshake
 from wsbroadcast.web.commands import Commands
+from wsbroadcast.web.inbound import TypedInbound
 
 Inbound = Literal["broadcast", "commands", "handle", "ignore"]
-"""What becomes of what clients send."""
+"""What is done with messages of clients; see `create_router`."""
 
 Accepts = Literal["any", "text", "bytes", "json"]
-"""What clients may send."""
+"""What clients may send; see `create_router`."""
 
 Who = Connection | Handshake
-"""Who asks: a connection, or a request without one."""
+"""The client that asks: a connection, or a request without one."""
 
 _FAILED = "a mistake of the server's"
 
 
 class EventCommands:
-    """Obeys the commands of a router's clients that speak events.
+    """Carries out the commands of a router's clients that speak events.
 
-    A protocol changes the form of what is sent, and never what `inbound` and `accepts` of the router allow.
+    A protocol changes only the form of what is sent. What `inbound` and `accepts` of the router allow stays the same.
     """
 
     def __init__(
@@ -70,15 +72,17 @@ class EventCommands:
         inbound: Inbound,
         accepts: Accepts,
         include_sender: bool,
+        typed: TypedInbound | None = None,
     ) -> None:
         self._core = core
         self._access = access
         self._commands = commands
         self._accepts = accepts
         self._include_sender = include_sender
-        # The calls of requests that run, by whose they are; those of connections are counted there.
+        self._typed = typed
+        # The running calls of requests, counted by whose they are. Calls of connections are counted in their sessions.
         self._calls = Counted(MAX_CALLS)
-        # What clients that speak no events get of a text: with JSON around it, or as it is.
+        # Whether plain clients get published text as a JSON string. Otherwise they get it as it is.
         self._is_json = accepts == "json" or inbound == "commands"
         self._publishes: Literal["nowhere", "path", "path_or_everyone", "anywhere"]
         match inbound:
@@ -90,39 +94,56 @@ class EventCommands:
                 self._publishes = "path_or_everyone"
             case "handle":
                 self._publishes = "path"
-        # Who handles what clients say does it in `on_message`, which sees connections only.
-        self._publishes_by_post = "nowhere" if inbound == "handle" else self._publishes
+        # With `handle`, messages go to `on_message` hooks, which see only connections, or to handlers of types.
+        self._only_handles_posts = inbound == "handle"
+        self._publishes_by_post = "nowhere" if inbound == "handle" and typed is None else self._publishes
 
     def session(self, path_channel: str | None) -> Session:
-        """Begin with a client of a path's channel."""
+        """Return a new session for a client of a path's channel."""
         return Session(path_channel, self._publishes)
 
     async def serve(self, connection: Connection, path_channel: str | None) -> None:
-        """Obey a connection's commands until it ends; what it has called is cancelled then.
+        """Carry out a connection's commands until it ends. Calls that still run are cancelled then.
 
         Raises:
-            ConnectionClosed: When it has ended. A command that is denied may end it.
+            ConnectionClosed: When it has ended. A denied command may end it.
         """
         session = self.session(path_channel)
         calls: set[asyncio.Task[Answer]] = set()
         try:
             while True:
-                await self.obey(connection, session, calls, await connection.receive_json())
+                try:
+                    asked = await self._next(connection)
+                except Refused as refused:
+                    self._say(connection, refused.answer)
+                else:
+                    await self.obey(connection, session, calls, asked)
                 await self._core.ease(connection)
         finally:
             for call in calls:
                 call.cancel()
 
+    async def _next(self, connection: Connection) -> object:
+        if self._typed is None:
+            return await connection.receive_json()
+        return self._typed.read_command(await connection.receive())
+
     async def obey(
-        self, connection: Connection, session: Session, calls: set[asyncio.Task[Answer]], asked: object
+        self,
+        connection: Connection,
+        session: Session,
+        calls: set[asyncio.Task[Answer]],
+        asked: object,
+        about: Answer | None = None,
     ) -> None:
-        """Do what a connection asks for, and answer.
+        """Do what a connection asks for, and send the answer.
 
         Args:
-            connection: Whose.
-            session: That of the connection.
-            calls: Its calls that run; another one is added.
+            connection: The connection.
+            session: The connection's session.
+            calls: Its running calls. A new call is added to them.
             asked: What it asks for.
+            about: Fields of the answer that refer to the question; by default the `id` of the command.
 
         Raises:
             ConnectionClosed: If it has ended.
@@ -136,7 +157,7 @@ class EventCommands:
         except Exception as error:
             answer = await self._commands.answer_to(error, connection)
         if answer is not None:
-            self._say(connection, answer | id_of(asked))
+            self._say(connection, answer | (id_of(asked) if about is None else about))
 
     def _say(self, connection: Connection, answer: Answer) -> None:
         if connection.is_open:
@@ -151,15 +172,15 @@ class EventCommands:
         key: str | None,
         left: Callable[[], Coroutine[Any, Any, None]],
     ) -> Answer:
-        """Do what a request asks for that has no connection, which is to publish and to call, and return the answer.
+        """Do what a request without a connection asks for, which may be to publish or to call; return the answer.
 
         Args:
-            who: Whose request it is, authenticated.
-            channel: That of its path.
+            who: The sender of the request, authenticated.
+            channel: The channel of the request's path.
             asked: What it asks for.
             exclude: Ids of connections that don't get what it publishes.
-            key: Under which its calls are counted; `None` if nobody knows.
-            left: Returns when the client has left, which cancels what it has called.
+            key: Its calls are counted under this key; `None` if it isn't known whose they are.
+            left: Returns when the client has left. Then its call is cancelled.
         """
         try:
             match Session(channel, self._publishes_by_post).read(asked):
@@ -168,7 +189,7 @@ class EventCommands:
                 case Call() as call:
                     answer = await self._call(who, call, key, left)
                 case _:
-                    raise Refused(ErrorCode.NOT_SUPPORTED, "to publish and to call is all that a request can do")
+                    raise Refused(ErrorCode.NOT_SUPPORTED, "a request can only publish or call")
         except Exception as error:
             answer = await self._commands.answer_to(error, who)
         return answer | id_of(asked)
@@ -177,10 +198,16 @@ class EventCommands:
         match command:
             case Subscribe():
                 await self._subscribe(connection, check_channel(command.channel), command.since, id_)
-                return None  # it is answered in its place among the messages
+                return None  # the answer takes its place among the messages
             case Unsubscribe():
                 await connection.unsubscribe(command.channel)
                 return {"type": "unsubscribed", "channel": command.channel}
+            case Watch(begins=True):
+                await self._watch(connection, check_channel(command.channel), id_)
+                return None  # the list of members is the answer
+            case Watch():
+                self._core.unwatch(connection, command.channel)
+                return {"type": "unwatched", "channel": command.channel}
             case Publish():
                 return await self._publish(connection, command, connection.channels)
             case Refresh():
@@ -190,7 +217,7 @@ class EventCommands:
             case Pong() | Call():
                 return None
 
-    # To subscribe.
+    # Subscribing.
 
     async def _subscribe(self, connection: Connection, channel: str, since: str | None, id_: object) -> None:
         if self._access._authorize is None and channel not in connection.channels:
@@ -203,17 +230,41 @@ class EventCommands:
         await check()
         try:
             await self._core.subscribe_if(connection, channel, since, check, id_)
-        except ConfigurationError as error:  # the broker forbids us the name
+        except ConfigurationError as error:  # the broker doesn't allow us this name
             raise EngineError(str(error)) from error
 
-    # To publish.
+    # Presence.
+
+    async def _watch(self, connection: Connection, channel: str, id_: object) -> None:
+        if channel not in connection.channels:
+            raise PermissionDenied("not in this channel")
+        rules = self._core.presence_rules
+        if rules is None or rules.of(channel) is None:
+            raise Refused(ErrorCode.NOT_SUPPORTED, "this channel has no presence")
+        if self._access._authorize is not None:
+            await self._access._check(connection, "presence", channel)
+        if not await self._core.watch(connection, channel, id_):
+            raise PermissionDenied("not in this channel")
+
+    # Publishing.
 
     async def _publish(self, who: Who, publish: Publish, own: Collection[str], exclude: Iterable[str] = ()) -> Answer:
         channel = None if publish.channel is None else check_channel(publish.channel)
         await self._check_publish(who, channel, own)
         key = publish.key_of(None if who.user is None else user_key(who.user))
+        answer: Answer = {"to": "everyone"} if channel is None else {"channel": channel}
         left_out = {*exclude, who.id} if isinstance(who, Connection) and not self._include_sender else {*exclude}
-        publications = self._core.publications(self._message(publish), UNSET if channel is None else channel)
+        if self._typed is None:
+            publications = self._commands.publications(self._message(publish), UNSET if channel is None else channel)
+        else:
+            if publish.encoding is not None:
+                raise Refused(ErrorCode.INVALID_DATA, "what is published here is json")
+            message = self._typed.read_data(publish.data)
+            if await self._typed.handle(who, message, channel, publish.idempotency_key):
+                return {"type": "handled", **answer}
+            if self._only_handles_posts and not isinstance(who, Connection):
+                raise PermissionDenied("not allowed")
+            publications = self._typed.publications(message, channel)
         for publication in publications:
             publication.exclude |= left_out
         try:
@@ -221,8 +272,8 @@ class EventCommands:
         except ConfigurationError as error:
             if key is None:
                 raise
-            raise Refused(ErrorCode.NOT_SUPPORTED, "nothing is kept here, so no idempotency_key is") from error
-        answer: Answer = {"type": "published", **({"to": "everyone"} if channel is None else {"channel": channel})}
+            raise Refused(ErrorCode.NOT_SUPPORTED, "nothing is kept here, so idempotency_key can't be used") from error
+        answer = {"type": "published", **answer}
         if receipt.position is not None:
             answer["position"] = receipt.position
         return answer | {"is_repeat": True} if receipt.is_repeat else answer
@@ -243,10 +294,10 @@ class EventCommands:
             try:
                 return b64decode(data, validate=True)
             except ValueError:
-                raise Refused(ErrorCode.INVALID_DATA, "the data is no base64") from None
+                raise Refused(ErrorCode.INVALID_DATA, "the data is not base64") from None
         return Message.json(data) if self._is_json or not is_text else data
 
-    # To go on with another token.
+    # Going on with another token.
 
     async def _refresh(self, connection: Connection, token: str) -> Answer:
         try:
@@ -254,12 +305,12 @@ class EventCommands:
         except (Refused, ConnectionClosed):
             raise
         except Exception:
-            text = "authenticate failed for a token that a client goes on with"
+            text = "authenticate failed for a new token of a client"
             logger.exception(text, extra=about("refresh.failed"))
             raise Refused(ErrorCode.FAILED, _FAILED) from None
         return {"type": "refreshed"} if expires_at is None else {"type": "refreshed", "expires_at": expires_at}
 
-    # To call.
+    # Calling.
 
     def _begin(
         self, connection: Connection, session: Session, calls: set[asyncio.Task[Answer]], call: Call, id_: Answer
@@ -295,7 +346,7 @@ class EventCommands:
             raise Refused(ErrorCode.LIMIT_EXCEEDED, f"{MAX_CALLS} calls run already")
         task = self._start(who, method, call)
         if key is not None:
-            task.add_done_callback(lambda _: self._calls.give_back(key))  # a thread runs on
+            task.add_done_callback(lambda _: self._calls.give_back(key))  # when it is done: a thread can't be cancelled
         leaving = self._core.life.node.tasks.begin(left(), "watch of a client that calls", copy_context())
         try:
             timeout = self._core.client_timing.call_timeout
@@ -336,7 +387,7 @@ class EventCommands:
             return self._failed(method, error)
         except Exception as error:
             is_gone = isinstance(error, ConnectionClosed) and isinstance(who, Connection) and not who.is_open
-            return {} if is_gone else self._failed(method, error)  # nobody is there to hear it
+            return {} if is_gone else self._failed(method, error)  # nobody is there to get the answer
 
     def _failed(self, method: Method, error: Exception) -> Answer:
         name = method.name

@@ -1,10 +1,10 @@
-"""The same channel over HTTP: events (GET), long poll (GET that accepts JSON only), and what clients say (POST)."""
+"""A router's path over HTTP: events (GET), long poll (GET that accepts only JSON), and commands (POST)."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from secrets import token_urlsafe
 from typing import Any
@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import WebSocketException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route, compile_path
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -26,24 +26,26 @@ from wsbroadcast.exceptions import ConnectionClosed, InvalidChannel, LimitExceed
 from wsbroadcast.manager import ConnectionManager, core_of
 from wsbroadcast.message import Message
 from wsbroadcast.node.admission import POLL, Poll, address_of
-from wsbroadcast.node.membership import SPEAKS
 from wsbroadcast.protocols.commands import MAX_ID_CHARACTERS, Answer, ErrorCode, error_answer
 from wsbroadcast.protocols.events import events
 from wsbroadcast.protocols.sse import server_sent_events
 from wsbroadcast.publication import Position
+from wsbroadcast.transports import SPEAKS
 from wsbroadcast.transports.http import EventStream, Header, RefusableRequest, stream_headers
 from wsbroadcast.transports.long_poll import KEPT_SECONDS, MAX_WAIT_SECONDS, LongPoll
 from wsbroadcast.transports.refusal import refuse
+from wsbroadcast.typed.sockets import SocketInfo
 from wsbroadcast.web.access import Access
 from wsbroadcast.web.authentication import Handshake
+from wsbroadcast.web.documentation import SINCE, document_http, unique_id
 from wsbroadcast.web.event_commands import EventCommands
 from wsbroadcast.web.path_channel import PathChannel
 
 MAX_CHANNELS = 100
-"""As many channels may one stream have beside that of its path."""
+"""The most channels that one stream may have besides that of its path."""
 
 BODY_SECONDS = 30.0
-"""So long may the body of a command take to come in."""
+"""How long the body of a command may take to arrive, in seconds."""
 
 STATUSES: dict[str, int] = {
     ErrorCode.UNAUTHENTICATED: 401,
@@ -54,9 +56,9 @@ STATUSES: dict[str, int] = {
     ErrorCode.UNAVAILABLE: 503,
     ErrorCode.TIMEOUT: 504,
 }
-"""What a request is answered with whose command was not done; 400 for the rest."""
+"""The HTTP status by the error code of a command that was not done; 400 for all other codes."""
 
-# What a place is called that is kept between two polls.
+# The ids of places that are kept between two polls.
 _POLL = re.compile("[A-Za-z0-9_-]{16,64}")
 
 Open = Callable[[WebSocket], Awaitable[None]]
@@ -64,55 +66,59 @@ Open = Callable[[WebSocket], Awaitable[None]]
 
 
 class HTTPStreams:
-    """What a router does with HTTP requests on its path.
+    """Answers HTTP requests on the path of a router.
 
     Args:
         manager: Keeps the connections.
-        open_: Serves one.
-        channel: The channel of a path.
-        access: Who may come in.
-        commands: Obeys what clients say.
+        open_: Serves one connection.
+        channel: Makes the channel from a path.
+        access: Decides who may come in.
+        commands: Carries out commands.
+        socket: The types of what goes over the path.
     """
 
     def __init__(
-        self, manager: ConnectionManager, open_: Open, channel: PathChannel, access: Access, commands: EventCommands
+        self,
+        manager: ConnectionManager,
+        open_: Open,
+        channel: PathChannel,
+        access: Access,
+        commands: EventCommands,
+        socket: SocketInfo,
     ) -> None:
+        self.socket = socket
+        """The types of what goes over the path, for documents."""
         self._core = core_of(manager)
         self._open = open_
         self._access = access
         self._channel = channel
         self._commands = commands
 
-    def add_to(self, router: APIRouter, path: str, dependencies: Sequence[params.Depends] | None) -> None:
-        """Add its routes to a router."""
-        names = compile_path(path)[2]
-        router.add_api_route(
-            path,
-            self.get,
-            methods=["GET"],
-            name="wsbroadcast_events",
-            summary="Listen by server-sent events, or by long poll",
-            dependencies=dependencies,
-            response_class=Response,
-            openapi_extra={"parameters": [*_path_parameters(names), *_QUERY]},
-            responses={200: _LISTEN},
-        )
-        router.add_api_route(
-            path,
-            self.post,
-            methods=["POST"],
-            name="wsbroadcast_command",
-            summary="Publish, or call a method",
-            dependencies=dependencies,
-            response_class=Response,
-            openapi_extra={"parameters": _path_parameters(names), "requestBody": _COMMAND},
-            responses={200: {"description": "What became of it", "content": {"application/json": {"schema": _OBJECT}}}},
-        )
-        router.add_api_route(path, self.get, methods=["HEAD"], include_in_schema=False, dependencies=dependencies)
-        router.add_api_route(path, self.options, methods=["OPTIONS"], include_in_schema=False)
+    def add_to(
+        self, router: APIRouter, path: str, dependencies: Sequence[params.Depends] | None, *, include_in_schema: bool
+    ) -> None:
+        """Add its routes to a router. Their OpenAPI comes from separate routes, which are only for documentation."""
+        if include_in_schema:
+            document_http(router, path, self.socket, _QUERY, [*(dependencies or ()), *self._access._dependencies])
+        every: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
+            ("GET", self.get, "wsbroadcast_events"),
+            ("POST", self.post, "wsbroadcast_command"),
+            ("HEAD", self.get, "wsbroadcast_head"),
+            ("OPTIONS", self.options, "wsbroadcast_options"),
+        ]
+        for method, endpoint, name in every:
+            router.add_api_route(
+                path,
+                endpoint,
+                methods=[method],
+                name=name,
+                include_in_schema=False,
+                dependencies=None if method == "OPTIONS" else dependencies,
+                generate_unique_id_function=unique_id,
+            )
 
     def routes(self, path: str) -> list[BaseRoute]:
-        """Return its routes for plain Starlette, where GET stands for HEAD too."""
+        """Return its routes for plain Starlette, where a route for GET also answers HEAD."""
         return [
             Route(path, self.get, methods=["GET"], name="wsbroadcast_events"),
             Route(path, self.post, methods=["POST"], name="wsbroadcast_command"),
@@ -120,7 +126,7 @@ class HTTPStreams:
         ]
 
     async def get(self, request: Request) -> Response:
-        """Answer with a stream of events, or with what has come."""
+        """Answer with a stream of events, or, to a long poll, with what has come."""
         if request.method == "HEAD":
             return Answered(self._head)
         if prefers_json(request.headers):
@@ -133,30 +139,41 @@ class HTTPStreams:
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         is_events = request.query_params.get("events") == "1"
-        more = request.query_params.getlist("channel")[:MAX_CHANNELS] if is_events else []
         stream = EventStream(
             scope,
             receive,
             send,
             self._access._sharing(request),
             is_event_source=not is_events,
-            begin=partial(self._subscribe, more) if more else None,
+            begin=self._beginning(request, is_events=is_events),
         )
         kept = self._kept(request)
         stream.websocket.scope[SPEAKS] = server_sent_events(kept, is_events=is_events)
         await self._open(stream.websocket)
 
-    async def _subscribe(self, channels: list[str], connection: Connection) -> None:
-        # `name` or `name@position`, as the commands that a WebSocket would be sent; answered by events like those.
-        session = self._commands.session(None)
+    def _beginning(self, request: Request, *, is_events: bool) -> Callable[[Connection], Awaitable[None]] | None:
+        # Return what is done first for this client; `None` for nothing.
+        channels = request.query_params.getlist("channel")[:MAX_CHANNELS] if is_events else []
+        watched = request.query_params.getlist("presence")[: MAX_CHANNELS + 1]
+        return partial(self._begin, channels, watched, request.path_params) if channels or watched else None
+
+    async def _begin(
+        self, channels: list[str], watched: list[str], path: Mapping[str, str], connection: Connection
+    ) -> None:
+        # Done like commands over a WebSocket, and answered by the same events. A channel is `name` or `name@position`.
+        # For presence, an empty name stands for the path's channel.
+        session = self._commands.session(self._channel.of(path))
         for each in channels:
             name, at, since = each.rpartition("@")
             try:
                 Position.of(since if at else "")
-            except ValueError:  # the name alone, which may have an @ itself
+            except ValueError:  # it is only a name, perhaps with an @ in it
                 name, since = each, ""
             asked = {"type": "subscribe", "channel": name, "since": since or None, "id": name}
             await self._commands.obey(connection, session, set(), asked)
+        for name in dict.fromkeys(watched):
+            asked = {"type": "presence", "channel": name}
+            await self._commands.obey(connection, session, set(), asked, {"channel": name} if name else {})
 
     async def _poll(self, wait: float, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
@@ -164,7 +181,8 @@ class HTTPStreams:
         if kept is not None and not (request.query_params.get("since") or request.headers.get("last-event-id")):
             wait = 0.0
         most = self._core.life.node.dispatcher.turn_bytes * 8
-        poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most)
+        begin = self._beginning(request, is_events=False)
+        poll = LongPoll(scope, receive, send, self._access._sharing(request), kept, wait, most, begin)
         poll.websocket.scope[SPEAKS] = events
         if self._core.life.node.membership.admission.quotas.counts_places:
             named = request.query_params.get("id", "")
@@ -174,7 +192,7 @@ class HTTPStreams:
         await self._open(poll.websocket)
 
     async def post(self, request: Request) -> Response:
-        """Do what a client asks for that has no WebSocket: to publish, or to call a method."""
+        """Do what a client without a WebSocket asks for: to publish, or to call a method."""
         return Answered(self._obey)
 
     async def _obey(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -212,7 +230,7 @@ class HTTPStreams:
         return 200 if answer["type"] != "error" else STATUSES.get(answer["code"], 400), answer
 
     async def _head(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # What a GET would be answered with, so that nobody learns more by asking this way.
+        # Answer what a GET would be answered: so nobody learns more in this way.
         sharing = self._access._sharing(Request(scope))
         if await self._admit(scope, receive, send, sharing, listens=True) is not None:
             headers = [*stream_headers(is_http_1_1=False), *sharing]
@@ -222,7 +240,7 @@ class HTTPStreams:
     async def _admit(
         self, scope: Scope, receive: Receive, send: Send, sharing: Iterable[Header], *, listens: bool
     ) -> tuple[str | None, Handshake] | None:
-        # The channel and who asks, of a request that becomes no connection; `None` if it is gone, or refused.
+        # Return the channel and the sender of a request that becomes no connection; `None` if it is gone or refused.
         websocket = RefusableRequest(scope, receive, send, sharing).websocket
         try:
             channel = self._channel.of(websocket.path_params)
@@ -235,18 +253,10 @@ class HTTPStreams:
 
     async def options(self, request: Request) -> Response:
         """Answer a browser that asks what a page of another origin may do (Fetch, 3.2.2)."""
-        sharing = dict(self._access._sharing(request))
-        if b"access-control-allow-origin" not in sharing:
-            return Head(403, [*sharing.items()])
-        allowed = [
-            (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-allow-headers", b"authorization, content-type, last-event-id"),
-            (b"access-control-max-age", b"600"),
-        ]
-        return Head(204, [*sharing.items(), *allowed])
+        return preflight(self._access, request)
 
     def _kept(self, request: Request) -> str | None:
-        # The channel of the path, if it has a history. What is wrong with its name is said where it is joined.
+        # The channel of the path, if it has a history. A wrong name is reported later, when it is joined.
         try:
             name = self._channel.of(request.path_params)
         except InvalidChannel:
@@ -256,18 +266,12 @@ class HTTPStreams:
         return name if is_kept else None
 
 
-# What stands in an app's documentation.
+# The documentation of the parameters.
 
 
-_OBJECT = {"type": "object"}
 _TEXT = {"type": "string"}
-_LISTEN = {
-    "description": "What is broadcast to the channel",
-    "content": {"text/event-stream": {"schema": _TEXT}, "application/json": {"schema": _OBJECT}},
-}
-_COMMAND = {"required": True, "content": {"application/json": {"schema": _OBJECT}}}
 _QUERY = [
-    {"name": "since", "in": "query", "schema": _TEXT, "description": "The position of the last message that was seen."},
+    SINCE,
     {
         "name": "wait",
         "in": "query",
@@ -287,6 +291,12 @@ _QUERY = [
         "description": "With `events=1`: further channels, as `name` or `name@position`.",
     },
     {
+        "name": "presence",
+        "in": "query",
+        "schema": {"type": "array", "items": _TEXT, "maxItems": MAX_CHANNELS + 1},
+        "description": "A channel of the request whose members are sent; empty for that of the path.",
+    },
+    {
         "name": "id",
         "in": "query",
         "schema": {"type": "string", "pattern": f"^{_POLL.pattern}$"},
@@ -295,19 +305,20 @@ _QUERY = [
 ]
 
 
-def _path_parameters(names: Iterable[str]) -> list[dict[str, Any]]:
+def path_parameters(names: Iterable[str]) -> list[dict[str, Any]]:
+    """Describe the parameters of a path."""
     return [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in names]
 
 
 class Answered(Response):
-    """A response that writes itself."""
+    """A response that a function writes."""
 
     def __init__(self, answer: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         super().__init__()
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write it."""
+        """Write the response."""
         await self._answer(scope, receive, send)
 
 
@@ -319,12 +330,25 @@ class Head(Response):
         self.raw_headers = headers
 
 
+def preflight(access: Access, request: Request) -> Response:
+    """Answer a browser that asks what a page of another origin may do (Fetch, 3.2.2)."""
+    sharing = dict(access._sharing(request))
+    if b"access-control-allow-origin" not in sharing:
+        return Head(403, [*sharing.items()])
+    allowed = [
+        (b"access-control-allow-methods", b"GET, POST"),
+        (b"access-control-allow-headers", b"authorization, content-type, last-event-id"),
+        (b"access-control-max-age", b"600"),
+    ]
+    return Head(204, [*sharing.items(), *allowed])
+
+
 async def read_json(request: Request, check: Callable[[int], None]) -> object:
-    """Read a request's body.
+    """Return the JSON in the body of a request.
 
     Raises:
         LimitExceeded: If it is too large.
-        ValueError: If it isn't JSON, or doesn't say that it is, which no form of another page can.
+        ValueError: If it isn't JSON, or its content type doesn't say so. A form of another page can't say so.
         TimeoutError: If it doesn't come in time.
         ClientDisconnect: If the client leaves before its end.
     """
@@ -337,26 +361,26 @@ async def read_json(request: Request, check: Callable[[int], None]) -> object:
             check(len(body))
     try:
         value = from_json(bytes(body), allow_inf_nan=False)
-        Message.json(value)  # which 1e999 can't: it is read as infinity
+        Message.json(value)  # 1e999 fails here: it was read as infinity
     except ValueError:
         raise ValueError("the body is not valid JSON") from None
     return value
 
 
 async def left(request: Request) -> None:
-    """Return when a client has left whose request was read."""
+    """Return when a client whose request was read has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def prefers_json(headers: Headers) -> bool:
-    """Tell whether a client asks for JSON, and not for events; one that takes anything gets events."""
+    """Return whether a client asks for JSON and not for events. A client that takes anything gets events."""
     kinds = {each.partition(";")[0].strip().lower() for each in headers.get("accept", "").split(",")}
     return "application/json" in kinds and "text/event-stream" not in kinds
 
 
 def wait_of(text: str | None) -> float | None:
-    """Read for how long a poll waits; `None` if it is no such number."""
+    """Return for how many seconds a poll waits; `None` if the text is no such number."""
     if text is None:
         return MAX_WAIT_SECONDS * 2 / 3
     if not text.isascii() or not text.replace(".", "", 1).isdigit():

@@ -1,4 +1,4 @@
-"""The operations router: how all nodes are, in JSON, for Prometheus and on a page; and what operators do to them."""
+"""The operations router: reports of all nodes in JSON, for Prometheus and on a page; and what operators do to nodes."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ _PAGE_HEADERS = {
 _PARTS = {"operations.css": "text/css; charset=utf-8", "operations.js": "text/javascript; charset=utf-8"}
 
 _NO_GUARD = (
-    "the operations router shows who is connected, and closes and drains: say who may use it, "
-    "create_operations_router(manager, dependencies=[Depends(only_admins)]), or public=True if everybody may who "
-    "reaches it, such as on a port of its own"
+    "the operations router shows who is connected, closes connections and drains nodes: say who may use it, by "
+    "create_operations_router(manager, dependencies=[Depends(only_admins)]), or by public=True if only people who may "
+    "use it can reach it, for example on a port of its own"
 )
 
-Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at most.")]
-After = Annotated[str, Query(max_length=MAX_NAME_BYTES, description="The `next` of the page before.")]
-ChannelName = Annotated[str | None, Query(max_length=MAX_NAME_BYTES, description="Only those in this channel.")]
-UserName = Annotated[str | None, Query(max_length=MAX_NAME_BYTES, description="Only this user's.")]
+Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="The largest number of items.")]
+After = Annotated[str, Query(max_length=MAX_NAME_BYTES, description="The `next` of the previous page.")]
+ChannelName = Annotated[str | None, Query(max_length=MAX_NAME_BYTES, description="Only connections in this channel.")]
+UserName = Annotated[str | None, Query(max_length=MAX_NAME_BYTES, description="Only connections of this user.")]
 UserInPath = Annotated[str, Path(description="The user, as text.")]
 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -89,39 +89,39 @@ _CHANGES: dict[int | str, dict[str, Any]] = {
 
 
 class _Told(NamedTuple):
-    """Whether a node is ready, in a word."""
+    """Whether a node is ready, in one word."""
 
     word: str
     is_ready: bool
 
 
 class Operations:
-    """What stands behind the router's paths.
+    """Answers the requests to the router.
 
     Args:
-        manager: Whose node is asked.
+        manager: The manager whose node is asked.
         ready_needs_broker: Whether a node is ready only while it reaches the broker.
-        allowed_origins: Whose pages may change something; `None` for the server's own.
+        allowed_origins: Pages that may change something; `None` for pages of the server itself.
     """
 
     def __init__(
         self, manager: ConnectionManager, *, ready_needs_broker: bool, allowed_origins: Iterable[str] | None
     ) -> None:
         self.manager = manager
-        """Whose node is asked."""
+        """The manager whose node is asked."""
         self._core = core_of(manager)
         self._ready_needs_broker = ready_needs_broker
         self._origins = AllowedOrigins(allowed_origins)
         self._core.know_siblings()
 
-    # Open to everybody.
+    # Without login.
 
     async def live(self) -> Response:
-        """Say that the event loop turns."""
+        """Say that the event loop runs."""
         return _word("live", is_ok=True)
 
     async def ready(self) -> Response:
-        """Say whether this node takes connections: not before its start, nor while it drains."""
+        """Say whether this node takes connections: not before its start, and not while it drains."""
         told = await self._readiness()
         return _word(told.word, is_ok=told.is_ready)
 
@@ -130,7 +130,7 @@ class Operations:
         was_started = life.is_started
         try:
             async with asyncio.timeout(1.0):
-                await life.run_here()  # where no lifespan has done it, nobody would be sent here to do it
+                await life.run_here()  # without a lifespan, nobody would be sent to this node to start it
                 if was_started and self._ready_needs_broker and not (await life.engine.health()).is_ok:
                     return _Told("unreachable", False)
         except LifecycleError:
@@ -141,10 +141,10 @@ class Operations:
             return _Told("draining", False)
         return _Told("ready", True) if was_started else _Told("starting", False)
 
-    # What all nodes say.
+    # Reports of all nodes.
 
     async def nodes(self) -> Nodes:
-        """Return the nodes of the app, and how each of them is."""
+        """Return all nodes of the app, each with its state."""
         answers = await self._ask("node", {}, NodeState)
         return Nodes(
             **common(answers),
@@ -165,7 +165,7 @@ class Operations:
         user: UserName = None,
         slow: Annotated[bool, Query(description="Only slow consumers, the largest backlog first: one page.")] = False,
     ) -> Connections:
-        """Return connections of all nodes, in the order of their ids, page by page."""
+        """Return connections of all nodes, page by page, ordered by id."""
         arguments = {"limit": limit, "after": after, "channel": channel, "user": user, "slow": slow}
         answers = await self._ask("connections", arguments, Head, ConnectionReport)
         found = named(answers.given)
@@ -183,7 +183,7 @@ class Operations:
         prefix: Annotated[str, Query(max_length=MAX_NAME_BYTES, description="What the names begin with.")] = "",
         sort: Annotated[Literal["name", "size"], Query(description="`size`: the largest, in one page.")] = "name",
     ) -> Channels:
-        """Return the channels of all nodes, and how many connections are in each."""
+        """Return the channels of all nodes, each with its number of connections."""
         by_size = sort == "size"
         arguments = {"limit": limit, "after": after, "prefix": prefix, "largest": by_size}
         answers = await self._ask("channels", arguments, Head, ChannelReport)
@@ -223,12 +223,12 @@ class Operations:
         body = exposition(stats) + _NODES.format(answered=answered, known=known).encode()
         return Response(body, headers={"content-type": CONTENT_TYPE, "cache-control": "no-store"})
 
-    # What changes something.
+    # Changes.
 
     async def same_origin(self, request: Request) -> None:
-        """Refuse what a page of another origin sends, with the cookies of whoever looks at it.
+        """Refuse requests of pages of another origin: they would use the cookies of the person who looks at the page.
 
-        `Sec-Fetch-Site` is the browser's own word, which no page can change and no proxy rewrites.
+        The browser itself sends `Sec-Fetch-Site`. No page can change it, and no proxy rewrites it.
         """
         site = request.headers.get("sec-fetch-site")
         if site == "same-origin":
@@ -263,12 +263,12 @@ class Operations:
         self,
         over: Annotated[float, Query(ge=0, le=MAX_OVER, description="Seconds within which all are closed.")] = 5.0,
         node: Annotated[
-            str | None, Query(max_length=64, description="Whose server; by default that of who is asked.")
+            str | None, Query(max_length=64, description="A node of the server; by default the node that is asked.")
         ] = None,
     ) -> Drained:
-        """Let the connections of a server go to others: of all processes of the server that is asked, or of a node's.
+        """Send the connections of a server elsewhere: of the server that is asked, or of a node's.
 
-        Those are the processes with the same parent on the same host, such as the workers of `uvicorn --workers 4`.
+        A server is all processes with the same parent on the same host, such as the workers of `uvicorn --workers 4`.
         Nodes that drain take no connections until they are started again.
         """
         siblings = self._core.life.node.know_siblings()
@@ -279,7 +279,7 @@ class Operations:
         drained = [NodeName.of(each.node) for each in answers.given if each.content.head.is_meant]
         return Drained(**common(answers), nodes=drained)
 
-    # Inside.
+    # Internal.
 
     async def _connections_of(self, key: str) -> Answers[NodeReply[Head, ConnectionReport]]:
         arguments = {"limit": MAX_LIMIT, "after": "", "channel": None, "user": key, "slow": False}
@@ -311,7 +311,7 @@ def _label(info: NodeInfo) -> str:
 
 
 def _by_label(given: list[Answer[NodeReply[Stats, Any]]]) -> dict[str, Stats]:
-    # Two managers of one process are told apart by their ids, both of them: whichever is asked, a series stays itself.
+    # Two managers of one process are both told apart by their ids, so a series stays the same whichever node is asked.
     times = Counter(_label(each.node) for each in given)
     stats: dict[str, Stats] = {}
     for each in given:
@@ -348,23 +348,23 @@ def create_operations_router(
     ready_needs_broker: bool = False,
     allowed_origins: Iterable[str] | None = None,
 ) -> APIRouter:
-    """Make a router with which operators see all nodes, and do something about them; for `app.include_router`.
+    """Make a router for operators, who see all nodes and can act on them; for `app.include_router`.
 
-    `/live` and `/ready` are open and say one word. Everything else is behind the dependencies: the page at the prefix
+    `/live` and `/ready` need no login and say one word. The dependencies guard everything else: the page at the prefix
     and a slash, `/nodes`, `/connections`, `/channels`, `/users/{user}`, `/metrics`, `POST /users/{user}/close` and
-    `POST /drain`. Whichever node is asked answers for all of them, within a second, and says how many have answered.
-    What changes something refuses requests from pages of other origins.
+    `POST /drain`. Any node can be asked. It answers for all nodes, within a second, and says how many of them have
+    answered. Requests that change something are refused if they come from pages of other origins.
 
-    From its making on, the manager's node tells the others every 5 s that it is there. Like `create_router`'s, it
-    carries the manager's lifespan.
+    As soon as the router is made, the manager's node tells the others every 5 s that it is there. The router brings the
+    manager's lifespan along, like one of `create_router`.
 
     Args:
-        manager: Whose node is asked.
-        dependencies: FastAPI dependencies that raise for whoever may not use it.
-        public: Whether everybody may who reaches it; only without dependencies.
-        prefix: Where it is. The app's own comes before it.
-        ready_needs_broker: Whether `/ready` says no while the broker is away, which then takes all nodes out at once.
-        allowed_origins: Whose pages may change something; by default the server's own, as for `create_router`.
+        manager: The manager whose node is asked.
+        dependencies: FastAPI dependencies that raise if somebody may not use the router.
+        public: Whether everybody who can reach it may use it. Only without dependencies.
+        prefix: The path of the router, after the app's own prefix.
+        ready_needs_broker: Whether `/ready` says no while the broker is away. Then it says no on all nodes at once.
+        allowed_origins: Pages that may change something; by default pages of the server itself, as in `create_router`.
 
     Raises:
         ConfigurationError: If it would be open to everybody without `public=True`, or an option makes no sense.
@@ -373,7 +373,7 @@ def create_operations_router(
     operations = Operations(manager, ready_needs_broker=ready_needs_broker, allowed_origins=allowed_origins)
     router = APIRouter(prefix=prefix, lifespan=manager.lifespan, tags=["operations"])
     for path, endpoint in (("/live", operations.live), ("/ready", operations.ready)):
-        not_ready: dict[int | str, dict[str, Any]] = {503: {"description": "Not now; the word says why."}}
+        not_ready: dict[int | str, dict[str, Any]] = {503: {"description": "Not now. The word says why."}}
         responses = not_ready if path == "/ready" else None
         router.add_api_route(path, endpoint, response_class=_Plain, responses=responses)
         router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
@@ -435,7 +435,7 @@ def _check(manager: object, dependencies: object, public: object, prefix: object
         raise ConfigurationError(f"public must be True or False, not {public!r:.80}")
     if dependencies is not None:
         if isinstance(dependencies, (str, params.Depends)) or not isinstance(dependencies, Sequence):
-            raise ConfigurationError("dependencies is a list: write dependencies=[Depends(only_admins)]")
+            raise ConfigurationError("dependencies must be a list: write dependencies=[Depends(only_admins)]")
         for each in dependencies:
             if not isinstance(each, params.Depends):
                 raise ConfigurationError(
@@ -444,4 +444,4 @@ def _check(manager: object, dependencies: object, public: object, prefix: object
     if not dependencies and not public:
         raise ConfigurationError(_NO_GUARD)
     if dependencies and public:
-        raise ConfigurationError("public=True says that everybody may, dependencies= who may: leave one of them out")
+        raise ConfigurationError("public=True lets everybody in, dependencies= only some: leave one of them out")

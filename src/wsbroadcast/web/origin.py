@@ -1,4 +1,4 @@
-"""Whether a page may open a WebSocket here: the same-origin policy doesn't ask (RFC 6455, 10.2), so the server must."""
+"""Which pages may open a WebSocket here. No same-origin policy covers that (RFC 6455, 10.2): the server must."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.text import plain
 
 MAX_SHOWN = 200
-"""As many characters of what a client chose are shown in a log or an answer."""
+"""How many characters of a text that a client chose are shown in a log or an answer."""
 
-# RFC 6454, 7: scheme "://" host [ ":" port ], and nothing else. Ports without leading zeros, as browsers write them.
+# RFC 6454, 7: scheme "://" host [ ":" port ], and nothing else. Ports have no leading zeros, as browsers write them.
 _ORIGIN = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(:(?P<port>0|[1-9][0-9]{0,4}))?",
     re.IGNORECASE,
@@ -23,12 +23,12 @@ _PAGE_SCHEMES = {"ws": "http", "wss": "https"}
 
 
 class Origin(NamedTuple):
-    """Scheme, host and port of a page, in lower case; two are the same if all three are."""
+    """The scheme, host and port of a page, in lower case. Two origins are the same if all three are."""
 
     scheme: str
     host: str
     port: int | None
-    """The scheme's default if the text names none; `None` for a scheme that has none, such as `app://`."""
+    """The port; the scheme's default if the text has none; `None` for a scheme without a default, such as `app://`."""
 
     def __str__(self) -> str:
         port = "" if self.port == _DEFAULT_PORTS.get(self.scheme) else f":{self.port}"
@@ -36,9 +36,9 @@ class Origin(NamedTuple):
 
 
 def parse_origin(text: str) -> Origin | None:
-    """Read an origin as browsers write it; `None` for `null` and for anything else that isn't an origin.
+    """Read an origin as browsers write it. Return `None` for `null`, and for anything else that isn't an origin.
 
-    A host outside ASCII isn't one: browsers write it in punycode (RFC 6454, 6.2).
+    A host that isn't ASCII makes it no origin: browsers write such hosts in punycode (RFC 6454, 6.2).
     """
     match = _ORIGIN.fullmatch(text) if text.isascii() else None
     if match is None:
@@ -60,7 +60,7 @@ class AllowedOrigins:
 
     Args:
         origins: Origins such as `https://app.example`, compared by scheme, host and port; `"*"` for every page; `None`
-            for the server's own, which is the handshake's scheme and its `Host` header.
+            for pages of the server itself, which has the handshake's scheme and its `Host` header.
         allow_missing: Whether a handshake without an `Origin` header may connect. Browsers always send one.
 
     Raises:
@@ -75,11 +75,11 @@ class AllowedOrigins:
         self._allow_missing = allow_missing
 
     def refusal(self, scheme: str, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-        """Return why a handshake is refused, in one line without control characters, or `None` if it isn't.
+        """Return why a handshake is refused, in one line without control characters; `None` if it isn't refused.
 
         Args:
-            scheme: The handshake's, `ws` or `wss`; a proxy that ends TLS has to pass it on.
-            headers: The handshake's, names in lower case.
+            scheme: The scheme of the handshake, `ws` or `wss`. A proxy that ends TLS has to pass it on.
+            headers: The headers of the handshake, with names in lower case.
         """
         headers = list(headers)
         found = [value.decode("latin-1") for name, value in headers if name == b"origin"]
@@ -99,8 +99,8 @@ class AllowedOrigins:
         return f"{_not_allowed(found[0])}: {server}. {_advice(origin, own)}"
 
     def _refusal_without(self, scheme: str, headers: list[tuple[bytes, bytes]]) -> str | None:
-        # A browser sends no origin with a GET to the page's own; nor where it lets nobody read the answer, as for an
-        # image. Where the request comes from it says elsewhere (Fetch Metadata, 2.4).
+        # A browser sends no `Origin` with a GET to the page's own server, and none where nobody can read the answer, as
+        # for an image. But it says in another header where a request comes from (Fetch Metadata, 2.4).
         site = dict(headers).get(b"sec-fetch-site")
         if site in (b"cross-site", b"same-site") and not self._is_everyone:
             return f"a page of another origin ({site.decode()}) asks without an Origin header"
@@ -112,7 +112,7 @@ class AllowedOrigins:
     def sharing(self, scheme: str, headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
         """Return the headers that let a page read an HTTP response (Fetch, 3.2.3); none if it may not, or needs none.
 
-        Never a wildcard for a request with cookies: the answer names the page, and caches know that it does.
+        For requests with cookies there is never a wildcard: the answer names the page, and tells caches so.
         """
         headers = list(headers)
         vary = () if self._is_everyone else ((b"vary", b"Origin"),)
@@ -129,7 +129,7 @@ class AllowedOrigins:
 
 
 def shown(text: str) -> str:
-    """Write what a client chose so that it can stand in a log: quoted, escaped and cut."""
+    """Write a text that a client chose so that it is safe in a log: quoted, escaped and cut."""
     return repr(text[:MAX_SHOWN]) + ("…" if len(text) > MAX_SHOWN else "")
 
 

@@ -1,8 +1,8 @@
-"""The channel that the parameters of a path make."""
+"""Makes a channel from the parameters of a path."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from re import Pattern
 from string import Formatter
 from typing import Any
@@ -11,7 +11,7 @@ from weakref import WeakSet
 from starlette.routing import compile_path
 from starlette.types import Scope
 
-from wsbroadcast.audience import check_channel
+from wsbroadcast.audience import EVERYONE, Audience, check_channel
 from wsbroadcast.exceptions import ConfigurationError, InvalidChannel
 from wsbroadcast.logs import about, logger
 from wsbroadcast.manager import ConnectionManager
@@ -19,37 +19,47 @@ from wsbroadcast.text import plain, text_of
 
 
 class PathChannel:
-    """Makes a channel of path parameters, those of a prefix or a mount too.
+    """Makes a channel from path parameters. Those of a prefix or a mount count too.
 
     Args:
         path: The path of the endpoint.
-        pattern: Such as `{tenant}:{room}`; by default the only parameter there is. Of several none is left out in
-            silence: their rooms would be one.
+        pattern: A pattern such as `{tenant}:{room}`. By default the channel is the only parameter. If there are several
+            and no pattern, that is an error: leaving one out silently would turn different rooms into one.
 
     Raises:
-        ConfigurationError: If the pattern makes no sense, or it is missing and the path has several parameters.
+        ConfigurationError: If the pattern makes no sense, or is missing while the path has several parameters.
     """
 
     def __init__(self, path: str, pattern: str | None) -> None:
         self._path = plain(path)
         self._pattern = None if pattern is None else plain(pattern)
-        # What the pattern may leave out without a word: its author saw these.
+        # Parameters that the pattern may leave out without a warning: its author saw them.
         self._seen = set(compile_path(path)[2])
         self._fields: list[str] = []
-        # Before, between and after the fields.
+        # The texts before, between and after the fields.
         self._texts: list[str] = []
         if self._pattern is None:
             _meant(compile_path(path)[2])
         else:
             self._parse(self._pattern)
 
+    @property
+    def everywhere(self) -> str | Audience:
+        """A pattern of all channels that it can make: `*` is any text. It is `EVERYONE` if the path has no parameter.
+
+        Parameters of a prefix aren't known here.
+        """
+        if self._pattern is None:
+            return EVERYONE if _meant(self._seen) is None else "*"
+        return "*".join(self._texts)
+
     def of(self, parameters: Mapping[str, Any]) -> str | None:
-        """Return the channel; `None` if there is no parameter to name one.
+        """Return the channel; `None` if no parameter names one.
 
         Raises:
-            InvalidChannel: If it breaks a rule for names, or other parameters could make the same.
-            ConfigurationError: If the pattern names something else than a parameter, or it is missing and several could
-                be meant.
+            InvalidChannel: If the name breaks a rule, or other parameters could make the same channel.
+            ConfigurationError: If the pattern names something other than a parameter, or is missing while there are
+                several parameters.
         """
         if self._pattern is None:
             name = _meant(parameters)
@@ -64,7 +74,7 @@ class PathChannel:
                 )
             value = text_of(parameters[field])
             channel += value + text
-            # Else `a` and `b:c` would be the same as `a:b` and `c`, which may be somebody else's.
+            # Otherwise `a` and `b:c` would make the same channel as `a:b` and `c`, which may be somebody else's.
             if number < len(texts) and (value + text).index(text) < len(value):
                 raise InvalidChannel(channel, f"the parameter {field} must not hold {text!r}")
         return check_channel(channel)
@@ -96,8 +106,8 @@ class PathChannel:
             raise ConfigurationError(f"channel pattern {pattern!r}: {error}") from None
 
 
-def _meant(parameters: Mapping[str, Any]) -> str | None:
-    # The parameter that is the channel where no pattern says it.
+def _meant(parameters: Iterable[str]) -> str | None:
+    # Return the parameter that is the channel if there is no pattern.
     names = list(parameters)
     if len(names) > 1:
         pattern = ":".join(f"{{{name}}}" for name in names)
@@ -108,20 +118,20 @@ def _meant(parameters: Mapping[str, Any]) -> str | None:
     return names[0] if names else None
 
 
-# Routers of one manager whose paths make the same channels, which nobody may have meant.
+# Routers of one manager whose paths make the same channels, perhaps by mistake.
 
 
 class Place:
-    """Where a path parameter is the channel, without a pattern that says so.
+    """A path whose parameter is the channel, because no pattern says otherwise.
 
-    One warning, if another place of the manager makes the same channels: when the router is made, or, if only what is
-    around their paths differs, at its first connection.
+    Warns once if another place of the manager makes the same channels: when the router is made, or, if the paths differ
+    only in their prefixes, at its first connection.
     """
 
     def __init__(self, manager: ConnectionManager, path: str) -> None:
         self._manager = manager
         self._path = plain(path)
-        # With the prefixes and mounts around it, once somebody came.
+        # The path with the prefixes and mounts around it; `None` before the first connection.
         self._whole: str | None = None
         regex, _, parameters = compile_path(self._path)
         self._regex: Pattern[str] = regex
@@ -131,7 +141,7 @@ class Place:
         _PLACES.add(self)
 
     def see(self, scope: Scope, parameters: Mapping[str, Any]) -> None:
-        """Look at where a connection came to; the first one tells."""
+        """Look at the whole path of a connection. Only the first connection matters."""
         if self._whole is not None:
             return
         whole = self._whole = self._around(scope["path"], parameters) + self._path
@@ -143,11 +153,11 @@ class Place:
         return [place for place in _PLACES if place._manager is self._manager and place is not self]
 
     def _differs(self, other: Place) -> bool:
-        # In what was known when the routers were made, and was said then.
+        # Whether the paths of the routers themselves differ. Then the warning came when the routers were made.
         return self._path != other._path and bool(self._regex.groups and other._regex.groups)
 
     def _around(self, path: str, parameters: Mapping[str, Any]) -> str:
-        # The path up to where the router's own begins, with the names of its parameters for their values.
+        # The path before the router's own path, with the names of parameters in place of their values.
         ends = [end for end, character in enumerate(path) if character == "/" and self._regex.match(path[end:])]
         names = {str(value): f"{{{name}}}" for name, value in parameters.items()}
         return "/".join(names.get(part, part) for part in path[: ends[0] if ends else len(path)].split("/"))

@@ -1,4 +1,4 @@
-"""What the operations router answers, and how the answers of several nodes become one."""
+"""The answers of the operations router, and how the answers of several nodes become one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic import BaseModel, Field
 
 from wsbroadcast.node.siblings import Answer, Answers, NodeInfo
 
-# What one node answers. It comes by a broker, so it is checked like what comes from a client.
+# The answers of one node. They come by a broker, so they are checked like messages of a client.
 
 
 class Head(BaseModel):
-    """What a node says before a list."""
+    """What a node says before a list: how much there is."""
 
     total: int = Field(ge=0)
     has_more: bool
@@ -24,14 +24,14 @@ class ConnectionReport(BaseModel):
     """One connection."""
 
     id: str = Field(description="Its id, as in `Connection.id`.")
-    user: str | None = Field(description="Who is behind it, as text; null if nobody was named.")
+    user: str | None = Field(description="Its user, as text; null if it has none.")
     channels: list[str] = Field(description="The first 20 of its channels, by name.")
     channel_count: int = Field(description="How many channels it is in.")
     age: float = Field(description="Seconds since it was accepted.")
     address: str | None = Field(description="The peer's address, as the server names it.")
     sink: str = Field(description="How it is written to: `uvicorn` is the fast path, `asgi` works on every server.")
-    backlog_bytes: int = Field(description="Bytes that wait because it is slow.")
-    backlog_messages: int = Field(description="Messages that wait because it is slow.")
+    backlog_bytes: int = Field(description="Bytes that wait for it because it is slow.")
+    backlog_messages: int = Field(description="Messages that wait for it because it is slow.")
     node: str = Field("", description="The id of the node that it is connected to.")
 
 
@@ -51,26 +51,26 @@ class EngineReport(BaseModel):
 
 
 class NodeState(BaseModel):
-    """How a node is."""
+    """The state of a node."""
 
-    is_draining: bool = Field(description="Whether it lets its connections go and takes no new ones.")
+    is_draining: bool = Field(description="Whether it sends its connections away and takes no new ones.")
     uptime: float = Field(description="Seconds since it was made.")
     engine: EngineReport
-    reconnects: int = Field(description="Lost connections to the broker that were replaced.")
+    reconnects: int = Field(description="How often a lost connection to the broker was replaced.")
     gaps: int = Field(description="Outages after which messages of other nodes were missing.")
-    bad_envelopes: int = Field(description="What came from the broker and was dropped.")
+    bad_envelopes: int = Field(description="Envelopes from the broker that were not valid and were dropped.")
     connections: int = Field(description="Connections now.")
-    users: int = Field(description="Users with a connection here now.")
-    channels: int = Field(description="Channels with a connection here now.")
+    users: int = Field(description="Users with a connection to this node now.")
+    channels: int = Field(description="Channels with a connection to this node now.")
     behind: int = Field(description="Connections past their high-water mark now.")
     backlog_bytes: int = Field(description="Bytes that wait for slow consumers now.")
     backlog_messages: int = Field(description="Messages that wait for slow consumers now.")
-    broadcasts: int = Field(description="Broadcasts that were handed to connections here, since the start.")
-    deliveries: int = Field(description="Messages that were handed to connections here, since the start.")
+    broadcasts: int = Field(description="Broadcasts that were handed over to connections here, since the start.")
+    deliveries: int = Field(description="Messages that were handed over to connections here, since the start.")
 
 
 class DrainState(BaseModel):
-    """Whether a node was meant by a drain."""
+    """Whether a drain is for a node."""
 
     is_meant: bool
 
@@ -80,18 +80,18 @@ Item = TypeVar("Item")
 
 
 class NodeReply(BaseModel, Generic[H, Item]):
-    """The JSON of an answer."""
+    """The answer of a node, as JSON."""
 
     head: H
     items: list[Item] = []
     is_cut: bool = False
 
 
-# What the router answers.
+# The answers of the router.
 
 
 class NodeName(BaseModel):
-    """Which node it is."""
+    """Names a node."""
 
     id: str = Field(description="Unique, and a new one in each process.")
     host: str = Field(description="The name of its machine or container.")
@@ -99,23 +99,23 @@ class NodeName(BaseModel):
 
     @classmethod
     def of(cls, info: NodeInfo) -> NodeName:
-        """Name a node."""
+        """Return the name of a node."""
         return cls(id=info.id, host=info.host, pid=info.pid)
 
 
 class ClusterReport(BaseModel):
-    """What all nodes together say. Numbers are those of the nodes that answered."""
+    """What all nodes say together. Numbers count only the nodes that answered."""
 
     answered: int = Field(description="Nodes that answered within a second.")
-    known: int = Field(description="Nodes that there are: this one, and those heard of within 15 s.")
-    silent: list[NodeName] = Field(description="The nodes that are known and didn't answer.")
+    known: int = Field(description="Nodes that are known: this one, and those heard of within 15 s.")
+    silent: list[NodeName] = Field(description="Nodes that are known and didn't answer.")
     scope: Literal["cluster", "process"] = Field(
         description="`process`: the engine is `memory://`, which links no nodes, so this is one process alone."
     )
 
 
 class NodeReport(NodeName, NodeState):
-    """A node, and how it is."""
+    """A node and its state."""
 
     server: str = Field(description="The same for the processes of one server, which drain together.")
 
@@ -130,7 +130,7 @@ class Nodes(ClusterReport):
 class Connections(ClusterReport):
     """Connections of all nodes."""
 
-    total: int = Field(description="How many there are of this kind.")
+    total: int = Field(description="How many connections fit the question.")
     connections: list[ConnectionReport]
     next: str | None = Field(description="Pass it as `after` for the next page; null if there is none.")
 
@@ -154,14 +154,14 @@ class UserReport(ClusterReport):
 
 
 class Closed(ClusterReport):
-    """What became of closing a user."""
+    """The result of closing a user's connections."""
 
     user: str
     connections: int = Field(description="How many connections the user had on the nodes that answered.")
 
 
 class Drained(ClusterReport):
-    """What became of a drain."""
+    """The result of a drain."""
 
     nodes: list[NodeName] = Field(description="The nodes that drain: those of this server's processes.")
 
@@ -173,7 +173,7 @@ class Problem(BaseModel):
 
 
 def reader(head: type[Any], item: type[Any] = dict) -> Callable[[bytes], NodeReply[Any, Any]]:
-    """Return what reads a node's answer."""
+    """Return a function that reads the answer of a node."""
     reply: type[NodeReply[Any, Any]] = NodeReply[head, item]  # type: ignore[valid-type]
     return reply.model_validate_json
 
@@ -194,9 +194,9 @@ def page_of(
     limit: int,
     combine: Callable[[list[Item]], list[Item]] = list,
 ) -> tuple[list[Item], str | None]:
-    """Put the pages of several nodes together, each in the order of a key; return one, and where the next begins.
+    """Merge the pages of several nodes, each ordered by a key; return one page, and where the next one begins.
 
-    A node that has more says nothing about what comes after its last item, so the page ends there at the latest.
+    If a node has more, nothing is known of what comes after its last item. So the page ends there at the latest.
     """
     items: list[Item] = []
     ends: list[str] = []
@@ -212,7 +212,7 @@ def page_of(
 
 
 def has_more(reply: NodeReply[Head, Any]) -> bool:
-    """Tell whether a node has more than it says."""
+    """Return whether a node has more than its page holds."""
     return reply.is_cut or reply.head.has_more
 
 

@@ -1,32 +1,27 @@
 // The tab's connection. It lives in a worker, so that the page stays alive when this thread is blocked: then nothing
 // reads the socket, the buffers of browser and kernel fill up, and the server feels it as with any stalled peer.
-"use strict";
+import { connect } from "./wsbroadcast.js";
 
 const FLOOD_BURST = 12;
 const FLOOD_PAUSE_MS = 20;
 const FLOOD_PADDING = 4096;
 const MAX_FLOODS = 100;
 const CURRENT_FLOOD_MS = 20_000;
-const MAX_UNSENT_BYTES = 1024 * 1024;
+// How many messages of its flood a tab may send before they come back.
+const MAX_AHEAD = 256;
 const MAX_PENDING_LINES = 200;
-const LONGEST_WAIT_MS = 5000;
-const FIRST_WAIT_MS = 250;
 
-// The codes after which a client should come back, as in wsbroadcast.close_codes. A server that refuses one of them
-// sends it moved up by 3,000.
-const COME_BACK = new Set([1001, 1006, 1011, 1012, 1013]);
+// The library's client asks whether the page is visible. A worker has no `document` to ask.
+self.document = { visibilityState: "visible" };
 
-const socketUrl = new URL("ws", self.location.href);
-socketUrl.protocol = socketUrl.protocol === "https:" ? "wss:" : "ws:";
-
-let socket = null;
-let reconnecting = null;
-let attempts = 0;
-// What the tab has asked for last, and what it comes back with: the name it would like, and the channel it is in.
+// The connection, which reconnects by itself. It is null after it was closed for good.
+let ws = null;
+// What the tab asked for last, and what it says when it reconnects: the name it asked for, and its channel.
 let asked = null;
 let profile = null;
+let id = null;
 
-// What the page hasn't been told yet. It is told once per animation frame at most: it asks for more when it has drawn.
+// What the page hasn't been told yet. It is told at most once per animation frame: it says when it has drawn.
 const news = { lines: [], skipped: 0, floods: new Map() };
 const floods = new Map();
 let isPageBusy = false;
@@ -42,21 +37,23 @@ function tellNews() {
   Object.assign(news, { lines: [], skipped: 0, floods: new Map() });
 }
 
-function connect() {
-  reconnecting = null;
+function start() {
   tell("connecting", {});
-  socket = new WebSocket(socketUrl);
-  socket.onopen = () => hello(profile);
-  socket.onmessage = (event) => receive(event.data);
-  socket.onclose = (event) => {
-    socket = null;
-    const code = event.code > 4000 && event.code < 4016 ? event.code - 3000 : event.code;
-    const comesBack = COME_BACK.has(code);
-    const wait = comesBack ? nextWait() : null;
+  // Each handshake says who the tab is, so that it has the same name and channel after a reconnect.
+  ws = connect("ws", { plain: true, tokenProtocol: "profile", token: () => encoded({ type: "hello", ...(asked = profile) }) });
+  ws.on("message", ({ data }) => receive(data));
+  ws.on("status", (status, closed) => {
+    if (status === "open") return; // the server's welcome says more
     cutFloods();
-    tell("closed", { code: event.code, reason: event.reason, wait });
-    if (comesBack) reconnecting = setTimeout(connect, wait);
-  };
+    if (status === "closed") ws = null;
+    tell(status, closed ?? {});
+  });
+}
+
+// In characters that a subprotocol may have.
+function encoded(value) {
+  const bytes = new TextEncoder().encode(JSON.stringify(value));
+  return btoa(String.fromCharCode(...bytes)).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
 }
 
 function cutFloods() {
@@ -69,17 +66,13 @@ function cutFloods() {
   tellNews();
 }
 
-// Full jitter: anything between nothing and the doubled wait, so that a crowd which was cut off together doesn't come
-// back together.
-function nextWait() {
-  attempts += 1;
-  return Math.random() * Math.min(LONGEST_WAIT_MS, FIRST_WAIT_MS * 2 ** attempts);
-}
-
-function say(message) {
-  if (socket === null || socket.readyState !== WebSocket.OPEN) return false;
-  socket.send(JSON.stringify(message));
-  return true;
+async function say(message) {
+  try {
+    await ws.publish(JSON.stringify(message));
+    return true;
+  } catch {
+    return false; // there is no connection now
+  }
 }
 
 function hello(wanted) {
@@ -90,12 +83,13 @@ function hello(wanted) {
 function receive(text) {
   const message = JSON.parse(text);
   if (message.type === "welcome") {
-    attempts = 0;
+    if (id !== message.id) cutFloods();
+    id = message.id;
     profile = { name: asked.name, channel: message.channel };
     tell("welcome", message);
     return;
   }
-  if (message.type === "refused") {
+  if (message.type === "refused" || message.type === "error") {
     tell("refused", message);
     return;
   }
@@ -127,15 +121,15 @@ function countFlood({ flood, name, number, total }) {
 
 function startFlood(total) {
   const flood = randomHex(8);
-  // Random, so that compression doesn't make a trickle of it.
+  // Random, so that compression doesn't make it small.
   const noise = randomHex(32 * 1024);
   let number = 0;
-  const burst = () => {
+  const burst = async () => {
     for (let i = 0; i < FLOOD_BURST && number < total; i += 1) {
-      if (socket !== null && socket.bufferedAmount > MAX_UNSENT_BYTES) break;
+      if (number - (floods.get(flood)?.received ?? 0) > MAX_AHEAD) break;
       const start = Math.floor(Math.random() * (noise.length - FLOOD_PADDING));
       const padding = noise.slice(start, start + FLOOD_PADDING);
-      if (!say({ type: "flood", flood, number: number + 1, total, padding })) {
+      if (!(await say({ type: "flood", flood, number: number + 1, total, padding }))) {
         tell("flooded", { number, total });
         return;
       }
@@ -154,7 +148,7 @@ function randomHex(bytes) {
 
 function stall(milliseconds, wakeUp) {
   say({ type: "stall" });
-  // One turn later, so that what was just said has left.
+  // A moment later, so that the message above has been sent.
   setTimeout(() => {
     tell("stalled", {});
     if (wakeUp !== null) {
@@ -171,15 +165,15 @@ function stall(milliseconds, wakeUp) {
 const commands = {
   start(command) {
     profile = command.profile;
-    connect();
+    start();
   },
-  enter(command) {
-    if (hello(command.profile)) return;
+  async enter(command) {
+    if (await hello(command.profile)) return;
     profile = command.profile;
-    if (socket === null && reconnecting === null) connect();
+    if (ws === null) start();
   },
-  chat(command) {
-    if (!say({ type: "chat", text: command.text })) tell("refused", { text: "Not connected: nothing was sent." });
+  async chat(command) {
+    if (!(await say({ type: "chat", text: command.text }))) tell("refused", { text: "Not connected: nothing was sent." });
   },
   flood(command) {
     startFlood(command.total);

@@ -1,6 +1,6 @@
 // The chat: this tab's own connection, and what it says and hears.
 
-import { $, announce, duration, element, isAvailable, isolated, number, redraw, setAvailable, setText } from "./dom.js";
+import { $, announce, element, isAvailable, isolated, number, redraw, setAvailable, setText } from "./dom.js";
 import { addLine, chatLine, drawFlood, showChannel, systemLine } from "./log.js";
 import { howOthersEnd, howThisTabEnds, isWanted } from "./words.js";
 
@@ -10,7 +10,7 @@ const NAMES = ["Avocet", "Bittern", "Curlew", "Dipper", "Egret", "Fulmar", "Gann
 const FLOOD_MESSAGES = 3000;
 const STALL_SECONDS = 15;
 
-// A browser that keeps nothing for this page lets nobody read either.
+// Where a browser stores nothing for this page, reading raises, too.
 const storage = {
   get(key) {
     try {
@@ -23,24 +23,23 @@ const storage = {
     try {
       sessionStorage.setItem(key, value);
     } catch {
-      // It is asked for again in the next tab.
+      // The next visit begins without it.
     }
   },
 };
 
 export const tab = {
   id: null,
-  // The name it would like; the server gives it another if somebody has that.
+  // The name that this tab asks for. The server gives it another one if the name is taken.
   wanted: storage.get("name") ?? NAMES[Math.floor(Math.random() * NAMES.length)],
   name: "",
   channel: storage.get("channel") ?? CHANNELS[0],
-  // The channel it has asked for, until it is there.
+  // The channel that it has asked for, until it is in there.
   nextChannel: null,
   state: "connecting",
   stalledUntil: 0,
   isFlooding: false,
   isEvicted: false,
-  isWelcome: false,
   closedText: "",
 };
 const channels = new Set([...CHANNELS, tab.channel]);
@@ -49,7 +48,7 @@ let pendingNews = null;
 // The worker that holds the connection. The memory is shared with it, so that it can be woken while its thread is
 // blocked. A page that isn't on a trustworthy origin (plain HTTP from another machine) gets no shared memory; there the
 // worker wakes by the clock alone.
-const worker = new Worker("chat-worker.js");
+const worker = new Worker("chat-worker.js", { type: "module" });
 const wakeUp = self.crossOriginIsolated ? new Int32Array(new SharedArrayBuffer(4)) : null;
 
 // What comes in.
@@ -57,10 +56,10 @@ const wakeUp = self.crossOriginIsolated ? new Int32Array(new SharedArrayBuffer(4
 function drawNews() {
   const news = pendingNews;
   pendingNews = null;
-  if (news.skipped > 0) addLine(systemLine([`${number.format(news.skipped)} lines more than could be shown`]));
+  if (news.skipped > 0) addLine(systemLine([`${number.format(news.skipped)} more lines were not shown`]));
   for (const line of news.lines) {
     const isHidden = line.channel !== tab.channel;
-    if (isHidden && line.channel !== tab.nextChannel) continue; // of the channel it has just left
+    if (isHidden && line.channel !== tab.nextChannel) continue; // of the channel that this tab has just left
     addLine(line.type === "chat" ? heardLine(line, isHidden) : noticeLine(line, isHidden), { ...line, isHidden });
   }
   for (const flood of news.floods) drawFlood(flood);
@@ -84,7 +83,7 @@ export function noticeOwnEnd(ended) {
   const end = ended.find(({ id }) => id === tab.id);
   if (end === undefined || end.code !== 1013 || tab.isEvicted) return;
   tab.isEvicted = true;
-  const text = `The server has evicted this tab (close code ${end.code}, ${end.reason}). All others go on.`;
+  const text = `The server has evicted this tab (close code ${end.code}, ${end.reason}). The others go on.`;
   redraw(drawStatus, () => addLine(systemLine([text], { isBad: true })));
 }
 
@@ -146,7 +145,7 @@ const reports = {
     const isBack = tab.id !== null && tab.id !== id;
     if ($("name").value === tab.wanted || $("name").value === tab.name) $("name").value = name;
     if (channel === tab.nextChannel) tab.nextChannel = null;
-    Object.assign(tab, { id, name, channel, isEvicted: false, isWelcome: true });
+    Object.assign(tab, { id, name, channel, isEvicted: false });
     if (tab.state !== "stalling") tab.state = "open";
     storage.set("channel", channel);
     channels.add(channel);
@@ -158,16 +157,12 @@ const reports = {
       addLine(systemLine(parts), { channel });
     });
   },
-  closed({ code, reason, wait }) {
-    tab.state = wait === null ? "closed" : "waiting";
-    tab.isFlooding = false;
-    let how = howThisTabEnds(code);
-    if (tab.isEvicted && code === 1006) how = "Evicted and cut off";
-    else if (reason !== "" && !isWanted(code)) how += ` (${reason})`;
-    tab.closedText = wait === null ? `${how}. Reload the page to come back` : `${how}; back in ${duration(wait)}`;
-    if (!tab.isWelcome) return; // an attempt to come back failed: the status says so, the log has said it once
-    tab.isWelcome = false;
-    redraw(() => addLine(systemLine([tab.closedText], { isBad: true })));
+  lost() {
+    end("waiting", `${tab.isEvicted ? "Evicted and cut off" : "Connection lost"}; reconnecting`);
+  },
+  closed({ code, reason }) {
+    const why = reason === "" || isWanted(code) ? "" : ` (${reason})`;
+    end("closed", `${howThisTabEnds(code)}${why}. Reload the page to reconnect`);
   },
   refused({ text }) {
     setText("refusal", text);
@@ -188,6 +183,11 @@ const reports = {
     redraw(drawNews);
   },
 };
+
+function end(state, text) {
+  Object.assign(tab, { state, closedText: text, isFlooding: false });
+  redraw(() => addLine(systemLine([text], { isBad: true })));
+}
 
 worker.onmessage = (event) => {
   reports[event.data.type](event.data);

@@ -4,13 +4,13 @@ import { $, announce, bytes, duration, isAvailable, number, redraw, setAvailable
 import { Plot, WINDOW_MS } from "./plot.js";
 
 const CLIENTS = 3;
-// How often it is drawn: while something happens, while nothing does, and for people who want little to move.
+// How often the plots are drawn: normally, while nothing happens, and for people who asked for less motion.
 const DRAW_MS = 100;
 const IDLE_DRAW_MS = 300;
 const CALM_DRAW_MS = 1000;
-// The figures are of the messages that came in this time, and of those that wait now.
+// The figures are about the messages that arrived in this time, and about those that wait now.
 const FIGURES_MS = 10_000;
-// What one client has, another waits for after this time.
+// A client is late when another one has had a message for this time.
 const OVERDUE_MS = 250;
 const FROZEN_MS = 1000;
 const MEMORY_MS = 60_000;
@@ -18,7 +18,7 @@ const MEMORY_MS = 60_000;
 const isCalm = matchMedia("(prefers-reduced-motion: reduce)");
 const worker = new Worker("feed-worker.js");
 
-// When each message was made, by its number, whichever client has told.
+// When each message was made, by its number.
 const made = new Map();
 let newest = 0;
 let stall = null;
@@ -28,7 +28,7 @@ function now() {
   return performance.timeOrigin + performance.now();
 }
 
-// The clients of one manager, and what they have got.
+// The clients of one manager, and what they have received.
 class Column {
   // By client, the number of the last message; `null` while it isn't connected.
   #last = Array(CLIENTS).fill(null);
@@ -44,7 +44,7 @@ class Column {
     this.#plot = new Plot($(`${manager}-plot`));
   }
 
-  // It gets what is made from now on.
+  // This client gets the messages from now on.
   opened(client, at) {
     this.#last[client] = newest;
     this.lastAt ??= at;
@@ -65,7 +65,7 @@ class Column {
     this.lastAt = null;
   }
 
-  // What hasn't come, once for each client that waits for it.
+  // Messages that haven't arrived, once for each client that waits for them.
   waiting(at) {
     const found = [];
     for (const [which, when] of made) {
@@ -81,7 +81,7 @@ class Column {
     return Math.max(0, ...this.samples.map(({ delay }) => delay));
   }
 
-  // The slowest message that was made while the client stalled; remembered when it is no longer in the plot.
+  // The delay of the slowest message that was made during the stall. It is kept when the message has left the plot.
   slowestOfStall() {
     if (this.#stall.started !== stall.started) this.#stall = { started: stall.started, delay: 0 };
     for (const { made: when, delay } of this.samples) {
@@ -136,7 +136,7 @@ function band(at) {
   return { from: stall.startedAt, to: stall.overAt ?? at };
 }
 
-// What is to be seen, in words.
+// What the plots show, in words.
 
 function unconnected() {
   const why = lost === "" ? "" : `: ${lost}`;
@@ -149,7 +149,7 @@ function unstalled(column) {
   if (column.lastAt === null) return { state: "connecting", mood: "", text: "Connecting." };
   if (stall?.problem) return { state: "problem", mood: "bad", text: `Sorry, ${stall.problem}.` };
   if (stall?.phase === "stalled") {
-    const text = "One client has stopped reading. So far the buffers of its connection have room.";
+    const text = "One client has stopped reading. The buffers of its connection still have room.";
     return { state: "filling", mood: "", text };
   }
   const slowest = column.slowest();
@@ -161,7 +161,7 @@ function ofHandwritten(column, waiting, at) {
     const which = stall?.phase === "stalled" ? "the stalled client" : "a client that reads nothing";
     const count = number.format(new Set(waiting.map((one) => one.made)).size);
     const silence = duration(at - column.lastAt);
-    const text = `Nobody has got anything for ${silence}: the loop awaits ${which}. ${count} messages wait for the loop.`;
+    const text = `Nobody has received anything for ${silence}: the loop awaits ${which}. ${count} messages wait for the loop.`;
     return { state: "frozen", mood: "bad", text };
   }
   const judged = unstalled(column);
@@ -257,7 +257,7 @@ $("stall-client").addEventListener("click", () => {
   worker.postMessage({ type: "send", message: { type: stall.phase === "stalled" ? "wake" : "stall" } });
 });
 
-// A page that nobody sees would only be one more client to serve.
+// A hidden page doesn't have to be served.
 function watch() {
   if (document.hidden) forget();
   worker.postMessage({ type: document.hidden ? "rest" : "watch" });

@@ -1,4 +1,4 @@
-// The counters, who is there, and who has gone: asked for over HTTP, which goes on while the chat's worker is stalled.
+// The counters, who is there, and who has gone. They come over HTTP, which works while the chat's worker is stalled.
 
 import { noticeOwnEnd, tab } from "./chat.js";
 import { $, bytes, element, isolated, number, redraw, setText, time } from "./dom.js";
@@ -43,6 +43,7 @@ function drawCounters() {
   const { stats, max_backlog_bytes: limit, send_timeout: timeout } = server;
   const sum = (counts) => Object.values(counts).reduce((total, count) => total + count, 0);
   setText("count-connections", number.format(stats.connections));
+  setText("count-workers", server.workers === 1 ? "one worker" : `${server.workers} workers`);
   setText("count-deliveries", number.format(stats.deliveries));
   setText("count-rate", number.format(rate));
   setText("count-dropped", number.format(sum(stats.dropped)));
@@ -76,7 +77,7 @@ function drawGraph(limit) {
   $("backlog-area").setAttribute("d", `${line}L120,32L${(left * 120) / (GRAPH_SAMPLES - 1)},32Z`);
 }
 
-// Lists are made anew only when they have changed, so that what somebody selects or reads in them stays.
+// A list is drawn again only when it has changed, so that a selection in it stays.
 const drawn = new Map();
 
 function replace(id, shown, makeLines) {

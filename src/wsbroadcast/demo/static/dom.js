@@ -1,5 +1,5 @@
-// What all parts of the page draw with. What comes from others is set through textContent only, inside a <bdi>, so
-// that a text in another direction doesn't reorder what stands beside it.
+// Functions with which all parts of the page draw. Texts of other users are set through textContent only, in a <bdi>.
+// So a text in another direction doesn't reorder the texts beside it.
 
 export const $ = (id) => document.getElementById(id);
 export const number = new Intl.NumberFormat("en");
@@ -37,7 +37,7 @@ export function setText(id, text) {
   if ($(id).textContent !== text) $(id).textContent = text;
 }
 
-// Not `disabled`, which would take the focus away from a button that was just pressed.
+// Not `disabled`: that would take the focus away from a button that was just pressed.
 export function setAvailable(button, isAvailable) {
   button.setAttribute("aria-disabled", String(!isAvailable));
 }

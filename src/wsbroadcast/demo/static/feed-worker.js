@@ -1,5 +1,5 @@
-// The healthy clients of the comparison: three of each manager. They live in a worker, so that what they measure isn't
-// delayed by what the page draws.
+// The healthy clients of the comparison: three of each manager. They live in a worker, so that drawing the page doesn't
+// delay what they measure.
 "use strict";
 
 const MANAGERS = ["handwritten", "wsbroadcast"];
@@ -10,6 +10,8 @@ const FIRST_CLOCK_MS = 200;
 const CLOCK_SAMPLES = 12;
 const RECONNECT_MS = 1000;
 const LONGEST_WAIT_MS = 10_000;
+// The close code of a server's worker that doesn't compare. The next attempt may reach the one that does.
+const OTHER_WORKER = 4421;
 
 let sockets = [];
 let attempts = 0;
@@ -17,8 +19,8 @@ let timer = null;
 let clockTimer = null;
 let arrivals = [];
 
-// How far the server's clock is ahead of ours in milliseconds, by the quickest of the last exchanges. Their answer was
-// sent half a round trip before it came, give or take that half.
+// How many milliseconds the server's clock is ahead of ours. The fastest of the last exchanges says it: the server
+// answered about half a round trip before the answer arrived.
 let clocks = [];
 
 function now() {
@@ -37,11 +39,11 @@ function open() {
   }
 }
 
-function openOne(manager, client) {
+function openOne(manager, client, place = sockets.length) {
   const url = new URL(`feed/${manager}`, self.location.href);
   url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
   const socket = new WebSocket(url);
-  sockets.push(socket);
+  sockets[place] = socket;
   const isFirstOfOurs = manager === "wsbroadcast" && client === 0;
   socket.onopen = () => {
     self.postMessage({ type: "opened", manager, client, at: now() });
@@ -61,8 +63,12 @@ function openOne(manager, client) {
   };
   socket.onclose = (event) => {
     if (!sockets.includes(socket)) return;
+    if (event.code === OTHER_WORKER) {
+      openOne(manager, client, place);
+      return;
+    }
     leave();
-    // Full jitter: a crowd that was cut off together doesn't come back together.
+    // Full jitter: clients that were cut off together don't reconnect together.
     attempts += 1;
     timer = setTimeout(open, Math.random() * Math.min(LONGEST_WAIT_MS, RECONNECT_MS * 2 ** attempts));
     self.postMessage({ type: "lost", reason: event.reason });
@@ -90,7 +96,7 @@ function keepClock({ sent, at }, received) {
   if (clocks.length > CLOCK_SAMPLES) clocks.shift();
 }
 
-// The page thinks in its own time. By `started` it knows which stall it is.
+// Converts the times to the page's clock. `started` tells the page which stall this is.
 function tell({ started_at: started, over_at: over, ended_at: ended, ...state }) {
   const here = (at) => (at === null || clocks.length === 0 ? null : 1000 * at - offset());
   self.postMessage({ ...state, started, startedAt: here(started), overAt: here(over), endedAt: here(ended) });

@@ -7,7 +7,7 @@ const NEAR_END_PX = 40;
 
 const log = $("log");
 
-// Whether the newest line is kept in view. Only the person scrolls away from it: a log that changes its size stays there.
+// Whether the newest line is kept in view. Only scrolling by the user ends this, not a change of the log's size.
 let isFollowing = true;
 
 function isNearEnd() {
@@ -23,7 +23,7 @@ log.addEventListener("scroll", () => {
 });
 new ResizeObserver(follow).observe(log);
 
-// A line may be of a channel that the tab has asked for and isn't in yet: it waits, hidden, until `showChannel`.
+// A line may belong to a channel that the tab isn't in yet. It stays hidden until `showChannel`.
 export function addLine(line, { channel, isHidden = false } = {}) {
   if (channel !== undefined) line.dataset.channel = channel;
   line.hidden = isHidden;
@@ -32,7 +32,7 @@ export function addLine(line, { channel, isHidden = false } = {}) {
   follow();
 }
 
-// Lines of other channels go; those of none, about the tab itself, stay.
+// Removes the lines of other channels. Lines about the tab itself have no channel, and stay.
 export function showChannel(channel) {
   for (const line of [...log.children]) {
     if (line.dataset.channel === undefined || line.dataset.channel === channel) line.hidden = false;
@@ -53,7 +53,7 @@ export function chatLine({ name, hue, text, at }, isOwn) {
   return element("li", isOwn ? "line own" : "line", head, element("p", "text", isolated(text)));
 }
 
-// The parts of a sentence: texts of ours, and `isolated` ones.
+// `parts` of the sentence are texts of the page, or names in an `isolated` element.
 export function systemLine(parts, { isBad = false, at = Date.now() } = {}) {
   return element("li", isBad ? "line system bad" : "line system", element("p", "text", ...parts), stamp(at));
 }

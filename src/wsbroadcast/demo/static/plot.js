@@ -1,4 +1,4 @@
-// A plot of delays: when a message was made to the right, how long it took to come upwards, on a scale of tens.
+// A plot of delays. The x axis is the time when a message was made, the y axis is its delay, on a logarithmic scale.
 
 export const WINDOW_MS = 30_000;
 
@@ -136,7 +136,7 @@ export class Plot {
   }
 }
 
-// Those of the style sheet, which follow the light and the dark theme.
+// The colours of the style sheet, which follow the light and the dark theme.
 function coloursOf(canvas) {
   const style = getComputedStyle(canvas);
   const names = { good: "--accent", bad: "--bad", grid: "--line", text: "--soft", ink: "--ink", band: "--warn-wash" };

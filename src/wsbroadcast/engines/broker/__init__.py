@@ -1,4 +1,4 @@
-"""What every engine with a broker shares. `BrokerEngine`, `Link`, `Inlet`, `Parcel` and `reset` are for new engines."""
+"""The base of all engines with a broker. `BrokerEngine`, `Link`, `Inlet`, `Parcel` and `reset` are for new engines."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = ["BrokerEngine", "Inlet", "Link", "Parcel", "reset"]
 DEFAULT_TIMING = Timing()
 
 MAX_MESSAGE_BYTES = Limits().max_outbound_bytes
-"""The largest payload that is taken from a broker, by default; as large as what a manager sends."""
+"""The largest payload that is taken from a broker, by default: the largest that a manager sends, in bytes."""
 
 
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def truth(option: str, value: str, broker: str) -> bool:
-    """Return what an option in a URL says.
+    """Read an option of a URL that is true or false.
 
     Raises:
-        ConfigurationError: If it says neither true nor false.
+        ConfigurationError: If it is neither true nor false.
     """
     if value.lower() not in _TRUTH:
         raise ConfigurationError(f"{option} in the URL of {broker} is true or false, not {value!r:.80}")
@@ -47,16 +47,16 @@ def truth(option: str, value: str, broker: str) -> bool:
 
 
 class BrokerEngine(Engine):
-    """An engine whose nodes are linked by a broker.
+    """An engine that links nodes by a broker.
 
-    It survives every outage by itself: until the broker is back, publishing raises `EngineUnavailable`, and local
-    broadcasts go on. Then every audience is subscribed again and one gap is reported.
+    It recovers from every outage by itself. Until the broker is back, publishing raises `EngineUnavailable`, and local
+    broadcasts go on. Then every audience is subscribed again, and one gap is reported.
 
     Args:
-        prefix: What all names at the broker begin with; apps that share one take a prefix each.
+        prefix: The beginning of all names at the broker. Apps that share a broker need different prefixes.
         separator: What the broker puts between the parts of a name.
-        address: Where the broker is, for logs and errors; without a password.
-        fail_fast: Whether `start` raises if the broker can't be reached, instead of beginning degraded.
+        address: The broker's address for logs and errors, without a password.
+        fail_fast: Whether `start` raises if the broker can't be reached. Otherwise it starts without the broker.
         max_message_bytes: The largest payload that is taken from the broker, in bytes.
         timing: How long to wait for the broker.
 
@@ -82,9 +82,9 @@ class BrokerEngine(Engine):
         if not isinstance(timing, Timing):
             raise ConfigurationError(f"timing is a Timing(…), not {timing!r:.80}")
         self.names = AudienceNames(prefix, separator)
-        """How audiences are called at the broker."""
+        """The names of audiences at the broker."""
         self.address = address
-        """Where the broker is, without a password."""
+        """The broker's address, without a password."""
         self._fail_fast = fail_fast
         self._max_message_bytes = max_message_bytes
         self._timing = timing
@@ -101,7 +101,7 @@ class BrokerEngine(Engine):
         return None if self._session is None else self._session.outgoing.link
 
     async def start(self, receiver: Receiver) -> None:
-        """Connect, and stay connected until `aclose`; what `Engine.start` promises."""
+        """Connect, and stay connected until `aclose`. It promises what `Engine.start` does."""
         if self._session is not None and self._session.is_alive:
             raise LifecycleError(f"the {self.name} engine is started already: each manager needs one of its own")
         session = self._session = Session(
@@ -117,55 +117,55 @@ class BrokerEngine(Engine):
         try:
             await session.start(fail_fast=self._fail_fast)
         except BaseException:
-            if self._session is session:  # else another event loop has begun anew
+            if self._session is session:  # else the engine was started anew in another event loop
                 self._session = None
             raise
 
     async def aclose(self) -> None:
-        """Publish what waits, if that goes quickly, and disconnect. Idempotent."""
+        """Publish what still waits, if that is quick, and disconnect. It may be called twice."""
         session, self._session = self._session, None
         if session is not None:
             await session.aclose()
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:
-        """Want publications to these audiences from now on; returns at once, `confirmed` waits."""
+        """Ask for publications to these audiences from now on. It returns at once; `confirmed` waits."""
         self._started().subscribe(audiences)
 
     def unsubscribe(self, audiences: Iterable[Audience]) -> None:
-        """No longer want publications to these audiences; after a moment the broker is told."""
-        if self._session is not None:  # else it went with the session
+        """Ask for no more publications to these audiences. The broker is told after a moment."""
+        if self._session is not None:  # else the subscriptions ended with the session
             self._session.unsubscribe(audiences)
 
     def confirmed(self, audiences: Iterable[Audience]) -> Coroutine[Any, Any, None]:
-        """Return when the broker has confirmed these wanted audiences, or at once while it is out of reach.
+        """Return when the broker has confirmed these subscriptions, or at once while it is out of reach.
 
         Raises:
-            EngineUnavailable: If it forbids us one of them.
+            EngineUnavailable: If the broker forbids this node to subscribe to one of them.
         """
         return self._started().confirmed(audiences)
 
     def publish(self, publication: Publication | Control) -> Coroutine[Any, Any, Any]:
-        """Return once the broker has taken the publication; publications of one turn of the loop go out together.
+        """Return once the broker has taken the publication. Publications of one turn of the loop go out together.
 
         Raises:
             EngineUnavailable: If the broker is out of reach, doesn't answer in time, takes no messages now, or forbids
-                us to publish.
-            MessageTooLarge: If it is larger than the broker takes.
+                this node to publish.
+            MessageTooLarge: If the publication is larger than the broker takes.
             EngineError: If the broker refuses this very publication.
         """
         return self._started().outgoing.publish(publication)
 
     def publish_nowait(self, publication: Publication | Control) -> None:
-        """Hand over the publication; if the broker doesn't take it, that is counted and logged.
+        """Hand over the publication. If the broker doesn't take it, that is counted and logged.
 
         Raises:
-            EngineUnavailable: If the broker is known to be out of reach, or too much waits for it.
-            MessageTooLarge: If it is larger than the broker takes.
+            EngineUnavailable: If the broker is known to be out of reach, or too much waits for it already.
+            MessageTooLarge: If the publication is larger than the broker takes.
         """
         self._started().outgoing.publish_nowait(publication)
 
     async def health(self) -> Health:
-        """Tell whether a message to ourselves comes back through the broker."""
+        """Tell whether a message that the engine sends to itself comes back through the broker."""
         if self._session is None:
             return Health(self.name, False, "not started")
         return await self._session.health.health()
@@ -184,17 +184,17 @@ class BrokerEngine(Engine):
 
 
 class Session:
-    """One node's life at a broker, in one event loop.
+    """What an engine has from `start` to `aclose`, in one event loop.
 
     Args:
         engine: The engine's name, for health, gaps and logs.
         where: The engine and its broker's address, for logs and errors.
-        names: How audiences are called at the broker.
+        names: The names of audiences at the broker.
         new_link: Makes a link that isn't open yet.
         timing: How long to wait for the broker.
-        max_message_bytes: The largest payload that is taken from the broker.
+        max_message_bytes: The largest payload that is taken from the broker, in bytes.
         receiver: The node.
-        counters: What is counted.
+        counters: Where everything is counted.
     """
 
     def __init__(
@@ -219,29 +219,31 @@ class Session:
         """What goes to the broker."""
         echoes = Echoes(names.of_node(self.outgoing.node), self.outgoing, timing.request_timeout)
         self.health = LinkHealth(engine, where, echoes, self.outgoing, receiver, counters)
-        """How well it goes."""
+        """Whether messages travel."""
         self._incoming = Incoming(
             where, names, max_message_bytes, self._interest, self.outgoing, self.health, receiver, counters
         )
         self._supervisor = Supervisor(new_link, timing, self._interest, self.outgoing, self.health, self._incoming)
         self._tasks = Tasks()
         self._running: asyncio.Task[None] | None = None
+        self.relinking = asyncio.Lock()
+        """Held while a link is replaced by another one."""
 
     @property
     def is_alive(self) -> bool:
-        """Whether its event loop still runs; a process that was forked off has only a copy, which doesn't.
+        """Whether the session's event loop still runs. In a forked process it doesn't: that has only a copy of it.
 
-        At its end `asyncio.run` cancels what is left, and for that runs the loop again.
+        At its end `asyncio.run` cancels all tasks that are left, and runs the loop again for that. This doesn't count.
         """
         is_running = self._running is not None and not self._running.cancelling()  # `None` while it ends, too
         return self._process == os.getpid() and self._loop.is_running() and is_running
 
     def replay(self, audience: Audience, stretch: Stretch, history: History) -> Replay:
-        """Read what the broker has kept of an audience."""
+        """Make publications of what the broker has kept of an audience."""
         return self._incoming.replay(audience, stretch, history)
 
     async def start(self, *, fail_fast: bool) -> None:
-        """Try to reach the broker once, and go on trying; what `Engine.start` promises."""
+        """Try to reach the broker, return after the first attempt, and go on. It promises what `Engine.start` does."""
         tried: asyncio.Future[Exception | None] = self._loop.create_future()
         self._interest.want(self.health.echoes.name)
 
@@ -269,7 +271,7 @@ class Session:
         self.health.announce()
 
     async def aclose(self) -> None:
-        """Publish what waits, if that goes quickly, and end."""
+        """Publish what still waits, if that is quick, and end."""
         if self._running is None:
             return
         try:
@@ -280,14 +282,14 @@ class Session:
             pass
         finally:
             running, self._running = self._running, None
-            if running is not None:  # else another call has ended it
+            if running is not None:  # else another call of `aclose` has ended it
                 running.cancel()
             self.health.end()
             await self.outgoing.aclose(f"the {self._engine} engine was stopped")
-            await self._tasks.join()  # that is `running`, which awaits its own
+            await self._tasks.join()  # these are `running` alone, which awaits the tasks that it has started
 
     def subscribe(self, audiences: Iterable[Audience]) -> None:
-        """Want publications to these audiences."""
+        """Ask for publications to these audiences."""
         for audience in audiences:
             name = self._names.of(audience)
             self._incoming.audiences[name] = audience
@@ -295,7 +297,7 @@ class Session:
         self._supervisor.wanted()
 
     def unsubscribe(self, audiences: Iterable[Audience]) -> None:
-        """No longer want them."""
+        """Ask for no more publications to these audiences."""
         names = [self._names.of(audience) for audience in audiences]
         for name in names:
             self._incoming.audiences.pop(name, None)
@@ -303,10 +305,10 @@ class Session:
         self._supervisor.unwanted(names)
 
     async def confirmed(self, audiences: Iterable[Audience]) -> None:
-        """Wait until the broker has confirmed, or is out of reach.
+        """Wait until the broker has confirmed the subscriptions, or is out of reach.
 
         Raises:
-            EngineUnavailable: If it forbids us one of them.
+            EngineUnavailable: If the broker forbids this node to subscribe to one of them.
         """
         names = [self._names.of(audience) for audience in audiences]
         await self._supervisor.wait_settled(names)

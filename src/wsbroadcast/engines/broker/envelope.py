@@ -1,4 +1,4 @@
-r"""The versioned form in which a publication travels between nodes: a line of JSON, then the payload as it is.
+r"""The envelope: the form in which a publication travels between nodes. It is a line of JSON, then the payload.
 
     {"v":1,"node":"kX2…","seq":42}\nhello
 
@@ -29,53 +29,59 @@ from wsbroadcast.publication import (
     NodeMessage,
     NodeMessageKind,
     Position,
+    PresenceChange,
     Publication,
+    Sender,
     Unsubscription,
 )
 from wsbroadcast.tracing import is_traceparent
 
 VERSION = 1
-"""The version this library writes and reads."""
+"""The version that this library writes and reads."""
 
 MAX_HEADER_BYTES = 256 * 1024
-"""The longest header. What makes one long is `exclude`: this is room for about 13,000 connections."""
+"""The longest header, in bytes. Only `exclude` makes a header long; this is room for about 13,000 connections."""
 
-# The fields that a node must understand to keep to an envelope.
+# The fields that `must` may name. A node that doesn't understand a field in `must` drops the envelope.
 _MUST = ("audiences", "exclude_users")
 
 _MAX_NODE_LENGTH = 64
 _MAX_ID_LENGTH = 64
 
-# What the id of a node and that of a question look like.
+# The form of the id of a node or a question.
 _NODE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NODE_MESSAGES: dict[str, NodeMessageKind] = {kind: kind for kind in get_args(NodeMessageKind)}
 
-# What `encode` writes for nearly all messages, so that the header need not be parsed.
+# Nearly all messages have one of these two headers. `decode` reads them without a parser.
 _TEXT = b'{"v":1,"node":"%s","seq":%d}\n%s'
 _JSON = b'{"v":1,"node":"%s","seq":%d,"type":"json"}\n%s'
 _PLAIN = re.compile(
     rb'\{"v":1,"node":"([A-Za-z0-9_-]{1,64})","seq":([1-9][0-9]{0,17})(,"type":"json")?'
-    # Where it is kept, as a broker writes it behind the rest of the header.
+    # The position, which a broker adds at the end of the header.
     rb'(?:,"epoch":"([A-Za-z0-9_-]{1,64})","offset":([1-9][0-9]{0,17}),"previous":(0|[1-9][0-9]{0,17}))?\}\n'
 )
 
 
 class BadEnvelope(Exception):
-    """Raised for bytes that are no envelope; its text is the reason they are counted under."""
+    """Raised for bytes that are no envelope. Its text is the reason under which they are counted."""
 
 
 class Origin(NamedTuple):
-    """Where an envelope comes from, and its place among those from there."""
+    """The node that an envelope comes from, and its number among the envelopes of that node."""
 
     node: str
     seq: int
 
 
 def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
-    """Write an envelope; without an origin where its place in an order isn't known, as inside a transaction.
+    """Write an envelope.
+
+    Args:
+        publication: What it holds.
+        origin: The node and the envelope's number; `None` if that isn't known, as inside a transaction.
 
     Raises:
-        EncodeError: If it excludes too many connections.
+        EncodeError: If it names too many connections, users or audiences.
     """
     if isinstance(publication, Dismissal):
         header = {"type": "close", "code": publication.code}
@@ -84,6 +90,8 @@ def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
         return _encoded({"type": "unsubscribe", "channels": publication.channels}, NOBODY, origin, b"")
     if isinstance(publication, Forgetting):
         return _encoded({"type": "forgotten"}, NOBODY, origin, b"")
+    if isinstance(publication, PresenceChange):
+        return _encoded({"type": "presence", "version": publication.version}, NOBODY, origin, _who(publication))
     if isinstance(publication, NodeMessage):
         header = {"type": "nodes", "kind": publication.kind, "sender": publication.sender}
         if publication.id:
@@ -91,9 +99,14 @@ def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
         return _encoded(header, NOBODY, origin, publication.body)
     message, exclude = publication.message, publication.exclude
     form = message.form
-    is_special = publication.id is not None or publication.exclude_users or publication.traceparent
+    is_special = (
+        publication.id is not None
+        or publication.exclude_users
+        or publication.traceparent
+        or publication.sender is not None
+    )
     if origin is not None and form != "binary" and not exclude and message.key is None and not is_special:
-        # Nearly all: what `json.dumps` would write, at a tenth of its price.
+        # Nearly all messages: the same text as `json.dumps` writes, in a tenth of the time.
         template = _TEXT if form == "text" else _JSON
         return template % (origin.node.encode(), origin.seq, message.payload)
     header = {} if form == "text" else {"type": form}
@@ -104,8 +117,13 @@ def encode(publication: Publication | Control, origin: Origin | None) -> bytes:
     return _encoded(header, exclude, origin, message.payload)
 
 
+def _who(change: PresenceChange) -> bytes:
+    joined = {name: info.decode() for name, info in change.joined.items()}
+    return json.dumps({"by": change.by, "joined": joined, "left": sorted(change.left)}).encode()
+
+
 def _special(publication: Publication) -> dict[str, Any]:
-    # Without these a node would send the message to somebody twice, or to somebody who isn't meant.
+    # A node that ignored these would send the message to somebody twice, or to somebody who is excluded.
     header: dict[str, Any] = {}
     if publication.id is not None:
         header["id"] = publication.id
@@ -117,6 +135,8 @@ def _special(publication: Publication) -> dict[str, Any]:
         header["must"] = must
     if publication.traceparent:
         header["traceparent"] = publication.traceparent
+    if (sender := publication.sender) is not None:
+        header["sender"] = [sender.client, sender.user, sender.info.decode(), sender.channel_info.decode()]
     return header
 
 
@@ -129,7 +149,7 @@ def _encoded(fields: dict[str, Any], exclude: frozenset[str], origin: Origin | N
         header["exclude"] = sorted(exclude)
     line = json.dumps(header, separators=(",", ":")).encode()
     if len(line) > MAX_HEADER_BYTES:
-        raise EncodeError("a broadcast names more connections, users or audiences than an envelope holds")
+        raise EncodeError("a broadcast names more connections, users or audiences than an envelope holds: name fewer")
     return line + b"\n" + payload
 
 
@@ -137,8 +157,8 @@ def decode(envelope: bytes, audience: Audience, max_bytes: int) -> tuple[Publica
     """Read an envelope that came under an audience's name. The bytes are untrusted.
 
     Raises:
-        BadEnvelope: If they are too large, no envelope, of another version, don't keep to the schema, or have a field
-            that must be understood and isn't.
+        BadEnvelope: If the bytes are too large, are no envelope or one of another version, break the schema, or name a
+            field in `must` that isn't known here.
     """
     plain = _PLAIN.match(envelope)
     if plain is not None and len(envelope) - plain.end() <= max_bytes and audience.kind != "nodes":
@@ -160,7 +180,7 @@ def _split(envelope: bytes) -> tuple[dict[str, Any], bytes]:
         raise BadEnvelope("header")
     try:
         header = from_json(envelope[:end], allow_inf_nan=False)
-    except ValueError:  # broken UTF-8 and a nesting that is too deep, too
+    except ValueError:  # broken JSON or UTF-8, or JSON that is nested too deep
         raise BadEnvelope("header") from None
     if type(header) is not dict:
         raise BadEnvelope("header")
@@ -172,7 +192,7 @@ def _split(envelope: bytes) -> tuple[dict[str, Any], bytes]:
     must = header.get("must", [])
     if type(must) is not list:
         raise BadEnvelope("schema")
-    if not all(name in _MUST for name in must):  # an envelope that would be misunderstood
+    if not all(name in _MUST for name in must):  # this node would misunderstand the envelope
         raise BadEnvelope("must")
     return header, envelope[end + 1 :]
 
@@ -194,8 +214,9 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
             id=id_,
             audiences=_audiences(header.get("audiences", [])),
         )
-        if is_traceparent(traceparent := header.get("traceparent")):  # what is none is nobody's loss
+        if is_traceparent(traceparent := header.get("traceparent")):  # anything else is ignored
             publication.traceparent = traceparent
+        publication.sender = _sender(header.get("sender"))
         if "epoch" in header:
             publication.place(*_place(header))
         return publication
@@ -203,10 +224,26 @@ def _publication(header: dict[str, Any], payload: bytes, audience: Audience) -> 
         return Unsubscription(audience, _channels(header.get("channels")))
     if kind == "forgotten":
         return Forgetting(audience)
+    if kind == "presence":
+        return _change(header.get("version"), payload, audience)
     code = header.get("code")
     if kind != "close" or type(code) is not int or not is_sendable(code):
         raise BadEnvelope("schema")
     return Dismissal(audience, code, _decoded(payload), _texts(header, "exclude"))
+
+
+def _change(version: object, payload: bytes, audience: Audience) -> PresenceChange:
+    try:
+        found = from_json(payload, allow_inf_nan=False)
+    except ValueError:
+        raise BadEnvelope("schema") from None
+    match found:
+        case {"by": str() as by, "joined": dict() as joined, "left": list() as left}:
+            are_texts = all(type(info) is str for info in joined.values()) and all(type(name) is str for name in left)
+            if are_texts and type(version) is int and 0 < version <= MAX_OFFSET:
+                infos = {name: info.encode() for name, info in joined.items()}
+                return PresenceChange(audience, version, infos, frozenset(left), by)
+    raise BadEnvelope("schema")
 
 
 def _node_message(header: dict[str, Any], payload: bytes, audience: Audience) -> NodeMessage:
@@ -231,6 +268,15 @@ def _place(header: dict[str, Any]) -> tuple[Position, int]:
         case {"epoch": str() as epoch, "offset": int() as offset, "previous": int() as previous}:
             if EPOCH.fullmatch(epoch) and 0 <= previous < offset <= MAX_OFFSET:
                 return Position(epoch, int(offset)), int(previous)
+    raise BadEnvelope("schema")
+
+
+def _sender(found: object) -> Sender | None:
+    match found:
+        case [str() as client, str() as user, str() as info, str() as channel_info]:
+            return Sender(client, user, info.encode(), channel_info.encode())
+        case None:
+            return None
     raise BadEnvelope("schema")
 
 

@@ -1,4 +1,4 @@
-"""How well a link carries messages: echoes to ourselves, outages, and one gap for each."""
+"""Whether a link carries messages: messages of a node to itself, outages, and one gap for each outage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Gap
 from wsbroadcast.stats import EngineCounters
 
-# What neither a broker nor the way to it raises, nor a driver about them.
+# Errors that neither a broker nor the network causes.
 _BUGS = (
     ArithmeticError,
     AssertionError,
@@ -27,20 +27,20 @@ _BUGS = (
 
 
 def is_bug(error: BaseException | None) -> bool:
-    """Tell whether an error is not an outage, so that trying again doesn't help: a wrong option or driver, or a bug."""
+    """Tell whether an error is no outage, but a wrong option or driver, or a bug. Trying again doesn't help then."""
     return isinstance(error, _BUGS) and not isinstance(error, WSBroadcastError)
 
 
-# More digits than the number of any echo has; the bytes of others may be long.
+# No number of an echo has more digits. Bytes that others send may be long.
 _MAX_DIGITS = 18
 
 
 class Echoes:
-    """Messages of a node to itself, which show that others arrive too.
+    """Messages of a node to itself. If they come back through the broker, other messages arrive too.
 
     Args:
         name: The node's own name at the broker.
-        outgoing: The way there.
+        outgoing: Sends them to the broker.
         timeout: Seconds after which one counts as lost.
     """
 
@@ -53,7 +53,7 @@ class Echoes:
         self._awaited: dict[bytes, asyncio.Future[None]] = {}
 
     async def send(self) -> None:
-        """Send one through the broker and wait until it is back.
+        """Send one through the broker, and wait until it is back.
 
         Raises:
             TimeoutError: If it isn't back in time.
@@ -70,7 +70,7 @@ class Echoes:
             self._awaited.pop(token, None)
 
     def take(self, envelope: bytes) -> bool:
-        """Take what came under our name; return whether it is one of ours, even if it is late."""
+        """Take what came under the node's own name; return whether it is an echo, which may be late."""
         echo = self._awaited.pop(envelope, None)
         if echo is None:
             return self._was_sent(envelope)
@@ -79,31 +79,31 @@ class Echoes:
         return True
 
     def _was_sent(self, envelope: bytes) -> bool:
-        # By its number, because a memory of those that nobody waits for any more would grow with those that are lost.
+        # Checked by its number. A memory of echoes that came too late would grow with each one that is lost.
         number = int(envelope) if envelope.isdigit() and len(envelope) <= _MAX_DIGITS else 0
         return 0 < number <= self._sent and envelope == b"%d" % number
 
     def fail(self, why: str) -> None:
-        """None of them will come back."""
+        """Take note that none of them will come back."""
         for echo in self._awaited.values():
             if not echo.done():
                 echo.set_exception(EngineUnavailable(f"the connection to the broker is lost ({why})"))
-                echo.exception()  # looked at: who waits may be cancelled in this turn of the loop
+                echo.exception()  # marked as retrieved: the waiting call may be cancelled in this turn of the loop
         self._awaited.clear()
 
 
 class LinkHealth:
-    """What the supervisor tells and asks about the links of one session: one gap for each outage, whatever it was.
+    """The state of the links of one session. The supervisor reports it here. Each outage becomes one gap.
 
     Args:
         engine: The engine's name, for gaps.
         where: The engine and its broker's address, for logs.
-        echoes: The messages to ourselves.
+        echoes: The messages of the node to itself.
         outgoing: Is told when the link is lost.
         receiver: Is told of gaps.
         counters: Where reconnects and gaps are counted.
-        missed_seconds: Messages that are missed while the link lives on are reported as one gap, this long after the
-            first.
+        missed_seconds: If messages are missed while the link stays, all are reported as one gap, so many seconds after
+            the first.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class LinkHealth:
         missed_seconds: float = 1.0,
     ) -> None:
         self.echoes = echoes
-        """The messages to ourselves."""
+        """The messages of the node to itself."""
         self._engine = engine
         self._where = where
         self._outgoing = outgoing
@@ -127,25 +127,25 @@ class LinkHealth:
         self._missed_seconds = missed_seconds
         self._loop = asyncio.get_running_loop()
         self.trouble = "not connected yet"
-        """Why nothing travels; empty while it does."""
+        """Why no messages travel; empty while they do."""
         self.last_sign = self._loop.time()
-        """When the last message came from the broker."""
+        """When the last message came from the broker, in seconds of the event loop's clock."""
         self._since: float | None = self.last_sign
         self._was_up = False
         self._has_failed = False
         self._is_announced = False
-        # The timer of a gap that is about to be reported, and since when messages are missing.
+        # The timer of a gap that will be reported, and since when messages are missing.
         self._missed: tuple[asyncio.TimerHandle, float] | None = None
         self._is_ended = False
 
     def announce(self) -> None:
-        """The engine has started, degraded perhaps: from now on trouble is logged, because no error tells of it."""
+        """Take note that `start` has returned. From now on trouble is logged, because no error tells of it."""
         self._is_announced = True
         if self.trouble:
             self._log()
 
     def up(self) -> None:
-        """Take note that the link is in use: if there was trouble before, messages are missing."""
+        """Take note that a link is in use. If there was trouble before, messages are missing."""
         since, self._since = self._since, None
         why, self.trouble = self.trouble, ""
         if self._was_up:
@@ -162,7 +162,7 @@ class LinkHealth:
         self._has_failed = True
         if self._since is None:
             self._since = self.last_sign
-        if self._missed is not None:  # one gap for both
+        if self._missed is not None:  # the missed messages and this outage are reported as one gap
             timer, since = self._missed
             timer.cancel()
             self._missed = None
@@ -174,7 +174,7 @@ class LinkHealth:
         self._outgoing.fail(f"the connection to the broker is lost ({lost})", self.trouble)
 
     def missed(self, why: str, since: float | None = None) -> None:
-        """Take note that messages are missing although the link lives on; many calls are one gap, from the earliest."""
+        """Take note that messages are missing although the link stays. Many calls become one gap, from the earliest."""
         if self._is_ended:
             return
         self._receiver.suspect()
@@ -191,21 +191,21 @@ class LinkHealth:
             self._tell(since, why)
 
     def refused(self, name: str, error: ConfigurationError) -> None:
-        """Take note that the broker forbids us a name.
+        """Take note that the broker forbids this node to subscribe to a name.
 
         Raises:
-            ConfigurationError: If it is our own, without which nothing works.
+            ConfigurationError: If it is the node's own name, without which nothing works.
         """
         if name == self.echoes.name:
             raise error
         logger.error("%s: %s", self._where, error, extra=about("engine.forbidden", engine=self._engine))
 
     async def probe(self) -> None:
-        """Find out whether messages arrive: an echo, or any other message that comes while we wait for it.
+        """Find out whether messages arrive: send an echo. Any other message that comes meanwhile will do.
 
         Raises:
-            TimeoutError: If nothing comes.
-            EngineError: If it could not be sent.
+            TimeoutError: If no message comes.
+            EngineError: If the echo could not be sent.
         """
         began = self._loop.time()
         try:
@@ -227,7 +227,7 @@ class LinkHealth:
         return Health(self._engine, True)
 
     def end(self) -> None:
-        """Report nothing any more."""
+        """Report nothing from now on."""
         self._is_ended = True
         if self._missed is not None:
             self._missed[0].cancel()

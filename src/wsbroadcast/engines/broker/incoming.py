@@ -1,4 +1,4 @@
-"""What comes from the broker: checked, fresh, and handed on to the node."""
+"""What comes from the broker. It is checked, and handed to the node unless it is old."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.publication import Position, Publication
 from wsbroadcast.stats import EngineCounters
 
-# Origins and names that are remembered, twice: a node that broadcasts to more audiences than that between two
-# envelopes for the same one is no longer checked for that one.
+# How many pairs of node and name are remembered in each of two generations. If a node broadcasts to more audiences than
+# that between two envelopes for the same audience, the second of these isn't checked.
 _GENERATION = 16384
 
-# What is older by more than this is not an old envelope: the newest was forged, and must not silence its node for ever.
+# If an envelope seems older by more than this, the newest one was forged. That must not silence the node for ever.
 _BELIEVABLE = 2**20
 
 
 class Freshness:
-    """The newest place in the order that was seen, by node and name.
+    """The newest number that was seen, by node and name.
 
-    An envelope that a broker, a proxy or an eavesdropper brings a second time is not fresh; neither is one that was
-    held up while newer ones overtook it.
+    An envelope isn't fresh if a broker, a proxy or an eavesdropper brings it a second time, or if newer ones have
+    overtaken it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Freshness:
         self._old: dict[tuple[str, str], int] = {}
 
     def is_fresh(self, origin: Origin, name: str) -> bool:
-        """Tell whether it is newer than all before it, and remember it."""
+        """Tell whether an envelope is newer than all before it, and remember it."""
         node, seq = origin
         key = (node, name)
         young = self._young
@@ -48,7 +48,7 @@ class Freshness:
                 self._old, self._young = young, {}
                 young = self._young
         if 0 <= newest - seq < _BELIEVABLE:
-            young[key] = newest  # it may have been the old generation's, which is gone now
+            young[key] = newest  # the old generation, which may have had it, is gone now
             return False
         young[key] = seq
         return True
@@ -59,9 +59,9 @@ class Incoming:
 
     Args:
         where: The engine and its broker's address, for logs.
-        names: How audiences are called at the broker.
-        max_message_bytes: The largest payload that is taken.
-        interest: Knows the names that the broker holds for us.
+        names: The names of audiences at the broker.
+        max_message_bytes: The largest payload that is taken, in bytes.
+        interest: Knows the names that are subscribed to.
         outgoing: Knows what this node has published.
         health: Is told when something comes, and when something is missing.
         receiver: The node.
@@ -80,7 +80,7 @@ class Incoming:
         counters: EngineCounters,
     ) -> None:
         self.audiences: dict[str, Audience] = {}
-        """The wanted audiences by their names at the broker."""
+        """The wanted audiences, by their names at the broker."""
         self._where = where
         self._names = names
         self._max_message_bytes = max_message_bytes
@@ -94,7 +94,7 @@ class Incoming:
         self._throttle = Throttle()
 
     def take(self, name: str, envelope: bytes, place: Place | None = None) -> None:
-        """Hand an envelope on, if it is a good one."""
+        """Hand an envelope to the node, if it is valid and fresh."""
         self._health.last_sign = self._loop.time()
         audience = self.audiences.get(name)
         if audience is None:
@@ -106,7 +106,7 @@ class Incoming:
             if origin is not None:
                 if self._outgoing.is_forged(origin):
                     raise BadEnvelope("forged")
-                # What is kept has its place instead: one that was missed and read later is older than what came before.
+                # A kept one is checked by its position instead. It may come late, because it was missed and read later.
                 if not is_kept and not self._freshness.is_fresh(origin, name):
                     raise BadEnvelope("stale")
         except BadEnvelope as bad:
@@ -123,7 +123,7 @@ class Incoming:
         return publication.position is not None
 
     def replay(self, audience: Audience, stretch: Stretch, history: History) -> Replay:
-        """Read a stretch of what a broker has kept; what is no good envelope is left out, as it was when it came."""
+        """Make publications of what a broker has kept. Bad envelopes are left out, as they were when they came."""
         name, now, epoch = self._names.of(audience), self._loop.time(), stretch.top.epoch
         publications: list[Publication] = []
         base = previous = stretch.base
@@ -148,14 +148,14 @@ class Incoming:
         return Replay(stretch.top, publications, base)
 
     def missed(self, why: str, since: float | None = None) -> None:
-        """Report messages that are missing although the link lives on; many such reports are one gap."""
+        """Report messages that are missing although the link stays. Many such reports become one gap."""
         self._health.missed(why, since)
 
     def _take_other(self, name: str, envelope: bytes) -> None:
         if name == self._health.echoes.name:
             if not self._health.echoes.take(envelope):
                 self._drop("echo", name, len(envelope))
-        elif name not in self._interest:  # else it is on its way out: nobody is there any more
+        elif name not in self._interest:  # else the name is being released: it has no connections here any more
             self._drop("unknown_name", name, len(envelope))
 
     def _drop(self, reason: str, name: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Names that are wanted against names that the broker holds for us: a transition table. No I/O, no clock.
+"""Which names are wanted, and which the broker holds for this node: a transition table. No I/O, no clock.
 
     want ──> WANTED ──ask──> ASKED ──confirm──> HELD ──unwant──> LINGERING ──release──> RELEASING ──released──> gone
                ^               │ ^                ^                  │                     │ ^
@@ -7,8 +7,8 @@
                │             DOUBTED ──confirm──> LINGERING                             REGRETTED
                └──────────────────────────────────released─────────────────────────────────┘
 
-ASKED becomes REFUSED if the broker forbids the name. When the connection is lost, what is wanted becomes WANTED again,
-and the rest is gone.
+ASKED becomes REFUSED if the broker forbids the name. When the connection is lost, names that are still wanted become
+WANTED again, and all others are gone.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from enum import Enum
 
 
 class Holding(Enum):
-    """Where a name stands between us and the broker; a name that is in none of these states is not there."""
+    """The state of a name between this node and the broker. A name without a state is neither wanted nor held."""
 
     WANTED = "wanted"
-    """Somebody here wants it; the broker was not asked yet."""
+    """A connection here wants it. The broker was not asked yet."""
     ASKED = "asked"
     """The broker was asked and has not confirmed."""
     DOUBTED = "doubted"
-    """Asked for, and no longer wanted."""
+    """The broker was asked, and the name is no longer wanted."""
     HELD = "held"
     """Confirmed: everything published to it arrives."""
     LINGERING = "lingering"
-    """Held, and no longer wanted: given a moment in case somebody comes back."""
+    """Held, but no longer wanted. It is kept for a while, in case somebody comes back."""
     RELEASING = "releasing"
     """The broker was asked to end it."""
     REFUSED = "refused"
-    """Wanted, and forbidden to us by the broker; the next connection will ask again."""
+    """Wanted, but the broker forbids it. The next link to the broker will ask again."""
     REGRETTED = "regretted"
     """The broker was asked to end it, and it is wanted again."""
 
@@ -93,23 +93,24 @@ _UNSETTLED = {Holding.WANTED, Holding.ASKED, Holding.REGRETTED}
 
 
 class Interest:
-    """What a node wants of the broker and what it has.
+    """The names that a node wants from the broker, and the names that it has.
 
-    The supervisor asks the broker for what `ask` returns and says `confirm` or `refuse`. It ends what `release` returns
-    and says `released`. It says `lost` when the connection is gone. `want` and `unwant` may come at any moment.
+    The supervisor asks the broker for the names that `ask` returns, and then calls `confirm` or `refuse`. It lets the
+    broker end those that `release` returns, and then calls `released`. When the connection is gone, it calls `lost`.
+    `want` and `unwant` may come at any moment.
 
     Args:
-        linger: Seconds for which a name that nobody wants any more is held.
+        linger: Seconds for which a name is held after nobody wants it any more.
     """
 
     def __init__(self, linger: float) -> None:
         self._linger = linger
         self._states: dict[str, Holding] = {}
-        # The names in WANTED, in the order in which they came: those that the broker will be asked for.
+        # The names in WANTED, in the order in which they came. The broker will be asked for them.
         self._wanted: dict[str, None] = {}
-        # Why the broker refuses those in REFUSED.
+        # Why the broker refuses the names in REFUSED.
         self._refusals: dict[str, Exception] = {}
-        # When lingering ends, by name, and in the order of the ends; an end that isn't the name's any more is skipped.
+        # When lingering ends, by name, and in the order of the ends. An end that is out of date is skipped.
         self._ends: dict[str, float] = {}
         self._queue: deque[tuple[float, str]] = deque()
 
@@ -117,15 +118,15 @@ class Interest:
         return name in self._states
 
     def first_unsettled(self, names: Iterable[str]) -> str | None:
-        """Return the first of these that is wanted and not yet confirmed by the broker."""
+        """Return the first of these names that is wanted but not yet confirmed by the broker."""
         return next((name for name in names if self._states.get(name) in _UNSETTLED), None)
 
     def want(self, name: str) -> None:
-        """Somebody here wants it."""
+        """Take note that a connection here wants the name."""
         self._step(name, _Step.WANT)
 
     def unwant(self, name: str, now: float) -> None:
-        """Nobody here wants it any more."""
+        """Take note that nobody here wants the name any more."""
         self._step(name, _Step.UNWANT, now)
 
     def ask(self) -> list[str]:
@@ -136,27 +137,27 @@ class Interest:
         return names
 
     def confirm(self, names: Iterable[str], now: float) -> None:
-        """The broker has confirmed names that it was asked for."""
+        """Take note that the broker has confirmed names that it was asked for."""
         for name in names:
             self._step(name, _Step.CONFIRM, now)
 
     def refuse(self, name: str, error: Exception) -> None:
-        """The broker has refused a name that it was asked for."""
+        """Take note that the broker has refused a name that it was asked for."""
         self._step(name, _Step.REFUSE)
-        if self._states.get(name) is Holding.REFUSED:  # else nobody wants it any more
+        if self._states.get(name) is Holding.REFUSED:  # else nobody wants the name any more
             self._refusals[name] = error
 
     def refusal(self, names: Iterable[str]) -> Exception | None:
-        """Return why the broker refuses the first of these that it does refuse."""
+        """Return why the broker refuses the first of these names that it refuses; `None` if it refuses none."""
         return next((self._refusals[name] for name in names if name in self._refusals), None)
 
     @property
     def next_release(self) -> float | None:
-        """When `release` may next have something to return."""
+        """Return when `release` may next have names to return; `None` if none linger."""
         return self._queue[0][0] if self._queue else None
 
     def release(self, now: float, at_most: int) -> list[str]:
-        """Return names that have lingered long enough, each once: the broker shall end them."""
+        """Return names that have lingered long enough, each once. The broker is to end them."""
         names: list[str] = []
         while self._queue and self._queue[0][0] <= now and len(names) < at_most:
             end, name = self._queue.popleft()
@@ -166,12 +167,12 @@ class Interest:
         return names
 
     def released(self, names: Iterable[str]) -> None:
-        """The broker has ended names."""
+        """Take note that the broker has ended names."""
         for name in names:
             self._step(name, _Step.RELEASED)
 
     def lost(self) -> None:
-        """The connection is gone and everything the broker held with it; what is wanted is to be asked for again."""
+        """Take note that the connection is gone. All wanted names are to be asked for again."""
         for name in list(self._states):
             self._step(name, _Step.LOSE)
         self._queue.clear()

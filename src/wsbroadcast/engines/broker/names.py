@@ -1,4 +1,4 @@
-"""What an audience is called at the broker."""
+"""The names of audiences at the broker."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.text import plain
 
 DEFAULT_PREFIX = "wsbroadcast"
-"""What all names of an app begin with; apps that share a broker take one each."""
+"""The default beginning of all names of an app. Apps that share a broker need different ones."""
 
 _PREFIX = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
-# Names are remembered, because a broadcast needs one each time; past this many, the memory is emptied.
+# How many names are remembered, because each broadcast needs one. Past this many, all are dropped.
 _REMEMBERED = 8192
 
 
-class AudienceNames:
-    """Names at one broker, injective: no two audiences share one, whatever characters they hold.
+# These characters are written as they are.
+_PLAIN = re.compile(r"[A-Za-z0-9_~:@/-]+")
 
-    A name is `prefix`, the kind of the audience and, except for everyone, its name; percent-encoded (RFC 3986) but for
-    letters, digits and `-_~:@/`. So `*`, `>` and `.` mean nothing to a broker, and no channel leaves its prefix.
+
+def quoted(text: str) -> str:
+    """Quote a text as a part of a name. It has no character that is special to a broker, and each text has its own."""
+    return text if _PLAIN.fullmatch(text) else quote(text, safe=":@/-_~").replace(".", "%2E")
+
+
+class AudienceNames:
+    """The names of audiences at one broker. No two audiences share one, whatever characters they have.
+
+    A name is `prefix`, the kind of the audience and, except for everyone, its name. All but letters, digits and
+    `-_~:@/` is percent-encoded (RFC 3986). So no `*`, `>` or `.` reaches the broker, and no channel leaves its prefix.
 
     Args:
-        prefix: Letters, digits, `-` and `_`, at most 32.
+        prefix: 1 to 32 letters, digits, `-` and `_`.
         separator: What the broker puts between the parts of a name.
 
     Raises:
@@ -45,14 +54,14 @@ class AudienceNames:
         if name is None:
             name = self._start + audience.kind
             if audience.name:
-                name += self._separator + quote(audience.name, safe=":@/-_~").replace(".", "%2E")
+                name += self._separator + quoted(audience.name)
             if len(self._names) >= _REMEMBERED:
                 self._names.clear()
             self._names[audience] = name
         return name
 
     def for_logs(self, name: str) -> str:
-        """Return what a log may say of a name: not which user it is."""
+        """Return a name for logs. It doesn't say which user it is."""
         of_user = f"{self._start}user{self._separator}"
         return f"{of_user}…" if name.startswith(of_user) else name
 

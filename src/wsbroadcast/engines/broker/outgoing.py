@@ -1,4 +1,4 @@
-"""What a node publishes, on its way to the broker: the publications of one turn of the loop go out together."""
+"""What a node publishes, on its way to the broker. Publications of one turn of the loop go out together."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from wsbroadcast.options import Timing
 from wsbroadcast.publication import Control, NodeMessage, Publication
 from wsbroadcast.stats import EngineCounters
 
-# What one call of `Link.publish` gets at most, so that its timeout is for something that can be done in time.
+# How many parcels one call of `Link.publish` gets at most, so that it can be done within its timeout.
 _BATCH_PARCELS = 512
 _BATCH_BYTES = 4 * 1024 * 1024
 
-# Seconds between two looks at the broker's limits, because some clients send what is too large again and again.
+# Seconds between two questions for the broker's limits. Some clients send what is too large again and again.
 _LOOK_SECONDS = 0.25
 
 _Taken = asyncio.Future[Appended | None]
 
-# A parcel, and who waits until the broker has taken it.
+# A parcel, and the future of the caller that waits until the broker has taken it.
 _Item = tuple[Parcel, _Taken | None]
 
 
 class Outgoing:
-    """Publications in the order of the calls, and who waits for the broker to take them.
+    """Publications in the order of the calls, and the callers that wait until the broker has taken them.
 
-    Nothing outlives the connection it was meant for: `fail` tells everybody who waits.
+    When a link is lost, nothing that waited for it is sent later: `fail` tells all callers.
 
     Args:
         where: The engine and its broker's address, for errors.
-        names: How audiences are called at the broker.
+        names: The names of audiences at the broker.
         timing: How long to wait for the broker.
-        max_message_bytes: The largest payload that other nodes take.
+        max_message_bytes: The largest payload that other nodes take, in bytes.
         counters: Where failures are counted.
-        max_waiting_bytes: How much `broadcast_nowait` may leave waiting. A caller that awaits holds its message anyway.
+        max_waiting_bytes: How many bytes `broadcast_nowait` may leave waiting. Callers that await have no limit.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Outgoing:
         self.link: Link | None = None
         """The link in use; `None` while there is none."""
         self.node = token_urlsafe(9)
-        """What this node calls itself in envelopes."""
+        """The id of this node in envelopes."""
         self._where = where
         self._names = names
         self._timing = timing
@@ -75,19 +75,19 @@ class Outgoing:
         # Why there is no link; empty if nothing is wrong.
         self._trouble = "not connected yet"
         self._throttle = Throttle()
-        # What carries no publication.
+        # The futures of parcels that carry no publication.
         self._echoes: set[_Taken] = set()
-        # Of `broadcast_nowait`, refused since the log was told last.
+        # How many of `broadcast_nowait` were refused since the last line in the log.
         self._refused = 0
         self._tasks = Tasks()
-        # Looks whether the broker takes more than it did; all messages that are too large wait for one look.
+        # Asks the broker for its limits. All messages that are too large wait for one such question.
         self._looking: asyncio.Task[None] | None = None
         self._looked_at = -_LOOK_SECONDS
 
     # What a node publishes.
 
     async def publish(self, publication: Publication | Control, keep: Keep | None = None) -> Appended | None:
-        """Return once the broker has taken it, and where it keeps it if it does."""
+        """Return once the broker has taken the publication; return where it is kept, if it is."""
         try:
             parcel = self._parcel(publication, keep)
         except MessageTooLarge as error:
@@ -98,24 +98,25 @@ class Outgoing:
         return await self._put(parcel)
 
     def publish_nowait(self, publication: Publication | Control, keep: Keep | None = None) -> None:
-        """Hand it over; that it failed is counted and logged.
+        """Hand over a publication. If it fails later, that is counted and logged.
 
         Raises:
-            EngineUnavailable: If too much is waiting; nothing was sent.
+            EngineUnavailable: If there is no link, or too much waits already. Nothing was sent.
+            MessageTooLarge: If the publication is larger than the broker or the other nodes take.
         """
         try:
             parcel = self._parcel(publication, keep)
         except MessageTooLarge as error:
             if error.size <= self._max_message_bytes:
-                self._look_at_limits()  # for the next one
+                self._look_at_limits()  # for the next message
             raise
         if self._bytes > self._max_waiting_bytes:
             self._counters.publish_failures += 1
-            raise EngineUnavailable(f"{self._bytes} bytes wait for the broker already, which doesn't keep up")
+            raise EngineUnavailable(f"the broker doesn't keep up: {self._bytes} bytes wait for it; nothing was sent")
         self._append(parcel, None)
 
     def put_first(self, parcel: Parcel) -> _Taken:
-        """Put a parcel before all that wait, because nothing has to come before it."""
+        """Put a parcel before all that wait. It is for parcels that need no order, such as echoes."""
         future = self._put(parcel)
         self._waiting.rotate(1)
         self._echoes.add(future)
@@ -123,18 +124,18 @@ class Outgoing:
         return future
 
     def is_forged(self, origin: Origin) -> bool:
-        """Tell whether an envelope says that it comes from here, and has never been published."""
+        """Tell whether an envelope claims to come from this node, but has a number that it hasn't used yet."""
         return origin.node == self.node and origin.seq > self._published
 
     def away(self) -> EngineUnavailable:
-        """Make the error for who needs a link while there is none."""
+        """Make the error for a caller that needs a link while there is none."""
         why = self._trouble or "its event loop ends"
         return EngineUnavailable(f"{self._where} is out of reach ({why})")
 
     def _parcel(self, publication: Publication | Control, keep: Keep | None) -> Parcel:
         link = self.link
         if link is None:
-            self._counters.publish_failures += not isinstance(publication, NodeMessage)  # which nobody wants to send
+            self._counters.publish_failures += not isinstance(publication, NodeMessage)  # no app publishes it
             raise EngineUnavailable(f"{self.away()}; nothing was sent")
         if publication.size > self._max_message_bytes:  # the other nodes would drop it
             raise MessageTooLarge(publication.size, self._max_message_bytes)
@@ -157,9 +158,9 @@ class Outgoing:
             if self.link is not None:
                 async with Patience(self._timing.connect_timeout):
                     await self.link.read_limits()
-        except Exception as error:  # who publishes is told of the limit that is known
+        except Exception as error:  # callers then get an error with the limit that is known
             logger.info(
-                "%s doesn't say whether its limits have changed: %s",
+                "%s can't be asked whether its limits have changed: %s",
                 self._where,
                 error,
                 extra=about("engine.limits_unknown"),
@@ -178,7 +179,7 @@ class Outgoing:
         self._bytes += len(parcel.envelope)
         self._filled.set()
 
-    # What the supervisor calls.
+    # For the supervisor.
 
     def use(self, link: Link) -> None:
         """Publish by this link from now on."""
@@ -186,7 +187,7 @@ class Outgoing:
         self._trouble = ""
 
     async def send(self, link: Link) -> None:
-        """Publish what comes, until the link fails; runs as a task while the link is used."""
+        """Publish what comes, until the link fails. It runs as a task while the link is used."""
         while True:
             await self._filled.wait()
             batch = self._in_flight = self._take()
@@ -214,11 +215,11 @@ class Outgoing:
             await self._emptied.wait()
 
     def fail(self, why: str, trouble: str) -> None:
-        """Tell everybody who waits that the link is lost, and forget their parcels, so that none arrives late.
+        """Tell all waiting callers that the link is lost, and drop their parcels, so that none arrives late.
 
         Args:
             why: What happened.
-            trouble: What to tell those who publish while there is no link.
+            trouble: What to tell callers that publish while there is no link.
         """
         self._trouble = trouble
         in_flight, self._in_flight = self._in_flight, ()
@@ -234,14 +235,14 @@ class Outgoing:
                 _tell(future, EngineUnavailable(f"{why}; {consequence}", may_have_been_sent=some is in_flight))
         if lost:
             logger.error(
-                "not published, of broadcast_nowait: %d, because %s",
+                "messages of broadcast_nowait that were not published: %d, because %s",
                 lost,
                 why,
                 extra=about("publish.failed", count=lost),
             )
 
     async def aclose(self, why: str) -> None:
-        """Tell everybody who still waits, and take nothing more."""
+        """Tell all callers that still wait, and take nothing more."""
         self.link = None
         self.fail(why, why)
         await self._tasks.cancel()
@@ -252,7 +253,7 @@ class Outgoing:
         while self._waiting and len(batch) < _BATCH_PARCELS and size < _BATCH_BYTES:
             parcel, future = item = self._waiting.popleft()
             size += len(parcel.envelope)
-            if future is None or not future.cancelled():  # else its caller has given up
+            if future is None or not future.cancelled():  # else the caller has given up
                 batch.append(item)
         self._bytes -= size
         if not self._waiting:
@@ -268,7 +269,7 @@ class Outgoing:
         if self._throttle.is_due("refused"):
             count, self._refused = self._refused, 0
             logger.error(
-                "not published, of broadcast_nowait: %d, because %s",
+                "messages of broadcast_nowait that were not published: %d, because %s",
                 count,
                 error,
                 extra=about("publish.failed", count=count),
@@ -276,7 +277,7 @@ class Outgoing:
 
 
 def _documented(error: Exception) -> Exception:
-    # Callers of `broadcast` handle two kinds of errors: this message is wrong, or no message goes out now.
+    # Callers of `broadcast` handle two kinds of errors: this message is wrong, or no message can go out now.
     if isinstance(error, (EngineError, EncodeError)):
         return error
     if isinstance(error, (ConfigurationError, OSError)):
@@ -290,4 +291,4 @@ def _documented(error: Exception) -> Exception:
 def _tell(future: _Taken | None, error: Exception) -> None:
     if future is not None and not future.done():
         future.set_exception(error)
-        future.exception()  # looked at, because asyncio would complain if the caller was cancelled
+        future.exception()  # marked as retrieved, because asyncio would log it if the caller was cancelled

@@ -1,4 +1,4 @@
-"""Keeps one link to a broker alive: opens it, subscribes, probes it, and when it is lost begins again, for ever."""
+"""The supervisor keeps a link to the broker: it opens one, subscribes, probes it, and replaces it when it is lost."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable
 from wsbroadcast.logs import Throttle, about, logger
 from wsbroadcast.options import Timing
 
-# Names in one call of `Link.subscribe` or `Link.unsubscribe`, so that its timeout is for something that can be done in
-# time.
+# How many names one call of `Link.subscribe` or `Link.unsubscribe` gets at most, so that it can be done within its
+# timeout.
 _ASK_NAMES = 1000
 
 _FIRST_BACKOFF = 0.05
@@ -27,7 +27,7 @@ _CANCEL_AGAIN_SECONDS = 0.1
 
 
 class Supervisor:
-    """One link after the other, each used by four tasks: read, publish, reconcile subscriptions, probe."""
+    """Uses one link after the other. Each is used by four tasks: read, publish, reconcile subscriptions, probe."""
 
     def __init__(
         self,
@@ -45,10 +45,11 @@ class Supervisor:
         self._health = health
         self._incoming = incoming
         self._changed = asyncio.Event()
-        # Whether who joins waits for a confirmation: while a link is in use, and while it takes the last step there.
+        # Whether joining connections wait for the broker's confirmation. They do while a link is in use, and during the
+        # last step before that.
         self._joins_wait = False
-        # Names that somebody waits for; done when the name is confirmed, refused or wanted no longer, or all are lost.
-        # One for each, because in a crowd that joins everybody would wake for everybody else's.
+        # A future for each name that somebody waits for. It is done when the name is confirmed, refused or no longer
+        # wanted, or when the link is lost. If there was one for all, each join of a crowd would wake everybody.
         self._awaited: dict[str, asyncio.Future[None]] = {}
         self._throttle = Throttle()
 
@@ -56,7 +57,7 @@ class Supervisor:
         """Keep a link alive until cancelled.
 
         Args:
-            tried: Told how the first attempt went: `None` when the link is in use.
+            tried: Called once, after the first attempt: with its error, or with `None` when the link is in use.
         """
         first = backoff = min(_FIRST_BACKOFF, self._timing.max_backoff)
         while True:
@@ -87,11 +88,11 @@ class Supervisor:
             await link.open()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(_read(link, self._incoming), name="wsbroadcast engine read")
-            await self._subscribe(link)  # among them our own name, for the echo
+            await self._subscribe(link)  # one of the names is the node's own, for the echo
             tasks.create_task(self._outgoing.send(link), name="wsbroadcast engine publish")
-            await self._health.echoes.send()  # a broker that lets us in and carries nothing is not back
-            # Who joins waits from here on, so this pass has all who didn't. One pass and no more, here as everywhere:
-            # names may come faster than confirmations, and what comes during a pass is for the next.
+            await self._health.echoes.send()  # a broker that accepts the connection may still carry no messages
+            # From here on, joins wait. The pass below subscribes to all names of joins that didn't. There is only one
+            # pass, here and elsewhere: names may come faster than confirmations, and the next pass has the new ones.
             self._joins_wait = True
             await self._subscribe(link)
             self._outgoing.use(link)
@@ -104,7 +105,7 @@ class Supervisor:
         try:
             async with asyncio.timeout(self._timing.request_timeout):
                 await link.abort()
-        except Exception:  # a driver's, on a connection that is given up anyway
+        except Exception:  # the driver raised it, on a connection that is dropped anyway
             if self._throttle.is_due("abort"):
                 logger.exception(
                     "a connection to the broker could not be dropped cleanly", extra=about("engine.abort_failed")
@@ -118,16 +119,16 @@ class Supervisor:
     # Subscriptions.
 
     def wanted(self) -> None:
-        """More names are wanted: make the broker hold them."""
+        """Take note that more names are wanted, and subscribe to them."""
         self._changed.set()
 
     def unwanted(self, names: Sequence[str]) -> None:
-        """These names are wanted no longer: make the broker end them after a while, and let nobody wait for them."""
+        """Take note that names are no longer wanted. They are released after a while, and nobody waits for them."""
         self._changed.set()
         self._wake(names)
 
     async def wait_settled(self, names: Sequence[str]) -> None:
-        """Wait until the broker has confirmed those of these names that are wanted, or the link is lost."""
+        """Wait until the broker has confirmed all of these names that are still wanted, or the link is lost."""
         loop = asyncio.get_running_loop()
         while self._joins_wait and (unsettled := self._interest.first_unsettled(names)) is not None:
             await asyncio.shield(self._awaited.setdefault(unsettled, loop.create_future()))
@@ -142,7 +143,7 @@ class Supervisor:
         while True:
             await self._wait_for_change()
             await self._subscribe(link)
-            # A part of them in each turn: a join doesn't wait until all names of a crowd that has left are released.
+            # Only some are released in each turn, so that a join doesn't wait for all names of a crowd that has left.
             names = self._interest.release(asyncio.get_running_loop().time(), _ASK_NAMES)
             if names:
                 async with Patience(self._timing.request_timeout):
@@ -150,7 +151,7 @@ class Supervisor:
                 self._interest.released(names)
 
     async def _wait_for_change(self) -> None:
-        # Woken by a change, or when the next name has lingered long enough.
+        # Returns after a change, or when the next name has lingered long enough.
         try:
             async with asyncio.timeout_at(self._interest.next_release):
                 await self._changed.wait()
@@ -172,7 +173,7 @@ class Supervisor:
                 self._interest.refuse(names[0], error)
                 self._wake(names)
                 return
-            middle = len(names) // 2  # one that is forbidden must not cost the others
+            middle = len(names) // 2  # one forbidden name must not keep the others from being subscribed
             await self._ask(link, names[:middle])
             await self._ask(link, names[middle:])
         else:
@@ -188,19 +189,19 @@ class Supervisor:
 
 
 async def _end_of(using: Coroutine[Any, Any, None]) -> Exception:
-    # In a task of its own: a group of tasks that fails in the turn of the loop in which it is cancelled forgets that it
-    # was, before Python 3.13 (gh-116720), and we would go on for ever.
+    # It runs in a task of its own. Before Python 3.13, a TaskGroup that fails in the turn of the loop in which it is
+    # cancelled loses the cancellation (gh-116720), and this would go on for ever.
     task = asyncio.get_running_loop().create_task(using, name="wsbroadcast engine link")
     try:
         await asyncio.wait([task])
     except asyncio.CancelledError:
-        # Again and again, because a driver may lose it: before Python 3.12 `wait_for` does, if what it waits for comes
-        # at the same moment.
+        # It is cancelled again and again, because a driver may lose a cancellation. Before Python 3.12 `wait_for` does,
+        # if what it waits for comes at the same moment.
         while not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
         if not task.cancelled():
-            task.exception()  # looked at: it came too late to matter
+            task.exception()  # marked as retrieved: it came too late to matter
         raise
     if task.cancelled():
         return EngineUnavailable("the driver gave the connection up")
@@ -219,7 +220,7 @@ def _chunks(names: list[str]) -> list[list[str]]:
 
 
 def _first(error: BaseException) -> Exception:
-    # Who failed first tells why; of several, a refusal tells more.
+    # The first error says why. If there are several, a refusal says more.
     errors = [leaf for leaf in _leaves(error) if isinstance(leaf, Exception)]
     if not errors:
         raise error

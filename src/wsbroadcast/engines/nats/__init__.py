@@ -1,4 +1,4 @@
-"""The engine of apps that have NATS."""
+"""The engine for apps that have NATS."""
 
 from __future__ import annotations
 
@@ -8,56 +8,64 @@ from urllib.parse import parse_qsl
 
 from wsbroadcast.engines import URL
 from wsbroadcast.engines.broker import DEFAULT_TIMING, MAX_MESSAGE_BYTES, truth
-from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
-from wsbroadcast.engines.nats.jetstream import StorageKind, Stream
+from wsbroadcast.engines.broker.presence import PresentEngine
+from wsbroadcast.engines.contract import Receiver
 from wsbroadcast.engines.nats.link import NATSLink
+from wsbroadcast.engines.nats.presence import Attending
+from wsbroadcast.engines.nats.streams import HistoryStream, PresenceStream, StorageKind
 from wsbroadcast.engines.nats.target import NATS_PORT, Target
 from wsbroadcast.engines.nats.upkeep import Keeping
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.history import HistoryRules
 from wsbroadcast.options import Timing
 
-# Options that a URL can hold.
-_TEXTS = {"history_replicas", "history_storage", "name", "nkeys_seed", "prefix", "tls_hostname", "user_credentials"}
+# The options of a URL that are numbers.
+_NUMBERS = {"history_replicas", "presence_replicas"}
+_TEXTS = {*_NUMBERS, "history_storage", "name", "nkeys_seed", "prefix", "tls_hostname", "user_credentials"}
 _SWITCHES = {"fail_fast", "tls_handshake_first"}
 
-# Of the time for an answer, what JetStream gets for its own: when it says nothing, the connection isn't lost for that.
+# The part of `request_timeout` for JetStream's answers. If one doesn't come, the connection isn't given up for that.
 _ACK_SHARE = 0.7
 
 
-class NATSEngine(KeepingEngine):
-    """Links nodes through NATS; what has a history is kept by its JetStream, and nothing else needs one.
+class NATSEngine(PresentEngine):
+    """Links nodes through NATS. Histories and presence need its JetStream; nothing else does.
 
-    An audience is a subject, `prefix.channel.news`; a channel may hold `*`, `>` and `.`, which mean nothing in it. The
-    user we connect as needs the permission to publish and to subscribe to `prefix.>`.
+    Each audience has a subject, such as `prefix.channel.news`. A channel's name may have `*`, `>` and `.`, which are
+    not special in it. The user that connects needs the permission to publish and to subscribe to `prefix.>`.
 
-    What one node publishes arrives everywhere in its order. NATS promises nothing about the order of what several nodes
-    publish to one audience at the same time: it may differ between receiving nodes.
-    What is kept comes in one order everywhere.
+    What one node publishes arrives everywhere in its order. If several nodes publish to one audience at the same time,
+    the order may differ between receiving nodes: NATS doesn't promise more. Messages that are kept come in the same
+    order everywhere.
 
     A history needs nats-server 2.11 with JetStream, and the permission to publish to `prefix:keep.>`,
     `$JS.API.STREAM.*.prefix-history`, `$JS.API.STREAM.MSG.GET.prefix-history` and `$JS.API.DIRECT.GET.prefix-history`.
     The first node that keeps something makes the stream.
 
+    Presence needs the same server, and the permission to publish to `prefix:present.>`,
+    `$JS.API.STREAM.*.prefix-presence` and `$JS.API.DIRECT.GET.prefix-presence`. The first node that uses it makes the
+    stream.
+
     Args:
-        servers: Servers of one NATS, such as `nats://localhost:4222`, or several, in one text with commas or in a list;
-            the others of a cluster are found by themselves. `tls://` refuses a server without TLS.
-        prefix: What all subjects begin with; apps that share a NATS take one each.
-        fail_fast: Whether `start` raises if no server can be reached, instead of beginning degraded.
-        max_message_bytes: The largest payload that is taken from NATS, in bytes. What NATS takes itself is its setting
-            `max_payload`, 1 MiB by default.
+        servers: A server of NATS, such as `nats://localhost:4222`, or several, in one text with commas or in a list.
+            The others of a cluster are found automatically. With `tls://` a server without TLS is refused.
+        prefix: The beginning of all subjects. Apps that share a NATS need different prefixes.
+        fail_fast: Whether `start` raises if no server can be reached. Otherwise it starts without one.
+        max_message_bytes: The largest payload that is taken from NATS, in bytes. NATS itself takes as much as its
+            setting `max_payload` says, by default 1 MiB.
         timing: How long to wait for a server.
-        history_storage: Where the stream of the histories is kept if there is none yet: `memory`, or `file`, which a
-            restart of the server leaves alone.
-        history_replicas: On how many servers of a cluster it is kept then.
-        options: Those of nats-py's `connect` that say who we are and how to encrypt: `user` and `password`, `token`,
+        history_storage: Where a new stream of histories is kept: `memory`, or `file`, which survives a restart of the
+            server.
+        history_replicas: On how many servers of a cluster a new stream of histories is kept.
+        presence_replicas: On how many servers of a cluster a new stream of presence is kept.
+        options: Options of nats-py's `connect` for login and encryption: `user` and `password`, `token`,
             `user_credentials`, `nkeys_seed`, `nkeys_seed_str`, `signature_cb`, `user_jwt_cb`, `tls`, `tls_hostname`,
             `tls_handshake_first`, `name`.
 
     Raises:
         ConfigurationError: If an option makes no sense.
-        MissingDependency: If a package isn't installed that they need.
+        MissingDependency: If the options need a package that isn't installed.
     """
 
     name = "nats"
@@ -72,10 +80,12 @@ class NATSEngine(KeepingEngine):
         timing: Timing = DEFAULT_TIMING,
         history_storage: StorageKind = "memory",
         history_replicas: int = 1,
+        presence_replicas: int = 1,
         **options: Any,
     ) -> None:
         self._target = Target.parse(servers, options)
-        self._stream = Stream(prefix=prefix, storage=history_storage, replicas=history_replicas)
+        self._history = HistoryStream(prefix=prefix, storage=history_storage, replicas=history_replicas)
+        presence = PresenceStream(prefix=prefix, storage="memory", replicas=presence_replicas)
         self._keeping: Keeping | None = None
         super().__init__(
             prefix=prefix,
@@ -85,20 +95,26 @@ class NATSEngine(KeepingEngine):
             max_message_bytes=max_message_bytes,
             timing=timing,
         )
+        self._attending = Attending(presence, f"nats at {self.address}")
+
+    async def start(self, receiver: Receiver) -> None:
+        """Connect, and stay connected until `aclose`. A server that can't do what is needed is refused."""
+        self._attending.is_wanted = self.uses_lease
+        await super().start(receiver)
 
     @classmethod
     def from_url(cls, url: str) -> Self:
         """Make an engine from `nats://user:password@host:4222,host:4222?prefix=…&fail_fast=true`.
 
-        In the query stand `prefix`, `fail_fast`, `history_storage`, `history_replicas`, and of nats-py's options
-        `name`, `nkeys_seed`, `tls_handshake_first`, `tls_hostname` and `user_credentials`. A user without a password is
-        a token.
+        The query may have `prefix`, `fail_fast`, `history_storage`, `history_replicas` and `presence_replicas`, and
+        nats-py's options `name`, `nkeys_seed`, `tls_handshake_first`, `tls_hostname` and `user_credentials`. A user
+        without a password is taken as a token.
 
         Raises:
-            ConfigurationError: If it makes no sense.
+            ConfigurationError: If the URL makes no sense.
         """
         servers, _, query = url.partition("?")
-        if "#" in url or "@" in query:  # else a part of a password would be taken for an option, and named as unknown
+        if "#" in url or "@" in query:  # else an error would name a part of a password as an unknown option
             raise ConfigurationError("in a user or password in the URL of NATS a # is written %23, ? %3F and @ %40")
         options: dict[str, Any] = {}
         for name, value in parse_qsl(query, keep_blank_values=True):
@@ -110,16 +126,16 @@ class NATSEngine(KeepingEngine):
             raise ConfigurationError(f"the URL of NATS has an option {name!r:.80}; it takes {known}")
         for name in options.keys() & _SWITCHES:
             options[name] = truth(name, options[name], "NATS")
-        replicas = options.get("history_replicas", "")
-        if replicas.isdecimal():
-            options["history_replicas"] = int(replicas[:9])
+        for name in options.keys() & _NUMBERS:
+            if options[name].isdecimal():
+                options[name] = int(options[name][:9])
         return cls(servers, **options)
 
     def keep(self, rules: HistoryRules | None, *, only_publishes: bool = False) -> None:
-        """Say what is kept, before `start`; without rules, learn it from others."""
+        """Say what is kept. It is called before `start`. Without rules, they are learned from other nodes."""
         super().keep(rules, only_publishes=only_publishes)
         self._keeping = Keeping(
-            stream=self._stream,
+            stream=self._history,
             rules=None if only_publishes else rules,
             who=f"nats at {self.address}",
             ack_timeout=_ACK_SHARE * self._timing.request_timeout,
@@ -127,9 +143,9 @@ class NATSEngine(KeepingEngine):
 
     @property
     def rules(self) -> HistoryRules | None:
-        """What is kept, as `keep` was told, else as others say, or have said while they were there."""
+        """What is kept: the rules given to `keep`, else the newest rules that another node has written."""
         return self.told_rules if self._keeping is None or self.told_rules is not None else self._keeping.learned
 
     def new_link(self) -> NATSLink:
         """Make a link that isn't open yet."""
-        return NATSLink(self._target, self._timing.connect_timeout, self._keeping)
+        return NATSLink(self._target, self._timing.connect_timeout, self._keeping, self._attending)

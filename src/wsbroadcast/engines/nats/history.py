@@ -1,7 +1,8 @@
-"""History in NATS: a stream of JetStream keeps and numbers what is published, and sends it on under today's names.
+"""Histories in NATS. A stream of JetStream keeps and numbers what is published, and sends it to the nodes.
 
-What is to be kept is published under `prefix:keep.channel.news`. The stream takes it there and publishes it again as
-`prefix.channel.news`, with its number and the number before it under this name in headers. The numbers are the offsets.
+An envelope that is to be kept is published under `prefix:keep.channel.news`. The stream takes it there and publishes it
+again as `prefix.channel.news`. Headers have its number in the stream, and the number before it under this name. These
+numbers are the offsets.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from typing import Any, Protocol
 
 from wsbroadcast.engines.broker.history import new_epoch
 from wsbroadcast.engines.broker.link import NOWHERE, Entry, Inlet, KeptParcel, Parcel, Place, Stretch
-from wsbroadcast.engines.nats.jetstream import API, IN_PROCESS, Answers, Refused, Round, check_version
+from wsbroadcast.engines.nats.jetstream import API, IN_PROCESS, Answers, Refused, Round
 from wsbroadcast.engines.nats.protocol import Answer, chain, head_of, pub, request, request_with, sub
 from wsbroadcast.engines.nats.upkeep import EXPECTED, Keeping, Mark, Upkeep
-from wsbroadcast.exceptions import ConfigurationError, EngineUnavailable, MessageTooLarge
+from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable, MessageTooLarge
 from wsbroadcast.history import Appended, History
 from wsbroadcast.publication import Position
 
-# The subscriptions, by what they are called on the wire; those of audiences are numbers.
+# The ids of subscriptions on the wire. Those of audiences are numbers.
 _INBOX, _EPOCH, _FORGOTTEN, _RULES = b"inbox", b"epoch", b"forgotten", b"rules"
 
-# Audiences in one question for positions: JetStream takes 1,024 names, and each audience needs two.
+# How many audiences one question for positions has at most. JetStream takes 1,024 names, and each audience needs two.
 _AUDIENCES = 500
 
-# Seconds until a replica that is behind is asked again, or a key that another node appends just now; how often that is.
+# Seconds until a question is asked again, because a replica is behind or another node appends the same key just now;
+# and how often it is asked.
 _PAUSE = 0.01
 _KEY_TRIES = 50
 
-# Behind the epoch of an audience in the position of what was kept in the one before. No history has such an epoch.
+# Added to the epoch in the position of what was kept before the history was removed. No history has such an epoch.
 _FORMER = "-former"
 
 _PLAIN_KEY = re.compile(r"[!-~]{1,128}")
@@ -46,16 +48,16 @@ class Conversation(Protocol):
     lost: asyncio.Future[Exception]
 
     def send(self, commands: Sequence[bytes]) -> None:
-        """Write commands; raises why the connection is lost, if it is."""
+        """Write commands. If the connection is lost, raise the reason."""
 
 
 class Log:
-    """The stream as one link uses it.
+    """The stream of histories, as one link uses it.
 
     Args:
         keeping: How the engine keeps.
         talk: The connection.
-        denial: Makes the error for a name that the server doesn't let us publish to.
+        denial: Makes the error for a name to which the server doesn't let this user publish.
     """
 
     def __init__(self, keeping: Keeping, talk: Conversation, denial: Callable[[str], ConfigurationError]) -> None:
@@ -63,7 +65,7 @@ class Log:
         self._talk = talk
         prefix = keeping.stream.prefix
         self._cut = len(prefix) + 1
-        # The line in the headers of whatever our stream sends on.
+        # A line in the headers of everything that our stream sends.
         self._sign = f"\r\nNats-Stream: {keeping.stream.name}\r\n".encode()
         self._inbox = f"{prefix}.inbox.{token_urlsafe(9)}"
         self._answers = Answers(self._inbox, denial)
@@ -73,7 +75,7 @@ class Log:
         self._upkeep = Upkeep(keeping, self._api, talk.lost)
 
     async def open(self, version: object) -> None:
-        """Find the stream, or make it as the rules want it; who only publishes finds out whether there is one.
+        """Find the stream, or make it for the rules. Without rules, only find out whether there is a stream.
 
         Raises:
             ConfigurationError: If the server can't keep anything.
@@ -83,9 +85,9 @@ class Log:
         if keeping.rules is None:
             names[_RULES] = f"{prefix}.rules"
         self._talk.send([sub(name, sid) for sid, name in names.items()])
-        # A stream that is gone comes back with the first node that keeps; until then what is appended is refused.
+        # If the stream is gone, the first node with rules makes it again. Until then appends are refused.
         if keeping.rules is not None or await self._upkeep.learn():
-            check_version(version, keeping.who)
+            keeping.stream.check_version(version, keeping.who)
             try:
                 await self._upkeep.open()
             except Refused as refused:
@@ -95,18 +97,18 @@ class Log:
         """Look after the stream until the connection is lost."""
         await self._upkeep.watch(inlet)
 
-    # What comes.
+    # Receiving.
 
     def hear(self, subject: bytes, sid: bytes, answer: Answer) -> None:
-        """Take what comes under none of the names of audiences."""
+        """Take a message that didn't come under the name of an audience."""
         if sid == _INBOX:
             self._answers.take(subject, answer)
-        elif self._sign not in answer.headers:  # somebody has published it straight to where the stream sends it on
+        elif self._sign not in answer.headers:  # it isn't from the stream: somebody has published it directly
             pass
         elif sid == _FORGOTTEN:
             self._upkeep.take_forgotten(answer)
         elif sid == _EPOCH:
-            # The first one is taken with all else that has to be known of a stream.
+            # The first epoch is taken elsewhere, together with all else that has to be known of the stream.
             if self._upkeep.epoch is not None and (mark := Mark.of(answer.record)) is not None:
                 self._upkeep.take_epoch(mark)
         else:
@@ -114,14 +116,14 @@ class Log:
             self._upkeep.alarm()
 
     def deny(self, subject: str) -> bool:
-        """Take note that the server has not taken what was published to a name; return whether the name is ours."""
+        """Take note that the server refused what was published to a name; return whether the name is one of these."""
         if not subject.startswith(("$JS.API.", self._subject(""))):
             return False
         self._answers.deny(subject)
         return True
 
     def place(self, name: str, headers: bytes) -> Place:
-        """Return where an envelope is kept, by the headers that it came with."""
+        """Return the place of an envelope, by the headers that it came with."""
         numbers = chain(headers, self._sign)
         if numbers is None or self._upkeep.epoch is None:
             return NOWHERE
@@ -137,10 +139,10 @@ class Log:
     def _position(self, name: str, offset: int) -> Position:
         rest = name[self._cut :]
         epoch = self._upkeep.epoch_of(rest)
-        # What was kept before the history was forgotten may come to us, or be confirmed, after we know of that.
+        # What was kept before the history was removed may arrive or be confirmed after this node knows of the removal.
         return Position(f"{epoch}{_FORMER}" if 0 < offset < self._upkeep.begin_of(rest) else epoch, offset)
 
-    # What is appended.
+    # Appending.
 
     async def publish(
         self, parcels: Sequence[Parcel], limit: int, ask: Callable[[Sequence[bytes]], Awaitable[None]]
@@ -148,12 +150,13 @@ class Log:
         """Publish in this order, in one write; return once the stream has taken what is to be kept.
 
         Args:
-            parcels: What is kept, and what isn't.
+            parcels: The parcels; some are to be kept, others not.
             limit: The largest message that the server takes, in bytes.
             ask: Sends commands, and returns once the server has processed them.
         """
+        top = self._keeping.top
         results = await self._publish(parcels, limit, ask)
-        for _ in range(_KEY_TRIES):  # of a key that somebody else appends just now the result isn't known yet
+        for _ in range(_KEY_TRIES):  # if another node appends the same key just now, the result isn't known yet
             again = [number for number, result in enumerate(results) if getattr(result, "number", 0) == IN_PROCESS]
             if not again:
                 break
@@ -161,7 +164,22 @@ class Log:
             later = await self._publish([parcels[number] for number in again], limit, ask)
             for number, result in zip(again, later, strict=True):
                 results[number] = result
+        if any(isinstance(result, Appended) and _is_former(result, top) for result in results):
+            return await self._placed_anew(parcels, results)
         return results
+
+    async def _placed_anew(self, parcels: Sequence[Parcel], results: Sequence[_Result]) -> list[_Result]:
+        # The stream has given such numbers before, so it is another one, and its epoch isn't known here yet.
+        try:
+            await self._upkeep.settle(*await self._api.records("epoch"))
+        except (EngineError, ConfigurationError):
+            self._upkeep.alarm()  # what was appended is in the stream; its position will mean nothing to anybody
+        return [
+            Appended(self._position(parcel.name, result.position.offset), result.is_repeat)
+            if isinstance(result, Appended)
+            else result
+            for parcel, result in zip(parcels, results, strict=True)
+        ]
 
     async def _publish(
         self, parcels: Sequence[Parcel], limit: int, ask: Callable[[Sequence[bytes]], Awaitable[None]]
@@ -180,7 +198,7 @@ class Log:
         try:
             if len(kept) < len(commands):
                 await ask(commands)
-            else:  # what it refuses of what is kept, the server says without being asked
+            else:  # if the server refuses a kept one, it says so without being asked
                 self._talk.send(commands)
             if kept:
                 await round_.ended(self._keeping.ack_timeout)
@@ -206,13 +224,13 @@ class Log:
         return command if mark is None or not self._upkeep.is_old(mark) else self._again(rest, mark) + command
 
     def _head(self, name: str, key: str) -> bytes:
-        # The stream remembers all keys in one place. So each stands behind its epoch and its name, in which is no "=".
+        # The stream remembers all keys in one place. So each has its epoch and name before it, which contain no "=".
         if not _PLAIN_KEY.fullmatch(key):
             key = f"={sha256(key.encode(errors='surrogatepass')).hexdigest()}"
         return head_of({"Nats-Msg-Id": f"{self._upkeep.epoch_of(name[self._cut :])} {name}={key}"})
 
     def _again(self, rest: str, mark: Mark) -> bytes:
-        # An audience that was forgotten has its epoch by a record, which has to outlive what comes after it.
+        # After its history was removed, an audience has its epoch in a record, which must outlive what comes after it.
         head = head_of({EXPECTED: str(mark.sequence)})
         return request_with(self._subject(f"forgotten.{rest}"), b"", head, f"{mark.value}~".encode())
 
@@ -221,7 +239,7 @@ class Log:
             return round_.errors[number]
         if not round_.answers[number]:
             seconds = self._keeping.ack_timeout
-            why = f"{self._keeping.who}: JetStream hasn't said in {seconds:.1f} s whether it keeps the message"
+            why = f"{self._keeping.who}: JetStream hasn't answered within {seconds:.1f} s whether it keeps the message"
             return EngineUnavailable(why, may_have_been_sent=True)
         (answer,) = round_.answers[number]
         if answer.status:
@@ -234,7 +252,7 @@ class Log:
         self._upkeep.note_append(sequence)
         return Appended(self._position(name, sequence), is_repeat)
 
-    # What is read.
+    # Reading.
 
     async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
         """Read what the stream keeps of an audience."""
@@ -245,29 +263,30 @@ class Log:
             last = found[-1].sequence if found else 0
             top = max(tops.get(subject, 0), last)
             if top < start and start > 1:
-                start = 1  # such a number was never given: it gets all that there is
+                start = 1  # this offset was never given, so everything is read
             elif last == top:
                 break
             else:
                 await asyncio.sleep(_PAUSE)  # another replica has answered, or something came in between
         begin = self._upkeep.begin_of(name[self._cut :])
-        former = sum(each.sequence < begin for each in found)  # it is forgotten, and about to be removed
+        former = sum(each.sequence < begin for each in found)  # of a removed history, but not deleted yet
         found, top = found[former:], 0 if top < begin else top
         now = self._upkeep.now()
         entries = [Entry(each.payload, each.sequence, max(0, now - each.time) / 10**9) for each in found]
-        # Everything is there after the first one that is, and before it only where nothing can have been.
+        # From the first one on, nothing is missing. Before it, nothing is missing only if there can't have been any.
         is_all = former > 0 or (start == 1 and len(found) <= history.messages and self._is_all(name, len(found)))
         return Stretch(self._position(name, top), entries, 0 if is_all or not found else found[0].sequence)
 
     def _is_all(self, name: str, count: int) -> bool:
-        # The stream doesn't say whether there was anything before the first message of an audience that it has. It has
-        # dropped none by number, if these are fewer; none because it is full, if the record is there with which the
-        # epoch began, since the oldest go first; and none by age, if the record is younger than that.
+        # The stream doesn't say whether an audience had messages before the first one that it still has. It has dropped
+        # none because of their number, if it has fewer. It has dropped none because it is full, if it still has the
+        # record with which the epoch began, since the oldest are dropped first. It has dropped none because of their
+        # age, if that record is younger.
         mark, limit = self._upkeep.mark_of(name[self._cut :]), self._upkeep.max_messages
         return (limit <= 0 or count < limit) and mark.is_first and not self._upkeep.is_over(mark)
 
     async def read_positions(self, names: Sequence[str], limit: int) -> list[Position]:
-        """Read where audiences are, in questions of which none is larger than the limit."""
+        """Read the newest positions of audiences. No question is larger than the limit, in bytes."""
         tops: dict[str, int] = {}
         for some in _parts(names, limit // 4):
             tops |= (await self._read(some))[0]
@@ -279,7 +298,7 @@ class Log:
         return self._position(name, 0 if top < self._upkeep.begin_of(rest) else top)
 
     async def forget(self, name: str) -> None:
-        """Give an audience an epoch of its own, then remove what came before it."""
+        """Give an audience a new epoch of its own, then remove what came before it."""
         rest = name[self._cut :]
         sequence = await self._api.put(f"forgotten.{rest}", new_epoch().encode(), {})
         await self._api.call("PURGE", {"filter": self._subject(rest), "seq": sequence})
@@ -287,8 +306,8 @@ class Log:
     async def _read(
         self, names: Sequence[str], *queries: Mapping[str, Any], newest: int = 0
     ) -> tuple[dict[str, int], list[Answer]]:
-        # The tops of audiences, and their epochs; in the same write what is asked beside it. It isn't older than what
-        # the leader has: the other replicas answer, too.
+        # Reads the newest numbers of audiences and their epochs, and sends the queries in the same write. Any replica
+        # may answer, so an answer is taken only if it isn't older than what the leader has.
         upkeep, subjects = self._upkeep, [self._subject("epoch")]
         for name in names:
             subjects += [self._subject(name[self._cut :]), self._subject(f"forgotten.{name[self._cut :]}")]
@@ -314,6 +333,10 @@ class Log:
                 tops[subject] = mark.sequence
                 self._keeping.note(mark.sequence, mark.headers)
         return tops
+
+
+def _is_former(appended: Appended, top: int) -> bool:
+    return appended.position.offset <= top and not appended.is_repeat
 
 
 def _plain(parcel: Parcel, limit: int) -> bytes | Exception:

@@ -1,71 +1,77 @@
-"""JetStream, as far as an engine needs it: questions and answers over one connection, and the stream of an app."""
+"""JetStream, as far as the engine needs it: questions and answers over one connection."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import json
-import re
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol
 
 from pydantic_core import from_json
 
 from wsbroadcast.engines.nats.protocol import Answer, Record, head_of, nanoseconds, request, request_with
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
-from wsbroadcast.history import HistoryRules
-
-StorageKind = Literal["memory", "file"]
-"""Where JetStream keeps a stream."""
-
-MAX_REPLICAS = 5
-"""The largest number of servers that JetStream keeps one stream on."""
 
 NO_STREAM, NAME_IN_USE, WRONG_LAST, IN_PROCESS = 10059, 10058, 10071, 10158
-"""JetStream's numbers for what isn't there, for who comes second, and for a key that somebody appends just now."""
+"""JetStream's error numbers: no such stream; the name of a stream is taken; another message came first; another node
+appends the same key just now."""
 
-# What trying again may mend: no leader yet, a cluster that isn't complete.
-_PASSING = frozenset({10004, 10007, 10008, 10009, 10164})
+WRONG_LAST_JUST_NOW = 10164
+"""JetStream's error number: another message came first, and not all servers have it yet."""
 
-# Not enabled, for this account or at all.
-_OFF = frozenset({10039, 10076})
 _NO_MESSAGE = 10037
 
-# What is read at once.
+# How much is read at once.
 _PAGE: dict[str, Any] = {"batch": 1000, "max_bytes": 4 * 1024 * 1024}
 
-# The code, and the status of an answer, where nobody is there to take it.
-_NOBODY = 503
+NOBODY = 503
+"""The code of an error, and the status of an answer, if nobody takes the question."""
 
-_NANOSECONDS = 10**9
-
-# The shortest age and window that JetStream takes, and the window that it has by default, in seconds.
-_LEAST_AGE = 0.1
-_WINDOW = 120.0
-
-_NEEDED_VERSION = (2, 11)
+# The status after several answers: these were all, or there are none.
+_ENDS = frozenset({204, 404})
 
 
 class Refused(EngineUnavailable):
-    """Raised when JetStream doesn't do what it was asked."""
+    """Raised when JetStream refuses a question."""
 
     def __init__(self, text: str, code: int, number: int = 0) -> None:
         super().__init__(text)
         self.code = code
-        """Like a status of HTTP."""
+        """The code, which is like an HTTP status."""
         self.number = number
-        """JetStream's own."""
+        """JetStream's own number of the error."""
+
+
+class Named(Protocol):
+    """The part of a stream that questions need."""
+
+    @property
+    def name(self) -> str:
+        """The name of the stream."""
+
+    @property
+    def root(self) -> str:
+        """The beginning of the names under which it keeps messages."""
+
+
+class Put(NamedTuple):
+    """A message that a stream is to keep."""
+
+    what: str
+    """The message's name, without the root."""
+    payload: bytes
+    headers: Mapping[str, str]
 
 
 class Question(NamedTuple):
-    """What a server is asked."""
+    """A question to a server."""
 
     subject: str
     content: Mapping[str, Any] | None
     is_batch: bool = False
-    """Whether several messages answer, and then an end."""
+    """Whether the answer is several messages, and then an end."""
 
 
 class _Slot(NamedTuple):
@@ -76,20 +82,20 @@ class _Slot(NamedTuple):
 
 
 class Round:
-    """Questions that go out in one write, and what came back for each so far."""
+    """Questions that are sent in one write, and their answers so far."""
 
     def __init__(self) -> None:
         self.answers: list[list[Answer]] = []
-        """For each question its answers; of several the last is the end."""
+        """The answers to each question. If there are several, the last one is the end."""
         self.errors: dict[int, Exception] = {}
-        """Why a question was not taken."""
+        """Why a question was refused, by its place in the round."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        """Done when each has its answers."""
+        """Done when all questions have their answers."""
         self.tokens: dict[bytes, int] = {}
-        """Those that have none yet, by what their answers come under."""
+        """The questions without answers, by the token that their answers come under."""
 
     def end(self, token: bytes, error: Exception | None = None) -> None:
-        """Take note that a question has its answers, or gets none."""
+        """Take note that a question has all its answers, or gets none."""
         number = self.tokens.pop(token)
         if error is not None:
             self.errors[number] = error
@@ -97,7 +103,7 @@ class Round:
             self.done.set_result(None)
 
     async def ended(self, seconds: float) -> None:
-        """Wait until each has its answers, but not longer than so many seconds."""
+        """Wait until all questions have their answers, for at most so many seconds."""
         timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
         try:
             await self.done
@@ -110,11 +116,11 @@ class Round:
 
 
 class Answers:
-    """What comes to an inbox of ours, and who waits for it.
+    """The answers that come to an inbox, and the rounds that wait for them.
 
     Args:
-        inbox: The name that answers come under, with a further word each.
-        denial: Makes the error for a name that the server doesn't let us publish to.
+        inbox: The name that answers come under. Each question adds a word to it.
+        denial: Makes the error for a name to which the server doesn't let this user publish.
     """
 
     def __init__(self, inbox: str, denial: Callable[[str], ConfigurationError]) -> None:
@@ -124,7 +130,7 @@ class Answers:
         self._waiting: dict[bytes, _Slot] = {}
 
     def expect(self, round_: Round, subject: str, *, is_batch: bool = False) -> bytes:
-        """Wait for the answers to one more question; return where they have to come."""
+        """Wait for the answers to one more question; return the name that they must come under."""
         token = b"%d" % next(self._numbers)
         number = len(round_.answers)
         round_.answers.append([])
@@ -133,7 +139,7 @@ class Answers:
         return self._inbox + token
 
     def take(self, subject: bytes, answer: Answer) -> None:
-        """Take what has come; nobody may wait for it any more."""
+        """Take an answer. Perhaps nobody waits for it any more."""
         token = subject[len(self._inbox) :]
         slot = self._waiting.get(token)
         if slot is None:
@@ -144,23 +150,23 @@ class Answers:
             slot.round.end(token)
 
     def deny(self, subject: str) -> None:
-        """Take note that the server has not taken what was published to a name."""
+        """Take note that the server refused what was published to a name."""
         for token in [token for token, slot in self._waiting.items() if slot.subject == subject]:
             self._waiting.pop(token).round.end(token, self._denial(subject))
 
     def drop(self, round_: Round) -> None:
-        """Wait no longer for what hasn't come."""
+        """Wait no longer for the answers of a round."""
         for token in round_.tokens:
             self._waiting.pop(token, None)
 
     def lose(self, why: Exception) -> None:
-        """Tell everybody who waits that nothing comes any more."""
+        """Tell all waiting callers that no answers come any more."""
         rounds = {id(slot.round): slot.round for slot in self._waiting.values()}
         self._waiting.clear()
         for round_ in rounds.values():
             if not round_.done.done():
                 round_.done.set_exception(why)
-                round_.done.exception()  # looked at: who waits may be cancelled in this turn of the loop
+                round_.done.exception()  # marked as retrieved: the caller may be cancelled in this turn of the loop
 
 
 class API:
@@ -168,12 +174,12 @@ class API:
 
     Args:
         stream: The stream.
-        who: How errors call the server.
-        answers: Where answers come.
+        who: What errors call the server.
+        answers: Takes the answers.
         send: Writes commands.
     """
 
-    def __init__(self, stream: Stream, who: str, answers: Answers, send: Callable[[Sequence[bytes]], None]) -> None:
+    def __init__(self, stream: Named, who: str, answers: Answers, send: Callable[[Sequence[bytes]], None]) -> None:
         self._stream = stream.name
         self._root = stream.root
         self._who = who
@@ -181,15 +187,15 @@ class API:
         self._send = send
 
     def subject(self, what: str) -> str:
-        """Return the name under which the stream keeps something."""
+        """Return a full name in the stream."""
         return self._root + what
 
     async def ask(self, *questions: Question) -> list[list[Answer]]:
-        """Ask everything in one write, and return the answers to each.
+        """Ask all questions in one write, and return the answers to each.
 
         Raises:
-            ConfigurationError: If the server doesn't let us ask.
-            EngineUnavailable: If nobody is there who could answer.
+            ConfigurationError: If the server doesn't let this user ask.
+            EngineUnavailable: If nothing answers.
         """
         round_, commands = Round(), []
         for subject, content, is_batch in questions:
@@ -199,15 +205,40 @@ class API:
         return await self._exchange(round_, commands)
 
     async def put(self, what: str, payload: bytes, headers: Mapping[str, str]) -> int:
-        """Let the stream keep something; return its number.
+        """Let the stream keep a message; return its number.
 
         Raises:
-            Refused: If it doesn't.
+            Refused: If the stream doesn't keep it.
         """
-        subject, round_ = self.subject(what), Round()
-        reply = self._answers.expect(round_, subject)
-        (answers,) = await self._exchange(round_, [request_with(subject, reply, head_of(headers), payload)])
-        return int(self._result(answers[0]).get("seq", 0))
+        (sequence,) = await self.put_all([Put(what, payload, headers)])
+        if isinstance(sequence, Refused):
+            raise sequence
+        return sequence
+
+    async def put_all(self, puts: Sequence[Put], *, silent: int = 0) -> list[int | Refused]:
+        """Let the stream keep messages, in this order and in one write; return each one's number, or why it isn't kept.
+
+        Args:
+            puts: The messages.
+            silent: So many of the first messages aren't confirmed, and have no result.
+
+        Raises:
+            ConfigurationError: If the server doesn't let this user publish.
+            EngineUnavailable: If no stream takes them.
+        """
+        round_, commands = Round(), []
+        heads: dict[int, bytes] = {}  # many messages have the same
+        for number, (what, payload, headers) in enumerate(puts):
+            head = heads.get(id(headers)) or heads.setdefault(id(headers), head_of(headers))
+            subject = self.subject(what)
+            reply = b"" if number < silent else self._answers.expect(round_, subject)
+            commands.append(request_with(subject, reply, head, payload))
+        answers = await self._exchange(round_, commands)
+        return [self.refusal(answer.payload) or int(_json(answer.payload).get("seq", 0)) for (answer,) in answers]
+
+    def put_nowait(self, puts: Sequence[Put]) -> None:
+        """Let the stream keep messages, without a confirmation."""
+        self._send([request_with(self.subject(what), b"", head_of(headers), load) for what, load, headers in puts])
 
     async def _exchange(self, round_: Round, commands: Sequence[bytes]) -> list[list[Answer]]:
         try:
@@ -217,21 +248,21 @@ class API:
             self._answers.drop(round_)
         for error in round_.errors.values():
             raise error
-        if any(answers[-1].status == _NOBODY for answers in round_.answers):
-            raise self.refused("nobody answers for the stream", _NOBODY)
+        if any(answers[-1].status == NOBODY for answers in round_.answers):
+            raise self.refused("nobody answers for the stream", NOBODY)
         return round_.answers
 
     async def call(self, verb: str, content: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Ask what concerns the stream as a whole.
+        """Call JetStream's API for the stream as a whole.
 
         Raises:
-            Refused: If it is refused.
+            Refused: If JetStream refuses it.
         """
         (answers,) = await self.ask(Question(f"$JS.API.STREAM.{verb}.{self._stream}", content))
         return self._result(answers[0])
 
     async def records(self, *whats: str) -> list[Record | None]:
-        """Read the newest message under each name from the leader; `None` where there is none.
+        """Read the newest message under each name from the leader; `None` for a name without any.
 
         Raises:
             Refused: If there is no stream.
@@ -239,7 +270,7 @@ class API:
         return await self._messages(*({"last_by_subj": self.subject(what)} for what in whats))
 
     async def first_since(self, moment: str) -> Record | None:
-        """Read the first message that the leader has since a moment, whatever its name."""
+        """Read the first message, under any name, that the leader has since a moment."""
         (record,) = await self._messages({"start_time": moment, "next_by_subj": self.subject(">")})
         return record
 
@@ -247,15 +278,18 @@ class API:
         subject = f"$JS.API.STREAM.MSG.GET.{self._stream}"
         return [self._record(answer) for (answer,) in await self.ask(*(Question(subject, each) for each in queries))]
 
-    async def fetch(self, *queries: Mapping[str, Any], newest: int = 0) -> tuple[list[list[Answer]], int]:
-        """Read many messages from any of the servers that have them; all queries go out at once.
+    async def fetch(
+        self, *queries: Mapping[str, Any], newest: int = 0, is_some: bool = False
+    ) -> tuple[list[list[Answer]], int]:
+        """Read many messages from any of the servers that have them. All queries are sent at once.
 
         Args:
             queries: What to read.
-            newest: How many of each are enough, of all but the first query; 0 for all.
+            newest: How many of the newest messages are enough, for each query but the first; 0 for all.
+            is_some: Whether the first messages of each are enough, as many as a server sends at once.
 
         Returns:
-            The messages for each query, and the newest number in the stream that the server of the first one knew.
+            The messages for each query, and the newest number in the stream that the server of the first query knew.
 
         Raises:
             Refused: If there is no stream.
@@ -264,37 +298,39 @@ class API:
         found: list[list[Answer]] = [[] for _ in queries]
         left = {number: {**_PAGE, **query} for number, query in enumerate(queries)}
         up_to = 0
-        while left:  # a server cuts what is large
+        while left:  # a server sends a large result in parts
             answers = await self.ask(*(Question(subject, query, is_batch=True) for query in left.values()))
             for number, (*messages, end) in zip(list(left), answers, strict=True):
+                if end.status not in _ENDS:
+                    raise self.refused(f"{end.status} to a question for messages", end.status)
                 found[number] += messages
                 if number > 0:
                     del found[number][:-newest]
                 elif end.up_to:
                     up_to = end.up_to
-                if end.pending and messages:
+                if end.pending and messages and not is_some:
                     left[number] |= {"seq": end.last + 1} | ({"up_to_seq": end.up_to} if end.up_to else {})
                 else:
                     del left[number]
         return found, up_to
 
     def ack(self, answer: Answer) -> tuple[int, bool] | EngineError:
-        """Return the number of what was appended and whether it was there before, or why it isn't kept."""
+        """Return the number of an appended message, and whether it was kept before; or why it isn't kept."""
         refusal = self.refusal(answer.payload)
         if refusal is None:
             ack = _json(answer.payload)
             if type(sequence := ack.get("seq")) is int and sequence > 0:
                 return sequence, ack.get("duplicate") is True
-            return EngineError(f"{self._who} says {answer.payload!r:.200} of a message that it was to keep")
-        # To try again doesn't help against what is wrong with this very message.
+            return EngineError(f"{self._who} answers {answer.payload!r:.200} to a message that it was to keep")
+        # With code 400 this very message is wrong, and trying again doesn't help.
         return EngineError(str(refusal)) if refusal.code == 400 else refusal
 
     def refused(self, why: str, code: int, number: int = 0) -> Refused:
-        """Make an error of what JetStream says."""
+        """Make an error with JetStream's words."""
         return Refused(f"{self._who}: JetStream says {why:.200}", code, number)
 
     def refusal(self, payload: bytes) -> Refused | None:
-        """Return what JetStream says against it; `None` if it has done it."""
+        """Return JetStream's refusal; `None` if it has done what was asked."""
         error = _json(payload).get("error")
         if not isinstance(error, dict):
             return None
@@ -318,7 +354,7 @@ class API:
                 return None
             raise
         except (LookupError, TypeError, ValueError):
-            raise self.refused("what it says is no message", 500) from None
+            raise self.refused("something that is no message", 500) from None
 
 
 def _json(payload: bytes) -> dict[str, Any]:
@@ -327,134 +363,3 @@ def _json(payload: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stream:
-    """The stream of an app: where it is made, and what it has to be like.
-
-    Args:
-        prefix: What the names of the app begin with.
-        storage: Where a stream is kept that doesn't exist yet.
-        replicas: On how many servers.
-
-    Raises:
-        ConfigurationError: If storage or replicas make no sense.
-    """
-
-    prefix: str
-    storage: StorageKind
-    replicas: int
-
-    def __post_init__(self) -> None:
-        if self.storage not in get_args(StorageKind):
-            raise ConfigurationError(f"history_storage of NATS is memory or file, not {self.storage!r:.80}")
-        if type(self.replicas) is not int or not 1 <= self.replicas <= MAX_REPLICAS:
-            raise ConfigurationError(f"history_replicas of NATS is 1 to {MAX_REPLICAS}, not {self.replicas!r:.80}")
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        return f"{self.prefix}-history"
-
-    @property
-    def root(self) -> str:
-        """What the names begin with under which it keeps; no prefix of another app is like this."""
-        return f"{self.prefix}:keep."
-
-    def new(self, rules: HistoryRules) -> dict[str, Any]:
-        """Return the configuration of a new one."""
-        kept = self._least(rules)
-        return {
-            "name": self.name,
-            "subjects": [f"{self.root}>"],
-            "retention": "limits",
-            "discard": "old",
-            "storage": self.storage,
-            "num_replicas": self.replicas,
-            **self._fixed(),
-            **kept,
-            "duplicate_window": min(kept["max_age"], int(_WINDOW * _NANOSECONDS)),
-        }
-
-    def changes(self, config: Mapping[str, Any], rules: HistoryRules) -> dict[str, Any]:
-        """Return what has to change in one that exists; its limits only ever grow.
-
-        Raises:
-            ConfigurationError: If it can't become what it has to be.
-        """
-        unfit = [
-            what
-            for what, is_unfit in (
-                (f"doesn't take {self.root}>", f"{self.root}>" not in config.get("subjects", ())),
-                ("hasn't the retention limits", config.get("retention") != "limits"),
-                ("is sealed", config.get("sealed")),
-                ("acknowledges nothing", config.get("no_ack")),
-                ("refuses what is more than it keeps of a subject", config.get("discard_new_per_subject")),
-                ("forbids to purge it, so that nothing can be forgotten", config.get("deny_purge")),
-            )
-            if is_unfit
-        ]
-        if unfit:
-            raise ConfigurationError(
-                f"the stream {self.name} of JetStream {unfit[0]}: remove it, so that it is made anew, or change it"
-            )
-        wanted = self._fixed() | {
-            limit: least
-            for limit, least in self._least(rules).items()
-            if 0 < config.get(limit, 0) < least  # else it has no such limit
-        }
-        return {key: value for key, value in wanted.items() if config.get(key) != value}
-
-    def shortfall(self, config: Mapping[str, Any]) -> str:
-        """Say what one that exists has less than a new one would have; empty if nothing."""
-        if self.storage == "file" and config.get("storage") != "file":
-            return "it is kept in memory, not in files"
-        replicas = config.get("num_replicas", 1)
-        return f"it is kept on {replicas} servers, not on {self.replicas}" if replicas < self.replicas else ""
-
-    def denial(self, who: str, user: str, subject: str) -> ConfigurationError:
-        """Make the error for who may not ask JetStream."""
-        return ConfigurationError(
-            f"{who} doesn't let {user} publish to {subject!r:.120}: a history needs publish on '{self.root}>', "
-            f"'$JS.API.STREAM.*.{self.name}', '$JS.API.STREAM.MSG.GET.{self.name}' and "
-            f"'$JS.API.DIRECT.GET.{self.name}'"
-        )
-
-    def refusal(self, refused: Refused, who: str) -> Exception:
-        """Return what is wrong with a server that refuses the stream; the error itself if it may pass."""
-        if refused.number in _PASSING:
-            return refused
-        if refused.code == _NOBODY or refused.number in _OFF:
-            return ConfigurationError(
-                f"{who} can't keep a history, because JetStream is off: write jetstream {{}} into the server's "
-                "configuration, enable it for the account, or leave history= out"
-            )
-        return ConfigurationError(
-            f"{who} refuses the stream {self.name}, which is to be kept in {self.storage} on {self.replicas} of its "
-            f"servers: {refused} (error {refused.number})"
-        )
-
-    def _fixed(self) -> dict[str, Any]:
-        republish = {"src": f"{self.root}>", "dest": f"{self.prefix}.>"}
-        return {"republish": republish, "allow_direct": True, "allow_msg_ttl": True}
-
-    def _least(self, rules: HistoryRules) -> dict[str, int]:
-        # One message more than is replayed, because a position is proven by the message that has it. A quarter longer
-        # than a position is remembered, because a record that is written again every quarter must outlive it.
-        messages = max((each.messages for each in rules.all), default=0) + 1
-        seconds = max(_LEAST_AGE, *(1.25 * each.remember for each in rules.all), _LEAST_AGE)
-        return {"max_msgs_per_subject": messages, "max_age": int(seconds * _NANOSECONDS)}
-
-
-def check_version(version: object, who: str) -> None:
-    """Check that a server can do what a history needs: to read many messages at once, and to keep some for ever.
-
-    Raises:
-        ConfigurationError: If it is too old.
-    """
-    found = re.match(r"v?(\d+)\.(\d+)", str(version))
-    if found is not None and (int(found[1]), int(found[2])) < _NEEDED_VERSION:
-        raise ConfigurationError(
-            f"{who} is a nats-server {version!s:.20}, and a history needs 2.11: update it, or leave history= out"
-        )

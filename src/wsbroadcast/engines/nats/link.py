@@ -1,4 +1,4 @@
-"""One connection to NATS, from the moment at which we are let in."""
+"""One connection to NATS, once the server has accepted the login."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from wsbroadcast.engines.broker.link import (
     NOWHERE,
     Host,
     Inlet,
-    KeepingLink,
     KeptParcel,
     Parcel,
     Place,
     Stretch,
     reset,
 )
+from wsbroadcast.engines.broker.presence import PresentLink
 from wsbroadcast.engines.nats.history import Log
 from wsbroadcast.engines.nats.login import Login
+from wsbroadcast.engines.nats.presence import Attending, NATSPresence
 from wsbroadcast.engines.nats.protocol import PING, PONG, REFUSAL, Answer, OnMessage, Reader, pub, sub, unsub
+from wsbroadcast.engines.nats.records import INBOX
+from wsbroadcast.engines.nats.rooms import is_quiet
 from wsbroadcast.engines.nats.target import Target
 from wsbroadcast.engines.nats.upkeep import Keeping
 from wsbroadcast.exceptions import ConfigurationError, MessageTooLarge
@@ -38,12 +41,12 @@ _TRIES = 3
 
 
 class Conversation(asyncio.Protocol):
-    """What we say to a server and what it answers.
+    """Commands to a server and its answers.
 
     Args:
-        transport: Where we are let in.
-        on_message: Called with a message, as `Reader` does.
-        on_line: Called with a line that is neither.
+        transport: The transport, after the login.
+        on_message: Called with each message, as `Reader` does.
+        on_line: Called with each other line that is no answer to a PING.
     """
 
     def __init__(
@@ -55,29 +58,29 @@ class Conversation(asyncio.Protocol):
         self._transport = transport
         self._reader = Reader(on_message, self._read_line)
         self._on_line = on_line
-        # One for each PING, answered in order. The caller that waited may be gone by then.
+        # A future for each PING. They are answered in order. The caller may be gone by then.
         self._pongs: deque[asyncio.Future[None]] = deque()
         self.lost: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        """Done when the connection is lost; the result is why."""
+        """Done when the connection is lost. Its result is the reason."""
         transport.set_protocol(self)
 
     def send(self, commands: Iterable[bytes]) -> None:
-        """Send commands that are answered some other way.
+        """Send commands without waiting for an answer.
 
         Raises:
-            Exception: Why the connection is lost.
+            Exception: If the connection is lost. It is the reason.
         """
         if self.lost.done():
             raise self.lost.result()
         self._transport.write(b"".join(commands))
 
     async def confirmed(self, commands: Iterable[bytes]) -> None:
-        """Send commands and return when the server has processed them all.
+        """Send commands, and return when the server has processed all of them.
 
-        A PING goes out behind them, in the same write: a server takes up one thing after the other.
+        A PING is sent after them, in the same write. A server processes commands one after the other.
 
         Raises:
-            Exception: Why the connection is lost.
+            Exception: If the connection is lost. It is the reason.
         """
         if self.lost.done():
             raise self.lost.result()
@@ -87,18 +90,18 @@ class Conversation(asyncio.Protocol):
         await pong
 
     def lose(self, why: Exception) -> None:
-        """Tell everybody who waits that it is over. The first reason counts."""
+        """Tell all waiting callers that the connection is lost. The first reason counts."""
         if self.lost.done():
             return
         self.lost.set_result(why)
         for pong in self._pongs:
             if not pong.done():
                 pong.set_exception(why)
-                pong.exception()  # looked at: who waits may be cancelled in this turn of the loop
+                pong.exception()  # marked as retrieved: the caller may be cancelled in this turn of the loop
         self._pongs.clear()
 
     def data_received(self, data: bytes) -> None:
-        """Read on. After an error nobody knows where the next message begins."""
+        """Read on. After an error the connection is lost: nobody knows where the next message begins."""
         try:
             self._reader.feed(data)
         except Exception as error:
@@ -106,7 +109,7 @@ class Conversation(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Take note that it is closed."""
+        """Take note that the connection is closed."""
         self.lose(exc or ConnectionError("the server closed the connection"))
 
     def _read_line(self, line: bytes) -> None:
@@ -119,47 +122,61 @@ class Conversation(asyncio.Protocol):
             self._on_line(line.decode(errors="replace"))
 
 
-class NATSLink(KeepingLink):
+class NATSLink(PresentLink):
     """One connection for both directions, to one of the servers.
 
-    Nothing waits in it: what is published is written at once, what arrives is handed over at once, in the order of the
-    server over all names. So no message is missed while it lives; a node that doesn't keep up is cut off by the server.
+    Nothing waits in it. What is published is written at once. What arrives is handed over at once, in the server's
+    order over all names. So no message is missed while the connection lasts. The server disconnects a node that doesn't
+    keep up.
 
-    Confirmations are those of this server. The others of a cluster learn of a subscription a moment later.
+    Only this server confirms. The other servers of a cluster learn of a subscription a moment later.
 
     Args:
-        target: The servers, and how to get in.
-        connect_timeout: Seconds that `open` is given.
-        keeping: How the engine keeps; `None` if it has nothing to do with histories.
+        target: The servers, and how to log in.
+        connect_timeout: The seconds that `open` may take.
+        keeping: How the engine keeps histories; `None` if it keeps none.
+        attending: How the engine knows who is in a channel; `None` if it doesn't.
     """
 
-    def __init__(self, target: Target, connect_timeout: float, keeping: Keeping | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        connect_timeout: float,
+        keeping: Keeping | None = None,
+        attending: Attending | None = None,
+    ) -> None:
         super().__init__(None if keeping is None else keeping.rules)
         self._keeping = keeping
+        self._attending = attending
+        if attending is not None:
+            self.presence: NATSPresence = NATSPresence(
+                attending, lambda: self.max_envelope_bytes, lambda name: self._denial("publish", name)
+            )
         self._log: Log | None = None
         self._target = target
         self._connect_timeout = connect_timeout
         self._login: Login | None = None
-        # The server that let us in, as the target names it and as it names itself.
+        # The server that accepted the login: its address in the target, and the id by which it calls itself.
         self._host: Host | None = None
         self._server_id = ""
         self._talk: Conversation | None = None
         self._inlet: Inlet | None = None
-        # What arrived before there was an inlet.
+        # Messages that arrived before there was an inlet.
         self._early: list[tuple[str, bytes, Place]] = []
-        # A subscription is a number on the wire, never used twice: what is on its way when it ends finds no name.
+        # The id of a subscription is a number on the wire, which is never used twice. So a message that is still on its
+        # way when the subscription ends has no name.
         self._sids: dict[str, bytes] = {}
         self._names: dict[bytes, str] = {}
         self._numbers = itertools.count(1)
-        # Names that the server refuses, by what is being asked just now.
+        # Names that the server refuses, by the kind of command that is being confirmed now.
         self._denied: dict[str, set[str]] = {}
 
     async def open(self) -> None:
         """Connect to the first server that can be reached.
 
         Raises:
-            ConfigurationError: If it refuses us.
-            Exception: Why the last one can't be reached.
+            ConfigurationError: If the server refuses the login.
+            Exception: If no server can be reached. It is the reason of the last one.
         """
         route = self._target.route()
         timeout = self._connect_timeout / min(len(route), _TRIES)
@@ -184,7 +201,9 @@ class NATSLink(KeepingLink):
         self.max_envelope_bytes = login.max_payload
         self._note(login.info)
         self._talk.data_received(read)
-        await self._talk.confirmed(())  # it is really we who read and write now
+        await self._talk.confirmed(())  # checks that reading and writing really go through here now
+        if self._attending is not None:
+            await self.presence.open(self._talk, login.info.get("version"))
         if self._keeping is not None:
             self._log = Log(self._keeping, self._talk, lambda name: self._denial("publish", name))
             await self._log.open(login.info.get("version"))
@@ -204,10 +223,10 @@ class NATSLink(KeepingLink):
         raise talk.lost.result()
 
     async def subscribe(self, names: Sequence[str]) -> None:
-        """Receive what is published to these names; returns once the server has confirmed each.
+        """Receive what is published to these names. It returns once the server has confirmed each of them.
 
         Raises:
-            ConfigurationError: If the server forbids one to us.
+            ConfigurationError: If the server forbids one of the names.
         """
         fresh = {name: b"%d" % next(self._numbers) for name in names if name not in self._sids}
         self._sids |= fresh
@@ -219,17 +238,17 @@ class NATSLink(KeepingLink):
             raise self._denial("subscribe", min(denied))
 
     async def unsubscribe(self, names: Sequence[str]) -> None:
-        """Receive it no more, from now on; returns once the server has confirmed."""
+        """Receive no more of what is published to these names. It returns once the server has confirmed."""
         sids = [self._sids.pop(name) for name in names if name in self._sids]
         for sid in sids:
             del self._names[sid]
         await self._opened().confirmed(map(unsub, sids))
 
     async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
-        """Publish in this order, in one write; returns once the server has taken them.
+        """Publish in this order, in one write; return once the server has taken the parcels.
 
         Returns:
-            For each parcel what the server refused it with, where it is kept, or `None`.
+            For each parcel the error with which the server refused it, where it is kept, or `None`.
         """
         limit = self.max_envelope_bytes
         if self._log is not None and any(isinstance(parcel, KeptParcel) for parcel in parcels):
@@ -259,35 +278,35 @@ class NATSLink(KeepingLink):
         return await self._kept().read_kept(name, since, history)
 
     async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
-        """Read the newest position under each name; for 500 names it is one question, and all go out one by one."""
+        """Read the newest position under each name. One question asks for 500 names; they are asked one by one."""
         return await self._kept().read_positions(names, self.max_envelope_bytes)
 
     async def forget(self, name: str) -> None:
-        """Remove what JetStream has kept under a name; the epoch of this name changes."""
+        """Remove what JetStream has kept under a name. The epoch of this name changes."""
         await self._kept().forget(name)
 
     async def read_limits(self) -> None:
-        """Ask the server what it takes, over another connection: it tells nobody that `max_payload` was changed."""
+        """Ask the server for its limits, over another connection. It doesn't announce a change of `max_payload`."""
         if self._host is None or self._login is None:
             return
         other = NATSLink(self._target, self._connect_timeout)
         try:
             await other._begin(self._host, self._connect_timeout)
-            # Behind the name or address of one there may be several.
+            # Several servers may have the same name or address.
             if other._server_id == self._server_id:
                 self.max_envelope_bytes = other.max_envelope_bytes
         finally:
             await other.abort()
 
     async def abort(self) -> None:
-        """Drop the connection now; nothing that is still in a buffer reaches the server later. Idempotent."""
+        """Drop the connection now. What is still in a buffer never reaches the server. It may be called twice."""
         login, self._login = self._login, None
         self._names.clear()
         if self._talk is not None:
             self._talk.lose(ConnectionError("the connection was dropped"))
         if login is not None and login.writer is not None:
             reset(login.writer.transport)
-            await asyncio.sleep(0)  # the turn of the loop that closes the socket
+            await asyncio.sleep(0)  # the socket is closed in the next turn of the loop
 
     def _opened(self) -> Conversation:
         if self._talk is None:
@@ -300,7 +319,7 @@ class NATSLink(KeepingLink):
         return self._log
 
     async def _ask(self, what: str, commands: Iterable[bytes]) -> set[str]:
-        # A server complains before it answers the PING.
+        # A server refuses a command before it answers the PING.
         denied = self._denied[what] = set[str]()
         try:
             await self._opened().confirmed(commands)
@@ -311,8 +330,12 @@ class NATSLink(KeepingLink):
     def _take(self, words: list[bytes], envelope: bytes, headers: bytes) -> None:
         name = self._names.get(words[2])
         if name is None:
-            if self._log is not None:
+            if words[2] == INBOX:
+                self.presence.hear(words[1], Answer(envelope, headers))
+            elif self._log is not None:
                 self._log.hear(words[1], words[2], Answer(envelope, headers))
+            return
+        if headers and is_quiet(headers):
             return
         place = self._log.place(name, headers) if headers and self._log is not None else NOWHERE
         if self._inlet is None:
@@ -323,7 +346,7 @@ class NATSLink(KeepingLink):
     def _hear(self, line: str) -> None:
         if line.startswith("INFO "):
             self._note(json.loads(line.removeprefix("INFO ")))
-        elif (match := _DENIED.match(line)) and self._log is not None and self._log.deny(match[2]):
+        elif (match := _DENIED.match(line)) and self._is_answered(match[2]):
             pass
         elif match and match[1] in self._denied:
             self._denied[match[1]].add(match[2])
@@ -331,10 +354,16 @@ class NATSLink(KeepingLink):
             kind = ConfigurationError if match or REFUSAL.search(line) else ConnectionError
             self._opened().lose(kind(f"the server says {line.removeprefix('-ERR').strip():.200}"))
 
+    def _is_answered(self, denied: str) -> bool:
+        # Whether the name is of no audience. The waiting caller has been told then.
+        if self._attending is not None and self.presence.deny(denied):
+            return True
+        return self._log is not None and self._log.deny(denied)
+
     def _note(self, info: Mapping[str, Any]) -> None:
-        # What the server says of itself, when we come and later.
+        # What the server says of itself, at the login and later.
         if not isinstance(info, dict):
-            raise ValueError(f"the server says of itself {type(info).__name__}, which isn't the protocol of NATS")
+            raise ValueError(f"expected an INFO object of NATS from the server, not {type(info).__name__}")
         self._target.discover(info.get("connect_urls") or ())
         self._server_id = str(info.get("server_id", self._server_id))
         if type(limit := info.get("max_payload")) is int and limit > 0:
@@ -342,6 +371,8 @@ class NATSLink(KeepingLink):
 
     def _denial(self, verb: str, name: str) -> ConfigurationError:
         where, pattern = self._target.address, f"{name.partition('.')[0]}.>"
+        if self._attending is not None and self._attending.stream.owns(name):
+            return self._attending.stream.denial(f"nats at {where}", self._target.who, name)
         if self._keeping is not None and name.startswith("$JS."):
             return self._keeping.stream.denial(f"nats at {where}", self._target.who, name)
         return ConfigurationError(

@@ -1,4 +1,4 @@
-"""Logging in to a server of NATS, by nats-py."""
+"""Logs in to a server of NATS with nats-py."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if (
 
 
 class Login(Client):
-    """One attempt to be let in by one server.
+    """One attempt to log in to one server.
 
     Args:
-        target: How to get in.
-        host: Where.
-        timeout: Seconds for each step of it.
+        target: How to log in.
+        host: The server.
+        timeout: Seconds for each step of the login.
     """
 
     def __init__(self, target: Target, host: Host, timeout: float) -> None:
@@ -57,11 +57,11 @@ class Login(Client):
         """What the server says of itself."""
 
     async def run(self) -> bytes:
-        """Connect and sign in; return what was read from `writer` since then. Nothing else is done with it here.
+        """Connect and log in; return the bytes that were read since then. nats-py doesn't touch `writer` any more.
 
         Raises:
-            ConfigurationError: If the server refuses us, or offers no TLS where we need it.
-            Exception: Any other means that it can't be reached now.
+            ConfigurationError: If the server refuses the login, or offers no TLS although it is required.
+            Exception: Any other error means that the server can't be reached now.
         """
         options = {"name": "wsbroadcast", "tls_hostname": self._host.tls_hostname} | dict(self._target.options)
         try:
@@ -76,24 +76,24 @@ class Login(Client):
             refusal = self._refusal(error)
             if refusal is None:
                 raise
-            raise refusal from None  # who knows what a driver's error repeats
+            raise refusal from None  # the driver's error may repeat a password
         return await self._let_go()
 
     @property
     def writer(self) -> asyncio.StreamWriter | None:
-        """The connection, as far as there is one."""
+        """The connection; `None` if there is none yet."""
         return self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         if self._target.must_encrypt:
             if not (info.get("tls_required") or info.get("tls_available")):
-                raise ConfigurationError(f"nats at {self._host} offers no TLS: write nats:// if it may be without")
+                raise ConfigurationError(f"nats at {self._host} offers no TLS: write nats:// to do without")
             info["tls_required"] = True  # nats-py encrypts only then, and would send the password in plain text
         self.info = info
         await super()._process_info(info, initial_connection)
 
     async def _read_loop(self) -> None:
-        # nats-py reads nothing behind the PONG: a task that starts at once would do so before we have cancelled it.
+        # So nats-py reads nothing after the PONG. Its own task would, if it started at once, before it is cancelled.
         pass
 
     async def _let_go(self) -> bytes:
@@ -103,11 +103,11 @@ class Login(Client):
         if reader.at_eof() or writer.transport.is_closing():
             raise ConnectionError("the server closed the connection")
         reader.feed_eof()
-        read: bytes = await reader.read()  # what it has: after an end there is nothing to wait for
+        read: bytes = await reader.read()  # all that it has; it doesn't wait, because it was told that this is the end
         return read
 
     def _refusal(self, error: Exception) -> ConfigurationError | None:
-        # What trying again doesn't mend.
+        # The errors for which trying again doesn't help.
         who = f"nats at {self._host}"
         if isinstance(error, ConfigurationError):
             return error
@@ -119,9 +119,9 @@ class Login(Client):
             return ConfigurationError(f"{who} needs {error.filename!r:.200}, which can't be read: {error.strerror}")
         if isinstance(error, errors.Error):
             return ConfigurationError(f"{who} refuses {self._target.who}") if REFUSAL.search(str(error)) else None
-        return ConfigurationError(f"nats-py can make nothing of {self._target.who}") if self._target.signs else None
+        return ConfigurationError(f"nats-py can't use {self._target.who}") if self._target.signs else None
 
 
 async def _raise(error: Exception) -> None:
-    # So that nats-py neither tries again nor logs.
+    # Given to nats-py as its error callback, so that it neither tries again nor logs.
     raise error

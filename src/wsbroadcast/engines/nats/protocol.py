@@ -1,4 +1,4 @@
-"""The protocol of NATS between a client that is let in and its server, as far as an engine needs it. No I/O.
+"""The protocol of NATS after the login, as far as the engine needs it. No I/O.
 
 https://docs.nats.io/reference/reference-protocols/nats-protocol
 """
@@ -17,9 +17,9 @@ PONG = b"PONG\r\n"
 REFUSAL = re.compile(
     r"authorization violation|authentication (expired|revoked)|maximum (\w+ )*subscriptions exceeded", re.IGNORECASE
 )
-"""What a server says that trying again doesn't mend."""
+"""Errors of a server for which trying again doesn't help."""
 
-# A line that is longer than any server sends; the longest names all the servers of a cluster.
+# No server sends a longer line. The longest line names all servers of a cluster.
 _MAX_LINE_BYTES = 1024 * 1024
 
 
@@ -29,24 +29,24 @@ def pub(name: str, payload: bytes) -> bytes:
 
 
 def request(name: str, reply: bytes, payload: bytes) -> bytes:
-    """Return the command that publishes a payload, and says where to answer."""
+    """Return the command that publishes a payload with a name for answers."""
     return b"PUB %b %b %d\r\n%b\r\n" % (name.encode(), reply, len(payload), payload)
 
 
 def head_of(headers: Mapping[str, str]) -> bytes:
-    """Return headers as they stand before a payload."""
+    """Return headers as bytes, to be written before a payload."""
     lines = "".join(f"{header}: {value}\r\n" for header, value in headers.items())
     return b"NATS/1.0\r\n%b\r\n" % lines.encode()
 
 
 def request_with(name: str, reply: bytes, head: bytes, payload: bytes) -> bytes:
-    """Return the command that publishes a payload with headers; with an empty `reply` nobody answers."""
+    """Return the command that publishes a payload with headers. With an empty `reply` nobody answers."""
     where = b"%b %b" % (name.encode(), reply)
     return b"HPUB %b %d %d\r\n%b%b\r\n" % (where, len(head), len(head) + len(payload), head, payload)
 
 
 def sub(name: str, sid: bytes) -> bytes:
-    """Return the command that begins a subscription, to which every message of it will refer."""
+    """Return the command that begins a subscription. Each message of it will have its id, `sid`."""
     return b"SUB %b %b\r\n" % (name.encode(), sid)
 
 
@@ -56,22 +56,22 @@ def unsub(sid: bytes) -> bytes:
 
 
 OnMessage = Callable[[list[bytes], bytes, bytes], None]
-"""What is called with a message."""
+"""Called with each message."""
 
 
 class Reader:
-    """Makes messages and lines of what arrives, however it is cut.
+    """Makes messages and lines of arriving bytes, in whichever pieces they arrive.
 
     Args:
-        on_message: Called with the words of its first line, the payload, and the headers as they are, empty without
-            any. Of the words the second is the name, the third the id of the subscription.
-        on_line: Called with any other line, without its end.
+        on_message: Called with the words of the message's first line, the payload, and the headers as bytes, empty
+            without any. The second word is the name, the third the id of the subscription.
+        on_line: Called with each other line, without its end.
     """
 
     def __init__(self, on_message: OnMessage, on_line: Callable[[bytes], None]) -> None:
         self._on_message = on_message
         self._on_line = on_line
-        # The beginning of what isn't complete, and how long it has to become before another look is worthwhile.
+        # The beginning of something incomplete, and how many bytes there must be before it is parsed again.
         self._rest = bytearray()
         self._needed = 0
 
@@ -79,7 +79,7 @@ class Reader:
         """Read on.
 
         Raises:
-            ValueError, IndexError: If it isn't the protocol of NATS.
+            ValueError, IndexError: If the bytes aren't the protocol of NATS.
         """
         if self._rest:
             self._rest += data
@@ -94,14 +94,14 @@ class Reader:
             raise ValueError(f"a line of NATS is longer than {_MAX_LINE_BYTES} bytes")
 
     def _read(self, data: bytes) -> int:
-        # Returns where the first line or message begins that isn't complete.
+        # Returns the beginning of the first line or message that isn't complete.
         start = 0
         while (end := data.find(b"\r\n", start)) >= 0:
             if not data.startswith((b"MSG ", b"HMSG "), start):
                 self._on_line(data[start:end])
                 start = end + 2
                 continue
-            # MSG <subject> <sid> [reply-to] <bytes>, and HMSG has the bytes of its headers before those of all.
+            # MSG <subject> <sid> [reply-to] <bytes>. HMSG has the size of its headers before the whole size.
             words = data[start:end].split()
             payload = end + 2
             stop = payload + int(words[-1])
@@ -118,17 +118,18 @@ class Reader:
         return start
 
 
-# What JetStream says of a message that it keeps.
+# The headers with which JetStream describes a message that it keeps.
 # https://docs.nats.io/nats-concepts/jetstream/headers
 
 
-# The first line that a stream writes, behind the headers of who has published: those may say anything.
+# The first header that a stream writes, after the headers of the publisher, which may say anything.
 _STREAM = b"\r\nNats-Stream: "
 _SEQUENCE = re.compile(rb"\r\nNats-Sequence: ([0-9]{1,18})\r\n")
 _LAST_SEQUENCE = re.compile(rb"\r\nNats-Last-Sequence: ([0-9]{1,18})\r\n")
 _SUBJECT = re.compile(rb"\r\nNats-Subject: ([^\r\n]+)\r\n")
 _TIME = re.compile(rb"\r\nNats-Time-Stamp: ([0-9TZ:.+-]{1,40})\r\n")
 _PENDING = re.compile(rb"\r\nNats-Num-Pending: ([0-9]{1,18})\r\n")
+_EXPECTED = re.compile(rb"\r\nNats-Expected-Last-Subject-Sequence: ([0-9]{1,18})\r\n")
 _UP_TO = re.compile(rb"\r\nNats-UpTo-Sequence: ([0-9]{1,18})\r\n")
 _MOMENT = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z")
 
@@ -138,7 +139,7 @@ class Record(NamedTuple):
 
     sequence: int
     time: int
-    """In nanoseconds since 1970."""
+    """When the stream took it, in nanoseconds since 1970."""
     payload: bytes
 
 
@@ -150,7 +151,7 @@ class Answer(NamedTuple):
 
     @property
     def status(self) -> int:
-        """What it says instead of a message: 204 for the end, 404, 503; 0 if it is a message."""
+        """The status, if it is no message: 204 for the end, 404, 503; 0 if it is a message."""
         if not self.headers.startswith(b"NATS/1.0 "):
             return 0
         return int(status) if (status := self.headers[9:12]).isdigit() else 0
@@ -162,7 +163,7 @@ class Answer(NamedTuple):
 
     @property
     def subject(self) -> str:
-        """Under which name the stream keeps it; empty if it doesn't say."""
+        """The name under which the stream keeps it; empty if it doesn't say."""
         found = _find(_SUBJECT, self.headers)
         return "" if found is None else found[1].decode(errors="replace")
 
@@ -174,22 +175,22 @@ class Answer(NamedTuple):
 
     @property
     def record(self) -> Record:
-        """It as the message that the stream keeps."""
+        """The message that the stream keeps."""
         return Record(self.sequence, self.time, self.payload)
 
     @property
     def pending(self) -> int:
-        """How many there are after it."""
+        """How many messages there are after it."""
         return _number(_PENDING, self.headers)
 
     @property
     def last(self) -> int:
-        """The number of the last one that was sent, at the end of several."""
+        """The number of the last message that was sent, in the end of several."""
         return _number(_LAST_SEQUENCE, self.headers)
 
     @property
     def up_to(self) -> int:
-        """The newest number that the server knew that answered; 0 if it doesn't say."""
+        """The newest number that the answering server knew; 0 if it doesn't say."""
         return _number(_UP_TO, self.headers)
 
 
@@ -198,7 +199,7 @@ def chain(headers: bytes, stream: bytes = _STREAM) -> tuple[int, int] | None:
 
     Args:
         headers: The headers.
-        stream: The line that names the stream which must have written them.
+        stream: The header that names the stream which must have written them.
     """
     start = headers.rfind(stream)
     if start < 0:
@@ -208,6 +209,12 @@ def chain(headers: bytes, stream: bytes = _STREAM) -> tuple[int, int] | None:
         return None
     offset, previous = int(sequence[1]), int(last[1])
     return (offset, previous) if previous < offset else None
+
+
+def expected_of(headers: bytes) -> int:
+    """Return the number that the publisher expected of the last message under this name; -1 if it gave none."""
+    found = _EXPECTED.search(headers)
+    return -1 if found is None else int(found[1])
 
 
 def nanoseconds(moment: str) -> int:
@@ -222,13 +229,13 @@ def nanoseconds(moment: str) -> int:
     return seconds * 10**9 + int((found[2] or "").ljust(9, "0"))
 
 
-@lru_cache(maxsize=1024)  # what is read at once was taken in a few seconds
+@lru_cache(maxsize=1024)  # messages that are read together were taken within a few seconds
 def _seconds(moment: str) -> int:
     return int(datetime.fromisoformat(f"{moment}+00:00").timestamp())
 
 
 def moment_of(nanoseconds: int) -> str:
-    """Write a moment so that Go reads it."""
+    """Write a moment as Go reads it."""
     seconds, rest = divmod(nanoseconds, 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
 

@@ -1,4 +1,4 @@
-"""Where NATS is and how to get in: from a URL, or from the options of nats-py."""
+"""Where NATS is, and how to log in: from a URL, or from the options of nats-py."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NATS_PORT = 4222
 
 _SCHEMES = ("nats", "tls")
 
-# Options of nats-py's `connect` that say who we are and how to encrypt. All others are about reconnecting, timeouts and
-# buffers, which are the engine's.
+# The options of nats-py's `connect` for login and encryption. All others are about reconnecting, timeouts and buffers,
+# which the engine does itself.
 OPTIONS = frozenset(
     {
         "name",
@@ -38,7 +38,7 @@ OPTIONS = frozenset(
     }
 )
 
-# What a server or nats-py would take for something else, or for an outage.
+# The types of options. With a wrong type a server or nats-py would misunderstand it, or it would look like an outage.
 _KINDS: Mapping[str, tuple[tuple[Any, ...], Sequence[str]]] = {
     "a str": ((str,), ("name", "nkeys_seed_str", "tls_hostname")),
     "a str, or a function that returns one": ((str, Callable), ("password", "token", "user")),
@@ -56,7 +56,7 @@ def parse_host(text: str) -> Host:
     """Read `host` or `host:port`.
 
     Raises:
-        ConfigurationError: If it is neither. The text isn't repeated: it may be a part of a password.
+        ConfigurationError: If it is neither. The error doesn't repeat the text, which may be a part of a password.
     """
     try:
         parts = urlsplit(f"//{text}")
@@ -70,26 +70,26 @@ def parse_host(text: str) -> Host:
 
 @dataclass(kw_only=True, eq=False)
 class Target:
-    """The servers of one NATS, and nats-py's options to get in."""
+    """The servers of one NATS, and nats-py's options for the login."""
 
     hosts: tuple[Host, ...]
-    """Those that were given."""
+    """The servers that were given."""
     must_encrypt: bool
-    """Whether a server that offers no TLS gets nothing from us."""
+    """Whether a server without TLS is refused, before anything is sent to it."""
     options: Mapping[str, Any] = field(repr=False)
     last: Host | None = field(default=None, repr=False)
-    """The one that let us in last."""
-    # Those that the server we were connected to last has told of, by their names in its cluster.
+    """The server that last accepted the login."""
+    # The other servers of the cluster, as the last connected server has named them.
     _discovered: list[Host] = field(default_factory=list, repr=False)
 
     @property
     def address(self) -> str:
-        """Where it is, for logs and errors: without user and password."""
+        """The address for logs and errors, without user and password."""
         return ",".join(str(host) for host in self.hosts)
 
     @property
     def who(self) -> str:
-        """As whom we come, for errors."""
+        """What errors call the user."""
         if isinstance(user := self.options.get("user"), str):
             return f"the user {user!r:.80}"
         for option, who in _WHO.items():
@@ -99,27 +99,27 @@ class Target:
 
     @property
     def signs(self) -> bool:
-        """Whether we show who we are by a signature."""
+        """Whether the login is by a signature."""
         return not _SIGNING.isdisjoint(self.options)
 
     def route(self) -> list[Host]:
         """Return the servers in the order in which to try them, at random.
 
-        There may be time for three only, if they hang. So among the first three are the last one that let us in, one
-        that was given and one that was discovered: neither kind can hide the other.
+        If servers hang, there may be time for only three. So the first three are the one that last accepted the login,
+        one that was given and one that was discovered.
         """
         given, found = _shuffled(self.hosts), _shuffled(self._discovered)
         last = [] if self.last is None else [self.last]
         first = dict.fromkeys((*last, *given[:1], *found[:1]))
         others = [host for host in (*given, *found) if host not in first]
-        # The last one has no place of its own: it may let us in again and carry nothing.
+        # The last one isn't always the first: it may accept the login again, and still carry no messages.
         return _shuffled(first) + _shuffled(others)
 
     def discover(self, addresses: Iterable[str]) -> None:
-        """Remember the other servers of the cluster that a server tells of, and no others.
+        """Remember the other servers of the cluster, as a server names them; forget those of before.
 
         Raises:
-            ConfigurationError: If one isn't the address of a server.
+            ConfigurationError: If one of the addresses makes no sense.
         """
         hosts = [_found(parse_host(address), self.hosts[0]) for address in addresses]
         known = {(host.name, host.port) for host in self.hosts}
@@ -130,8 +130,8 @@ class Target:
         """Read servers and options.
 
         Raises:
-            ConfigurationError: If they make no sense. Of what may hold a password nothing is repeated.
-            MissingDependency: If nkeys are to be used, and the package that signs with them isn't installed.
+            ConfigurationError: If they make no sense. The error repeats nothing that may hold a password.
+            MissingDependency: If nkeys are used, and the package that signs with them isn't installed.
         """
         given = servers if isinstance(servers, (list, tuple)) else [servers]
         texts = [text for each in given if (text := url_text(each)) is not None]
@@ -141,6 +141,8 @@ class Target:
         for text in ",".join(texts).split(","):
             scheme, separator, rest = text.strip().rpartition("://")
             login, _, place = rest.rstrip("/").rpartition("@")
+            if "?" in place:
+                raise ConfigurationError("options are arguments of NATSEngine, and not in its URL")
             if separator and scheme not in _SCHEMES:
                 raise ConfigurationError(f"a URL of NATS begins with nats:// or tls://; {_FORM}")
             schemes.add(scheme)
@@ -163,15 +165,15 @@ _WHO = {
 
 
 def _credentials(logins: Sequence[str], options: Mapping[str, Any]) -> dict[str, str]:
-    # Options and no part of the URL for nats-py: it wouldn't decode them, nor use them for servers it is told of later.
+    # nats-py gets these as options, not in the URL. It wouldn't decode them there, nor use them for discovered servers.
     if not any(logins):
         return {}
     if not {*logins} <= {logins[0], ""}:
         raise ConfigurationError(
-            "a user and password in the URL of NATS stand before its first server, for all of them"
+            "the URL of NATS has one user and password for all servers: write them only before the first server"
         )
     if {"user", "password", "token"} & options.keys():
-        raise ConfigurationError("user, password and token stand either in the URL or in options, not in both")
+        raise ConfigurationError("user, password and token are given in the URL or in options: give them only once")
     user, separator, password = logins[0].partition(":")
     if separator:
         return {"user": unquote(user), "password": unquote(password)}
@@ -185,7 +187,7 @@ def _check(options: Mapping[str, Any]) -> None:
             f"the NATS engine has no option {unknown[0]!r:.80}; of nats-py it takes {', '.join(sorted(OPTIONS))}"
         )
     if (options.get("user") is None) != (options.get("password") is None):
-        raise ConfigurationError("the NATS engine needs user and password together: NATS takes neither alone")
+        raise ConfigurationError("the NATS engine needs user and password together: give both")
     for what, (kinds, names) in _KINDS.items():
         for name in names:
             if options.get(name) is not None and not isinstance(options[name], kinds):
@@ -196,7 +198,7 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 def _found(host: Host, given: Host) -> Host:
-    # Servers tell of each other by IP address, while their certificates hold the name that they share.
+    # Servers name each other by IP address, while their certificates have the name that they share.
     return host._replace(tls_hostname=given.name) if _is_ip(host.name) and not _is_ip(given.name) else host
 
 

@@ -1,4 +1,4 @@
-"""Nodes linked by LISTEN and NOTIFY of Postgres, for apps whose only server is Postgres. Needs the extra `postgres`."""
+"""The engine for apps whose only server is Postgres, by its LISTEN and NOTIFY. It needs the extra `postgres`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from wsbroadcast.engines import URL
 from wsbroadcast.engines.broker import DEFAULT_TIMING, truth
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.broker.health import is_bug
-from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.broker.link import Keep, KeptParcel, Parcel
 from wsbroadcast.engines.broker.names import DEFAULT_PREFIX
+from wsbroadcast.engines.broker.presence import PresentEngine
 from wsbroadcast.engines.postgres.history import outgoing
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, SpillTable
+from wsbroadcast.engines.postgres.presence_tables import PresenceTables
 from wsbroadcast.engines.postgres.protocol import channel_of, pack, pack_row
 from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url, split_url
@@ -32,25 +33,27 @@ from wsbroadcast.text import plain
 
 _NOTIFY = "SELECT current_database(), pg_notify({channel}, {note})"
 
-# For which a transaction's publisher goes by what it has read of the nodes' rules.
+# For how many seconds a publisher in transactions uses the rules of the nodes that it has read.
 _LEARN_SECONDS = 10.0
 
 
-class PostgresEngine(KeepingEngine):
-    """Links nodes by LISTEN and NOTIFY; two connections for each node.
+class PostgresEngine(PresentEngine):
+    """Links nodes by LISTEN and NOTIFY. Each node has two connections.
 
-    It can publish inside a transaction of the app's own: what is rolled back was never sent. A message that doesn't fit
-    into a notification goes through a table, which is made when the first one needs it.
+    It can publish inside a transaction of the app: if that is rolled back, nothing is sent. A message that doesn't fit
+    into a notification goes through a table, which is made when the first such message comes.
 
-    What is kept is kept in unlogged tables, which a node makes at its start: a crash of the server empties them.
+    Histories and presence are kept in unlogged tables, which a node makes when it first needs them. A crash of the
+    server empties them.
 
-    LISTEN needs a session: through PgBouncer, name its port for session mode, or the server itself.
+    LISTEN needs a session. With PgBouncer, connect to its port for session mode, or to the server itself.
 
     Args:
-        url: A URL of libpq or of SQLAlchemy; several hosts are tried until one is a primary.
-        prefix: What the channels of Postgres and the table's name begin with; apps that share a database take one each.
+        url: A URL of libpq or of SQLAlchemy. Several hosts are tried until one is a primary.
+        prefix: The beginning of the names of Postgres's channels and tables. Apps that share a database need different
+            prefixes.
         schema: The schema of the tables.
-        fail_fast: Whether `start` raises if Postgres can't be reached, instead of beginning degraded.
+        fail_fast: Whether `start` raises if Postgres can't be reached. Otherwise it starts without Postgres.
         max_message_bytes: The largest payload that is taken from Postgres, in bytes.
         timing: How long to wait for Postgres.
         **options: Further arguments of `asyncpg.connect`, such as `ssl` or a function for `password`.
@@ -83,8 +86,9 @@ class PostgresEngine(KeepingEngine):
         self._prefix = plain(prefix)
         self._table = SpillTable(self._prefix, schema)
         self._history = HistoryTables(self._prefix, schema)
+        self._presence = PresenceTables(self._prefix, schema, self._table)
         self._turns = count()
-        # What others keep, as a transaction has read it, and when.
+        # The rules of the nodes, as a transaction has read them, and when it did.
         self._learned: tuple[float, HistoryRules | None] | None = None
 
     @classmethod
@@ -110,36 +114,43 @@ class PostgresEngine(KeepingEngine):
             where,
             self._timing,
             self._history,
+            self._presence,
             self.told_rules,
             only_publishes=self.only_publishes,
         )
 
     @property
     def history_sql(self) -> str:
-        """What makes the tables and functions that a history needs, for an administrator whose apps may make none."""
+        """The SQL that makes the tables and functions of histories. An administrator runs it if the app may not."""
         return self._history.create_sql
 
-    async def publish_in(self, transaction: object, publication: Publication, history: History | None = None) -> None:
-        """Publish as a part of a transaction that the app has begun: it is sent if and when that is committed.
+    @property
+    def presence_sql(self) -> str:
+        """The SQL that makes the tables and functions of presence. An administrator runs it if the app may not."""
+        return self._presence.create_sql
 
-        It goes over the app's connection, so it also works while the engine's own are lost; only the first message of
-        all that is too large for a notification needs one of them, to make the table.
+    async def publish_in(self, transaction: object, publication: Publication, history: History | None = None) -> None:
+        """Publish as part of a transaction that the app has begun: a commit sends the publication, a rollback doesn't.
+
+        It uses the app's connection, so it also works while the engine's own connections are lost. Only the very first
+        message that is too large for a notification needs one of these, to make the table.
+
+        A publication that is kept gets its position at the commit. Until then nobody waits for it, and a rollback
+        leaves no gap in the numbers. With the isolation levels REPEATABLE READ and SERIALIZABLE the commit fails if
+        somebody else has published to the audience since the transaction began. Try the transaction again then.
 
         Args:
             transaction: An asyncpg or psycopg connection, or a session or connection of SQLAlchemy.
             publication: What to publish.
-            history: How much is kept of its audience; who only publishes, and wasn't told, reads in the transaction
-                what the nodes keep, at most every 10 s. It gets its place when the transaction is committed: until then
-                nobody waits for that, and what is rolled back leaves no hole. With the isolation of REPEATABLE READ or
-                SERIALIZABLE the commit fails, as always there, if somebody else has published to the audience since
-                the transaction began: try the transaction again.
+            history: How much is kept of its audience. If a publisher has no rules, it reads those of the nodes in the
+                transaction, at most every 10 s.
 
         Raises:
-            ConfigurationError: If the transaction is something else, or in another database, where nobody listens; or
-                if its role may not read what is kept.
-            MessageTooLarge: If it is larger than Postgres takes, or than `max_message_bytes`.
+            ConfigurationError: If `transaction` is something else, or is in another database, where nobody listens; or
+                if its role may not use the tables of the history.
+            MessageTooLarge: If the publication is larger than Postgres takes, or than `max_message_bytes`.
             EngineUnavailable: If the tables aren't there and can't be made now.
-            Exception: Whatever the driver of the transaction raises.
+            Exception: If the driver of the transaction raises it.
         """
         running = Transaction(transaction)
         if publication.message.size > self._max_message_bytes:  # the nodes would drop it
@@ -171,13 +182,13 @@ class PostgresEngine(KeepingEngine):
     async def _learn_in(self, running: Transaction) -> HistoryRules | None:
         now = time.monotonic()
         if self._learned is None or now - self._learned[0] >= _LEARN_SECONDS:
-            # An error of SQL would end the app's transaction, so it is asked first.
+            # An SQL error would end the app's transaction, so the permission is checked first.
             found = await running.fetch(self._history.may_learn_sql, {})
             rules = None
             if found == (False,):
                 raise ConfigurationError(
-                    f"postgres at {self.address}: nodes keep a history, and the transaction's role may not use its "
-                    f"tables; an administrator has to run: {self._history.grant_sql.format(role='<the role>')}"
+                    f"postgres at {self.address}: nodes keep a history, but the transaction's role may not use its "
+                    f"tables: an administrator has to run: {self._history.grant_sql.format(role='<the role>')}"
                 )
             if found == (True,):
                 row = await running.fetch(self._history.learn_sql, {})
@@ -189,7 +200,7 @@ class PostgresEngine(KeepingEngine):
         link = self._postgres_link
         if (link is None or not link.is_kept) and await running.fetch(self._history.exists_sql, {}) != (True,):
             raise EngineUnavailable(
-                f"the tables of the history aren't there yet: a node with history= makes them when it reaches "
+                f"the tables of the history aren't there yet: start a node with history= first, which makes them at "
                 f"postgres at {self.address}; nothing was sent"
             )
         return await running.fetch(
@@ -216,11 +227,11 @@ class PostgresEngine(KeepingEngine):
         return pack_row(parcel.name, row)
 
     async def _create_table(self) -> None:
-        # Not in the app's transaction, where it would be locked for everybody until that ends.
+        # Not in the app's transaction: there the table would be locked for everybody until the transaction ends.
         link = opened = self._postgres_link
         try:
             async with Patience(self._timing.request_timeout):
-                if link is None:  # an outage, or a publisher that has published in transactions only
+                if link is None:  # an outage, or a publisher that has only published in transactions
                     link = self.new_link()
                     await link.open()
                 await link.create_table()
@@ -230,7 +241,7 @@ class PostgresEngine(KeepingEngine):
             if is_bug(error):
                 raise
             raise EngineUnavailable(
-                f"postgres at {self.address} is out of reach, to make the table that a message over 7.5 kB needs;"
+                f"postgres at {self.address} is out of reach, so the table for messages over 7.5 kB can't be made;"
                 " nothing was sent"
             ) from error
         finally:
@@ -245,10 +256,10 @@ ACCEPTED = (
 
 
 class Transaction:
-    """The transaction that the app's own connection is in.
+    """The transaction that the app's connection is in.
 
-    What runs in it is committed or rolled back by the app, together with its own statements. With a driver that isn't
-    asynchronous, each statement blocks until it is answered.
+    The app commits or rolls back what runs in it, together with its own statements. With a synchronous driver each
+    statement blocks until it is answered.
 
     Args:
         connection: One of `ACCEPTED`.
@@ -265,12 +276,12 @@ class Transaction:
         """Run a statement and return its first row, if it has one.
 
         Args:
-            statement: SQL, with `{name}` where a value belongs; each name once, in the order of the values.
+            statement: SQL, with `{name}` in place of a value; each name once, in the order of the values.
             values: The values by name.
 
         Raises:
             ConfigurationError: If the connection is to a server that isn't Postgres.
-            Exception: Whatever the driver raises.
+            Exception: If the driver raises it.
         """
         if self._kind == "asyncpg":
             numbered = {name: f"${number}" for number, name in enumerate(values, 1)}
@@ -294,15 +305,15 @@ class Transaction:
         if self._kind == "sqlalchemy session":
             connection = await _done(connection.connection())
         if connection.dialect.name != "postgresql":
-            raise ConfigurationError(f"the transaction is one of {connection.dialect.name}, not of Postgres")
+            raise ConfigurationError(f"the transaction must be of Postgres, not of {connection.dialect.name}")
         text = sys.modules["sqlalchemy"].text
         result = await _done(connection.execute(text(sql), dict(values)))
         row = result.first() if result.returns_rows else None
         return None if row is None else tuple(row)
 
 
-# What to look for among a connection's types, so that one of the app's own that is derived from it will do: the
-# package that it is from, its name, how it is used.
+# The classes of connections: package and name, and how to use it. All base classes of a connection are looked at, so
+# that a subclass of the app will do.
 _KINDS = {
     ("asyncpg", "Connection"): "asyncpg",
     ("asyncpg", "PoolConnectionProxy"): "asyncpg",

@@ -1,19 +1,18 @@
-"""What is kept by Postgres: how it gets there, how it is read, and how what is too old goes."""
+"""Histories in Postgres: appending, reading, and removing what is too old."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from contextvars import Context
 from hashlib import blake2b
 from typing import Any
 
-from wsbroadcast.concurrency import Tasks
 from wsbroadcast.engines.broker.link import Entry, KeptParcel, Parcel, Stretch
 from wsbroadcast.engines.postgres.protocol import (
     Connection,
     PostgresError,
+    Turns,
     UndefinedTable,
     channel_of,
     drop,
@@ -29,14 +28,14 @@ from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Position
 
 OLDEST_VERSION = 13
-"""The oldest PostgreSQL that can keep: it made random ids and 64-bit transaction ids a part of the server."""
+"""The oldest PostgreSQL that can keep histories. Since it, random ids and 64-bit transaction ids are in the server."""
 
-# Seconds between two looks for what is too old; if there is more of it, the next publish looks again.
+# Seconds between two removals of what is too old. If more is left, the next publish removes again.
 _TRIM_SECONDS = 10.0
 
 
 def outgoing(parcel: KeptParcel, prefix: str, *, takes_unicode: bool) -> dict[str, object]:
-    """Return what goes into the outbox."""
+    """Return the row of a parcel for the outbox."""
     history = parcel.keep.history
     form, body = pack_kept(parcel, takes_unicode=takes_unicode)
     return {
@@ -53,7 +52,7 @@ def outgoing(parcel: KeptParcel, prefix: str, *, takes_unicode: bool) -> dict[st
 
 
 def _is_kept(parcel: KeptParcel) -> bool:
-    # The limit is one of the payload, behind the header.
+    # The limit is for the payload, which comes after the header.
     envelope, most = parcel.envelope, parcel.keep.history.max_kept_bytes
     return len(envelope) <= most or len(envelope) - envelope.find(b"\n") - 1 <= most
 
@@ -62,11 +61,11 @@ _ANY = History()
 
 
 class Batch:
-    """What is appended in one statement, as it takes it, and what it returns.
+    """The parcels of one append statement: its arguments, and its result.
 
     Args:
-        parcels: Those that are to be kept, and others that are sent between them.
-        notes: The channel and the notification of each that isn't kept; `None` for one that isn't sent.
+        parcels: Parcels that are to be kept, and others that are sent between them.
+        notes: The channel and the notification of each parcel that isn't kept; `None` for one that isn't sent.
         prefix: The engine's prefix.
         takes_unicode: Whether the database is in UTF-8.
     """
@@ -79,7 +78,7 @@ class Batch:
         self._counts = [0] * len(names)
         self._histories: list[History] = [_ANY] * len(names)
         self._rows: list[tuple[object, ...]] = []
-        # By parcel: where its row is, the index of its name, and whether it repeats one in this batch.
+        # By parcel: the place of its row, the index of its name, and whether it repeats another one of this batch.
         self._places: list[tuple[int, int, bool] | None] = []
         self._seen: dict[tuple[str, str], int] = {}
         for parcel, note in zip(parcels, notes, strict=True):
@@ -102,7 +101,7 @@ class Batch:
         self._rows.append(
             (
                 channel_of(name, prefix),
-                at + 1,  # arrays of Postgres begin at 1
+                at + 1,  # arrays begin at 1 in Postgres
                 self._counts[at],
                 form,
                 body,
@@ -115,13 +114,13 @@ class Batch:
 
     @property
     def arguments(self) -> Sequence[object]:
-        """What `HistoryTables.append_sql` takes."""
+        """The arguments of `HistoryTables.append_sql`."""
         messages, seconds, remember = zip(*((h.messages, h.seconds, h.remember) for h in self._histories), strict=True)
         *columns, keys = zip(*self._rows, strict=True)
         return [list(self._at), self._counts, messages, seconds, remember, *columns, keys if any(keys) else None]
 
     def appended(self, found: Any) -> list[Appended | None]:
-        """Return where each parcel is kept, by what the statement has returned."""
+        """Return where each parcel is kept, from the result of the statement."""
         epochs, bases, repeats = found
         tops = list(bases)
         positions: dict[int, Appended] = {}
@@ -144,12 +143,12 @@ class Batch:
 
 
 def _digest(key: str) -> bytes:
-    # Of any length, and of characters that a text of Postgres can't have.
+    # A key may be of any length, and may have characters that a text of Postgres can't have.
     return blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class Keeper:
-    """Appends, on the connection that publishes, and removes what is too old.
+    """Appends on the publishing connection, and removes what is too old.
 
     Args:
         tables: The tables.
@@ -161,7 +160,7 @@ class Keeper:
         self._where = where
         self._connection: Connection = None
         self._trim_at = 0.0
-        # The name of the counter up to which the last trim went.
+        # The name of the counter at which the last trim ended.
         self._trimmed = ""
 
     async def open(
@@ -174,18 +173,18 @@ class Keeper:
         is_made: bool,
         writes: bool,
     ) -> HistoryRules | None:
-        """Use this connection; make the tables if rules are given, and return the rules that hold.
+        """Use this connection; make the tables if rules are given, and return the rules that count.
 
         Args:
-            connection: The one that publishes.
-            role: Ours, as SQL has it.
-            rules: What is kept, if it is known here.
-            seconds: How long a statement may wait for a lock.
+            connection: The publishing connection.
+            role: The role of the connection, quoted for SQL.
+            rules: What is kept; `None` if it isn't known here.
+            seconds: How many seconds a statement may wait for a lock.
             is_made: Whether the tables are there.
-            writes: Whether the rules are written down.
+            writes: Whether to write the rules down.
 
         Raises:
-            ConfigurationError: If the server is too old, or our role may not.
+            ConfigurationError: If the server is too old, or the role lacks a permission.
         """
         self._connection = connection
         try:
@@ -209,8 +208,8 @@ class Keeper:
         version = self._connection.get_server_version().major
         if version < OLDEST_VERSION:
             raise ConfigurationError(
-                f"{self._where} is PostgreSQL {version}, and history needs {OLDEST_VERSION} or later: leave history= "
-                "out, or upgrade"
+                f"{self._where} is PostgreSQL {version}, and history needs {OLDEST_VERSION} or later: upgrade, or "
+                "leave history= out"
             )
         await self._connection.execute(self._tables.create_sql)
 
@@ -230,10 +229,10 @@ class Keeper:
         return before, is_permitted
 
     def _not_permitted(self, why: str, sql: str) -> ConfigurationError:
-        return ConfigurationError(f"{self._where}: {why}; history needs that an administrator runs: {sql}")
+        return ConfigurationError(f"{self._where}: {why}; for history=, an administrator has to run: {sql}")
 
     async def append(self, batch: Batch) -> list[Appended | None]:
-        """Keep, number and send, in one step.
+        """Keep, number and send the parcels of a batch in one step.
 
         Raises:
             Exception: If it is refused, or the connection is lost.
@@ -241,8 +240,8 @@ class Keeper:
         return batch.appended(await self._connection.fetchrow(self._tables.append_sql, *batch.arguments))
 
     async def trim(self) -> None:
-        """Remove some of what is too old, if it is time to."""
-        # With a publish, because there is always a next one: the engine's own echo.
+        """Remove some of what is too old, if that is due."""
+        # It is done with a publish. There is always a next one: the engine's own echo.
         now = time.monotonic()
         if now < self._trim_at:
             return
@@ -265,25 +264,22 @@ class Keeper:
 
 
 class Reader:
-    """Reads what is kept, on the connection that listens: that never waits for a large batch that is published.
+    """Reads what is kept, on the listening connection, which never waits for a large batch that is being published.
 
     Args:
         tables: The tables.
         where: The engine and its broker's address, for errors.
-        lock: Of the connection; asyncpg allows one operation at a time.
+        lock: The lock of the connection, because asyncpg allows one operation at a time.
     """
 
     def __init__(self, tables: HistoryTables, where: str, lock: asyncio.Lock) -> None:
         self._tables = tables
         self._where = where
-        self._lock = lock
-        self._connection: Connection = None
-        # Who asks may be cancelled, and a connection is of no use after a cancelled statement.
-        self._tasks = Tasks()
+        self._turns = Turns(lock)
 
     def open(self, connection: Connection) -> None:
         """Use this connection."""
-        self._connection = connection
+        self._turns.connection = connection
 
     async def read(self, name: str, since: int | None, history: History) -> Stretch:
         """Read what was kept under a name; see `KeepingLink.read_kept`."""
@@ -296,7 +292,7 @@ class Reader:
         base = top
         for entry in reversed(entries):
             if entry.offset != base:
-                break  # the one after it was too large to be kept
+                break  # the message after this one was too large to be kept
             base -= 1
         return Stretch(Position(epoch, top), entries, base)
 
@@ -311,25 +307,21 @@ class Reader:
         await self._fetch(self._tables.forget_sql, name)
 
     async def _fetch(self, sql: str, *arguments: object) -> Sequence[Any]:
-        found: list[Sequence[Any]] = []
-
-        async def fetch() -> None:
+        async def fetch(connection: Connection) -> Sequence[Any]:
             while True:
-                async with self._lock:
-                    rows = await self._connection.fetch(sql, *arguments)
+                rows: Sequence[Any] = await connection.fetch(sql, *arguments)
                 if rows and all(row[0] is not None for row in rows):
-                    break  # else somebody else has made an epoch meanwhile, which our statement didn't see
-            found.append(rows)
+                    return rows
+                # Another node has made an epoch meanwhile, which this statement didn't see.
 
         try:
-            await asyncio.shield(self._tasks.begin(fetch(), "engine history", Context()))
+            return await self._turns.run(fetch)
         except Exception as error:
-            # Of one that asyncpg itself has closed it tells nobody else. The next link makes missing tables anew.
-            if is_loss(error, self._connection) or isinstance(error, UndefinedTable):
-                drop(self._connection)
+            # If asyncpg itself has closed the connection, it tells nobody else. The next link makes missing tables.
+            if is_loss(error, self._turns.connection) or isinstance(error, UndefinedTable):
+                drop(self._turns.connection)
             raise EngineUnavailable(f"{self._where} can't be read now: {said(error)}") from error
-        return found[0]
 
     async def join(self) -> None:
-        """Wait until what was asked has ended, because the connection is gone."""
-        await self._tasks.join()
+        """Wait until all that was asked has ended. The connection is gone."""
+        await self._turns.join()

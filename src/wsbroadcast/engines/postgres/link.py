@@ -1,4 +1,4 @@
-"""One life of two connections to Postgres: one listens and reads large envelopes, one publishes."""
+"""The link to Postgres: one connection listens and reads large envelopes, another one publishes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from uuid import uuid4
 
 from wsbroadcast.concurrency import Patience, submit, wait_elsewhere
-from wsbroadcast.engines.broker.link import Inlet, KeepingLink, Parcel, Stretch
+from wsbroadcast.engines.broker.link import Inlet, Parcel, Stretch
+from wsbroadcast.engines.broker.presence import PresentLink
 from wsbroadcast.engines.postgres.history import Keeper, Reader
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
+from wsbroadcast.engines.postgres.presence import TablePresence
+from wsbroadcast.engines.postgres.presence_tables import PresenceTables
 from wsbroadcast.engines.postgres.protocol import (
     Connection,
     Note,
@@ -30,38 +33,43 @@ from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.options import Timing
 from wsbroadcast.publication import Position
 
-# A notification to ourselves takes this part of the time to connect, at most.
+# The test notification of a link to itself may take this part of the time to connect, at most.
 _ROUND_TRIP_PART = 1 / 2
 
-# Who waits for somebody else's lock is refused after this part of the time to publish: the connection isn't to blame.
+# A statement may wait for a lock for this part of the time to publish. It is refused then, and the connection is kept.
 _LOCK_PART = 1 / 2
 
-# A node that is gone without a word must not keep its session, whose unread notifications fill the server's queue; and
-# one that only listens is idle on purpose. From pg_settings, because older servers lack one or the other.
+# If a node vanishes, its session must end, because its unread notifications fill the server's queue. And a session that
+# only listens must not be ended for being idle. Read from pg_settings, because older servers lack some of the settings.
+# Two nodes that publish to one history wait for each other, whatever isolation level the database has by default.
 _SETTINGS = (
     "SELECT count(set_config(name, CASE name WHEN 'tcp_keepalives_idle' THEN '30' WHEN 'tcp_user_timeout' THEN '30s'"
-    " ELSE '0' END, false)), pg_backend_pid(), current_database(), quote_ident(current_user), pg_is_in_recovery(),"
-    # How many of the things are there that a history needs. As text[], because of name[] asyncpg would ask what it is.
+    " WHEN 'default_transaction_isolation' THEN 'read committed' ELSE '0' END, false)),"
+    " pg_backend_pid(), current_database(), quote_ident(current_user), pg_is_in_recovery(),"
+    # How many tables and functions of histories are there. They are passed as text[], because asyncpg would have to ask
+    # the server what name[] is.
     " (SELECT count(*) FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace"
     " WHERE n.nspname = $1 AND c.relname = ANY ($2::text[]::name[]))"
     " + (SELECT count(*) FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace"
     " WHERE n.nspname = $1 AND p.proname = ANY ($2::text[]::name[]))"
-    " FROM pg_settings WHERE name IN ('tcp_keepalives_idle', 'tcp_user_timeout', 'idle_session_timeout')"
+    " FROM pg_settings WHERE name IN ('tcp_keepalives_idle', 'tcp_user_timeout', 'idle_session_timeout',"
+    " 'default_transaction_isolation')"
 )
 
 
-class PostgresLink(KeepingLink):
-    """A connection to listen and one to publish, so that neither waits for a large envelope of the other.
+class PostgresLink(PresentLink):
+    """A connection to listen and another to publish, so that neither waits for a large envelope of the other.
 
     Args:
-        connect: Makes a connection, the same way each time.
+        connect: Makes a connection, in the same way each time.
         prefix: The engine's prefix.
-        table: Where large envelopes go.
+        table: The table for large envelopes.
         where: The engine and its broker's address, for logs and errors.
         timing: How long to wait for Postgres.
-        history: Where is kept what is kept.
-        rules: What is kept; `None` if that isn't known, or nothing is.
-        only_publishes: Whether nobody receives anything here.
+        history: The tables of histories.
+        presence: The tables of presence.
+        rules: What is kept; `None` if that isn't known, or if nothing is.
+        only_publishes: Whether this program receives nothing.
     """
 
     max_envelope_bytes = MAX_ENVELOPE_BYTES
@@ -74,6 +82,7 @@ class PostgresLink(KeepingLink):
         where: str,
         timing: Timing,
         history: HistoryTables,
+        presence: PresenceTables,
         rules: HistoryRules | None = None,
         *,
         only_publishes: bool = False,
@@ -84,7 +93,7 @@ class PostgresLink(KeepingLink):
         self._prefix = prefix
         self._where = where
         self._connections: list[Connection] = []
-        # Where the connections live, once it was opened.
+        # The event loop of the connections, once the link was opened.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._role = ""
         self._is_aborted = False
@@ -93,17 +102,21 @@ class PostgresLink(KeepingLink):
         self._history = history
         self._keeper = Keeper(history, where)
         self._reader = Reader(history, where, self._listener.lock)
+        locks = self._notifier.lock, self._listener.lock
+        self.presence: TablePresence = TablePresence(
+            presence, table, prefix, where, timing.request_timeout * _LOCK_PART, *locks
+        )
         self.is_kept = False
-        """Whether all that a history needs is there, once the link was open."""
+        """Whether all tables and functions of histories are there; known once the link was open."""
         self.is_open = False
-        """Whether it was opened and isn't aborted."""
+        """Whether the link was opened and isn't aborted."""
         self.database: str | None = None
-        """The database's name, once the link was open."""
+        """The database's name; known once the link was open."""
         self.takes_unicode = False
         """Whether the database is in UTF-8; known once the link was open."""
 
     async def open(self) -> None:
-        """Connect both at once, listen to the channel of other programs, and see whether a notification comes back."""
+        """Open both connections at once, listen to the channel of other programs, and test a notification."""
         self._loop = asyncio.get_running_loop()
         opened = await asyncio.gather(self._open_one(), self._open_one(), return_exceptions=True)
         for each in opened:
@@ -114,6 +127,7 @@ class PostgresLink(KeepingLink):
         (listening, pid), (publishing, _) = opened  # type: ignore[misc]  # no exception is left
         self._notifier.open(publishing, role=self._role, takes_unicode=self.takes_unicode)
         await self._listener.open(listening)
+        self.presence.open(listening, publishing, self._role)
         if self.rules is not None or (self.learns and self.is_kept):
             await self._open_history(listening, publishing)
         await self._check_round_trip(listening, is_pooled=pid != listening.get_server_pid())
@@ -145,8 +159,8 @@ class PostgresLink(KeepingLink):
         self._notifier.keep(self._keeper)
 
     async def _check_round_trip(self, listening: Connection, *, is_pooled: bool) -> None:
-        # A queue that is full, a NOTIFY that is forbidden, a LISTEN that is forgotten: better known now than at the
-        # first echo, when the outage was said to be over.
+        # The queue may be full, NOTIFY forbidden, or LISTEN forgotten by a pooler. It is better to know it now than at
+        # the first echo, when the outage has already been reported as over.
         came = asyncio.Event()
         token = f"{self._prefix}:link {uuid4().hex}"
 
@@ -162,14 +176,14 @@ class PostgresLink(KeepingLink):
         except TimeoutError:
             if is_pooled:
                 raise ConfigurationError(
-                    f"{self._where} is reached through a pooler in transaction mode, which forgets LISTEN; name the"
+                    f"{self._where} is reached through a pooler in transaction mode, which forgets LISTEN: name the"
                     " server itself, or the pooler's port for session mode"
                 ) from None
-            raise EngineUnavailable(f"{self._where} takes notifications and brings none") from None
+            raise EngineUnavailable(f"{self._where} takes notifications but delivers none") from None
         await listening.remove_listener(self._prefix, on_notification)
 
     async def read(self, inlet: Inlet) -> None:
-        """Hand over notes as they come, and read large envelopes."""
+        """Hand over notifications as they come, and read large envelopes."""
         await self._listener.read(inlet)
 
     async def subscribe(self, names: Sequence[str]) -> None:
@@ -181,28 +195,28 @@ class PostgresLink(KeepingLink):
         await self._listener.unsubscribe(names)
 
     async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
-        """Publish in one statement; what is too large for a note goes into a table."""
+        """Publish in one statement. Envelopes that are too large for a notification go into a table."""
         return await self._notifier.publish(parcels)
 
     async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
-        """Read by the connection that listens: it doesn't wait for what is published."""
+        """Read what was kept, on the listening connection, which doesn't wait for what is being published."""
         return await self._reader.read(name, since, history)
 
     async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
-        """Read by the connection that listens."""
+        """Read the newest positions, on the listening connection."""
         return await self._reader.positions(names, histories)
 
     async def forget(self, name: str) -> None:
-        """Remove rows and counter, so that the next who asks makes another epoch."""
+        """Remove the rows and the counter of a name. The next question for the name makes another epoch."""
         await self._reader.forget(name)
 
     async def create_table(self) -> None:
-        """Make the table for large envelopes, before somebody else's transaction needs it.
+        """Make the table for large envelopes, for a transaction of the app.
 
-        That transaction may run in another event loop than the link, of another thread.
+        The transaction may run in another event loop than the link, in another thread.
 
         Raises:
-            ConfigurationError: If our role may not.
+            ConfigurationError: If the role may not make it.
             Exception: If the connection is lost, or the link's event loop has ended.
         """
         if self._loop is None or self._loop is asyncio.get_running_loop():
@@ -211,31 +225,32 @@ class PostgresLink(KeepingLink):
             await wait_elsewhere(submit(self._notifier.create_table(), self._loop), self._loop)
 
     async def abort(self) -> None:
-        """Close both with a reset."""
+        """Close both connections with a reset."""
         self._is_aborted = True
         self.is_open = False
         self._listener.close()
         connections, self._connections = self._connections, []
         for connection in connections:
             drop(connection)
-        await asyncio.sleep(0)  # then the sockets are closed
+        await asyncio.sleep(0)  # the sockets are closed in the next turn of the loop
         await self._reader.join()
+        await self.presence.join()
 
 
-# Notes that wait for a large envelope of the same name, at most.
+# How many notifications may wait for a large envelope of the same name.
 _MAX_HELD_BACK = 10_000
 
 
 class Listener:
-    """Listens to a few channels, however many names are subscribed: names travel in the notes.
+    """Listens to a few channels for any number of names, because the notifications have the names in them.
 
-    Notes go to the inlet as they come. What comes behind a large envelope of the same name is held back until that is
-    read from the table; other names go on.
+    Notifications go to the inlet as they come. If a large envelope has to be read from a table, later notifications of
+    the same name are held back until then. Other names go on.
 
     Args:
         prefix: The engine's prefix.
-        table: Where large envelopes are.
-        history: Where large envelopes are that are kept.
+        table: The table for large envelopes.
+        history: The tables that have large envelopes that are kept.
     """
 
     def __init__(self, prefix: str, table: SpillTable, history: HistoryTables) -> None:
@@ -244,30 +259,30 @@ class Listener:
         self._history = history
         self._connection: Connection = None
         self.lock = asyncio.Lock()
-        """Of the connection, because asyncpg allows one operation at a time."""
+        """The lock of the connection, because asyncpg allows one operation at a time."""
         self._inlet: Inlet | None = None
         self._names: set[str] = set()
-        # How many of our names are on each channel that we listen to.
+        # How many subscribed names each of the listened channels has.
         self._channels: Counter[str] = Counter()
-        # By name, the notes behind a large envelope, with its own first; each with the time of what came before it.
+        # By name, the notification of a large envelope and all later ones, each with the time of the one before it.
         self._held_back: dict[str, deque[tuple[float, Note]]] = {}
         # When the last notification came.
         self._heard_at = 0.0
-        # Names whose first note is to be read from the table, or why the connection was lost.
+        # Names whose first large envelope is to be read from the table, or the reason why the connection was lost.
         self._to_read: asyncio.Queue[str | Exception] = asyncio.Queue()
 
     async def open(self, connection: Connection) -> None:
-        """Use this connection, and listen to what other programs publish."""
+        """Use this connection, and listen to the channel of other programs."""
         self._connection = connection
         self._heard_at = asyncio.get_running_loop().time()
         await connection.add_listener(self._prefix, self._on_notification)
 
     def close(self) -> None:
-        """Hand over nothing any more."""
+        """Hand over nothing from now on."""
         self._inlet = None
 
     def lost(self, _connection: Connection) -> None:
-        """End `read`: a connection is gone."""
+        """End `read`, because the connection is gone."""
         self._to_read.put_nowait(ConnectionError("Postgres ended the connection"))
 
     async def subscribe(self, names: Sequence[str]) -> None:
@@ -297,10 +312,10 @@ class Listener:
                     await self._connection.remove_listener(channel, self._on_notification)
 
     async def read(self, inlet: Inlet) -> None:
-        """Hand over what comes, until the connection is lost; what is held back then is missed.
+        """Hand over what comes, until the connection is lost. What is held back then is reported as missed.
 
         Raises:
-            Exception: Why it was lost.
+            Exception: Why the connection was lost.
         """
         self._inlet = inlet
         try:
@@ -323,14 +338,14 @@ class Listener:
         since, note = notes[0]
         envelope = await self._read_row(note, since, inlet)
         if self._held_back.get(name) is not notes:
-            return  # unsubscribed while it was read
+            return  # the name was unsubscribed meanwhile
         notes.popleft()
         if envelope is not None:
             inlet.take(name, envelope, note.place)
         while notes and (envelope := notes[0][1].envelope) is not None:
             inlet.take(name, envelope, notes.popleft()[1].place)
         if notes:
-            self._to_read.put_nowait(name)  # behind the other names that wait
+            self._to_read.put_nowait(name)  # after the other names that wait
         else:
             del self._held_back[name]
 
@@ -351,25 +366,25 @@ class Listener:
         if found is None:
             inlet.missed("a large message was gone from the table before it was read", since)
             return None
-        return found[0] or b""  # an empty envelope, as for one that is too large, is dropped and counted
+        return found[0] or b""  # an empty one stands for one that is too large; it is dropped and counted
 
     def _on_notification(self, _connection: Connection, _pid: int, channel: str, payload: str) -> None:
-        # Synchronous, because asyncpg runs each coroutine as a task of its own, in any order.
+        # A plain function: asyncpg would run each coroutine as its own task, in any order.
         inlet = self._inlet
         if inlet is None:
             return
         before, self._heard_at = self._heard_at, asyncio.get_running_loop().time()
         if is_row(payload):
-            self._table.expect_clean_up()  # also if it is for another node: some node has to remove it
+            self._table.expect_clean_up()  # also if the row is for another node, because some node has to remove it
         name = payload.partition(" ")[0]
         if name not in self._names:
-            if not name.startswith(f"{self._prefix}:"):  # else somebody else's audience
-                inlet.take(channel, b"")  # no name at all: dropped and counted
+            if not name.startswith(f"{self._prefix}:"):  # else it is for an audience of another node
+                inlet.take(channel, b"")  # it has no valid name: it is dropped and counted
             return
         try:
             note = unpack(payload)
         except ValueError:
-            note = Note(name)  # an empty envelope, which is dropped and counted
+            note = Note(name)  # it has an empty envelope, which is dropped and counted
         notes = self._held_back.get(name)
         if notes is not None:
             self._hold_back(before, note, notes, inlet)

@@ -33,7 +33,7 @@ from wsbroadcast.text import plain
 
 
 class _Letter(NamedTuple):
-    """A parcel as it is published."""
+    """A parcel in the form in which it is published."""
 
     channel: str
     note: str
@@ -42,11 +42,11 @@ class _Letter(NamedTuple):
 
 
 class Notifier:
-    """Publishes in one statement what it is given at once: all of it or nothing, in this order.
+    """Publishes the parcels of one call in one statement, in this order: all of them or nothing.
 
     Args:
         prefix: The engine's prefix.
-        table: Where large envelopes go.
+        table: The table for large envelopes.
         where: The engine and its broker's address, for logs and errors.
     """
 
@@ -57,10 +57,10 @@ class Notifier:
         self._connection: Connection = None
         self._role = ""
         self._takes_unicode = False
-        # Keeps what is to be kept; `None` where nothing is.
+        # Keeps what is to be kept; `None` if nothing is.
         self._keeper: Keeper | None = None
-        # asyncpg allows one operation at a time on a connection.
-        self._lock = asyncio.Lock()
+        self.lock = asyncio.Lock()
+        """The lock of the connection, because asyncpg allows one operation at a time."""
 
     def open(self, connection: Connection, *, role: str, takes_unicode: bool) -> None:
         """Use this connection, which is open for this role."""
@@ -73,10 +73,10 @@ class Notifier:
         self._keeper = keeper
 
     async def publish(self, parcels: Sequence[Parcel]) -> Sequence[Exception | Appended | None]:
-        """Publish parcels, and once in a while remove rows that everybody has read.
+        """Publish parcels, and sometimes remove rows that everybody has read.
 
         Returns:
-            For each parcel what it was refused with, where it is kept, or `None`.
+            For each parcel the error with which it was refused, where it is kept, or `None`.
 
         Raises:
             Exception: If the connection is lost.
@@ -85,11 +85,11 @@ class Notifier:
         others = [parcel for parcel in parcels if not isinstance(parcel, KeptParcel)] if kept else parcels
         letters = [self._letter(parcel) for parcel in others]
         large = [letter for letter in letters if letter.row is not None]
-        async with self._lock:
+        async with self.lock:
             try:
                 results = await (self._append(parcels, letters, large) if kept else self._publish(letters, large))
             except PostgresError as error:
-                # Of the history's tables: the next link makes them anew.
+                # If the tables of the history are gone, the next link makes them anew.
                 if is_loss(error, self._connection) or isinstance(error, UndefinedTable):
                     raise
                 return [await self._refused(error)] * len(parcels)
@@ -102,8 +102,8 @@ class Notifier:
         """Send one notification as it is.
 
         Raises:
-            ConfigurationError: If we may not.
-            Exception: If it is refused or the connection is lost.
+            ConfigurationError: If the role may not.
+            Exception: If it is refused, or the connection is lost.
         """
         try:
             await self._connection.execute(NOTIFY_ONE, channel, note)
@@ -116,7 +116,7 @@ class Notifier:
 
     async def _refused(self, error: PostgresError) -> EngineError:
         if is_full(error):
-            # To ask also removes what everybody has read, which a NOTIFY doesn't get to any more.
+            # This question also makes the server remove what everybody has read. A refused NOTIFY doesn't.
             await self._connection.execute("SELECT pg_notification_queue_usage()")
         return publish_error(error, self._where)
 
@@ -130,7 +130,7 @@ class Notifier:
     async def _append(
         self, parcels: Sequence[Parcel], letters: list[_Letter], large: list[_Letter]
     ) -> list[Exception | Appended | None]:
-        # Rows without a note do no harm, should the second statement be refused.
+        # If the second statement is refused, rows without a notification do no harm.
         refused: ConfigurationError | None = None
         if large:
             try:
@@ -163,7 +163,7 @@ class Notifier:
         return [None] * len(letters)
 
     async def _publish_small(self, letters: list[_Letter]) -> None:
-        if len(letters) == 1:  # spares the server a fifth of the time
+        if len(letters) == 1:  # this takes the server a fifth less time
             channel, note, *_ = letters[0]
             await self._connection.execute(NOTIFY_ONE, channel, note)
         else:
@@ -189,17 +189,17 @@ class Notifier:
         """Make the table for large envelopes.
 
         Raises:
-            ConfigurationError: If our role may not.
+            ConfigurationError: If the role may not make it.
             Exception: If the connection is lost.
         """
-        async with self._lock:
+        async with self.lock:
             try:
                 await self._create_table()
             except ConfigurationError:
                 raise
             except BaseException as error:
                 if is_loss(error, self._connection):
-                    drop(self._connection)  # which no other call can use any more, and nobody else is told
+                    drop(self._connection)  # no other call can use it any more, and nobody else is told
                 raise
 
     async def _create_table(self) -> None:
@@ -212,12 +212,12 @@ class Notifier:
 
     def _not_permitted(self, error: Exception) -> ConfigurationError:
         return ConfigurationError(
-            f"{self._where}: {said(error)}; a message over 7.5 kB needs a table, and an administrator can make it by:"
+            f"{self._where}: {said(error)}; for messages over 7.5 kB, which need a table, an administrator has to run:"
             f" {self._table.permit_sql} {self._role}"
         )
 
     async def _clean_up(self, published: int) -> None:
-        # With a publish, because there is always a next one: the engine's own echo.
+        # It is done with a publish. There is always a next one: the engine's own echo.
         if not self._table.begin_clean_up():
             return
         is_behind = has_more = False
@@ -245,23 +245,23 @@ def _rows(large: list[_Letter]) -> tuple[list[UUID | None], list[bytes]]:
 
 
 MAX_ENVELOPE_BYTES = 8 * 1024 * 1024
-"""The largest that goes in: what takes less than the timeout of a publish also over 100 Mbit/s."""
+"""The largest envelope, in bytes. Over 100 Mbit/s it still takes less time than the timeout of a publish."""
 
 KEPT_SECONDS = 60
-"""For which a row is kept: longer than any node takes to read it."""
+"""For how many seconds a row is kept: longer than any node takes to read it."""
 
 KEPT_IN_TRANSACTION_SECONDS = 900
-"""The same for a row that nobody can see before the app's own transaction ends."""
+"""The same for a row of the app's own transaction, which nobody can see before that ends."""
 
-# Rows that one clean-up removes, so that a publish which does it takes no longer than a moment.
+# How many rows one clean-up removes, so that the publish that does it takes only a moment.
 _CLEAN_UP_ROWS = 64
 
 _SCHEMA = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
 NOTIFY_ONE = "SELECT pg_notify($1, $2)"
 
-# One statement, so one transaction and one turn of the global lock that a commit with notifications takes. Rows of a
-# sub-select come in its order, so that is the order of the notifications; the count spares a row of result for each.
+# It is one statement, so there is one transaction, and one wait for the global lock that each commit with notifications
+# takes. The notifications have the order of the sub-select. The count avoids a result row for each of them.
 _NOTIFY = (
     "SELECT count(pg_notify(channel, note)) FROM (SELECT channel, note"
     " FROM unnest({}::text[], {}::text[]) WITH ORDINALITY AS notes (channel, note, place) ORDER BY place) AS ordered"
@@ -270,19 +270,19 @@ NOTIFY = _NOTIFY.format("$1", "$2")
 
 
 class SpillTable:
-    """One table per prefix. It is made when the first envelope needs it.
+    """The table for large envelopes. Each prefix has one, which is made when the first envelope needs it.
 
     It is unlogged: its rows live for a minute, and needn't be in the write-ahead log, in a backup or on a standby.
 
-    Every node is told of every row, also of those for other nodes, and removes those whose time is over. The time of
-    the next clean-up is kept here and not in a link, because rows outlive links.
+    Every node is told of every row, also of those for other nodes, and removes rows whose time is over. The time of the
+    next clean-up is kept here and not in a link, because rows outlive links.
 
     Args:
         prefix: The engine's prefix.
-        schema: The schema it is in; a fixed one, because nodes with other roles may have another search path.
+        schema: The table's schema. It is fixed, because nodes with other roles may have another search path.
 
     Raises:
-        ConfigurationError: If the schema's name isn't plain.
+        ConfigurationError: If the schema's name has other characters than letters, digits, - and _, or is too long.
     """
 
     def __init__(self, prefix: str, schema: str) -> None:
@@ -293,8 +293,8 @@ class SpillTable:
         definition = "(id uuid PRIMARY KEY, expires timestamptz NOT NULL, envelope bytea NOT NULL)"
         create = f"CREATE UNLOGGED TABLE IF NOT EXISTS {self.name} {definition}"
         self.permit_sql = f"{create}; GRANT SELECT, INSERT, DELETE ON {self.name} TO"
-        """What an administrator runs, but for the role."""
-        # Two that create it at once would collide, IF NOT EXISTS or not.
+        """The SQL for an administrator, without the role at its end."""
+        # Two statements that create it at once would collide, even with IF NOT EXISTS.
         self.create_sql = f"SELECT pg_advisory_xact_lock(hashtext('{self.name}')); {create}"
         self.read_sql = (
             f"SELECT CASE WHEN octet_length(envelope) <= $2 THEN envelope END FROM {self.name} WHERE id = $1"  # noqa: S608
@@ -306,7 +306,7 @@ class SpillTable:
             f" SELECT (SELECT count(*) FROM gone) >= {_CLEAN_UP_ROWS} + $1::int,"
             f" (SELECT count(*) FROM {self.name}) > (SELECT count(*) FROM gone)"
         )
-        """Takes how many rows more than usual to remove; tells whether there is more to remove, and more at all."""
+        """Takes how many rows more than usual to remove. Tells whether there are more to remove, and more at all."""
         self.spill_sql = (
             f"INSERT INTO {self.name} (id, expires, envelope)"  # noqa: S608
             f" SELECT id, clock_timestamp() + interval '{KEPT_SECONDS} s', envelope"
@@ -316,16 +316,16 @@ class SpillTable:
         self.publish_sql = f"WITH spilled AS ({self.spill_sql}) {_NOTIFY.format('$3', '$4')}"
         """Takes ids, envelopes, channels and texts."""
         self.exists_sql = f"SELECT to_regclass('{self.name}') IS NOT NULL"
-        """Tells whether the table is there, which is not an error in the server's log if it isn't."""
+        """Tells whether the table is there. If it isn't, the server's log has no error."""
         self.insert_sql = (
             f"INSERT INTO {self.name} (id, expires, envelope) VALUES (CAST({{id}} AS uuid), clock_timestamp()"  # noqa: S608
             f" + interval '{KEPT_IN_TRANSACTION_SECONDS} s', {{envelope}})"
         )
         """For the app's own transaction: takes `id` and `envelope`, which each driver writes in its own way."""
-        # By the monotonic clock. The first clean-up is for what processes before this one have left; `None` if we know
-        # of no rows.
+        # When to clean up next, by the monotonic clock; `None` if no rows are known. The first time is now, because
+        # earlier processes may have left rows.
         self._clean_up_at: float | None = time.monotonic()
-        # Until then there may be rows that a clean-up can't see: their transaction has not ended.
+        # Until then there may be rows that a clean-up can't see, because their transaction has not ended.
         self._unseen_until = 0.0
 
     def expect_clean_up(self) -> None:
@@ -334,12 +334,12 @@ class SpillTable:
             self._clean_up_at = time.monotonic() + KEPT_SECONDS + 1
 
     def expect_commit(self) -> None:
-        """Take note that there will be one if and when a transaction is committed."""
+        """Take note that there will be a row if a transaction is committed."""
         self._unseen_until = time.monotonic() + KEPT_IN_TRANSACTION_SECONDS + 1
         self.expect_clean_up()
 
     def begin_clean_up(self) -> bool:
-        """Return whether it is time to remove rows; somebody who then doesn't get to it tries again later."""
+        """Return whether it is time to remove rows. If that then fails, it is due again later."""
         now = time.monotonic()
         if self._clean_up_at is None or now < self._clean_up_at:
             return False
@@ -347,10 +347,10 @@ class SpillTable:
         return True
 
     def end_clean_up(self, *, is_behind: bool, has_more: bool) -> None:
-        """Say when to begin the next one.
+        """Set the time of the next clean-up.
 
         Args:
-            is_behind: Whether there are more rows that have had their time.
+            is_behind: Whether there are more rows whose time is over.
             has_more: Whether there are more rows at all.
         """
         now = time.monotonic()

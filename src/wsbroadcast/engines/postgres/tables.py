@@ -1,4 +1,4 @@
-"""The tables in which Postgres keeps, and the functions that keep, number and send in one step: all of it is SQL."""
+"""The tables of histories, and the functions that keep, number and send in one step. All of it is SQL."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from wsbroadcast.history import History, HistoryRules
 from wsbroadcast.logs import about, logger
 from wsbroadcast.text import plain
 
-# For which a row stays at least if its notification has only its place: longer than any node takes to read it.
+# A row whose notification has only its place stays so many seconds at least: longer than any node takes to read it.
 _LARGE_SECONDS = 60
 
-# For which a row stays at least if it has a key, however few messages are kept.
+# A row with a key stays so many seconds at least, however few messages are kept.
 _KEY_SECONDS = 300
 
-# Every so many appends under a name remove what is too many there, at most so many rows. More than a batch has parcels.
+# After each 32 appends under a name, rows beyond the limit are removed, at most 1000. No batch has so many parcels.
 _TRIM_EVERY, _TRIM_ROWS = 32, 1000
 
-# A part of the names of the functions: nodes of two versions of this library may run at the same time.
+# A part of the functions' names, because nodes with two versions of this library may run at the same time.
 _LAYOUT = 1
 
-# A random name, 72 bits in the letters of an epoch: the last bytes of a random UUID have no fixed bits.
+# A random epoch of 72 bits. It is made of the last bytes of random UUIDs, which have no fixed bits.
 _EPOCH = (
     "translate(encode(substring(uuid_send(gen_random_uuid()) FROM 11) || "
     "substring(uuid_send(gen_random_uuid()) FROM 14), 'base64'), '+/', '-_')"
 )
 
-# Which file the counters are in: another one if a dump was restored, whose counters go on where they once were.
+# The file of the counters. It is another one if a dump was restored, whose counters begin again at earlier numbers.
 _GENERATION = "pg_relation_filenode('{counters}')"
 
-# Unlogged: after a crash of the server, and on a standby that is promoted, they are empty. So every history that may
-# have lost something gets a new epoch. The rules are logged: who only publishes must find them then, too.
+# The tables are unlogged: after a crash of the server, and on a promoted standby, they are empty. So every history that
+# may have lost something gets a new epoch. The rules are logged: programs that only publish must find them even then.
 _TABLES = """
 CREATE UNLOGGED TABLE IF NOT EXISTS {counters} (
     name text COLLATE "C" PRIMARY KEY,
@@ -70,12 +70,12 @@ CREATE UNLOGGED TABLE IF NOT EXISTS {outbox} (
 CREATE INDEX IF NOT EXISTS {xids} ON {outbox} (xid);
 """
 
-# Keeps, numbers and sends a batch. Its counters are locked in the order of their names, so that two batches never wait
-# for each other; and until the commit, so that the order of the numbers is the order of the commits.
+# Keeps, numbers and sends a batch. Its counters are locked in the order of their names, so that two batches never block
+# each other. They are locked until the commit, so that the order of numbers is the order of commits.
 #
-# By name: names (each once, sorted), counts, messages, seconds, remembers. By parcel: channels; names_at, the index of
-# its name, null for a note that isn't kept; nths, which of its name's it is; forms and bodies, null if it doesn't fit
-# into a notification; envelopes, null if the body says the same; are_kept; keys.
+# Arguments by name: names (each once, sorted), counts, messages, seconds, remembers. Arguments by parcel: channels;
+# names_at, the index of its name, null if it isn't kept; nths, its number among the parcels of its name; forms and
+# bodies, null if it doesn't fit into a notification; envelopes, null if the body says the same; are_kept; keys.
 _APPEND = """
 CREATE OR REPLACE FUNCTION {append}(
     names text[], counts int[], messages int[], seconds float8[], remembers float8[],
@@ -160,8 +160,8 @@ BEGIN
 END $$;
 """
 
-# What a transaction of the app's own has put into the outbox is appended when it is committed, all of it at once: the
-# counters are locked for the moment of the commit, and in order. What is rolled back has taken no number.
+# Appends at the commit all that a transaction of the app has put into the outbox. So counters are locked only during
+# the commit, and in order. After a rollback no number was taken.
 _FLUSH = """
 CREATE OR REPLACE FUNCTION {flush}() RETURNS trigger LANGUAGE plpgsql AS $$
 #variable_conflict use_column
@@ -212,9 +212,8 @@ BEGIN
 END $$;
 """
 
-# Removes what is too old: some rows, and of some counters those that are remembered no longer. Neither waits for
-# somebody else's lock. The counters are gone through in the order of their names, because an index on the time would
-# make each append write to it.
+# Removes some rows that are too old, and some counters whose time is over. Neither waits for another one's lock. The
+# counters are checked in the order of their names: each append would have to write to an index on the time.
 _TRIM = """
 CREATE OR REPLACE FUNCTION {trim}(INOUT after text, OUT has_more boolean) LANGUAGE plpgsql AS $$
 DECLARE
@@ -241,14 +240,14 @@ BEGIN
 END $$;
 """
 
-# Last, because a table that lacks it would keep what is put into it.
+# Made last: if a table has no trigger, rows stay in it.
 _TRIGGER = """
 DROP TRIGGER IF EXISTS flush ON {outbox};
 CREATE CONSTRAINT TRIGGER flush AFTER INSERT ON {outbox} DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION {flush}();
 """
 
-# The counters that who asks is missing.
+# Makes the counters that a question misses.
 _MADE = """
     INSERT INTO {counters} (name, top, forget_at)
     SELECT a.name, 0, clock_timestamp() + a.remember * interval '1 second' FROM asked AS a
@@ -256,7 +255,7 @@ _MADE = """
     ON CONFLICT DO NOTHING RETURNING name, epoch, top
 """
 
-# Number and rows are seen at one moment, in one statement.
+# It is one statement, so that number and rows are of one moment.
 _READ = """
 WITH asked AS (SELECT $1::text AS name, $2::float8 AS remember), made AS ({made}),
     found AS (SELECT epoch, top FROM {counters} WHERE name = $1 UNION ALL SELECT epoch, top FROM made)
@@ -277,8 +276,8 @@ _ROW = """
 SELECT CASE WHEN octet_length(envelope) <= $3 THEN envelope END FROM {history} WHERE epoch = $1 AND place = $2
 """
 
-# Writes the rules if there are some and others stand there; says what stood there, and whether our role may do what it
-# has to. Nobody waits for a lock longer than we wait for an answer.
+# Writes the rules, if there are any and they differ from those in the table. Returns those that were there, and whether
+# the role has all permissions. No statement waits for a lock longer than its caller waits for an answer.
 _OPEN = """
 WITH before AS (SELECT rules, generation FROM {rules}), written AS (
     INSERT INTO {rules} (rules, generation) SELECT $1::text, {generation}
@@ -292,7 +291,7 @@ SELECT (SELECT rules FROM before), (SELECT generation <> {generation} FROM befor
 )
 """
 
-# Without their counters the rows are of no history any more.
+# Without their counters, rows belong to no history any more.
 _RENEW = """
 WITH renewed AS (UPDATE {rules} SET generation = {generation} WHERE generation <> {generation} RETURNING id)
 DELETE FROM {counters} WHERE EXISTS (SELECT FROM renewed)
@@ -300,7 +299,7 @@ DELETE FROM {counters} WHERE EXISTS (SELECT FROM renewed)
 
 
 class HistoryTables:
-    """The tables and functions of one prefix as SQL has them. Nothing in their names needs an escape.
+    """The SQL for the tables and functions of one prefix. Their names need no escapes.
 
     Args:
         prefix: The engine's prefix.
@@ -309,11 +308,11 @@ class HistoryTables:
 
     def __init__(self, prefix: str, schema: str) -> None:
         self.schema = plain(schema)
-        """Where they are."""
+        """The schema that they are in."""
         tables = {"history": "history", **{each: f"history_{each}" for each in ("counters", "outbox", "rules")}}
         functions = {each: f"history_{each}_{_LAYOUT}" for each in ("append", "flush", "forget", "trim")}
         self.parts = [f"{prefix}_{name}" for name in (*tables.values(), *functions.values())]
-        """What has to be there, by name."""
+        """The names of all that has to be there."""
         names = {each: f'"{self.schema}"."{prefix}_{name}"' for each, name in (tables | functions).items()}
         names |= {each: f'"{prefix}_history_{each}"' for each in ("expires", "keys", "xids")}
         numbers = {"key_seconds": _KEY_SECONDS, "large_seconds": _LARGE_SECONDS}
@@ -325,24 +324,24 @@ class HistoryTables:
         names |= {"made": sql(_MADE), "generation": sql(_GENERATION)}
 
         self.tables = [names[each] for each in ("history", "counters", "outbox")]
-        """What a role has to be allowed to read and to write."""
-        # All of it or nothing, and not twice at once: IF NOT EXISTS doesn't keep two apart.
+        """The tables that a role must be allowed to read and to write."""
+        # All is made or nothing. The lock keeps two nodes apart, because IF NOT EXISTS doesn't.
         self.create_sql = f"SELECT pg_advisory_xact_lock(hashtext('{names['history']}'));" + "".join(
             map(sql, (_TABLES, _APPEND, _FLUSH, _FORGET, _TRIM, _TRIGGER))
         )
-        """Makes what isn't there; an administrator may run it, too."""
+        """Makes what isn't there yet. An administrator may run it, too."""
         made = "" if self.schema == "public" else f'CREATE SCHEMA IF NOT EXISTS "{self.schema}"; '
         self.permit_sql = f'{made}GRANT USAGE, CREATE ON SCHEMA "{self.schema}" TO {{role}}'
-        """What lets a role make them."""
+        """Lets a role make them."""
         self.grant_sql = (
             f'GRANT USAGE ON SCHEMA "{self.schema}" TO {{role}}; GRANT SELECT, INSERT, UPDATE, DELETE ON'
             f" {', '.join(self.tables)}, {names['rules']} TO {{role}}"
         )
-        """What lets a role use them."""
+        """Lets a role use them."""
         self.open_sql, self.renew_sql = sql(_OPEN), sql(_RENEW)
         self.read_sql, self.positions_sql, self.row_sql = sql(_READ), sql(_POSITIONS), sql(_ROW)
         self.may_learn_sql = sql("SELECT has_table_privilege(to_regclass('{rules}'), 'SELECT')")
-        """Null if nobody keeps anything."""
+        """Tells whether the role may read the rules; null if there are none."""
         self.learn_sql = sql("SELECT rules FROM {rules}")
         self.exists_sql = sql("SELECT to_regclass('{outbox}') IS NOT NULL")
         self.append_sql = sql("SELECT * FROM {append}($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)")
@@ -354,15 +353,15 @@ class HistoryTables:
             + ", ".join(f"{{{value}}}" for value in values) + ") RETURNING current_database()"
         )  # fmt: skip
         """For the app's own transaction: takes what `outgoing` returns, which each driver writes in its own way."""
-        # The rules that others had written, of which the log was told.
+        # The rules of other nodes that were logged last.
         self._warned_of: str | None = None
 
     def compare(self, rules: HistoryRules, before: str, where: str) -> None:
-        """Warn, once for each, of other rules that stood there."""
+        """Log a warning, once for each, if other rules were there before."""
         if before != self._warned_of and before != rules.to_json().decode():
             self._warned_of = before
             logger.warning(
-                "%s: another node keeps other histories, %s; now it is %r",
+                "%s: another node keeps other histories: %s there, %r from now on",
                 where,
                 before,
                 rules,

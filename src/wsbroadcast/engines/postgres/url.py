@@ -1,4 +1,4 @@
-"""From a URL to what asyncpg connects with."""
+"""Makes the arguments of `asyncpg.connect` from a URL."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from wsbroadcast.engines.postgres.protocol import ARGUMENTS, Connection, connect
 from wsbroadcast.exceptions import ConfigurationError, kind_of
 
 SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg", "postgresql+psycopg")
-"""Those of libpq, and those of SQLAlchemy, so that one URL serves the app's database too."""
+"""The schemes of libpq and of SQLAlchemy, so that the app's database can have the same URL."""
 
 _FILES = {"sslcert", "sslcrl", "sslkey", "sslrootcert"}
 
-# What asyncpg reads from a URL itself, and the two settings of a server that are of use here.
+# The options that asyncpg reads from a URL itself, and two settings of the server that are of use here.
 _USED = _FILES | {
     "application_name",
     "gsslib",
@@ -34,8 +34,8 @@ _USED = _FILES | {
     "target_session_attrs",
 }
 
-# What the app's own connections may need and ours don't, of libpq, asyncpg, psycopg, SQLAlchemy and Prisma: how long to
-# wait and what to prepare is ours to say.
+# The options of libpq, asyncpg, psycopg, SQLAlchemy and Prisma that have no effect here, but that the app's own
+# connections may need. The engine itself decides how long to wait and what to prepare.
 _UNUSED = {
     "async_fallback",
     "channel_binding",
@@ -57,6 +57,9 @@ _UNUSED = {
     "tcp_user_timeout",
 }
 
+# What is in the URL of a manager; from_url has taken it out.
+_OURS = {"fail_fast", "prefix", "schema"}
+
 _PLACE = re.compile(r"(?:\[(?P<v6>[^][]+)\]|(?P<name>[^][:]*))(?::(?P<port>[0-9]{1,5}))?")
 
 _PORT = 5432
@@ -64,12 +67,12 @@ _PORT = 5432
 
 @dataclass(frozen=True)
 class Target:
-    """Where Postgres is, and how to get in."""
+    """Where Postgres is, and how to log in."""
 
     address: str
     """Hosts, ports and the database, for logs and errors: without user and password."""
     hosts: Sequence[tuple[str, int]]
-    """Names or unix sockets, with ports; if there are none, asyncpg looks in the usual places."""
+    """Names or unix sockets, with ports. If it is empty, asyncpg looks in the usual places."""
     options: Mapping[str, Any] = field(repr=False)
     """The other arguments of `asyncpg.connect`."""
     files: Mapping[str, str]
@@ -79,12 +82,12 @@ class Target:
         """Make a connection.
 
         Args:
-            turn: Which attempt this is: each begins with another host, because one that doesn't answer takes all the
-                time that there is.
+            turn: The number of the attempt. Each attempt begins with another host, because a host that doesn't answer
+                takes all the time that there is.
 
         Raises:
-            ConfigurationError: If a file isn't there; asyncpg doesn't say which.
-            Exception: What asyncpg raises if it gets no connection.
+            ConfigurationError: If a file isn't there. asyncpg wouldn't say which.
+            Exception: If asyncpg gets no connection. It is asyncpg's error.
         """
         self._check_files()
         if not self.hosts:
@@ -97,7 +100,9 @@ class Target:
     def _check_files(self) -> None:
         for option, path in self.files.items():
             if not os.path.isfile(path):
-                raise ConfigurationError(f"the option {option} of Postgres names no file: {path!r:.200}")
+                raise ConfigurationError(
+                    f"the option {option} of Postgres names a file that isn't there: {path!r:.200}"
+                )
 
 
 def split_url(url: URL, ours: set[str]) -> tuple[str, dict[str, str]]:
@@ -115,15 +120,15 @@ def split_url(url: URL, ours: set[str]) -> tuple[str, dict[str, str]]:
 def read_url(url: URL, more: Mapping[str, Any]) -> Target:
     """Read a URL of libpq or SQLAlchemy.
 
-    What it doesn't say comes from where libpq has it from: `PGHOST`, `PGUSER`, `~/.pgpass` and so on.
+    What the URL doesn't say is taken from where libpq takes it: `PGHOST`, `PGUSER`, `~/.pgpass` and so on.
 
     Args:
         url: The URL.
         more: Further arguments of `asyncpg.connect`, such as an `ssl.SSLContext` or a function that returns a password.
 
     Raises:
-        ConfigurationError: If it makes no sense. Neither the URL nor a part of it but the name of an option is
-            repeated: a password that isn't quoted may end up in any of them.
+        ConfigurationError: If the URL makes no sense. The error repeats no part of it except the name of an option,
+            because an unquoted password may be in any part.
     """
     parts = _parsed(url)
     query = _query(parts.query)
@@ -152,17 +157,21 @@ def _parsed(url: URL) -> SplitResult:
         raise ConfigurationError("the URL of Postgres can't be parsed") from None
     if parts.scheme not in SCHEMES:
         raise ConfigurationError(f"a URL of Postgres begins with {', '.join(f'{each}://' for each in SCHEMES)}")
-    if parts.fragment or "@" in parts.path or "@" in parts.query:  # else a part of a password could be one of these
+    if (
+        parts.fragment or "@" in parts.path or "@" in parts.query
+    ):  # else one of these parts might be a piece of a password
         raise ConfigurationError("the URL of Postgres has a #, /, ? or @ that must be written %23, %2F, %3F or %40")
     return parts
 
 
 def _query(text: str) -> dict[str, str]:
     query = dict(parse_qsl(text, keep_blank_values=True))
-    if "ssl" in query:  # as SQLAlchemy has it
+    if "ssl" in query:  # SQLAlchemy's name for it
         query["sslmode"] = query.pop("ssl")
     known = _USED | _UNUSED | {"database", "dbname", "host", "password", "port", "user"}
     for name in query:
+        if name in _OURS:
+            raise ConfigurationError(f"{name} is an argument of PostgresEngine, and not in its URL")
         if name not in known:
             raise ConfigurationError(f"the Postgres engine has no option {name!r:.40}")
     return {name: value for name, value in query.items() if name not in _UNUSED}
@@ -201,10 +210,10 @@ def _target(
     if not isinstance(more.get("server_settings", {}), Mapping):
         raise ConfigurationError(f"server_settings is a dict, not {kind_of(more['server_settings'])}")
     if len(hosts) > 1:
-        query.setdefault("target_session_attrs", "primary")  # a standby has no LISTEN
+        query.setdefault("target_session_attrs", "primary")  # a standby can't LISTEN
     settings = {"application_name": query.pop("application_name", "wsbroadcast")}
     if query:
-        options["dsn"] = f"postgresql:///?{urlencode(query)}"  # some of them are not arguments
+        options["dsn"] = f"postgresql:///?{urlencode(query)}"  # some of them can't be given as arguments
     options |= {**more, "server_settings": settings | dict(more.get("server_settings", {}))}
     files = {name: value for name, value in query.items() if name in _FILES and value}
     return Target(_address(hosts, str(options.get("database", ""))), hosts, options, files)

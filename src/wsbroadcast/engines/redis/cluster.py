@@ -1,13 +1,13 @@
-"""The link to a cluster of Redis: a pair of connections for each shard."""
+"""The link to a Redis cluster: two connections to each shard."""
 
 from __future__ import annotations
 
 import random
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from wsbroadcast.engines.broker.link import Host, Inlet, Parcel
 from wsbroadcast.engines.redis.link import Answer, Pair, RedisLink, together
@@ -16,15 +16,12 @@ from wsbroadcast.engines.redis.target import key_slot
 from wsbroadcast.exceptions import ConfigurationError
 from wsbroadcast.history import Appended
 
-T = TypeVar("T")
-
-# A sentinel or a node of a cluster that hasn't answered after this part of the time to connect is left out: there are
-# others.
+# A node of the cluster that hasn't answered after this part of the time to connect is left out, because others may.
 _ASK_PART = 1 / 3
 
 
 class Slots(NamedTuple):
-    """A range of the cluster's hash slots, and who serves it."""
+    """A range of the cluster's hash slots, and the node that serves it."""
 
     first: int
     last: int
@@ -32,20 +29,20 @@ class Slots(NamedTuple):
 
 
 class ClusterLink(RedisLink):
-    """Publishes and receives each name at the node that serves its hash slot, so its order is the same for everybody.
+    """Publishes and receives each name at the node that serves its hash slot, so the order is the same for all.
 
-    It is lost as a whole when a connection is, or when a slot moves: the next one learns who serves what now. The echo
-    of the supervisor sees only one node, so every connection to receive is tried by itself.
+    When one connection is lost, or a slot moves, the whole link is lost. The next link asks the cluster again. The
+    supervisor's echo passes only one node, so each receiving connection is pinged too.
     """
 
-    # Ranges of slots in their order, where each begins, and the connections to who serves them; once it is open.
+    # Set once the link is open: the ranges of slots in order, their first slots, and the connections to their nodes.
     _slots: Sequence[Slots] = ()
     _firsts: Sequence[int] = ()
     _pairs: Mapping[Host, Pair] = MappingProxyType({})
 
     async def open(self) -> None:
-        """Learn who serves which slots, connect to each, and see whether we may do everything that we will do."""
-        # Without a name the second command does nothing, and is unknown where there is no sharded pub/sub.
+        """Ask which node serves which slots, connect to each, and check all permissions that are needed."""
+        # SUNSUBSCRIBE without a name does nothing. It is unknown to servers without sharded pub/sub.
         answers = await self.ask_all(self.target.access, self._needs, pack("CLUSTER", "SLOTS"), pack("SUNSUBSCRIBE"))
         is_sharded = not any(isinstance(answer.replies[1], ErrorReply) for answer in answers)
         answer = random.choice(answers)  # noqa: S311  # each time another: one may be behind the others
@@ -53,7 +50,7 @@ class ClusterLink(RedisLink):
         self._firsts = [each.first for each in self._slots]
         pairs = {each.host: self.new_pair(each.host, is_sharded=is_sharded) for each in self._slots}
         self._pairs = pairs
-        # Enough names that nearly every node serves one.
+        # So many names that nearly every node serves one.
         names = [f"{self.probe}:{number}" for number in range(8 * len(pairs))]
         probes = {self.pair_of(name): name for name in names}
         await self.open_pairs({pair: probes.get(pair) for pair in pairs.values()})
@@ -65,14 +62,14 @@ class ClusterLink(RedisLink):
         await together(self.wait_lost(), *map(self.watch, self._pairs.values()))
 
     async def look_at(self, pair: Pair) -> None:
-        """See whether the connection to receive is alive, too."""
+        """Check that the receiving connection is alive, too."""
         await pair.listener.ping()
         await super().look_at(pair)
 
     async def subscribe(self, names: Sequence[str]) -> None:
         """Subscribe with one command for each slot, and wait for each confirmation."""
         grouped = self._grouped(names)
-        refusals = await together(*(_refusal(pair.listener.subscribe(groups)) for pair, groups in grouped))
+        refusals = await together(*(_refusal(pair, groups) for pair, groups in grouped))
         for refusal in filter(None, refusals):
             raise refusal
 
@@ -102,8 +99,13 @@ class ClusterLink(RedisLink):
             raise ConnectionError(f"no node of the cluster {self.target.address} serves the slot {slot}")
         return self._pairs[self._slots[at].host]
 
+    @property
+    def pairs(self) -> Collection[Pair]:
+        """The connections to each node that serves slots."""
+        return self._pairs.values()
+
     def _grouped(self, names: Sequence[str]) -> list[tuple[Pair, list[list[str]]]]:
-        # A command takes names of one slot only.
+        # A command takes only names of one slot.
         by_slot: dict[int, list[str]] = defaultdict(list)
         for name in names:
             by_slot[key_slot(name.encode())].append(name)
@@ -113,10 +115,11 @@ class ClusterLink(RedisLink):
         return list(by_pair.items())
 
 
-async def _refusal(subscribing: Coroutine[Any, Any, None]) -> ConfigurationError | None:
-    # Returned, because an error would end what the other nodes are asked, and their answers would come all the same.
+async def _refusal(pair: Pair, groups: list[list[str]]) -> ConfigurationError | None:
+    # The error is returned. If it was raised, the questions to the other nodes would end, but their answers would still
+    # come.
     try:
-        await subscribing
+        await pair.listener.subscribe(groups)
     except ConfigurationError as refusal:
         return refusal
     return None
@@ -128,7 +131,7 @@ def _slots(answer: Answer) -> list[Slots]:
     for each in answer.replies[0] if isinstance(answer.replies[0], list) else ():
         match each:
             case [int(first), int(last), [name, int(port), *_], *_]:
-                # Without a name it is the one that was asked.
+                # A node without a name is the one that was asked.
                 known = name.decode() if isinstance(name, bytes) else ""
                 found.append(Slots(first, last, Host(known if known not in ("", "?") else answer.host.name, port)))
     if not found:

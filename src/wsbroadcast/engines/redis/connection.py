@@ -1,8 +1,9 @@
 """One connection to a Redis server.
 
-redis-py connects, speaks TLS and authenticates; then the transport is ours. Its own reader costs seven times as much
-for each message, and it ends a connection by sending what is left in the buffers, which after a partition would arrive
-late. In here nothing reconnects, tries again or runs as a task, so a call that is cancelled leaves nothing behind.
+redis-py connects, speaks TLS and authenticates. After that this module has the transport. redis-py's own reader takes
+seven times as long for each message. And when redis-py closes a connection, what is left in buffers is still sent;
+after a network partition that would arrive late. Nothing here reconnects, tries again or runs as a task, so a cancelled
+call leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from wsbroadcast.engines.redis.target import (
 )
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 
-# Answers of a server that can't do it now, or is no longer the right one: look for it again.
+# Answers of a server that is no longer the right one, or not ready: find the right server again.
 _WRONG_SERVER = {"ASK", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MOVED", "READONLY", "TRYAGAIN"}
 
-# Answers of a server that does nothing now, and is the right one.
+# Answers of the right server, if it can't do anything now.
 _BUSY = {"BUSY", "MISCONF", "NOREPLICAS", "NOSCRIPT", "OOM"}
 
-# Answers of a server that doesn't let us.
+# Answers of a server that refuses the user.
 _REFUSED = {"DENIED", "NOAUTH", "NOPERM", "WRONGPASS"}
 
-# OpenSSL's codes for a certificate that is good, for another host name or IP address.
+# OpenSSL's codes for a certificate that is valid, but for another host name or IP address.
 _OTHER_NAMES = {62, 64}
 
 
 class Wire(asyncio.Protocol, ABC):
-    """What both kinds of connection have in common.
+    """The base of both kinds of connection.
 
     Args:
-        access: How to get in.
-        host: Where; `None` for a unix socket.
-        needs: The permissions that we need, as in `ACL SETUSER`.
+        access: How to connect and log in.
+        host: The server's address; `None` for a unix socket.
+        needs: The permissions that the user needs, as in `ACL SETUSER`.
         lost: Called once when the connection has ended, with the reason.
     """
 
@@ -57,10 +58,10 @@ class Wire(asyncio.Protocol, ABC):
         self._access = access
         self._host = host
         self.needs = needs
-        """The permissions that we need, as in `ACL SETUSER`."""
+        """The permissions that the user needs, as in `ACL SETUSER`."""
         self._lost = lost
         self._replies = ReplyReader()
-        # redis-py's, which knows nothing of what happens after it has authenticated.
+        # redis-py's connection. It isn't used any more after it has authenticated.
         self._connection: Any = None
         self._transport: asyncio.Transport | None = None
         self._error: Exception | None = None
@@ -69,8 +70,8 @@ class Wire(asyncio.Protocol, ABC):
         """Connect and authenticate.
 
         Raises:
-            ConfigurationError: If the server refuses us.
-            Exception: redis-py's, if it can't be reached.
+            ConfigurationError: If the server refuses the user or the options.
+            Exception: An error of redis-py, if the server can't be reached.
         """
         self._access.load_certificates()
         self._connection = self._access.connection(self._host)
@@ -86,10 +87,10 @@ class Wire(asyncio.Protocol, ABC):
                 raise unreal(self._connection)
             self._transport.set_protocol(self)
             return
-        raise refusal  # out here, where redis-py's error isn't its context: who prints that prints the server's words
+        raise refusal  # raised here, so that redis-py's error, which repeats the server's words, isn't its context
 
     def _refusal(self, error: RedisError) -> Exception | None:
-        # Over a unix socket redis-py hides the error in another; while it connects, every error.
+        # redis-py hides the error in another one while it connects, and over a unix socket always.
         for each in (error, error.__cause__, error.__context__):
             if isinstance(each, Exception) and is_bug(each):
                 return each
@@ -100,51 +101,53 @@ class Wire(asyncio.Protocol, ABC):
             if isinstance(each, ssl.SSLCertVerificationError):
                 why = f"has a certificate that isn't trusted ({each.verify_message})"
                 is_for_another = each.verify_code in _OTHER_NAMES
-                what = (
-                    "it has to hold for that name" if is_for_another else "the option ssl_ca_certs names whom to trust"
-                )
+                what = "it has to name that host" if is_for_another else "give the option ssl_ca_certs a CA to trust"
                 return ConfigurationError(f"Redis at {self.where} {why}: {what}")
         return None
 
     async def _greet(self, connection: Any) -> None:
-        # redis-py calls this when there is a socket, before it authenticates. No public name leads to the transport.
+        # redis-py calls this once there is a socket, before it authenticates. There is no public way to the transport.
         transport = getattr(connection._writer, "transport", None)
-        if hasattr(transport, "set_protocol"):  # by name: uvloop's transports are not asyncio's classes
+        if hasattr(transport, "set_protocol"):  # uvloop's transports are not of asyncio's classes
             self._transport = cast(asyncio.Transport, transport)
             no_linger(self._transport)
             await connection.on_connect()
 
     async def drop(self) -> None:
-        """End it now; nothing that is still in a buffer is sent. Idempotent."""
+        """End the connection now. Nothing that is still in a buffer is sent. It may be called twice."""
         self._end(ConnectionAbortedError(f"the connection to {self.where} was dropped"))
         if self._connection is not None:
-            await self._connection.disconnect(nowait=True)  # else it says when collected that it wasn't closed
+            await self._connection.disconnect(
+                nowait=True
+            )  # else redis-py warns, when it is garbage-collected, that it wasn't closed
 
     def explain(self, error: Exception) -> Exception:
-        """Say what an error of the server means to us; a `ConnectionError` means that it is the wrong one by now."""
+        """Return the exception for an error reply: a `ConnectionError` if this is no longer the right server."""
         code = error.code if isinstance(error, ErrorReply) else ""
-        text = str(error).partition(", with args")[0]  # of an unknown command they are repeated, a password too
+        text = str(error).partition(", with args")[0]  # an unknown command's arguments are repeated, also a password
         if code in _WRONG_SERVER or "max number of clients" in text:
             return ConnectionError(f"Redis at {self.where} answers {text}")
         if code in _REFUSED or not code:
             user = f"the user {self._access.user!r}"
+            if isinstance(error, AuthenticationError):
+                return ConfigurationError(f"Redis at {self.where} refuses {user} ({text}): check user and password")
             return ConfigurationError(f"Redis at {self.where} refuses {user} ({text}), who needs {self.needs}")
         if code in _BUSY:
             return EngineUnavailable(f"Redis at {self.where} answers {text}; nothing was sent")
         return EngineError(f"Redis at {self.where} answers {text}")
 
-    # What the transport calls.
+    # For the transport.
 
     def data_received(self, data: bytes) -> None:
-        """Take every reply that is complete now."""
+        """Take all replies that are complete now."""
         try:
             for reply in self._replies.feed(data):
                 self._take(reply)
-        except Exception as error:  # not Redis, or an error of ours: what comes next can't be understood
+        except Exception as error:  # this isn't Redis, or a bug of ours: the rest can't be understood
             self._end(error)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """End it."""
+        """End the connection."""
         self._end(error or ConnectionResetError(f"Redis at {self.where} closed the connection"))
 
     @abstractmethod
@@ -153,7 +156,7 @@ class Wire(asyncio.Protocol, ABC):
 
     @abstractmethod
     def _refuse(self, error: Exception) -> None:
-        """Tell everybody who waits for answers that none will come, or none but this."""
+        """Tell all callers that wait for answers that none will come, except this error."""
 
     def _write(self, commands: bytes) -> None:
         if self._error is not None:
@@ -171,18 +174,18 @@ class Wire(asyncio.Protocol, ABC):
 
 
 class Asker(Wire):
-    """Commands and their answers, in the same order."""
+    """A connection for commands. Answers come in the order of the commands."""
 
     def __init__(self, access: Access, host: Host | None, needs: str, lost: Callable[[Exception], None]) -> None:
         super().__init__(access, host, needs, lost)
-        # How many answers each question has, and who waits for them; the oldest first. Who was cancelled stays, because
-        # the answers come all the same.
+        # How many answers each question has, and the future of its caller; the oldest first. A cancelled one stays,
+        # because its answers still come.
         self._questions: deque[tuple[int, asyncio.Future[list[Reply]]]] = deque()
-        # To the oldest question.
+        # The answers to the oldest question so far.
         self._answers: list[Reply] = []
 
     async def ask(self, *commands: bytes) -> list[Reply]:
-        """Send commands in one go; return their answers, errors too. Questions needn't wait for each other.
+        """Send commands in one go; return their answers, also errors. A second question needn't wait for the first.
 
         Raises:
             Exception: If the connection is lost.
@@ -207,18 +210,18 @@ class Asker(Wire):
             _, answered = self._questions.popleft()
             if not answered.done():
                 answered.set_exception(error)
-                answered.exception()  # looked at, in case who waits is being cancelled
+                answered.exception()  # marked as retrieved, in case the caller is being cancelled
 
 
 class Subscriber(Wire):
-    """Subscriptions, and what is published to them.
+    """A connection for subscriptions, and for what is published to them.
 
     Args:
-        access: How to get in.
-        host: Where; `None` for a unix socket.
-        needs: The permissions that we need, as in `ACL SETUSER`.
+        access: How to connect and log in.
+        host: The server's address; `None` for a unix socket.
+        needs: The permissions that the user needs, as in `ACL SETUSER`.
         lost: Called once when the connection has ended, with the reason.
-        is_sharded: Use the commands of sharded pub/sub.
+        is_sharded: Whether to use the commands of sharded pub/sub.
     """
 
     def __init__(
@@ -236,21 +239,21 @@ class Subscriber(Wire):
         self._subscribe = letter + b"subscribe"
         self._unsubscribe = letter + b"unsubscribe"
         self.inlet: Inlet | None = None
-        """Where messages go."""
-        # The call that waits for confirmations.
+        """Takes the messages; `None` until somebody reads."""
+        # The future of the call that waits for confirmations.
         self._waiting: asyncio.Future[None] | None = None
-        # Which confirmations are to come: of each command those of its names, or one error for all of them.
+        # The confirmations that are still to come. Each command gets one for each name, or one error for all names.
         self._awaited = b""
         self._unconfirmed: deque[set[bytes]] = deque()
-        # The first of these errors.
+        # The first error among them.
         self._first_error: ErrorReply | None = None
         self._pong = asyncio.Event()
 
     async def subscribe(self, groups: Iterable[Sequence[str]]) -> None:
-        """Subscribe to groups of names, with one command for each group; return when each name is confirmed.
+        """Subscribe to groups of names, with one command for each group; return when all names are confirmed.
 
         Raises:
-            ConfigurationError: If the server forbids a name, when every other group is answered too.
+            ConfigurationError: If the server forbids a name. It is raised once all groups are answered.
             Exception: If the connection is lost.
         """
         await self._change(self._subscribe, groups)
@@ -286,7 +289,7 @@ class Subscriber(Wire):
         if isinstance(reply, list):
             kind = reply[0]
             if kind == self._message:
-                # Before somebody reads only the probe is subscribed, and other nodes try the same name.
+                # Until somebody reads, only the probe is subscribed. Other nodes publish to the same probe.
                 if self.inlet is not None:
                     self.inlet.take(cast(bytes, reply[1]).decode(), cast(bytes, reply[2]))
             elif kind == b"pong":
@@ -307,13 +310,13 @@ class Subscriber(Wire):
             if not self._unconfirmed[0]:
                 self._end_command()
         elif kind == self._subscribe and self.inlet is not None:
-            # Something between us and Redis has reconnected and subscribed again.
+            # A proxy between this node and Redis has reconnected and subscribed again.
             self.inlet.missed("the broker confirmed a subscription again")
         elif kind == self._unsubscribe:
-            raise ConnectionResetError(f"Redis at {self.where} ended a subscription")  # its slot moved, in a cluster
+            raise ConnectionResetError(f"Redis at {self.where} ended a subscription")  # in a cluster: its slot moved
 
     def _end_command(self) -> None:
-        # Not at the first error: what the others are answered would be taken for answers to the next question.
+        # The call doesn't end at the first error: the other answers would be taken for those to the next question.
         self._unconfirmed.popleft()
         if self._unconfirmed:
             return
@@ -325,4 +328,4 @@ class Subscriber(Wire):
     def _refuse(self, error: Exception) -> None:
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(error)
-            self._waiting.exception()  # looked at, in case who waits is being cancelled
+            self._waiting.exception()  # marked as retrieved, in case the caller is being cancelled

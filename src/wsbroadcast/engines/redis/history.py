@@ -1,12 +1,13 @@
-"""What Redis keeps of what is published: in one step numbered, kept and sent, by a script.
+"""What Redis keeps of what is published. A script numbers, keeps and sends each envelope in one step.
 
 Each name has two keys in its slot. The *position* is a hash: the epoch `e`, the offset of the newest envelope `s`, and
 the generation `g` of the server that made the epoch. The *stream* holds the newest envelopes, each with the id
-`<offset>-<milliseconds since 1970, by the server>`. The position outlives the stream, because who comes back to a quiet
-name has missed nothing.
+`<offset>-<milliseconds since 1970, by the server>`. The position lives longer than the stream. So a client that comes
+back to a quiet name is told that it missed nothing.
 
-A server's generation is its replication id, which changes with every start and every promotion. What was confirmed
-before may be lost then, so the epoch changes too: offsets alone can't show that the newest are others by now.
+A server's generation is its replication id, which changes with every start and every promotion. Then envelopes may be
+lost that were confirmed before, so the epoch changes too. Offsets alone can't show that the newest envelopes are others
+now.
 """
 
 from __future__ import annotations
@@ -24,35 +25,35 @@ from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.logs import about, logger
 from wsbroadcast.publication import Position
 
-# Larger numbers Lua doesn't count exactly, and Redis doesn't take as a time.
+# Lua doesn't count larger numbers exactly, and Redis doesn't take them as a time.
 _MOST = 2**53
 
-# How much one call of the script that reads returns, about: nobody else is served meanwhile.
+# About how many bytes one call of the reading script returns. The server does nothing else meanwhile.
 _PAGE_BYTES = 4 * 1024 * 1024
 
-# Positions that are asked for at once, so that what is published meanwhile waits for some of them only.
+# How many positions are asked for at once. What is published meanwhile then waits for only some of them.
 _ASK_POSITIONS = 500
 
-# Names whose commands are remembered, because an append needs one each time; past this many, the memory is emptied.
+# For how many names the commands are remembered, because each append needs one. Past this many, all are dropped.
 _REMEMBERED = 8192
 
 _INFO = pack("INFO", "replication")
 
-# What is kept while a link tries whether anything is.
+# How much is kept when a link tests whether the server keeps anything.
 _SHORT = History(messages=1, seconds=1, remember=1)
 
-# What a server puts before and after an error that was raised inside a script.
+# The text that a server puts before and after an error that was raised inside a script.
 _AROUND = re.compile(
     r"^(ERR Error running script \(call to f_[0-9a-f]+\): @user_script: *\d+: )?(@user_script: *\d+: )?-?"
     r"| script: ([0-9a-f]{40}, )?on @user_script:\d+\.$"
 )
 
-# What a server says inside a script instead of NOPERM.
+# How a server words NOPERM inside a script.
 _FORBIDDEN = re.compile(r"^(ERR )?(ACL failure in script: |(?=The user executing the script can't ))")
 
-# How a script begins. ARGV: the generation as it was last seen, milliseconds to remember the position; the last is a
-# fresh epoch. The server is asked for its generation where the one we know differs from what stands here: either may be
-# the old one.
+# The beginning of each script. ARGV: the generation as it was last seen, and milliseconds to remember the position; the
+# last one is a fresh epoch. If that generation differs from the stored one, either may be old, so the script asks the
+# server for its generation.
 _SETTLE = """
 local call, stream, position = redis.call, KEYS[1], KEYS[2]
 local known = call('HMGET', position, 'e', 'g', 's')
@@ -68,11 +69,12 @@ if not epoch or known[2] ~= ARGV[1] then
 end
 """
 
-# KEYS: stream, position, and for an idempotency key where its position is remembered. ARGV goes on with: milliseconds
-# to keep the stream, PUBLISH or SPUBLISH, the name, how many envelopes are kept (0: not this one), the envelope up to
-# the last brace of its header, and the rest of it. Returns `<epoch>:<offset>`, and behind that `:1` for a repeat.
-# The first command that writes is refused if memory is short, and those after it aren't: all or nothing. The name is no
-# key: it has the slot of the keys, and while that moves to another node a name among the keys would stop everything.
+# KEYS: stream, position, and for an idempotency key the key that remembers its position. ARGV goes on with:
+# milliseconds to keep the stream, PUBLISH or SPUBLISH, the name, how many envelopes are kept (0: not this one), the
+# envelope up to the last brace of its header, and the rest of the envelope. It returns `<epoch>:<offset>`, with `:1`
+# added for a repeat. If memory is short, Redis refuses the first command that writes, but none after it. So all is done
+# or nothing. The name is not in KEYS, although it has their slot: while the slot moves to another node, a name in KEYS
+# would stop every append.
 _APPEND = (
     _SETTLE
     + """
@@ -106,7 +108,7 @@ return place
 """
 )
 
-# A position that somebody asks for is remembered on: connections that stay in a quiet channel know it, too.
+# A position that somebody asks for is remembered longer, because connections in a quiet channel know it too.
 _POSITION = (
     _SETTLE
     + """
@@ -114,9 +116,10 @@ if call('PTTL', position) < ARGV[2] / 2 then call('PEXPIRE', position, ARGV[2]) 
 """
 )
 
-# ARGV goes on with: the lowest and the highest id, and how many. Returns beside the position the time, the places
-# `<offset>-<milliseconds>-<size>` of the envelopes, the newest first, the envelopes in one text, and whether there is
-# more: one text, because a list of many would be read from its beginning with each piece that comes.
+# ARGV goes on with: the lowest and the highest id, and how many envelopes. It returns the position, the time, the
+# places of the envelopes as `<offset>-<milliseconds>-<size>`, the newest first, then all envelopes in one text, and
+# whether there are more. It is one text, because a long list would be parsed from its beginning with each piece that
+# arrives.
 _READ = (
     _POSITION
     + """
@@ -149,8 +152,8 @@ class Script:
     """
 
     def __init__(self, text: str) -> None:
-        text = re.sub(r"\n *", "\n", text)  # it travels
-        # By its text the first time in each batch, else after a restart or a SCRIPT FLUSH the server wouldn't know it.
+        text = re.sub(r"\n *", "\n", text)  # shorter, because it is sent often
+        # The first call of each batch sends the text. After a restart or SCRIPT FLUSH the server doesn't know the hash.
         self._calls = ("EVALSHA", sha1(text.encode()).hexdigest()), ("EVAL", text)  # noqa: S324  # what Redis calls it
 
     def call(self, keys: Sequence[str], *arguments: str | bytes, is_first: bool) -> bytes:
@@ -158,7 +161,7 @@ class Script:
         return pack(*self._calls[is_first], b"%d" % len(keys), *keys, *arguments)
 
     def head(self, keys: Sequence[str], *arguments: str | bytes, more: int, is_first: bool) -> bytes:
-        """Return the beginning of the command, behind which so many more arguments are written."""
+        """Return the beginning of the command. The caller appends `more` arguments to it."""
         begun = self.call(keys, *arguments, is_first=is_first)
         return b"*%d%b" % (len(keys) + len(arguments) + more + 3, begun[begun.index(b"\r") :])
 
@@ -170,29 +173,30 @@ _Begun = dict[str, tuple[History, bytes]]
 
 
 class Keeper:
-    """What one server keeps.
+    """Reads and writes what one server keeps.
 
     Args:
-        asker: The connection to it.
-        prefix: What the names begin with.
-        verb: The command that publishes.
+        asker: The connection to the server.
+        prefix: The beginning of all names.
+        verb: The command that publishes: PUBLISH or SPUBLISH.
     """
 
     def __init__(self, asker: Asker, prefix: str, verb: str) -> None:
         self._asker = asker
         self._prefix = prefix
-        self._verb = verb
-        # The server's, as it was last seen; empty before `learn`.
-        self._generation = ""
-        # How an append begins, by its name; the second for the first of a batch.
+        self.verb = verb
+        """The command that publishes."""
+        self.generation = ""
+        """The generation of the server as it was last seen; empty before `learn`."""
+        # The beginning of an append's command, by name: for later appends of a batch, and for the first.
         self._known: tuple[_Begun, _Begun] = {}, {}
 
     async def learn(self) -> None:
         """Find out the generation of the server.
 
         Raises:
-            ConfigurationError: If it says none.
-            ConnectionError: If it is a replica, which takes nothing.
+            ConfigurationError: If the server doesn't tell it.
+            ConnectionError: If the server is a replica, which takes nothing.
         """
         (answer,) = await self._asker.ask(_INFO)
         self._take_generation(answer)
@@ -201,24 +205,26 @@ class Keeper:
         if isinstance(answer, ErrorReply):
             error = self.explain(answer)
             if isinstance(error, ConfigurationError):
-                raise ConfigurationError(f"{error}; history= needs +info, to see whether what was kept may be lost")
+                raise ConfigurationError(
+                    f"{error}; history= needs +info, as presence= does: it shows whether what was kept may be lost"
+                )
             raise error
         found = re.search(rb"\bmaster_replid:([0-9a-f]{40})\b", answer if isinstance(answer, bytes) else b"")
         if found is None:
             raise ConfigurationError(
-                f"Redis at {self._asker.where} says no master_replid in INFO replication, by which history= sees "
+                f"Redis at {self._asker.where} has no master_replid in INFO replication, by which history= sees "
                 "whether what was kept may be lost: connect to the server itself, or leave history= out"
             )
         assert isinstance(answer, bytes)
         if re.search(rb"\brole:slave\b", answer):
-            raise ConnectionError(f"Redis at {self._asker.where} is a replica, which keeps nothing of ours")
+            raise ConnectionError(f"Redis at {self._asker.where} is a replica, which takes no writes")
         generation = found[1].decode()
-        if generation != self._generation:
-            self._generation = generation
+        if generation != self.generation:
+            self.generation = generation
             self._known = {}, {}
 
     def trial(self, probe: str | None) -> list[bytes]:
-        """Return commands that show whether the server keeps anything, under a name of no audience."""
+        """Return commands that test, with a name of no audience, whether the server keeps anything."""
         if probe is None:
             return [_INFO]
         parcel, fresh = KeptParcel(probe, b'{"v":1}\n', Keep(_SHORT)), new_epoch()
@@ -226,10 +232,10 @@ class Keeper:
         return [_INFO, *appends, self._read(probe, None, "+", 1, fresh, _SHORT)]
 
     def take_trial(self, answers: Sequence[Reply]) -> None:
-        """Take the answers.
+        """Take the answers of the trial.
 
         Raises:
-            ConfigurationError: If it keeps nothing; not if it only takes nothing now.
+            ConfigurationError: If the server can't keep anything. It isn't raised if it only takes nothing now.
         """
         for answer in answers[:1]:
             self._take_generation(answer)
@@ -241,11 +247,23 @@ class Keeper:
                 if not isinstance(error, EngineUnavailable):
                     raise ConfigurationError(f"{error}: history= needs scripts and streams, from Redis 5 on")
 
+    async def ask(self, *commands: bytes) -> list[Reply]:
+        """Send commands in one go; return their answers.
+
+        Raises:
+            Exception: If an answer is an error. It is made of the first one by `explain`.
+        """
+        answers = await self._asker.ask(*commands)
+        for answer in answers:
+            if isinstance(answer, ErrorReply):
+                raise self.explain(answer)
+        return answers
+
     # Appending.
 
     async def ready(self) -> None:
-        """Find out what has to be known before anything is asked."""
-        if not self._generation:
+        """Find out the server's generation if it isn't known yet."""
+        if not self.generation:
             await self.learn()
 
     def append(self, parcel: KeptParcel, fresh: bytes, *, is_first: bool) -> bytes:
@@ -254,7 +272,7 @@ class Keeper:
         Args:
             parcel: The parcel.
             fresh: An epoch that no history has yet.
-            is_first: Whether nothing was kept before in the same batch.
+            is_first: Whether this is the first append of the batch.
         """
         name, envelope = parcel
         history, key = parcel.keep
@@ -271,7 +289,7 @@ class Keeper:
             if len(self._known[is_first]) >= _REMEMBERED:
                 self._known[is_first].clear()
             self._known[is_first][name] = history, begun
-        # What differs from one parcel to the next.
+        # The part that differs from one parcel to the next.
         return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n" % (
             *(begun, end, envelope[:end]),
             *(size, envelope[end:], len(fresh), fresh),
@@ -282,14 +300,14 @@ class Keeper:
         history, key = parcel.keep
         return APPEND.head(
             self._keys(name) if key is None else (*self._keys(name), f"{self._prefix}:key:{{{name}}}:{key}"),
-            *(self._generation, _ms(history.remember), _ms(history.seconds), self._verb, name),
+            *(self.generation, _ms(history.remember), _ms(history.seconds), self.verb, name),
             str(min(messages, _MOST)),
             more=3,
             is_first=is_first,
         )
 
     def appended(self, answer: Reply) -> Appended:
-        """Take the answer."""
+        """Read the answer to an append."""
         if isinstance(answer, bytes):
             epoch, _, rest = answer.decode().partition(":")
             offset, _, repeat = rest.partition(":")
@@ -300,7 +318,7 @@ class Keeper:
     # Reading.
 
     async def read(self, name: str, since: int | None, history: History) -> Stretch:
-        """Read what was kept under a name after an offset, and how far it goes back without a hole."""
+        """Read what was kept under a name after an offset, and from which offset on it is complete."""
         await self.ready()
         found: list[Entry] = []
         top, high, has_more = None, "+", True
@@ -311,21 +329,21 @@ class Keeper:
             if top is None:
                 top = position
             elif position.epoch != top.epoch:
-                return await self.read(name, since, history)  # it was forgotten meanwhile
+                return await self.read(name, since, history)  # the history was removed meanwhile
             found += entries
             high = str(found[-1].offset - 1) if found else ""
         assert top is not None
         base = top.offset
         for entry in found:
             if entry.offset != base:
-                break  # the one after it was too large to be kept, or more than the last few were removed
+                break  # the next one was too large to be kept, or more than the last few were removed
             base -= 1
         return Stretch(top, found[::-1], base)
 
     def _read(self, name: str, since: int | None, high: str, few: int, fresh: str, history: History) -> bytes:
         low = "-" if since is None else str(since + 1)
         most = str(min(few, _MOST))
-        known = self._generation, _ms(history.remember)
+        known = self.generation, _ms(history.remember)
         return READ.call(self._keys(name), *known, low, high, most, fresh, is_first=True)
 
     def _page(self, answer: Reply) -> tuple[Position, list[Entry], bool]:
@@ -351,9 +369,7 @@ class Keeper:
             fresh = new_epoch()
             some = zip(names[start : start + _ASK_POSITIONS], histories[start:], strict=False)
             commands = [
-                POSITION.call(
-                    self._keys(name), self._generation, _ms(history.remember), f"{fresh}{at}", is_first=not at
-                )
+                POSITION.call(self._keys(name), self.generation, _ms(history.remember), f"{fresh}{at}", is_first=not at)
                 for at, (name, history) in enumerate(some)
             ]
             for answer in await self._asker.ask(*commands):
@@ -363,20 +379,21 @@ class Keeper:
         return found
 
     async def forget(self, name: str) -> None:
-        """Remove what is kept under a name; who asks next makes a new epoch."""
-        (answer,) = await self._asker.ask(pack("DEL", *self._keys(name)))
-        if isinstance(answer, ErrorReply):
-            raise self.explain(answer)
+        """Remove what is kept under a name. The next command for this name makes a new epoch."""
+        await self.ask(pack("DEL", *self._keys(name)))
 
     def explain(self, answer: ErrorReply) -> Exception:
-        """Say what an error means to us, as `Asker.explain`; it may be one from inside a script."""
+        """Return the exception for an error reply, as `Asker.explain` does. It may come from inside a script."""
         error = ErrorReply(_FORBIDDEN.sub("NOPERM ", _AROUND.sub("", str(answer))))
-        if error.code in ("ASK", "TRYAGAIN"):  # not MOVED, which tells that we don't know any more who serves what
+        if error.code in (
+            "ASK",
+            "TRYAGAIN",
+        ):  # not MOVED, after which the link must ask again which node has which slot
             return EngineUnavailable(f"Redis at {self._asker.where} is moving a slot to another node; nothing was sent")
         return self._asker.explain(error)
 
     def _keys(self, name: str) -> tuple[str, str]:
-        # The name in braces gives them the name's slot; no name has braces itself.
+        # The braces give the keys the name's slot. No name has braces itself.
         return f"{self._prefix}:history:{{{name}}}", f"{self._prefix}:position:{{{name}}}"
 
 
@@ -385,34 +402,34 @@ def _ms(seconds: float) -> str:
 
 
 class Written:
-    """The rules that stand at the broker; the same for all links of an engine.
+    """The rules that are written at the broker. All links of an engine share this object.
 
     Args:
-        prefix: What the names begin with.
+        prefix: The beginning of all names.
     """
 
     def __init__(self, prefix: str) -> None:
         self.key = f"{prefix}:histories"
-        """Where they stand."""
-        # Those of others, as they were read last.
+        """The key that has the rules."""
+        # The rules of other nodes, as they were read last.
         self._others: HistoryRules | None = None
-        # What the log was told of last.
+        # What the last line in the log was about.
         self._told: object = None
 
     def questions(self, rules: HistoryRules | None) -> list[bytes]:
-        """Return commands that read what stands there, and write ours."""
+        """Return commands that read the rules at the broker, and write ours."""
         question = pack("GET", self.key)
         return [question] if rules is None else [question, pack("SET", self.key, rules.to_json())]
 
     def again(self, rules: HistoryRules) -> bytes:
-        """Return the command that writes ours where nothing stands any more."""
+        """Return the command that writes our rules if there are none any more."""
         return pack("SET", self.key, rules.to_json(), "NX")
 
     def take(self, answers: Sequence[Reply], rules: HistoryRules | None, keeper: Keeper) -> HistoryRules | None:
-        """Take the answers; return ours, or else those of others.
+        """Take the answers; return our rules, or else those of other nodes.
 
         Raises:
-            ConfigurationError: If we have some, and may not write them.
+            ConfigurationError: If we have rules, and may not write them.
         """
         for answer in answers:
             if isinstance(answer, ErrorReply):
@@ -420,23 +437,23 @@ class Written:
                 if rules is not None and not isinstance(error, EngineError):
                     raise error
                 logger.info(
-                    "who keeps what, in %s, can't be read or written (%s); that needs +get",
+                    "the rules of histories in %s can't be read or written (%s): that needs +get",
                     self.key,
                     error,
                     extra=about("history.rules_unknown", engine="redis"),
                 )
-                return rules or self._others  # of a server that isn't ready yet, those of before
+                return rules or self._others  # the server isn't ready yet: the rules that were read before
         found, self._others = answers[0], None
         if not isinstance(found, bytes) or (rules is not None and found == rules.to_json()):
             return rules
         try:
             others = self._others = HistoryRules.from_json(found)
         except ConfigurationError as error:
-            self._warn(found, f"{error}; who only publishes keeps nothing until it is removed")
+            self._warn(found, f"{error}; programs that only publish keep nothing until it is removed")
             return rules
         if rules is not None:
             self._warn(
-                found, f"other nodes keep something else: {others} there, {rules} here; the last to start is believed"
+                found, f"another node keeps other histories: {others} there, {rules} here; the last to start decides"
             )
         return rules or others
 

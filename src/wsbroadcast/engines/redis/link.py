@@ -1,22 +1,25 @@
-"""The links to Redis: to one server, which sentinels may have to name first, and to a cluster."""
+"""The links to Redis: the base of all, and the link to one server, which sentinels may have to name first."""
 
 from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
 from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from wsbroadcast.concurrency import Patience
 from wsbroadcast.engines.broker.history import new_epoch
-from wsbroadcast.engines.broker.link import Host, Inlet, KeepingLink, KeptParcel, Link, Parcel, Stretch
+from wsbroadcast.engines.broker.link import Host, Inlet, KeptParcel, Link, Parcel, Stretch
+from wsbroadcast.engines.broker.names import AudienceNames
+from wsbroadcast.engines.broker.presence import PresentLink
 from wsbroadcast.engines.redis.connection import Asker, Subscriber, Wire
 from wsbroadcast.engines.redis.history import Keeper, Written
+from wsbroadcast.engines.redis.presence import Held, RedisPresence, Servers
 from wsbroadcast.engines.redis.protocol import ErrorReply, Reply, pack
-from wsbroadcast.engines.redis.target import Access, Target
+from wsbroadcast.engines.redis.target import TO_BE_PRESENT, Access, Target
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
 from wsbroadcast.history import Appended, History, HistoryRules
 from wsbroadcast.options import Timing
@@ -24,40 +27,47 @@ from wsbroadcast.publication import Position
 
 T = TypeVar("T")
 
-# A sentinel or a node of a cluster that hasn't answered after this part of the time to connect is left out: there are
-# others.
+# A sentinel, or a node of a cluster, that hasn't answered after this part of the time to connect is left out, because
+# others may.
 _ASK_PART = 1 / 3
 
 
 class Answer(NamedTuple):
-    """What one of several servers has answered."""
+    """The answer of one of several servers."""
 
     host: Host
     replies: list[Reply]
 
 
-class RedisLink(KeepingLink):
-    """What the links of Redis have in common: some connections, all of them lost when one is.
+class RedisLink(PresentLink):
+    """The base of the links to Redis. A link has several connections, and is lost when one of them is.
 
     Args:
         target: Where to connect, and how.
-        prefix: What the names begin with.
+        prefix: The beginning of all names.
+        names: The names of audiences.
         timing: How long to wait for Redis.
-        max_envelope_bytes: The largest envelope that we will publish. Redis takes 512 MiB, but by default it cuts off
-            every subscriber for whom more than 32 MiB wait, so a single envelope of 31 MiB would cost all nodes a gap.
-        rules: What is kept; `None` if that isn't known, or nothing is.
-        written: What is known of the rules that stand at the broker.
-        only_publishes: Whether nobody receives anything here.
+        max_envelope_bytes: The largest envelope that is published, in bytes. Redis takes 512 MiB. But by default it
+            disconnects each subscriber for which more than 32 MiB wait, so one envelope of 31 MiB would cost all nodes
+            a gap.
+        rules: What is kept; `None` if that isn't known, or if nothing is.
+        written: What is known of the rules that are written at the broker.
+        held: The lease that this node holds.
+        only_publishes: Whether this program receives nothing.
     """
+
+    keeps_without_rules = True
 
     def __init__(
         self,
         target: Target,
         prefix: str,
+        names: AudienceNames,
         timing: Timing,
         max_envelope_bytes: int,
         rules: HistoryRules | None,
         written: Written,
+        held: Held,
         *,
         only_publishes: bool = False,
     ) -> None:
@@ -66,20 +76,43 @@ class RedisLink(KeepingLink):
         self.timing = timing
         """How long to wait for Redis."""
         self.target = target
-        """Where we connect."""
+        """Where to connect, and how."""
         self.probe = f"{prefix}:probe"
-        """The name by which is tried whether we may publish and subscribe; no audience has it."""
+        """A name of no audience, with which the permissions to publish and subscribe are tested."""
         self._prefix = prefix
-        # What this node writes down, and what is known of the others.
+        # The rules that this node writes down.
         self._ours = rules if self.writes else None
         self._written = written
         self._needs = target.permissions(prefix, keeps=rules is not None)
         self._wires: list[Wire] = []
+        self._keeps_presence = False
         self._loss: Exception | None = None
         self._lost = asyncio.Event()
+        servers = Servers(self._keeper_of, self._keepers, self._lose, is_cluster=target.kind == "cluster")
+        self.presence = RedisPresence(prefix, names, servers, held)
+
+    def _keeper_of(self, name: str) -> Keeper:
+        self._announce_needs()
+        return self.pair_of(name).keeper
+
+    def _keepers(self) -> Sequence[Keeper]:
+        self._announce_needs()
+        return [pair.keeper for pair in self.pairs]
+
+    def _announce_needs(self) -> None:
+        # Errors name the permissions of presence only if presence is used.
+        if not self._keeps_presence:
+            self._keeps_presence = True
+            for wire in self._wires:
+                wire.needs = f"{wire.needs} {TO_BE_PRESENT.format(prefix=self._prefix)}"
+
+    @property
+    @abstractmethod
+    def pairs(self) -> Collection[Pair]:
+        """The connections to each server, once the link is open."""
 
     def new_pair(self, host: Host | None, *, is_sharded: bool = False) -> Pair:
-        """Make a pair of connections that isn't open yet; the link is lost when one of them is."""
+        """Make a pair of connections that isn't open yet. The link is lost when one of them is."""
         asker = Asker(self.target.access, host, self._needs, self._lose)
         listener = Subscriber(self.target.access, host, self._needs, self._lose, is_sharded=is_sharded)
         self._wires += asker, listener
@@ -90,17 +123,17 @@ class RedisLink(KeepingLink):
         """Return the connections to the server that has this name.
 
         Raises:
-            ConnectionError: If there is none.
+            ConnectionError: If no server has it.
         """
 
     async def open_pairs(self, probes: Mapping[Pair, str | None]) -> None:
-        """Connect, and see whether we may do everything that we will do; read or write the rules.
+        """Connect, check all permissions that are needed, and read or write the rules.
 
         Args:
-            probes: A name for each like those that will be used, of no audience; `None` to take it on trust.
+            probes: For each pair a name of no audience, with which permissions are tested; `None` to test none.
 
         Raises:
-            ConfigurationError: If a server refuses us.
+            ConfigurationError: If a server refuses the user.
         """
         await together(*(self._open(pair, probe) for pair, probe in probes.items()))
         if self._ours is None and self.rules is not None:
@@ -115,14 +148,14 @@ class RedisLink(KeepingLink):
         if questions:
             self.rules = self._written.take(answers, self._ours, pair.keeper)
 
-    # What is kept.
+    # Histories.
 
     async def read_kept(self, name: str, since: int | None, history: History) -> Stretch:
-        """Ask the server that has the name."""
+        """Read what was kept under a name, from the server that has the name."""
         return await self._asked(self.pair_of(name).keeper.read(name, since, history))
 
     async def read_positions(self, names: Sequence[str], histories: Sequence[History]) -> Sequence[Position]:
-        """Ask all servers at the same time, each with one write."""
+        """Read the newest positions from all servers at the same time, each with one write."""
         asked: dict[Pair, list[int]] = defaultdict(list)
         for at, name in enumerate(names):
             asked[self.pair_of(name)].append(at)
@@ -138,23 +171,23 @@ class RedisLink(KeepingLink):
         return [found[at] for at in range(len(names))]
 
     async def forget(self, name: str) -> None:
-        """Tell the server that has the name."""
+        """Remove what is kept under a name, at the server that has the name."""
         await self._asked(self.pair_of(name).keeper.forget(name))
 
     async def _asked(self, question: Awaitable[T]) -> T:
         try:
             return await question
         except ConnectionError as error:
-            self._lose(error)  # a server that isn't the right one any more: the next link finds out which is
+            self._lose(error)  # this is no longer the right server: the next link finds the right one
             raise
 
     # Being lost.
 
     async def watch(self, pair: Pair) -> None:
-        """Look again and again whether a server is what it was.
+        """Check a server again and again.
 
         Raises:
-            Exception: If it isn't, or doesn't answer.
+            Exception: If it is no longer the right server, or doesn't answer.
         """
         seconds = self.timing.request_timeout
         while True:
@@ -166,10 +199,10 @@ class RedisLink(KeepingLink):
                 raise TimeoutError(f"Redis at {pair.asker.where} doesn't answer within {seconds:g} s") from None
 
     async def look_at(self, pair: Pair) -> None:
-        """Look at a server once."""
+        """Check a server once."""
         if self.rules is None:
             return
-        with suppress(EngineUnavailable):  # it answers; what it doesn't do now, it does later
+        with suppress(EngineUnavailable):  # it answers, so it is alive, although it can't do everything now
             await pair.keeper.learn()
         if self._ours is not None and pair is self.pair_of(self._written.key):
             await pair.asker.ask(self._written.again(self._ours))
@@ -178,8 +211,8 @@ class RedisLink(KeepingLink):
         """Ask every host of the target at the same time; return the answers of those that know the first command.
 
         Raises:
-            ConfigurationError: If one refuses us or doesn't know it, and none answers.
-            Exception: If none answers, why one doesn't.
+            ConfigurationError: If no host answers, and one refuses the user or doesn't know the command.
+            Exception: If no host answers for another reason; it is the reason of one of them.
         """
         askers = [Asker(access, host, needs, _ignore) for host in self.target.hosts]
         self._wires += askers
@@ -198,7 +231,7 @@ class RedisLink(KeepingLink):
         """Wait until a connection is lost.
 
         Raises:
-            Exception: Why it was.
+            Exception: Why it was lost.
         """
         await self._lost.wait()
         assert self._loss is not None
@@ -244,7 +277,7 @@ class ServerLink(RedisLink):
     _pair: Pair | None = None
 
     async def open(self) -> None:
-        """Find the server, connect, and see whether we may do everything that we will do."""
+        """Find the server, connect, and check all permissions that are needed."""
         is_sentinel = self.target.kind == "sentinel"
         pair = self._pair = self.new_pair(
             await self._find_master() if is_sentinel else next(iter(self.target.hosts), None)
@@ -256,6 +289,11 @@ class ServerLink(RedisLink):
     def pair_of(self, name: str) -> Pair:
         """Return the connections to the server."""
         return self._opened
+
+    @property
+    def pairs(self) -> Collection[Pair]:
+        """The connections to the server."""
+        return (self._opened,)
 
     async def read(self, inlet: Inlet) -> None:
         """Hand over what arrives until one of the two connections is lost."""
@@ -285,7 +323,7 @@ class ServerLink(RedisLink):
         return self._pair
 
     async def _find_master(self) -> Host:
-        # The majority's word: one sentinel alone, cut off from the others, may still name a master of yesterday.
+        # Most sentinels must agree. A single one, cut off from the others, may still name a former master.
         assert self.target.sentinel_access is not None
         question = pack("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.target.service)
         answers = await self.ask_all(self.target.sentinel_access, "+sentinel|get-master-addr-by-name", question)
@@ -300,7 +338,8 @@ class ServerLink(RedisLink):
 
 
 async def _check_master(asker: Asker) -> None:
-    # What is published at a replica reaches nobody at the master; sentinels may not know yet.
+    # A message that is published at a replica doesn't reach the master's subscribers. Sentinels may not know of a
+    # failover yet.
     (role,) = await asker.ask(pack("ROLE"))
     if isinstance(role, ErrorReply):
         raise asker.explain(role)
@@ -309,39 +348,39 @@ async def _check_master(asker: Asker) -> None:
 
 
 def _ignore(error: Exception) -> None:
-    """A connection opened only for a question may end silently."""
+    """Do nothing: a connection that was opened only for a question may end silently."""
 
 
-# Two connections to one Redis server, one to publish and one to receive.
+# Two connections to one Redis server: one to publish and one to receive.
 
 
 class Pair:
-    """Both connections, and the commands that go over them.
+    """Two connections to one server, and the commands that go over them.
 
     Args:
         asker: Publishes.
         listener: Receives.
-        prefix: What the names begin with.
-        verb: The command that publishes.
+        prefix: The beginning of all names.
+        verb: The command that publishes: PUBLISH or SPUBLISH.
     """
 
     def __init__(self, asker: Asker, listener: Subscriber, prefix: str, verb: str) -> None:
         self.asker = asker
         self.listener = listener
         self.keeper = Keeper(asker, prefix, verb)
-        """What the server keeps."""
+        """Reads and writes what the server keeps."""
         self._head = b"*3\r\n$%d\r\n%b\r\n" % (len(verb), verb.encode())
 
     async def open(self, probe: str | None, questions: Sequence[bytes], *, keeps: bool) -> Sequence[Reply]:
-        """Connect, and see whether we may do everything that we will do.
+        """Connect, and check all permissions that are needed.
 
         Args:
-            probe: A name like those that will be used, of no audience; `None` to take it on trust.
-            questions: What else to ask the server at once; the answers are returned.
+            probe: A name of no audience, with which permissions are tested; `None` to test none.
+            questions: Other commands for the server. Their answers are returned.
             keeps: Whether something is kept.
 
         Raises:
-            ConfigurationError: If the server refuses us.
+            ConfigurationError: If the server refuses the user.
         """
         await together(self.asker.open(), self.listener.open())
         trial = [] if probe is None else [self._packed(Parcel(probe, b""))]
@@ -358,10 +397,10 @@ class Pair:
         return list(answers)
 
     async def publish(self, parcels: Sequence[Parcel]) -> list[Exception | Appended | None]:
-        """Publish in one write; return for each parcel where it is kept, or what it was refused with.
+        """Publish in one write; return for each parcel where it is kept, or the error with which it was refused.
 
         Raises:
-            Exception: If the connection is lost, or this is the wrong server by now.
+            Exception: If the connection is lost, or this is no longer the right server.
         """
         explain: Callable[[ErrorReply], Exception] = self.asker.explain
         if KeptParcel in map(type, parcels):
@@ -394,12 +433,12 @@ class Pair:
 
 
 async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """Run coroutines at the same time; if one fails, end the others and raise its error.
+    """Run coroutines at the same time. If one fails, end the others and raise its error.
 
-    No `TaskGroup`, which before Python 3.13 forgets that it is being cancelled when one of its tasks fails (gh-116720).
+    It uses no `TaskGroup`: before Python 3.13 that loses a cancellation if one of its tasks fails (gh-116720).
 
     Raises:
-        Exception: The first error, or a `ConfigurationError` among several.
+        Exception: The first error; of several, a `ConfigurationError` if one is among them.
     """
     tasks = [asyncio.create_task(each, name="wsbroadcast engine redis") for each in work]
     if not tasks:

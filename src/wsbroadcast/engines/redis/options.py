@@ -1,4 +1,4 @@
-"""From a URL, or from a client of redis-py that the app has already, to a target."""
+"""Makes a target of a URL, or of a redis-py client that the app has already."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ SCHEMES: dict[str, tuple[Kind, str, int]] = {
     "rediss+sentinel": ("sentinel", "rediss", 26379),
     "unix": ("server", "unix", 0),
 }
-"""Every scheme of the engine: what it means, redis-py's own scheme for it, the port if none is given."""
+"""Each scheme of the engine: what it means, redis-py's own scheme for it, and the default port."""
 
-# The options of redis-py that make a difference here, besides everything that begins with `ssl_`.
+# The options of redis-py that have an effect here, besides all that begin with `ssl_`.
 _USED = {
     "client_name",
     "credential_provider",
@@ -48,8 +48,8 @@ _USED = {
     "username",
 }
 
-# Those that make none: how long to wait, when to try again and how to decode is ours. A URL may have them all the same,
-# because it may be the one that the app's cache uses too.
+# The options that have no effect: the engine itself decides how long to wait, when to try again and how to decode. A
+# URL may still have them, because the app's cache may use the same URL.
 _UNUSED = {
     "decode_responses",
     "encoding",
@@ -69,15 +69,15 @@ _OF_SENTINELS = {"sentinel_password", "sentinel_username"}
 
 
 def split_url(url: URL) -> SplitResult:
-    """Split a URL into its parts, none of which can be a part of a password.
+    """Split a URL into its parts, so that none of them can be a piece of a password.
 
     Raises:
-        ConfigurationError: If it isn't one of Redis, or a character stands where it may have ended user and password
-            too early. Neither the URL nor a part of it is repeated: a password that isn't quoted may be in any of them.
+        ConfigurationError: If it is no URL of Redis, or has a character that may have ended user and password too
+            early. The error repeats no part of the URL, because each part may hold an unquoted password.
     """
     text = url_text(url)
     if text is None:
-        raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; a client is given by client=…")
+        raise ConfigurationError(f"the URL of Redis is a str, not {kind_of(url)}; give a client as client=…")
     try:
         parts = split_hosts(text)
         SCHEMES[parts.scheme]
@@ -97,14 +97,14 @@ def split_url(url: URL) -> SplitResult:
 
 
 def target_from_url(url: URL, options: Mapping[str, Any]) -> Target:
-    """Read a URL.
+    """Make a target of a URL.
 
     Args:
-        url: One with a scheme of `SCHEMES`.
+        url: The URL, with a scheme of `SCHEMES`.
         options: More options of redis-py, which a URL can't hold.
 
     Raises:
-        ConfigurationError: If it makes no sense. Neither the URL nor a part of it is repeated.
+        ConfigurationError: If the URL makes no sense. The error repeats no part of it.
     """
     parts = split_url(url)
     kind, scheme, port = SCHEMES[parts.scheme]
@@ -116,17 +116,19 @@ def target_from_url(url: URL, options: Mapping[str, Any]) -> Target:
         )
     hosts = _hosts(places, port) if scheme != "unix" else ()
     if kind == "server" and len(hosts) > 1:
-        raise ConfigurationError(f"{parts.scheme}:// has one host; several are those of sentinels or of a cluster")
+        raise ConfigurationError(
+            f"{parts.scheme}:// has one host: with several hosts use redis+sentinel:// or redis+cluster://"
+        )
     if kind == "sentinel":
         return _of_sentinels(scheme, login, hosts, parts.path, query, options)
     return Target(kind=kind, access=_access(scheme, login, parts.path, query, options), hosts=hosts)
 
 
 def target_from_client(client: object) -> Target:
-    """Take over where a client of redis-py connects to, and how; the client itself is neither used nor closed.
+    """Make a target of a redis-py client. The client itself is neither used nor closed.
 
     Raises:
-        ConfigurationError: If it is not valid.
+        ConfigurationError: If it is no such client, or its settings make no sense.
     """
     if not isinstance(client, (Redis, RedisCluster)):
         raise ConfigurationError(
@@ -136,15 +138,15 @@ def target_from_client(client: object) -> Target:
         return _of_cluster(client) if isinstance(client, RedisCluster) else _of_client(client)
     except ConfigurationError:
         raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a mock, or one that is made by halves
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # a mock, or a client that isn't complete
         raise ConfigurationError(
-            f"where the client connects to can't be seen, it is a {kind_of(client)}: {type(error).__name__}; "
-            "in tests use memory://"
+            f"a {kind_of(client)} doesn't show where it connects to ({type(error).__name__}): give a real client, "
+            "or in tests use memory://"
         ) from None
 
 
 def _instead_of(client: object) -> str:
-    # What to write, by what of redis-py it is; the names are the same in its synchronous half.
+    # What to write instead, by the class of redis-py. Its synchronous classes have the same names.
     if isinstance(client, str):
         return ": a URL is the first argument"
     known = {
@@ -167,7 +169,7 @@ def _of_cluster(client: RedisCluster) -> Target:
 def _of_client(client: Redis) -> Target:
     pool = client.connection_pool
     if isinstance(pool, SentinelConnectionPool):
-        # Its own class of connections asks the sentinels by itself; we do.
+        # The client's own class of connections asks the sentinels by itself. Here the link does that.
         kind = SSLConnection if issubclass(pool.connection_class, SSLConnection) else Connection
         sentinels = [each.connection_pool for each in pool.sentinel_manager.sentinels]
         return Target(
@@ -184,7 +186,7 @@ def _of_client(client: Redis) -> Target:
 def _of_sentinels(
     scheme: str, login: str, hosts: tuple[Host, ...], path: str, query: dict[str, str], options: Mapping[str, Any]
 ) -> Target:
-    # User and password before the hosts are those of the Redis, as everything else; the sentinels share only TLS.
+    # User and password before the hosts are for Redis, and so are all options. For the sentinels only TLS is used.
     service = unquote(path.strip("/"))
     if not service:
         raise ConfigurationError("the URL ends with the name of a service: redis+sentinel://host1,host2/service")
@@ -211,12 +213,15 @@ def _without_theirs(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _access(scheme: str, login: str, path: str, query: Mapping[str, Any], options: Mapping[str, Any]) -> Access:
     if scheme != "unix" and path.strip("/") and not path.strip("/").isdecimal():
-        raise ConfigurationError("what follows the host in the URL of Redis is the number of a database")
+        raise ConfigurationError("after the host, the URL of Redis has the number of a database, such as /0")
+    for name in ("prefix", "fail_fast"):  # which stand in the URL of a manager; `from_url` has taken them out
+        if name in query:
+            raise ConfigurationError(f"{name} is an argument of RedisEngine, and not in its URL")
     _check_names({**query, **options})
     try:
         read: dict[str, Any] = dict(parse_url(f"{scheme}://{login and login + '@'}{path}?{urlencode(query)}"))
     except ValueError as error:
-        # redis-py's own texts name an option; a parser's may repeat a part of the URL.
+        # redis-py's own texts only name an option. A parser's text may repeat a part of the URL.
         why = str(error) if str(error).startswith("Invalid value for ") else "special characters are written as %XX"
         raise ConfigurationError(f"the URL of Redis can't be parsed: {why}") from None
     return _access_of({**read, **options}, read.get("connection_class", Connection))
@@ -230,7 +235,9 @@ def _access_of(options: Mapping[str, Any], kind: type[AbstractConnection] | None
 def _check_names(options: Mapping[str, Any]) -> None:
     for name in options:
         if name not in _USED | _UNUSED and not name.startswith("ssl_"):
-            raise ConfigurationError(f"the Redis engine has no option {name!r:.40}; it takes those of redis-py's Redis")
+            raise ConfigurationError(
+                f"the Redis engine has no option {name!r:.40}: it takes prefix, fail_fast and those of redis-py's Redis"
+            )
 
 
 def _hosts(places: str, port: int) -> tuple[Host, ...]:

@@ -1,7 +1,7 @@
-"""The protocol of Redis, version 2 (RESP2): commands to bytes, bytes to replies. No I/O.
+"""The protocol of Redis, version 2 (RESP2): it makes bytes of commands, and replies of bytes. No I/O.
 
-Version 2 is what every Redis, Valkey and proxy speaks, and a subscribed connection gets nothing in it that would need
-the push messages of version 3. https://redis.io/docs/latest/develop/reference/protocol-spec/
+Every Redis, Valkey and proxy speaks version 2. The push messages of version 3 aren't needed for subscriptions.
+https://redis.io/docs/latest/develop/reference/protocol-spec/
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TypeAlias, Union
 
 
 class ErrorReply(Exception):
-    """What the server answers instead of doing it."""
+    """An error that the server answers."""
 
     @property
     def code(self) -> str:
-        """Its first word, such as `NOPERM`."""
+        """The first word, such as `NOPERM`."""
         return str(self).partition(" ")[0]
 
 
@@ -24,7 +24,7 @@ Reply: TypeAlias = Union[bytes, int, ErrorReply, "list[Reply]", None]
 
 
 def pack(*parts: str | bytes) -> bytes:
-    """Return a command as the server reads it."""
+    """Return a command as bytes for the server."""
     packed = [b"*%d\r\n" % len(parts)]
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -33,11 +33,11 @@ def pack(*parts: str | bytes) -> bytes:
 
 
 class ReplyReader:
-    """Cuts what arrives into replies, however the network has cut it."""
+    """Cuts arriving bytes into replies, in whichever pieces they arrive."""
 
     def __init__(self) -> None:
-        # The beginning of a reply, and how many bytes of it there must be before it is worth looking again: a large
-        # envelope comes in many pieces.
+        # The beginning of a reply, and how many bytes there must be before it is parsed again. A large envelope comes
+        # in many pieces.
         self._begun = bytearray()
         self._needed = 0
 
@@ -45,7 +45,7 @@ class ReplyReader:
         """Return the replies that are complete now.
 
         Raises:
-            ValueError: If it isn't RESP2.
+            ValueError: If the bytes aren't RESP2.
         """
         if self._begun:
             self._begun += data
@@ -64,14 +64,14 @@ class ReplyReader:
 
 
 class _Incomplete(Exception):
-    """The data ends before this position, which a reply needs at least."""
+    """The data ends before `end`, which the reply reaches at least."""
 
     def __init__(self, end: int) -> None:
         self.end = end
 
 
 def _parse(data: bytes, start: int) -> tuple[Reply, int]:
-    # Where the microseconds of an arriving message go: this is called once for the list and once for each of its parts.
+    # Most of the time for an arriving message is spent here. It is called once for the list and once for each part.
     line_end = data.find(b"\r\n", start)
     if line_end < 0:
         raise _Incomplete(len(data) + 1)
@@ -94,7 +94,7 @@ def _parse(data: bytes, start: int) -> tuple[Reply, int]:
         return line, body
     if kind == 45:  # -
         return ErrorReply(line.decode(errors="replace")), body
-    raise ValueError(f"not the protocol of Redis: {bytes(data[start : start + 20])!r}")
+    raise ValueError(f"expected the protocol of Redis, not {bytes(data[start : start + 20])!r}")
 
 
 def _parse_list(data: bytes, position: int, size: int) -> tuple[Reply, int]:

@@ -1,4 +1,4 @@
-"""Where Redis is and how to get in; what redis-py does for us, and what it must not do."""
+"""Where Redis is, and how redis-py connects and logs in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from wsbroadcast.engines.broker.link import Host
 from wsbroadcast.exceptions import ConfigurationError, MissingDependency, kind_of
 
-# All that we use of redis-py, which is installed only with the extra `redis`.
+# All that is used of redis-py, which is installed only with the extra `redis`.
 try:
     from redis.asyncio import Redis, RedisCluster
     from redis.asyncio.connection import (
@@ -47,19 +47,25 @@ __all__ = [
 ]
 
 
-# The commands that keep what is published, most of them inside of scripts.
+# The commands that keep what is published. Most of them are called inside scripts.
 _TO_KEEP = "+del +eval +evalsha +get +hmget +hset +info +pexpire +pttl +set +time +xadd +xdel +xrevrange"
+
+TO_BE_PRESENT = (
+    "~{prefix}:* +eval +evalsha +exists +hdel +hexists +hget +hgetall +hincrby +hkeys +hlen +hmget +hscan +hset +info "
+    "+pexpire +sadd +srandmember +srem +sscan +time +zadd +zrangebyscore +zrem +zscore"
+)
+"""The additional permissions for presence, as in `ACL SETUSER`."""
 
 
 class Access:
-    """How redis-py gets into a server: over TCP, TLS or a unix socket, as which user.
+    """How redis-py connects to a server and logs in: over TCP, TLS or a unix socket, and as which user.
 
     Args:
-        connection_class: One of redis-py's connections.
-        options: What it is made with, but for host and port.
+        connection_class: A class of redis-py's connections.
+        options: Its arguments, except host and port.
 
     Raises:
-        ConfigurationError: If it can't be made with them.
+        ConfigurationError: If redis-py refuses the options.
     """
 
     def __init__(self, connection_class: type[AbstractConnection], options: Mapping[str, Any]) -> None:
@@ -76,24 +82,24 @@ class Access:
 
     @property
     def user(self) -> str:
-        """As whom we connect."""
+        """The name of the user."""
         return self._options.get("username") or "default"
 
     @property
     def permissions(self) -> str:
-        """What the user needs because of the options, as in `ACL SETUSER`; to log in needs nothing."""
+        """The permissions that the options need, as in `ACL SETUSER`. Logging in needs none."""
         needed = {"db": " +select", "client_name": " +client|setname"}
         return "".join(rule for name, rule in needed.items() if self._options.get(name))
 
     @property
     def path(self) -> str:
-        """The unix socket, or an empty text."""
+        """The path of the unix socket; empty if there is none."""
         return str(self._options.get("path", ""))
 
     def connection(self, host: Host | None) -> AbstractConnection:
-        """Make a connection; it isn't open yet.
+        """Make a connection that isn't open yet.
 
-        It neither tries again nor ends by a timeout: when to give up is the supervisor's to say.
+        It has no retries and no timeouts, because the supervisor decides when to give up.
         """
         options = dict(self._options)
         if host is not None:
@@ -108,13 +114,13 @@ class Access:
             socket_timeout=None,
         )
         if self._tls is not None:
-            # Shared, because to load the certificates of the system blocks the event loop for a moment.
+            # Shared by all connections, because loading the system's certificates blocks the event loop for a moment.
             assert isinstance(connection, SSLConnection)
             connection.ssl_context = self._tls
         return connection
 
     def load_certificates(self) -> None:
-        """Read the certificates that the options name; only the first time.
+        """Read the certificates that the options name. Later calls do nothing.
 
         Raises:
             ConfigurationError: If they can't be used.
@@ -128,7 +134,7 @@ class Access:
 
 
 def _check_real(connection: AbstractConnection) -> None:
-    # Of redis-py's connections we take the socket over; fakeredis has none, and its own ways to connect and to read.
+    # The link takes over the socket of redis-py's connection. fakeredis has no socket, and connects in its own way.
     kind = type(connection)
     if not isinstance(connection, AbstractConnection) or not (
         kind.read_response is AbstractConnection.read_response
@@ -138,7 +144,7 @@ def _check_real(connection: AbstractConnection) -> None:
 
 
 def unreal(connection: object) -> ConfigurationError:
-    """Return what to tell about a connection that leads to no server."""
+    """Return the error for a connection that leads to no server."""
     return ConfigurationError(
         f"a {kind_of(connection)} is not a connection to a server, which RedisEngine needs; in tests use memory://"
     )
@@ -146,24 +152,24 @@ def unreal(connection: object) -> ConfigurationError:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One Redis, or the sentinels that know which one, or some nodes of a cluster."""
+    """A Redis server, or the sentinels that know it, or some nodes of a cluster."""
 
     kind: Literal["server", "sentinel", "cluster"]
     access: Access
     hosts: tuple[Host, ...] = ()
-    """The server, the sentinels or nodes of the cluster; none for a unix socket."""
+    """The server, the sentinels, or nodes of the cluster; empty for a unix socket."""
     service: str = ""
-    """What the sentinels call the Redis that is meant."""
+    """The name by which the sentinels know the Redis."""
     sentinel_access: Access | None = None
 
     @property
     def address(self) -> str:
-        """Where it is, for logs and errors: without user and password."""
+        """The address for logs and errors, without user and password."""
         hosts = ",".join(str(host) for host in self.hosts) or self.access.path
         return f"{hosts}/{self.service}" if self.service else hosts
 
     def permissions(self, prefix: str, *, keeps: bool = False) -> str:
-        """What our user needs at a server, as in `ACL SETUSER`; keys only where something is kept."""
+        """Return the permissions that the user needs, as in `ACL SETUSER`; those for keys only if something is kept."""
         rules = {
             "server": "+publish +subscribe +unsubscribe",
             "sentinel": "+publish +subscribe +unsubscribe +role",

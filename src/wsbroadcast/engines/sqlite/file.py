@@ -1,4 +1,4 @@
-"""Where the file of an SQLite engine lies, and the sockets beside it by which processes wake each other."""
+"""The file of an SQLite engine, and the sockets beside it by which processes wake each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wsbroadcast.exceptions import ConfigurationError
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
-# File systems whose locks or shared memory don't hold between machines.
+# File systems whose locks or shared memory don't work between machines.
 _NETWORK = (
     "9p",
     "afs",
@@ -32,19 +32,19 @@ _NETWORK = (
 )
 
 
-# The longest path of a socket, in bytes (unix(7)); macOS has four less.
+# The longest path of a socket, in bytes (unix(7)). On macOS it is four less.
 _MAX_SOCKET_PATH = 103
 
 
 class Identity(NamedTuple):
-    """Which file a path stands for."""
+    """What identifies a file: its device and inode."""
 
     device: int
     inode: int
 
     @classmethod
     def of(cls, path: Path) -> Identity | None:
-        """Look; `None` if there is none."""
+        """Return the identity of the file at a path; `None` if there is none."""
         try:
             stat = path.stat()
         except OSError:
@@ -53,7 +53,7 @@ class Identity(NamedTuple):
 
 
 def file_system(path: Path, mounts: str) -> str:
-    """Return the type of the file system that a path is on, of a text like `/proc/self/mountinfo`; empty if unknown."""
+    """Return the type of a path's file system; empty if unknown. `mounts` is a text like `/proc/self/mountinfo`."""
     best, kind = "", ""
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
@@ -68,10 +68,10 @@ def file_system(path: Path, mounts: str) -> str:
 
 
 def check_local(path: Path) -> None:
-    """Check that a file is on this machine, where that can be known.
+    """Check that a file is on this machine, as far as that can be known.
 
     Raises:
-        ConfigurationError: If it isn't.
+        ConfigurationError: If it is on a network file system.
     """
     try:
         kind = file_system(path.resolve(), _MOUNTS.read_text(encoding="utf-8", errors="replace"))
@@ -79,13 +79,13 @@ def check_local(path: Path) -> None:
         return
     if kind in _NETWORK:
         raise ConfigurationError(
-            f"{path} is on a network file system ({kind}), where SQLite's locks and shared memory don't hold: put it "
+            f"{path} is on a network file system ({kind}), where SQLite's locks and shared memory don't work: put it "
             "on a disk of this machine, or use redis://, nats:// or postgresql:// for several machines"
         )
 
 
 def bells_of(path: Path) -> Path:
-    """Return the directory in which the nodes at a file have their sockets: beside it, if that isn't too long."""
+    """Return the directory of the sockets of a file's nodes. It is beside the file, unless that path is too long."""
     beside = path.with_name(f"{path.name}-bells")
     if len(os.fsencode(beside)) + 1 + 24 <= _MAX_SOCKET_PATH:
         return beside
@@ -95,10 +95,10 @@ def bells_of(path: Path) -> Path:
 
 
 class Bell:
-    """A datagram socket that others send a byte to when they have written something.
+    """A datagram socket. Other nodes send a byte to it when they have written something.
 
     Args:
-        directory: Where the sockets of all nodes are.
+        directory: The directory of the sockets of all nodes.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -112,12 +112,12 @@ class Bell:
         self._seen_at = 0
 
     def ring(self) -> None:
-        """Tell all other nodes; one that has been told already and hasn't looked yet needs no more."""
+        """Send all other nodes a byte. A node that has an unread byte already needs no other."""
         for other in self._look():
             try:
                 self.socket.sendto(b"!", other)
             except BlockingIOError:
-                pass  # it is awake anyway
+                pass  # its buffer is full, so it is being woken anyway
             except (ConnectionRefusedError, FileNotFoundError):
                 with contextlib.suppress(OSError):
                     os.unlink(other)  # its process was killed
@@ -141,7 +141,7 @@ class Bell:
                 pass
 
     def close(self) -> None:
-        """Be told nothing any more."""
+        """Close the socket and remove it."""
         self.socket.close()
         with contextlib.suppress(OSError):
             os.unlink(self.path)

@@ -1,4 +1,4 @@
-"""A file of SQLite: every publication is a row, which all nodes read in the order of its commit. Blocks."""
+"""An SQLite file. Each publication is a row, and all nodes read the rows in the order of commits. All of it blocks."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from wsbroadcast.publication import Position
 # Rows that a node reads at once.
 READ_ROWS = 1000
 
-# How long a row stays that is no longer kept, for nodes that are late.
+# How many seconds a row stays after it is no longer kept. Nodes that are late can still read it.
 LATE_SECONDS = 60.0
 
-# Rows that go with each append: to take out many at once would keep others from writing.
+# How many old rows each append removes. Removing many at once would keep others from writing.
 _SWEPT_ROWS = 200
 
-# Names that have been quiet, and lose their rows at once.
+# From how many quiet names rows are removed at once.
 _SWEPT_NAMES = 20
 
-# Names whose next trim is remembered; past this many, the memory is emptied.
+# For how many names the next trim is remembered. Past this many, all are dropped.
 _REMEMBERED = 8192
 
-# Between two looks of one node at rows and positions whose time is over.
+# How often, in seconds, a node removes rows and positions that have expired.
 _SWEEP_SECONDS = 5.0
 
-# How long to wait for another writer when the file is opened: there is a next time.
+# How many seconds to wait for another writer when the file is opened. If that fails, it is tried again later.
 _OPEN_SECONDS = 0.25
 _OPEN_PAUSE_SECONDS = 0.01
 
-# How many names are asked for in one statement.
+# How many names one statement asks for.
 _ASKED_NAMES = 500
 
 _SCHEMA = """
@@ -70,7 +70,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Row(NamedTuple):
-    """One publication, as it is read live."""
+    """One publication, as nodes read it after its commit."""
 
     id: int
     name: str
@@ -82,22 +82,23 @@ class Store:
     """A connection to the file, for one thread at a time.
 
     Args:
-        path: Where the file is; it is made if there is none.
-        busy_seconds: How long to wait for another writer.
+        path: The path of the file. It is made if there is none.
+        busy_seconds: How many seconds to wait for another writer.
 
     Raises:
-        ConfigurationError: If it can't be used: a directory that isn't there, no permission, another kind of file.
+        ConfigurationError: If the file can't be used: its directory is missing, a permission is, or it is no such file.
     """
 
     def __init__(self, path: Path, busy_seconds: float) -> None:
         self.path = path
         self.is_new = _make(path)
-        """Whether this has made the file."""
+        """Whether this connection has made the file."""
         self.identity = Identity.of(path)
-        """Which file it is."""
+        """The identity of the file."""
         self._busy_seconds = busy_seconds
-        self._sql = sqlite3.connect(path, timeout=_OPEN_SECONDS, isolation_level=None, check_same_thread=False)
-        # When there is something to take out again, under each name too.
+        self.sql = sqlite3.connect(path, timeout=_OPEN_SECONDS, isolation_level=None, check_same_thread=False)
+        """The connection itself. All writes are made inside `writing`."""
+        # When old rows are to be removed next: of all names, of quiet names, and of each name.
         self._sweep_at = self._sweep_quiet_at = 0.0
         self._trim_at: dict[str, float] = {}
         self.is_over = False
@@ -105,42 +106,42 @@ class Store:
 
     @property
     def is_there(self) -> bool:
-        """Whether the path still stands for the file that is open."""
+        """Whether the path still leads to the open file."""
         return self.identity is not None and Identity.of(self.path) == self.identity
 
     def close(self) -> None:
-        """Close it; the last who does moves the write-ahead log into the file."""
+        """Close the connection. The last one that is closed moves the write-ahead log into the file."""
         with suppress(sqlite3.Error):
-            self._sql.execute("SELECT 1")  # ends an `interrupt`, which would keep SQLite from that
-        self._sql.close()
+            self.sql.execute("SELECT 1")  # ends an `interrupt`, which would keep SQLite from moving the log
+        self.sql.close()
 
     def interrupt(self) -> None:
-        """Write nothing any more, and break off what runs; from any thread."""
+        """Write nothing any more, and interrupt what runs. It may be called from any thread."""
         self.is_over = True
-        self._sql.interrupt()
+        self.sql.interrupt()
 
     # Set up.
 
     def open_to_write(self) -> None:
-        """Make the tables, and new epochs if the machine or the file is another than last time."""
+        """Make the tables; make new epochs if the machine was restarted or the file replaced since the last time."""
         check_local(self.path)
         (mode,) = self._set_wal()
         if mode != "wal":
             raise ConfigurationError(f"{self.path} can't have a write-ahead log here (journal_mode is {mode})")
-        self._sql.execute("PRAGMA synchronous = NORMAL")
-        with self._writing():
+        self.sql.execute("PRAGMA synchronous = NORMAL")
+        with self.writing():
             for statement in _SCHEMA.split(";\n"):
                 if statement.strip():
-                    self._sql.execute(statement)
+                    self.sql.execute(statement)
             self._settle_generation()
-        self._sql.execute(f"PRAGMA busy_timeout = {round(1000 * self._busy_seconds)}")
+        self.sql.execute(f"PRAGMA busy_timeout = {round(1000 * self._busy_seconds)}")
 
     def _set_wal(self) -> tuple[str]:
-        # For this statement SQLite doesn't wait for others, who may just be doing the same.
+        # For this statement SQLite doesn't wait for other connections, which may be doing the same now.
         deadline = time.monotonic() + _OPEN_SECONDS
         while True:
             try:
-                found: tuple[str] = self._sql.execute("PRAGMA journal_mode = WAL").fetchone()
+                found: tuple[str] = self.sql.execute("PRAGMA journal_mode = WAL").fetchone()
                 return found
             except sqlite3.OperationalError:
                 if time.monotonic() >= deadline:
@@ -150,37 +151,39 @@ class Store:
                 raise ConfigurationError(f"{self.path} is not an SQLite file ({error})") from error
 
     def _settle_generation(self) -> None:
-        # A power cut may take the last commits, and a copy goes on from an earlier state: what was confirmed may be
-        # gone then. Neither happens without another boot or another inode.
-        boot = _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else str(round(time.time() - time.monotonic(), -2))
-        generation = f"{boot} {self.identity}"
-        known = self._fact("generation")
-        if known != generation:
-            self._set_fact("generation", generation)
-            if known is not None:
-                self._sql.execute("DELETE FROM wsbroadcast_places")
-                self._sql.execute("UPDATE wsbroadcast_messages SET kept = 0, key = NULL WHERE kept = 1")
+        # A power cut may take the last commits, and a copied file has an earlier state. Then messages may be gone that
+        # were confirmed. Both show as another boot or another inode.
+        if self.has_changed("generation", f"{boot()} {self.identity}"):
+            self.sql.execute("DELETE FROM wsbroadcast_places")
+            self.sql.execute("UPDATE wsbroadcast_messages SET kept = 0, key = NULL WHERE kept = 1")
+
+    def has_changed(self, fact: str, value: str) -> bool:
+        """Write a fact down, inside a transaction; tell whether its value was another one before."""
+        known = self._fact(fact)
+        if known != value:
+            self._set_fact(fact, value)
+        return known is not None and known != value
 
     def _fact(self, fact: str) -> str | None:
-        found = self._sql.execute("SELECT value FROM wsbroadcast_facts WHERE fact = ?", (fact,)).fetchone()
+        found = self.sql.execute("SELECT value FROM wsbroadcast_facts WHERE fact = ?", (fact,)).fetchone()
         return None if found is None else str(found[0])
 
     def _set_fact(self, fact: str, value: str) -> None:
-        self._sql.execute(
+        self.sql.execute(
             "INSERT INTO wsbroadcast_facts VALUES (?, ?) ON CONFLICT (fact) DO UPDATE SET value = excluded.value",
             (fact, value),
         )
 
     def write_rules(self, prefix: str, rules: HistoryRules) -> None:
-        """Write down what is kept, and warn if something else stands there."""
+        """Write down what is kept. Log a warning if other rules were written there."""
         text = rules.to_json().decode()
-        with self._writing():
+        with self.writing():
             known = self._fact(f"rules {prefix}")
             self._set_fact(f"rules {prefix}", text)
         if known is not None and known != text:
             logger.warning(
-                "%s: another node keeps other histories than this one, which holds from now on for who only publishes: "
-                "%s, not %s",
+                "%s: another node keeps other histories than this one. Programs that only publish now use those of "
+                "this one: %s, not %s",
                 self.path,
                 text,
                 known,
@@ -188,37 +191,42 @@ class Store:
             )
 
     def read_rules(self, prefix: str) -> HistoryRules | None:
-        """Read what others have written."""
+        """Read the rules that others have written."""
         text = self._fact(f"rules {prefix}")
         return None if text is None else HistoryRules.from_json(text.encode())
 
     # Write.
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
-        self._sql.execute("BEGIN IMMEDIATE")
+    def writing(self) -> Iterator[None]:
+        """Write in one transaction: all of it or nothing."""
+        self.sql.execute("BEGIN IMMEDIATE")
         try:
             yield
             if self.is_over or not self.is_there:
                 raise EngineUnavailable(f"{self.path} was given up, or removed or replaced")
-            self._sql.execute("COMMIT")
+            self.sql.execute("COMMIT")
         except BaseException:
-            if self._sql.in_transaction:
-                self._sql.execute("ROLLBACK")
+            if self.sql.in_transaction:
+                self.sql.execute("ROLLBACK")
             raise
 
     def append(self, parcels: Sequence[Parcel], now: float) -> list[Appended | None]:
-        """Write parcels in one transaction; return where those are that are kept."""
-        with self._writing():
-            batch = _Batch(self._sql, now)
-            results = [batch.add(parcel) for parcel in parcels]
-            batch.write()
-            for name, history in batch.histories.items():
-                self._trim(name, batch.positions[name].offset - history.messages, now)
-            self._sweep(now)
+        """Write parcels in one transaction; return the positions of those that are kept."""
+        with self.writing():
+            return self.add(parcels, now)
+
+    def add(self, parcels: Sequence[Parcel], now: float) -> list[Appended | None]:
+        """Write parcels inside a transaction, and remove some rows that are too old."""
+        batch = _Batch(self.sql, now)
+        results = [batch.add(parcel) for parcel in parcels]
+        batch.write()
+        for name, history in batch.histories.items():
+            self._trim(name, batch.positions[name].offset - history.messages, now)
+        self._sweep(now)
         return results
 
-    # What is no longer kept goes a part at a time, because others wait meanwhile, and late, because a node may be.
+    # Old rows are removed in small parts, because others can't write meanwhile; and late, because a node may be late.
 
     def _trim(self, name: str, oldest: int, now: float) -> None:
         if oldest > 0 and now >= self._trim_at.get(name, 0.0):
@@ -234,59 +242,60 @@ class Store:
             self._sweep_at = (now if left_at is None else left_at) + LATE_SECONDS
         if now >= self._sweep_quiet_at:
             self._sweep_quiet_at = now + _SWEEP_SECONDS
-            quiet = self._sql.execute(
+            quiet = self.sql.execute(
                 "SELECT name FROM wsbroadcast_places WHERE quiet_at < ? LIMIT ?", (now - LATE_SECONDS, _SWEPT_NAMES)
             ).fetchall()
             for row in quiet:
                 if self._delete("name = ? AND kept = 1 ORDER BY place", row, now) is None:
-                    self._sql.execute("UPDATE wsbroadcast_places SET quiet_at = NULL WHERE name = ?", row)
-            self._sql.execute(
+                    self.sql.execute("UPDATE wsbroadcast_places SET quiet_at = NULL WHERE name = ?", row)
+            self.sql.execute(
                 "DELETE FROM wsbroadcast_places WHERE name IN (SELECT name FROM wsbroadcast_places "
                 "WHERE forget_at < ? LIMIT ?)",
                 (now, _SWEPT_ROWS),
             )
 
     def _delete(self, where: str, values: tuple[object, ...], before: float) -> float | None:
-        # From the oldest on, those that were written before a moment; returns when the first that is left was written.
+        # Deletes from the oldest row on those written before a moment. Returns when the first row that is left was
+        # written.
         some = f"SELECT id FROM wsbroadcast_messages WHERE {where} LIMIT ?"  # noqa: S608  # our own words
-        self._sql.execute(
+        self.sql.execute(
             f"DELETE FROM wsbroadcast_messages WHERE id IN ({some}) AND at < ?",  # noqa: S608  # our own words
             (*values, _SWEPT_ROWS, before),
         )
-        left = self._sql.execute(
+        left = self.sql.execute(
             f"SELECT at FROM wsbroadcast_messages WHERE {where} LIMIT 1",  # noqa: S608  # our own words
             values,
         ).fetchone()
         return None if left is None else float(left[0])
 
     def make_places(self, names: Iterable[str], forget_at: float) -> None:
-        """Give epochs to names that have none."""
-        with self._writing():
-            self._sql.executemany(
+        """Give names an epoch that have none."""
+        with self.writing():
+            self.sql.executemany(
                 "INSERT INTO wsbroadcast_places VALUES (?, ?, 0, NULL, ?) ON CONFLICT DO NOTHING",
                 [(name, token_urlsafe(9), forget_at) for name in names],
             )
 
     def forget(self, name: str) -> None:
-        """Remove what is kept under a name; nodes that are late still get it live."""
-        with self._writing():
-            self._sql.execute(
+        """Remove what is kept under a name. Nodes that are late are still sent what they haven't read yet."""
+        with self.writing():
+            self.sql.execute(
                 "UPDATE wsbroadcast_messages SET kept = 0, key = NULL WHERE name = ? AND kept = 1", (name,)
             )
-            self._sql.execute(
+            self.sql.execute(
                 "UPDATE wsbroadcast_places SET epoch = ?, place = 0 WHERE name = ?", (token_urlsafe(9), name)
             )
 
     # Read.
 
     def newest(self) -> int:
-        """Return the id of the newest row there ever was."""
-        found = self._sql.execute("SELECT seq FROM sqlite_sequence WHERE name = 'wsbroadcast_messages'").fetchone()
+        """Return the id of the newest row that there ever was."""
+        found = self.sql.execute("SELECT seq FROM sqlite_sequence WHERE name = 'wsbroadcast_messages'").fetchone()
         return 0 if found is None else int(found[0])
 
     def after(self, last: int) -> list[Row]:
-        """Read rows that were committed after one."""
-        rows = self._sql.execute(
+        """Read the rows that were committed after the row `last`."""
+        rows = self.sql.execute(
             "SELECT id, name, envelope, epoch, place, previous FROM wsbroadcast_messages "
             "WHERE id > ? ORDER BY id LIMIT ?",
             (last, READ_ROWS),
@@ -297,12 +306,12 @@ class Store:
         ]
 
     def positions(self, names: Sequence[str]) -> dict[str, Position]:
-        """Read where those of the names are that have a place."""
+        """Read the newest positions of these names. A name without an epoch is left out."""
         found: dict[str, Position] = {}
         for start in range(0, len(names), _ASKED_NAMES):
             some = names[start : start + _ASKED_NAMES]
             marks = ",".join("?" * len(some))
-            rows = self._sql.execute(
+            rows = self.sql.execute(
                 f"SELECT name, epoch, place FROM wsbroadcast_places WHERE name IN ({marks})",  # noqa: S608  # marks alone
                 some,
             )
@@ -310,9 +319,9 @@ class Store:
         return found
 
     def kept(self, name: str, since: int, history: History, now: float) -> Stretch | None:
-        """Read what is kept under a name; `None` if it has no place yet."""
-        # One statement, so that both are of one moment.
-        rows = self._sql.execute(
+        """Read what is kept under a name; `None` if it has no epoch yet."""
+        # It is one statement, so that position and messages are of one moment.
+        rows = self.sql.execute(
             "SELECT places.epoch, places.place, messages.place, messages.at, messages.envelope "
             "FROM wsbroadcast_places AS places LEFT JOIN wsbroadcast_messages AS messages "
             "ON messages.name = places.name AND messages.kept = 1 AND messages.place > ? "
@@ -327,19 +336,19 @@ class Store:
         base = top
         for entry in reversed(entries):
             if entry.offset != base:
-                break  # the one after it was too large to be kept
+                break  # the message after this one was too large to be kept
             base -= 1
         return Stretch(Position(epoch, top), entries, max(base, min(since, top)))
 
 
-# Held while a file is made. It is never opened but by SQLite after that: to close a file gives up the locks that other
-# connections of this process have on it (fcntl(2)). Another process would then take itself for the last one, and remove
-# the write-ahead log that these go on writing to.
+# Held while a file is made. After that, only SQLite may open it. If this process opened and closed it once more, all
+# locks of its other connections on the file would be gone (fcntl(2)). Another process would then believe to be the last
+# one, and remove the write-ahead log to which these connections still write.
 _MAKING = threading.Lock()
 
 
 def _make(path: Path) -> bool:
-    """Make the file, readable for its owner alone, unless it is there; return whether it wasn't."""
+    """Make the file, readable only for its owner, if there is none; return whether it was made."""
     try:
         with _MAKING:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -370,7 +379,7 @@ class _Batch:
         """How much is kept under each name."""
 
     def add(self, parcel: Parcel) -> Appended | None:
-        """Add a parcel; return where it is, if it is kept."""
+        """Add a parcel; return its position, if it is kept."""
         if not isinstance(parcel, KeptParcel):
             self._rows.append((parcel.name, None, None, None, 0, self._now, None, parcel.envelope))
             return None
@@ -400,7 +409,7 @@ class _Batch:
         return Position(token_urlsafe(9), 0) if found is None else Position(*found)
 
     def write(self) -> None:
-        """Write the rows, and where the names are then."""
+        """Write the rows, and the new positions of the names."""
         self._sql.executemany(
             "INSERT INTO wsbroadcast_messages (name, place, epoch, previous, kept, at, key, envelope) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -419,3 +428,8 @@ class _Batch:
 
 def _header_size(envelope: bytes) -> int:
     return envelope.index(b"\n") + 1
+
+
+def boot() -> str:
+    """Return an id of the present run of this machine. It changes at each start of the machine."""
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else str(round(time.time() - time.monotonic(), -2))

@@ -1,0 +1,1 @@
+"""A router for clients of the Centrifuge protocol."""
