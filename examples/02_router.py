@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Channels without an endpoint to write: rooms in which clients talk, and news to which they only listen.
+"""Two routers and no endpoint of your own: rooms in which clients talk, and news that they only read.
 
-Run it with `uvicorn 02_router:app` in this directory. Then, in two terminals,
-`python -m websockets ws://127.0.0.1:8000/ws/rooms/tea`, and type something; or
-`python -m websockets ws://127.0.0.1:8000/ws/news`, and in a third one
-`curl -X POST "http://127.0.0.1:8000/announce?text=hello"`.
+Run it with `uvicorn 02_router:app` in this directory. Connect two clients to a room with
+`python -m websockets ws://127.0.0.1:8000/ws/rooms/tea`: what you type in one appears in both. Connect another one with
+`python -m websockets ws://127.0.0.1:8000/ws/news`: it gets what
+`curl -X POST "http://127.0.0.1:8000/announce?text=hello"` sends, and nobody can type there.
 """
 
 from fastapi import FastAPI
@@ -16,7 +16,7 @@ from wsbroadcast import ConnectionManager, ManagerDep, Stats, create_router
 
 manager = ConnectionManager()
 app = FastAPI()
-# The pattern keeps clients to channels that begin with `room:`; what else the app calls its channels is safe from them.
+# Clients of this router can only reach channels that begin with `room:`. Other channels of the app are safe.
 app.include_router(create_router(manager, "/rooms/{room}", channel="room:{room}"), prefix="/ws")
 app.include_router(create_router(manager, "/news", channel="news", inbound="ignore"), prefix="/ws")
 

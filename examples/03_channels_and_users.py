@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Clients choose their channels, and a user with several connections is told on each of them.
+"""Clients choose their channels. A message to a user reaches all connections of that user.
 
-Run it with `uvicorn 03_channels_and_users:app` in this directory, connect with
-`python -m websockets ws://127.0.0.1:8000/ws/eva`, and type
-`{"do": "join", "channel": "news"}` or `{"do": "say", "channel": "news", "text": "hello"}` or
-`{"do": "tell", "user": "eva", "text": "psst"}`.
+Run it with `uvicorn 03_channels_and_users:app` in this directory, and connect with
+`python -m websockets ws://127.0.0.1:8000/ws/eva`. Type `{"do": "join", "channel": "news"}`: the answer is
+`{"channels":["lobby","news"]}`. Type `{"do": "tell", "user": "eva", "text": "psst"}`: eva gets
+`{"from":"eva","text":"psst"}`. Type `{"do": "say", "channel": "news", "text": "hello"}`: everybody in `news` gets it.
 """
 
 from typing import Annotated, Literal
@@ -58,7 +58,7 @@ async def obey(connection: Connection, command: Join | Say | Tell) -> None:
 
 @app.websocket("/ws/{user}")
 async def endpoint(websocket: WebSocket, user: str) -> None:
-    # Whoever claims a name here gets it. In an app of yours the user comes from a session or a token.
+    # Here the path says who the user is. In your app, a session or a token says it.
     connection = await manager.connect(websocket, user=user, channels=["lobby"])
     try:
         while True:

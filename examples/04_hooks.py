@@ -2,10 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Code around the events: who comes and goes, what may be said, and who doesn't want to hear whom.
+"""Hooks run your code at every event. Here they greet, moderate, and let a user mute another one.
 
-Run it with `uvicorn 04_hooks:app` in this directory and connect with
-`python -m websockets "ws://127.0.0.1:8000/ws/eva?mutes=bob"`.
+Run it with `uvicorn 04_hooks:app` in this directory. Connect eva, who mutes bob, with
+`python -m websockets "ws://127.0.0.1:8000/ws/eva?mutes=bob"`, and others at `/ws/bob` and `/ws/ada`. Eva doesn't see
+what bob says. A message with `buy now` reaches nobody.
 """
 
 import json
@@ -35,7 +36,7 @@ class Member:
 
 
 class Moderation(Hook):
-    """Keeps spam from being broadcast; `on_broadcast` may change a message, too."""
+    """Refuses long messages and holds spam back. `on_broadcast` may also change a message."""
 
     async def on_message(self, connection: Connection, message: str | bytes) -> None:
         if len(message) > 1000:
@@ -46,7 +47,7 @@ class Moderation(Hook):
 
 
 class Muting(Hook):
-    """Takes those out of the recipients who muted the author; runs once per broadcast, not once per connection."""
+    """Removes from the recipients those who muted the author. It runs once for each broadcast."""
 
     async def on_deliver(self, delivery: Delivery) -> None:
         author = json.loads(delivery.message.payload).get("from")
@@ -76,7 +77,7 @@ async def endpoint(websocket: WebSocket, name: str, mutes: Annotated[list[str], 
             async for message in connection:
                 await manager.broadcast({"from": name, "text": str(message)})
     except PermissionDenied as denied:
-        await manager.close(websocket, CloseCode.POLICY_VIOLATION, str(denied))  # nothing to do if it is closed already
+        await manager.close(websocket, CloseCode.POLICY_VIOLATION, str(denied))  # does nothing if it is closed already
 
 
 if __name__ == "__main__":

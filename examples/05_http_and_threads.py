@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Broadcasts from where no WebSocket is: an HTTP route, a plain `def` route, a thread, and a lifespan of your own.
+"""Broadcasts from outside a WebSocket endpoint: from a route, a `def` route and a thread, with your own lifespan.
 
-Run it with `uvicorn 05_http_and_threads:app` in this directory, connect with
-`python -m websockets ws://127.0.0.1:8000/ws`, and call
-`curl -X POST "http://127.0.0.1:8000/announce?text=hello"`.
+Run it with `uvicorn 05_http_and_threads:app` in this directory, and connect with
+`python -m websockets ws://127.0.0.1:8000/ws`. The thread sends the time each second. The route sends
+`{"announcement":"hello"}` when you call `curl -X POST "http://127.0.0.1:8000/announce?text=hello"`.
 """
 
 import asyncio

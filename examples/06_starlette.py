@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Plain Starlette: the same endpoint as routes, and the manager's lifespan.
+"""Starlette without FastAPI: the endpoint of a router as routes, and the manager's lifespan.
 
-Run it with `uvicorn 06_starlette:app` in this directory. Then, in two terminals,
-`python -m websockets ws://127.0.0.1:8000/ws/tea`; in a third one
-`curl -X POST "http://127.0.0.1:8000/announce/tea?text=hello"`.
+Run it with `uvicorn 06_starlette:app` in this directory. Connect two clients with
+`python -m websockets ws://127.0.0.1:8000/ws/tea`: what one types appears only at the other.
+`curl -X POST "http://127.0.0.1:8000/announce/tea?text=hello"` reaches both.
 """
 
 from starlette.applications import Starlette

@@ -2,10 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Prices that get old: a connection that can't keep up gets the newest of each, instead of being closed.
+"""Prices: a connection that can't keep up gets only the newest price of each thing, and isn't closed.
 
-Run it with `uvicorn 07_prices:app` in this directory, connect with
-`python -m websockets ws://127.0.0.1:8000/prices/oil`, and look at http://127.0.0.1:8000/stats.
+Run it with `uvicorn 07_prices:app` in this directory, and connect with
+`python -m websockets ws://127.0.0.1:8000/prices/oil`. You get ten prices a second. The counters are at
+http://127.0.0.1:8000/stats.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ async def quote() -> None:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    async with manager:  # the router starts it too, but would end it before the quotes
+    async with manager:  # the router would also start it, but stop it while `quote` still runs
         quoting = asyncio.create_task(quote())
         yield
         quoting.cancel()

@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""An engine of your own: a small broker, and what links nodes through it.
+"""An engine of your own: a small broker, and the link through which nodes use it.
 
-Run it with `uvicorn 08_engine:app --workers 2` in this directory and connect a few times with
-`python -m websockets ws://127.0.0.1:8000/ws/news`: what one says reaches all, whichever process they are in. The broker
-runs in the process that came first. docs/write-an-engine.md explains each part.
+Run it with `uvicorn 08_engine:app --workers 2` in this directory, and connect several clients with
+`python -m websockets ws://127.0.0.1:8000/ws/news`. What one types reaches all clients of both processes. The process
+that starts first runs the broker. docs/write-an-engine.md explains each part.
 """
 
 import asyncio

@@ -2,13 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo,nats,postgres,redis]"]
 # ///
-"""Several workers, several machines: a broker's URL links them, and nothing else changes.
+"""Several workers on several machines. The URL of a broker links them, and nothing else changes.
 
-Run it with `BROKER_URL=redis://localhost uvicorn 09_scale_out:app --workers 4` in this directory, with the extra
-`redis`; `nats://localhost` and `postgres://postgres@localhost` with theirs do as well. Then, in as many terminals as
-you like, `python -m websockets ws://127.0.0.1:8000/ws/news`; and
-`curl -X POST "http://127.0.0.1:8000/announce/news?text=hello"` reaches them all, whichever workers they are on. Stop
-the broker, and see what `/health` says; start it again.
+Run it with `BROKER_URL=redis://localhost uvicorn 09_scale_out:app --workers 4` in this directory, after
+`pip install "wsbroadcast[redis]"`. `nats://localhost` and `postgres://postgres@localhost` work as well, with their
+extras. Connect several clients with `python -m websockets ws://127.0.0.1:8000/ws/news`.
+`curl -X POST "http://127.0.0.1:8000/announce/news?text=hello"` reaches all of them, on all workers. Stop the broker:
+http://127.0.0.1:8000/health says so. Start it again: the workers reconnect.
 """
 
 import os
@@ -19,12 +19,12 @@ from wsbroadcast import ConnectionManager, EngineUnavailable, Gap, Health, Manag
 
 manager = ConnectionManager(os.environ.get("BROKER_URL", "memory://"))
 app = FastAPI()
-app.include_router(create_router(manager, "/ws/{channel}", inbound="ignore"))  # clients listen, the server speaks
+app.include_router(create_router(manager, "/ws/{channel}", inbound="ignore"))  # clients only listen
 
 
 @manager.on_gap
 async def tell_everybody_here(gap: Gap) -> None:
-    """What was published meanwhile is lost, because nothing is kept here: pages had better load the present state."""
+    """Messages of the outage are lost, because there is no history here. Pages should load the current state."""
     await manager.broadcast_local({"missed_seconds": round(gap.seconds, 1)})
 
 
@@ -38,7 +38,7 @@ async def announce(channel: str, text: str, manager: ManagerDep) -> None:
 
 @app.get("/health")
 async def health(manager: ManagerDep, response: Response) -> Health:
-    """For a load balancer: 503 while messages don't travel between the workers."""
+    """Tells a load balancer by 503 that messages don't reach the other workers now."""
     health = await manager.health()
     if not health.is_ok:
         response.status_code = 503

@@ -2,10 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""A chat behind a login: the session's cookie says who it is, and logging out closes every tab.
+"""A chat behind a login. A session cookie says who the user is, and a logout closes all tabs of the user.
 
-Run it with `uvicorn 10_login:app` in this directory and open http://localhost:8000: there are ada and bob, and the
-password of both is `sesame`. Without a login, `python -m websockets ws://127.0.0.1:8000/chat` gets 401.
+Run it with `uvicorn 10_login:app` in this directory, open http://localhost:8000, and log in as `ada` or `bob` with the
+password `sesame`. A page that loses its connection comes back as long as its session lasts. Without a login,
+`python -m websockets ws://127.0.0.1:8000/chat` gets 401.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ app = FastAPI(lifespan=manager.lifespan)
 app.include_router(create_script_router())  # the client that the page imports
 
 
-# What stands for a database.
+# This stands for your database.
 
 
 def hashed(password: str, salt: bytes) -> bytes:
@@ -56,7 +57,7 @@ class Database:
         now = time.time()
         for session, found in list(self.sessions.items()):
             if found.expires_at <= now:
-                del self.sessions[session]  # else they are kept for ever
+                del self.sessions[session]  # otherwise they would be kept for ever
         session = secrets.token_urlsafe(32)
         self.sessions[session] = Session(user, now + SESSION_SECONDS)
         return session
@@ -66,26 +67,26 @@ database = Database()
 
 
 def get_database() -> Iterator[Database]:
-    yield database  # yours begins a transaction before this, and ends it after
+    yield database  # in your app, a transaction begins before this line and ends after it
 
 
 DatabaseDep = Annotated[Database, Depends(get_database)]
 
 
-# Who it is: the same dependency for HTTP routes and for the WebSocket. What it depends on has ended before the
-# WebSocket is accepted, so nobody holds a transaction for as long as a tab is open.
+# One dependency says who the user is, for HTTP routes and for the WebSocket. `get_database` ends before the WebSocket
+# is accepted, so an open tab holds no transaction.
 
 
 async def current_session(database: DatabaseDep, session: Annotated[str, Cookie()] = "") -> Identity:
     found = database.sessions.get(session)
     if found is None or found.expires_at <= time.time():
         raise HTTPException(401, "log in first")
-    return Identity(found.user, expires_at=found.expires_at)  # at which the connection is closed
+    return Identity(found.user, expires_at=found.expires_at)  # the connection is closed at this time
 
 
 @manager.on_connect
 async def look_again(connection: Connection) -> None:
-    # Who logs out during its own handshake isn't found by `close_user`; who does so after this is.
+    # `close_user` doesn't find a connection during its handshake. A logout at that time is noticed here.
     if all(found.user != connection.user for found in list(database.sessions.values())):
         raise PermissionDenied("logged out")
 
@@ -97,7 +98,7 @@ Member = Annotated[Connection, Depends(connection_dependency(authenticate=curren
 async def chat(connection: Member) -> None:
     await manager.broadcast({"joined": connection.user})
     while True:
-        text = await connection.receive_text()  # which closes with 1003 for a binary message, and ends this at the end
+        text = await connection.receive_text()  # bytes close the connection with 1003; raises when the client leaves
         await manager.broadcast({"from": connection.user, "text": text})
 
 
@@ -107,12 +108,12 @@ class Login(BaseModel):
 
 
 @app.post("/login", status_code=204)
-def login(login: Login, response: Response, database: DatabaseDep) -> None:  # `def`: scrypt takes its time
+def login(login: Login, response: Response, database: DatabaseDep) -> None:  # `def`, because scrypt is slow
     salt, expected = database.passwords.get(login.name, (b"", b""))
     if not hmac.compare_digest(hashed(login.password, salt), expected):
         raise HTTPException(401, "wrong name or password")
     session = database.add_session(login.name)
-    # `secure=True` as well, as soon as it is served over https.
+    # Add `secure=True` when you serve this over https.
     response.set_cookie("session", session, max_age=int(SESSION_SECONDS), httponly=True, samesite="lax")
 
 
@@ -120,7 +121,7 @@ def login(login: Login, response: Response, database: DatabaseDep) -> None:  # `
 async def logout(me: Annotated[Identity, Depends(current_session)], response: Response, database: DatabaseDep) -> None:
     for session, found in list(database.sessions.items()):
         if found.user == me.user:
-            del database.sessions[session]  # first, so that nobody comes back with it
+            del database.sessions[session]  # before the close, so that nobody reconnects with it
     await manager.close_user(str(me.user), reason="logged out")
     response.delete_cookie("session")
 
@@ -149,13 +150,13 @@ PAGE = """<!doctype html>
 
   function show(text) {
     const line = document.createElement("li");
-    line.textContent = text; // never innerHTML: what others write stays text
+    line.textContent = text; // never innerHTML: others must not be able to add HTML
     part("log").append(line);
   }
 
-  async function token() { // before each attempt: a script can't tell a refused handshake from a lost network
+  async function token() { // called before each attempt: to a script, a refused handshake looks like a lost network
     const response = await fetch("me");
-    return response.status === 401 ? null : ""; // the cookie goes along
+    return response.status === 401 ? null : ""; // the browser sends the cookie
   }
 
   function join() {
@@ -182,7 +183,7 @@ PAGE = """<!doctype html>
   part("logout").onclick = () => fetch("logout", { method: "POST" });
   part("chat").onsubmit = async (event) => {
     event.preventDefault();
-    await ws?.publish(part("text").value); // an error without a connection: what was typed stays
+    await ws?.publish(part("text").value); // raises without a connection, so the text stays
     part("text").value = "";
   };
 </script>

@@ -2,12 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""Clients choose their channels, and `authorize` decides which: news for all, a private channel for each user.
+"""Clients choose their channels, and `authorize` decides. The news is for all, and each user has a private channel.
 
-Run it with `uvicorn 11_private_channels:app` in this directory, get a token with
+Run it with `uvicorn 11_private_channels:app` in this directory. Get a token with
 `curl -X POST "http://127.0.0.1:8000/token?user=ada"`, connect with `python -m websockets ws://127.0.0.1:8000/ws`, and
-say the token first. Then type `{"type": "subscribe", "channel": "private:ada"}` or
-`{"type": "publish", "channel": "news", "data": "hello"}`. Only `root` may publish to the news.
+type the token first, without its quotes. Type `{"type": "subscribe", "channel": "private:ada"}`: the answer is
+`subscribed`. Type `{"type": "publish", "channel": "news", "data": "hello"}`: the answer is `not allowed`, because only
+`root` may publish to the news.
 """
 
 import base64
@@ -29,7 +30,7 @@ manager = ConnectionManager()
 app = FastAPI()
 
 
-# Signed claims. In an app of yours this is a JWT, and a library that checks it.
+# A signed token. In your app, this is a JWT, and a library checks it.
 
 
 def sign(claims: bytes) -> str:
@@ -64,7 +65,7 @@ app.include_router(create_router(manager, "/ws", inbound="commands", authenticat
 
 @app.post("/token")
 async def token(user: str) -> str:
-    # Whoever asks gets one here. In an app of yours this follows a login.
+    # Here everybody gets a token. In your app, this comes after a login.
     role = "editor" if user == "root" else "reader"
     return write_token({"sub": user, "role": role, "exp": time.time() + TOKEN_SECONDS})
 

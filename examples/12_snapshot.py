@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]", "sqlmodel"]
 # ///
-"""Snapshot and follow: a page loads a list from the database, then gets every change since, over all its reconnects.
+"""A page loads a list from a database and follows every change, also after a reconnect.
 
-Run it with `uvicorn 12_snapshot:app` in this directory, and open http://localhost:8000 in several tabs. Then
-`curl -X PUT "http://127.0.0.1:8000/tasks/1?title=milk"`. Put a machine to sleep and write another task: its page gets
-that when it wakes up.
+Run it with `pip install sqlmodel` and `uvicorn 12_snapshot:app` in this directory, and open http://localhost:8000 in
+several tabs. `curl -X PUT "http://127.0.0.1:8000/tasks/1?title=milk"` adds a task to all of them. Disconnect a machine,
+write another task, and connect the machine again: its page gets the task.
 """
 
 import os
@@ -40,7 +40,7 @@ PAGE = """<!doctype html>
     item.textContent = task.title;
   }
 
-  async function state() {  // at the beginning, and when too much was missed
+  async function state() {  // called at first, and when more was missed than is kept
     const snapshot = await (await fetch("/tasks")).json();
     list.replaceChildren();
     snapshot.tasks.forEach(show);
@@ -83,7 +83,7 @@ SessionDep = Annotated[Session, Depends(session)]
 app = FastAPI(lifespan=lifespan)
 app.include_router(
     create_router(manager, "/follow", channel="tasks", inbound="ignore", http=True)
-)  # it reads `?since=`
+)  # `http=True`: also over HTTP, where a proxy lets no WebSocket through
 
 
 @app.get("/")
@@ -97,14 +97,14 @@ async def position() -> Position:
 
 @app.get("/tasks")
 def load(position: Annotated[Position, Depends(position)], session: SessionDep) -> Snapshot:
-    # The position first, then the query: what is written in between comes again, and nothing is missed.
+    # The position was read before this query. A task that is written in between comes twice, and none is missed.
     return Snapshot(tasks=list(session.exec(select(Task))), position=position)
 
 
 @app.put("/tasks/{number}", status_code=204)
 def write(number: int, title: str, session: SessionDep) -> None:
     task = session.merge(Task(id=number, title=title))
-    session.commit()  # first, so that nobody is told of what a snapshot doesn't have
+    session.commit()  # before the broadcast, so that a page that loads the list then has this task
     session.refresh(task)
     manager.broadcast_threadsafe(task, channel="tasks")
 

@@ -2,11 +2,11 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""The newest message at once: who connects gets the last price of each thing, then every change.
+"""A client gets the last price of each thing when it connects, and then every change.
 
-Run it with `uvicorn 13_last_price:app` in this directory. Then
-`curl -X PUT "http://127.0.0.1:8000/prices/oil?price=70"`, and a long time later
-`python -m websockets "ws://127.0.0.1:8000/prices?name=oil&name=gold"`.
+Run it with `uvicorn 13_last_price:app` in this directory. Set a price with
+`curl -X PUT "http://127.0.0.1:8000/prices/oil?price=70"`. Later, connect with
+`python -m websockets "ws://127.0.0.1:8000/prices?name=oil&name=gold"`: the price of oil comes at once.
 """
 
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from wsbroadcast import LAST, ConnectionManager, History, SlowConsumer
 Name = Literal["oil", "gold", "tea"]
 
 manager = ConnectionManager(
-    history={"price:*": History(messages=1, seconds=86_400)},  # one price each is enough
+    history={"price:*": History(messages=1, seconds=86_400)},  # keeps the newest price of each thing
     slow_consumer=SlowConsumer(policy="conflate"),
 )
 app = FastAPI(lifespan=manager.lifespan)

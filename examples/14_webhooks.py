@@ -2,13 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""A forwarder: what is broadcast to a channel is posted to another service, which misses nothing over a restart.
+"""A forwarder posts each message of a channel to another service, and misses none over a restart.
 
-Run it with `WEBHOOK_URL=http://127.0.0.1:9000 uvicorn 14_webhooks:app` in this directory, and something that takes a
-POST at that address. Then `curl -X POST "http://127.0.0.1:8000/orders?item=tea"`. Stop either of the two, and start it
-again. Where it is stands in the file `webhooks.position`; what is to be posted is in `webhooks.db`, or at the broker
-that `BROKER_URL` names. Each order is posted at least once; its `Idempotency-Key` tells the other side when it is the
-second time. Of several workers one has to forward.
+Run it with `WEBHOOK_URL=http://127.0.0.1:9000 uvicorn 14_webhooks:app` in this directory, and a service that takes a
+POST at that address. `curl -X POST "http://127.0.0.1:8000/orders?item=tea"` makes an order, which arrives there. Stop
+the service, order again, restart the app, and start the service again: that order arrives, too.
+
+The file `webhooks.position` says how far the forwarder is. The orders are in `webhooks.db`, or at the broker that
+`BROKER_URL` names. Each order is posted at least once. If it is posted twice, it has the same `Idempotency-Key`. With
+several workers, only one may forward.
 """
 
 import asyncio
@@ -42,11 +44,11 @@ def saved() -> str | None:
 def save(position: Position | None) -> None:
     new = POSITION.with_suffix(".new")
     new.write_text(str(position))
-    new.replace(POSITION)  # a crash leaves the old one or the new one, nothing in between
+    new.replace(POSITION)  # after a crash, the old file or the new one is there
 
 
 async def forward() -> None:
-    page = await manager.history("orders", since=saved())  # all that is kept, the first time
+    page = await manager.history("orders", since=saved())  # at the first start, everything that is kept
     if not page.is_complete:
         logger.error("some orders are no longer kept, and were perhaps not posted")
     for order in page.messages:
@@ -64,7 +66,7 @@ async def forward() -> None:
                 logger.error("some orders were not posted: %s", lagged)
                 continue
             await post(order)
-            save(order.position)  # after the post: at least once
+            save(order.position)  # after the post, so that each order is posted at least once
 
 
 async def post(order: Publication) -> None:
@@ -75,7 +77,7 @@ async def post(order: Publication) -> None:
         try:
             await asyncio.to_thread(lambda: urlopen(request, timeout=10).close())
             return
-        except OSError as error:  # out of reach, or a status that is an error
+        except OSError as error:  # the service can't be reached, or its answer is an error
             logger.warning("try again in %s s: %s", wait, error)
         await asyncio.sleep(wait)
         wait = min(2 * wait, 60.0)

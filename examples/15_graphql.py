@@ -2,12 +2,13 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]", "strawberry-graphql[fastapi]"]
 # ///
-"""GraphQL: a subscription of Strawberry that goes on where a client was.
+"""GraphQL: a subscription with Strawberry that goes on where the client was.
 
 Run it with `pip install "strawberry-graphql[fastapi]"` and `uvicorn 15_graphql:app` in this directory. Open
 http://localhost:8000/graphql in two tabs. Run `subscription { messages(room: "tea") { text position } }` in one, and
-`mutation { say(room: "tea", text: "hello") }` in the other. Stop the first, say something, and run
-`subscription { messages(room: "tea", since: "…") { text position } }` with the last position that it had.
+`mutation { say(room: "tea", text: "hello") }` in the other: the message appears in the first tab. Stop the
+subscription, say something else, and subscribe again with the last position you got:
+`subscription { messages(room: "tea", since: "…") { text position } }`.
 """
 
 from collections.abc import AsyncGenerator
@@ -58,7 +59,7 @@ class Subscription:
         async with manager.listen(channel, since=since) as messages:
             if since is not None and not messages.recovered[channel].recovered:
                 raise ValueError("too much was missed: ask for the room, and subscribe since its position")
-            async for message in messages:  # a client that reads too slowly gets the error `Lagged`, and the end
+            async for message in messages:  # raises `Lagged` for a client that reads too slowly
                 yield Message(text=message.data, position=str(message.position))
 
 

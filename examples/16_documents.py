@@ -2,13 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]", "pycrdt"]
 # ///
-"""Documents that several people edit at once: Yjs in the browser, pycrdt in every worker.
+"""Documents that several people edit at once, with Yjs in the browser and pycrdt in every worker.
 
-Run it with `pip install pycrdt` and `uvicorn 16_documents:app` in this directory; with
+Run it with `pip install pycrdt` and `uvicorn 16_documents:app` in this directory. With
 `BROKER_URL=sqlite:///documents.db` it runs with `--workers 4`, too. Pages connect with
-`new WebsocketProvider("ws://127.0.0.1:8000/documents", "notes", ydoc)` of y-websocket. Each worker has a copy of every
-document that is open there; a channel keeps the copies and all pages in step. What is to outlive the workers has to be
-stored: see `Document.run`.
+`new WebsocketProvider("ws://127.0.0.1:8000/documents", "notes", ydoc)` of y-websocket. What one person types appears in
+all pages, on all workers.
+
+Each worker has a copy of every document that is open there. A channel keeps the copies and all pages in step. Documents
+that have to outlive the workers must be stored: see `Document.run`.
 """
 
 import asyncio
@@ -25,12 +27,12 @@ from wsbroadcast import CloseCode, ConnectionManager, EngineUnavailable, History
 
 manager = ConnectionManager(
     os.environ.get("BROKER_URL", "memory://"),
-    history={"document:*": History(seconds=60)},  # heals what a short outage of the broker takes away
+    history={"document:*": History(seconds=60)},  # brings back the messages of a short outage of the broker
 )
 
 
 class Others:
-    """What pycrdt calls a channel: the copies of a document in the other workers, and the pages of all workers."""
+    """A channel in the sense of pycrdt: to the copies of a document in other workers, and to all pages."""
 
     def __init__(self, path: str, document: Doc, listener: Listener) -> None:
         self.path = path
@@ -57,12 +59,12 @@ class Others:
 
     async def send(self, message: bytes) -> None:
         if message in self._received:
-            return  # it has come from another worker, which has told everybody
+            return  # another worker sent it to everybody
         while True:
             try:
                 await manager.broadcast(message, channel=self.path, exclude=self._listener)
                 return
-            except EngineUnavailable:  # an outage; to Yjs it is all the same when a message comes, and how often
+            except EngineUnavailable:  # an outage; for Yjs, a message may come late, and twice
                 await asyncio.sleep(0.5)
 
 
@@ -76,7 +78,7 @@ class Document:
         self.task = asyncio.create_task(self.run())
 
     async def run(self) -> None:
-        # Here you would load it from your database, and store it again in the end.
+        # In your app, load it from your database here, and store it at the end.
         async with (
             manager.listen(self.channel) as listener,
             Provider(self.copy, Others(self.channel, self.copy, listener)),
@@ -89,7 +91,7 @@ class Document:
         await asyncio.wait([opening, self.task], return_when=asyncio.FIRST_COMPLETED)
         opening.cancel()
         if self.task.done():
-            self.task.result()  # why it could not be opened
+            self.task.result()  # raises the error that stopped it
 
 
 documents: dict[str, Document] = {}
@@ -115,11 +117,11 @@ async def edit(websocket: WebSocket, name: str) -> None:
         document = documents[name] = Document(name)
     await document.open()
     async with manager.connect(websocket, channels=[document.channel]) as connection:
-        await connection.send(create_sync_message(document.copy))  # the page answers with what only it has
+        await connection.send(create_sync_message(document.copy))  # the page answers with what this copy lacks
         async for message in connection:
             if not isinstance(message, bytes) or not message:
                 continue
-            if message[0] != YMessageType.SYNC:  # where somebody's cursor is
+            if message[0] != YMessageType.SYNC:  # the place of somebody's cursor
                 await manager.broadcast(message, channel=document.channel, exclude=connection)
                 continue
             try:

@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""The names of encode/broadcaster, for an app that comes from there: `Broadcast`, `subscribe`, `publish`, `Event`.
+"""The names of encode/broadcaster, for an app that used it: `Broadcast`, `subscribe`, `publish`, `Event`.
 
-Run it with `uvicorn 17_broadcaster:app` in this directory, and two clients with
-`python -m websockets ws://127.0.0.1:8000/`. The class `Broadcast` may be copied as it is. What is different: messages
-may be bytes and anything that JSON can say; nothing is lost in silence, so `get` may raise `Lagged`; a broker that was
-away is found again.
+Run it with `uvicorn 17_broadcaster:app` in this directory, and connect two clients with
+`python -m websockets ws://127.0.0.1:8000/`. What one types appears in both. You may copy the class `Broadcast` as it
+is. It differs from broadcaster's in three things. A message may be bytes, or anything that JSON can express. No message
+is lost in silence: `get` may raise `Lagged`. A broker that was down is found again.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Event:
 
 
 class Unsubscribed(Exception):
-    """Raised where an event is waited for when the block of the subscription has ended."""
+    """Raised by `get` when the block of the subscription has ended."""
 
 
 class Subscriber:
@@ -53,7 +53,7 @@ class Subscriber:
 
 
 class Broadcast:
-    """Publish and subscribe. `redis-stream://` keeps what is published, so that a slow subscriber reads on in there."""
+    """Publishes and subscribes. `redis-stream://` keeps the messages, so that a slow subscriber can read them later."""
 
     def __init__(self, url: str) -> None:
         keeps = url.startswith("redis-stream://")
@@ -83,7 +83,7 @@ class Broadcast:
             yield Subscriber(listener)
 
 
-# The chat of its README; it subscribes before it accepts, so that a client hears everything from then on.
+# The chat of broadcaster's README. It subscribes before it accepts, so that a client misses nothing.
 
 broadcast = Broadcast(os.environ.get("BROKER_URL", "memory://"))
 

@@ -2,10 +2,10 @@
 # requires-python = ">=3.11"
 # dependencies = ["wsbroadcast[demo]"]
 # ///
-"""All nodes of an app on a page, in JSON and for Prometheus; operators close users and drain servers by it.
+"""All nodes of an app on one page, in JSON and for Prometheus. Operators can close users and drain servers there.
 
-Run it with `uvicorn 18_operations:app --workers 4` in this directory, some clients of `/ws/tea`, and log in at
-http://localhost:8000/operations/ with any name and the password `sesame`. Whichever worker answers speaks for all.
+Run it with `uvicorn 18_operations:app --workers 4` in this directory, connect some clients to `/ws/tea`, and log in at
+http://localhost:8000/operations/ with any name and the password `sesame`. Any worker answers for all of them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What holds for every test: the event loop it runs in, and that it leaves no task of ours behind."""
+"""The rules for every test: the event loop it runs in, and that it leaves none of the library's tasks behind."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Run in one process more than there are cores: mostly they wait, for brokers, browsers and timeouts."""
+    """Run in one process more than there are cores, because tests mostly wait: for brokers, browsers and timeouts."""
     return (os.cpu_count() or 1) + 1
 
 
@@ -55,7 +55,7 @@ def _eager_loop() -> asyncio.AbstractEventLoop:
 
 @pytest.fixture(autouse=True)
 async def no_task_is_left() -> AsyncIterator[None]:
-    """Fail a test after which one of our tasks still runs; those that are about to end get a second for it."""
+    """Fail a test if one of the library's tasks still runs after it. Tasks that are ending get a second for it."""
     yield
     tasks = {task for task in asyncio.all_tasks() if task.get_name().startswith("wsbroadcast ")}
     if tasks:

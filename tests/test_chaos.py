@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import chaos
 from tests.support.chaos import ClusterWorld, Story
-from wsbroadcast import Delivery, History, Publication, SlowConsumer
+from wsbroadcast import Delivery, History, Presence, Publication, SlowConsumer
 from wsbroadcast.manager import core_of
 from wsbroadcast.node.tail import Tail, Taken
 from wsbroadcast.testing import Cluster
@@ -54,6 +54,22 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(seed: int) -> Non
         story = await run(cluster, seed)
     assert story.wrong == {}
     assert story.seen["recovered"] > 20
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_all_holds_with_history_presence_hooks_and_deploys_together(seed: int) -> None:
+    hooks = chaos.Hooks()
+    options = {"presence": Presence(grace=0.2), "slow_consumer": SlowConsumer(max_backlog_messages=16)}
+    async with made(seed, hooks=[hooks], **options) as cluster:
+        world = ClusterWorld(cluster)
+        world.deploys = 0.1
+        story = await chaos.run(
+            world, seed + 2000, messages=MESSAGES, seconds=SECONDS, clients=CLIENTS, users=CLIENTS // 3
+        )
+    assert story.wrong == {}
+    assert story.seen["recovered"] > 20
+    assert story.seen["deployed"] > 0
+    assert min(hooks.joined, hooks.left, hooks.delivered) > 0
 
 
 async def test_clients_that_are_too_slow_at_the_end_come_back() -> None:

@@ -82,8 +82,7 @@ def test_demo_says_that_the_port_is_taken(capsys: pytest.CaptureFixture[str]) ->
         assert main(["demo", "--port", str(port)]) == 1
     captured = capsys.readouterr()
     assert captured.err == (
-        f"wsbroadcast: port {port} on 127.0.0.1 is taken: "
-        "choose another with --port, or --port 0 for any that is free\n"
+        f"wsbroadcast: port {port} on 127.0.0.1 is taken: choose another with --port, or a free one with --port 0\n"
     )
     assert captured.out == ""
 
@@ -207,6 +206,17 @@ def test_publish_sends_each_text(
     assert main(["publish", "--engine", url, *arguments]) == 0
     assert listener.receive(len(expected)) == expected
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data"),
+    [(["--json", '{"a": [1]}'], {"a": [1]}), (["--json", '"b"'], "b"), (['{"a": [1]}'], '{"a": [1]}')],
+)
+async def test_publish_says_what_is_json(url: str, arguments: list[str], data: object) -> None:
+    """A client of events gets it as an object, as of `broadcast({"a": [1]})`."""
+    async with ConnectionManager(url) as manager, manager.listen("news") as messages:
+        assert await asyncio.to_thread(main, ["publish", "--engine", url, "--channel", "news", *arguments]) == 0
+        assert (await anext(messages)).data == data
 
 
 def test_publish_takes_the_engine_from_the_environment(
@@ -385,7 +395,7 @@ def test_publish_does_without_a_stderr(
         (["--engine", "redis://localhost", "--user", "a\n", "text"], "argument --user: invalid user"),
         (["--engine", "redis://localhost", "--channel", "a", "--everyone", "text"], "not allowed with argument"),
         (["--engine", "redis://localhost", "--everyone", "--json", "--binary"], "not allowed with argument"),
-        (["--engine", "redis://localhost", "--everyone", "--binary", "text"], "so give no text"),
+        (["--engine", "redis://localhost", "--everyone", "--binary", "text"], "give no text"),
         (
             ["--engine", "redis://localhost", "--user", "1", "--history", "a*=5,5", "text"],
             "a pattern of --history is for",
@@ -395,8 +405,8 @@ def test_publish_does_without_a_stderr(
             "--idempotency-key names one message",
         ),
         (["--engine", "redis://localhost", "--everyone", "--idempotency-key=k", "1", "2"], "names one message"),
-        (["--everyone", "text"], "name the broker: --engine URL, or $WSBROADCAST_ENGINE"),
-        (["--engine", "", "--everyone", "text"], "name the broker: --engine URL, or $WSBROADCAST_ENGINE"),
+        (["--everyone", "text"], "no broker is named: give --engine URL, or set $WSBROADCAST_ENGINE"),
+        (["--engine", "", "--everyone", "text"], "no broker is named: give --engine URL, or set $WSBROADCAST_ENGINE"),
     ],
 )
 def test_publish_refuses_a_command_line_that_makes_no_sense(

@@ -11,6 +11,7 @@ import pytest
 
 from wsbroadcast import EncodeError, MessageTooLarge
 from wsbroadcast.command import LinePublisher, as_json, as_json_line, as_text, everything, lines
+from wsbroadcast.message import Message
 
 
 @contextmanager
@@ -69,7 +70,8 @@ async def test_what_can_not_be_read_is_an_error() -> None:
 
 def test_line_is_text_or_json() -> None:
     assert as_text("\N{EM DASH}".encode()) == "\N{EM DASH}"
-    assert as_json(b' {"a": [1e5]}') == ' {"a": [1e5]}'
+    message = as_json(b' {"a": [1e5]}')
+    assert (message.payload, message.form) == (b' {"a": [1e5]}', "json")
     assert as_json_line(b" \t") is None
     with pytest.raises(EncodeError, match="byte 2 is not UTF-8"):
         as_text(b"a\xff")
@@ -83,13 +85,14 @@ class Broadcasts:
     """Calls of `broadcast` that end when they are told to."""
 
     def __init__(self) -> None:
-        self.begun: list[str] = []
+        self.begun: list[str | bytes] = []
         self.may_end = asyncio.Event()
-        self.broken: set[str] = set()
+        self.broken: set[str | bytes] = set()
         self.most = 0
         self._running = 0
 
-    async def __call__(self, message: str) -> None:
+    async def __call__(self, message: str | bytes | Message) -> None:
+        message = message.data if isinstance(message, Message) else message
         self.begun.append(message)
         self._running += 1
         self.most = max(self.most, self._running)

@@ -21,13 +21,26 @@ from tests.support.brokers import BrokerMissing, Endpoint, NATSServer, RedisServ
 from tests.support.examples import EXAMPLES
 from tests.support.programs import NODE, needs_node
 from tests.test_docs import PAGES, blocks_of
-from wsbroadcast import Audience, ConfigurationError, ConnectionManager, History, Message, Publication
+from wsbroadcast import (
+    Audience,
+    ConfigurationError,
+    ConnectionManager,
+    EngineUnavailable,
+    History,
+    Message,
+    Publication,
+)
 from wsbroadcast.audience import NODES
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, decode
 from wsbroadcast.engines.broker.names import AudienceNames
+from wsbroadcast.engines.broker.presence import PresentEngine
+from wsbroadcast.engines.nats import NATSEngine
+from wsbroadcast.engines.postgres.notifier import SpillTable
+from wsbroadcast.engines.postgres.presence_tables import PresenceTables
 from wsbroadcast.engines.postgres.tables import HistoryTables
+from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.sqlite.file import bells_of
-from wsbroadcast.testing import BrokerContract, EngineContract
+from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract, PresenceContract, Recorder
 from wsbroadcast.testing.nodes import NAMES, NEWS, Nodes
 
 ENGINE = "docs/write-an-engine.md"
@@ -43,23 +56,32 @@ def rows_of(page: str, heading: str) -> list[list[str]]:
 # Write an engine.
 
 
-def blocks_about_engines(*, keeping: bool) -> list[str]:
-    """The page's code of an engine, or of one that keeps: its parts, and its test."""
-    blocks = blocks_of(ENGINE)
-    return [block.source for block in blocks if ("#keep-what-is-published" in block.name) == keeping]
+PARTS = {"keep-what-is-published": "keeping_hub", "know-who-is-in-a-channel": "present_hub"}
+
+# What they can do that the first doesn't.
+CONTRACTS = {"keeping_hub": HistoryContract, "present_hub": PresenceContract}
+
+
+def blocks_about_engines(module: str) -> list[str]:
+    """The page's code of an engine, or of one that can do more: its parts, and its test."""
+    return [
+        block.source
+        for block in blocks_of(ENGINE)
+        if PARTS.get(block.name.partition("#")[2].partition("-#")[0], "hub") == module
+    ]
 
 
 def test_code_of_the_page_is_that_of_the_example() -> None:
     example = (EXAMPLES / "08_engine.py").read_text(encoding="utf-8")
-    imports, *classes = blocks_about_engines(keeping=False)[:-1]
+    imports, *classes = blocks_about_engines("hub")[:-1]
     assert len(classes) == 3
     for code in (*classes, *imports.split("\n\n")[-1:]):
         assert code in example
 
 
 def save_engines_of_the_page(directory: Path) -> None:
-    for name, keeping in (("hub", False), ("keeping_hub", True)):
-        *parts, test = blocks_about_engines(keeping=keeping)
+    for name in ("hub", *PARTS.values()):
+        *parts, test = blocks_about_engines(name)
         (directory / f"{name}.py").write_text("\n\n".join(parts), encoding="utf-8")
         (directory / f"test_{name}.py").write_text(test, encoding="utf-8")
 
@@ -69,7 +91,7 @@ def run_contract(directory: Path, *command: str) -> str:
     scope = "asyncio_default_fixture_loop_scope=function"  # pytest-asyncio warns if nobody says so
     options = ["-W", "error", "-o", scope, "-o", "asyncio_mode=strict", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, *command, *options], cwd=directory, capture_output=True, text=True, timeout=60
+        [sys.executable, *command, *options], cwd=directory, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -83,10 +105,12 @@ def test_engine_of_the_page_is_tested_as_the_page_says(tmp_path: Path) -> None:
     assert re.search(r" 9 passed, \d+ deselected in ", run_contract(tmp_path, *command[1:], "-k", "arrive or gap"))
 
 
-def test_engine_of_the_page_that_keeps_is_a_right_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CONTRACTS)
+def test_engine_of_the_page_that_can_do_more_is_a_right_one(tmp_path: Path, name: str) -> None:
     save_engines_of_the_page(tmp_path)
-    said = run_contract(tmp_path, "-m", "pytest", "test_keeping_hub.py")
-    assert re.search(r" \d\d passed in ", said), said
+    tests = [each for each in vars(CONTRACTS[name]) if each.startswith("test_")]
+    said = run_contract(tmp_path, "-m", "pytest", f"test_{name}.py", "-k", " or ".join(tests))
+    assert re.search(rf" {len(tests)} passed, \d+ deselected in ", said), said
 
 
 def test_command_of_the_page_prints_the_whole_contract() -> None:
@@ -123,6 +147,8 @@ def test_names_of_the_page_are_those_at_the_broker() -> None:
         Audience("user", "7"),
         NODES,
         Audience("nodes", "kX2"),
+        Audience("stream", "chat"),
+        Audience("run", "mH3"),
         Audience("channel", "a.b c"),
     ]
     for audience, (_, colon, point) in zip(audiences, rows_of(ENVELOPE, "Names"), strict=True):
@@ -209,9 +235,9 @@ async def test_command_for_nats_has_an_envelope() -> None:
 # Deployment.
 
 DEPLOYMENT = "docs/deployment.md"
-(FIRST_RIGHTS, MORE_RIGHTS), (WITH_JETSTREAM,) = (
+(FIRST_RIGHTS, MORE_RIGHTS, PRESENCE_RIGHTS), (WITH_JETSTREAM,), (WITH_PRESENCE,) = (
     [block.source for block in blocks_of(DEPLOYMENT, "") if block.source.startswith(start)]
-    for start in ("ACL ", "jetstream ")
+    for start in ("ACL ", "jetstream ", "publish: ")
 )
 
 
@@ -224,6 +250,15 @@ async def keeps(url: str) -> None:
         assert (await manager.position("news")).offset == 0
 
 
+async def knows_who_is_there(engine: PresentEngine) -> None:
+    """Check that a broker does for an engine what it needs for presence."""
+    await engine.renew(10)
+    assert await engine.enter("news", {"ann": b""}) is not None
+    assert await engine.channels_of("ann") == {"news"}
+    assert await engine.sweep() == []
+    assert await engine.leave("news", ["ann"]) is not None
+
+
 async def test_permissions_of_the_page_for_redis_are_enough(own_redis: Callable[..., RedisServer]) -> None:
     server = own_redis()
     url = f"redis://wsbroadcast:secret@{server.host}:{server.port}"
@@ -234,6 +269,15 @@ async def test_permissions_of_the_page_for_redis_are_enough(own_redis: Callable[
         await keeps(url)
     server.command(*MORE_RIGHTS.split())
     await keeps(url)
+    engine = RedisEngine(url)
+    await engine.start(Recorder())
+    try:
+        with pytest.raises(EngineUnavailable, match=r"needs .* \+zscore"):
+            await engine.renew(10)
+        server.command(*PRESENCE_RIGHTS.split())
+        await knows_who_is_there(engine)
+    finally:
+        await engine.aclose()
 
 
 async def test_configuration_of_the_page_for_nats_is_enough(
@@ -244,18 +288,38 @@ async def test_configuration_of_the_page_for_nats_is_enough(
         await keeps(f"nats://wsbroadcast:secret@{server.host}:{server.port}?history_storage={storage}")
 
 
+async def test_permissions_of_the_page_for_presence_on_nats_are_enough(
+    own_nats: Callable[..., NATSServer], tmp_path: Path
+) -> None:
+    config = WITH_JETSTREAM.replace("/var/lib/nats", str(tmp_path))
+    before, _, rest = config.partition("publish: [")
+    server = own_nats(config=f"{before}{WITH_PRESENCE}{rest.partition(']')[2]}")
+    engine = NATSEngine(f"nats://wsbroadcast:secret@{server.host}:{server.port}")
+    engine.uses_lease = True
+    await engine.start(Recorder())
+    try:
+        await knows_who_is_there(engine)
+    finally:
+        await engine.aclose()
+
+
 def test_statements_of_the_page_for_postgres_are_those_that_errors_name() -> None:
-    tables = HistoryTables("wsbroadcast", "public")
+    history = HistoryTables("wsbroadcast", "public")
+    presence = PresenceTables("wsbroadcast", "public", SpillTable("wsbroadcast", "public"))
     statements = [block.source.strip() for block in blocks_of(DEPLOYMENT, "sql")]
-    assert statements == [tables.permit_sql.format(role="app"), tables.grant_sql.format(role="app")]
+    granted = [history.grant_sql.format(role="app"), presence.grant_sql.format(role="app")]
+    assert statements == [history.permit_sql.format(role="app"), *granted]
+    assert presence.permit_sql == history.permit_sql
     sources = [block.source for block in blocks_of(DEPLOYMENT, "sh")]
-    (command,) = (shlex.split(source) for source in sources if source.startswith("python -c"))
-    printed = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60).stdout
-    assert printed.strip() == tables.create_sql.strip()
+    commands = [shlex.split(source) for source in sources if source.startswith("python -c")]
+    made = history.create_sql, presence.create_sql
+    for command, sql in zip(commands, made, strict=True):
+        printed = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60).stdout
+        assert printed.strip() == sql.strip()
 
 
 def test_path_of_the_page_keeps_the_bells_beside_the_file() -> None:
-    found = re.search(r"its path within (\d+) bytes", PAGES[DEPLOYMENT])
+    found = re.search(r"path within (\d+) bytes", PAGES[DEPLOYMENT])
     assert found is not None
     for more, is_beside in ((0, True), (1, False)):
         path = Path("/" + "x" * (int(found[1]) - 1 + more))

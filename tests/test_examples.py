@@ -25,7 +25,7 @@ from starlette.testclient import TestClient, WebSocketTestSession
 
 from tests.support.asgi import eventually
 from tests.support.brokers import free_port
-from tests.support.examples import EXAMPLES, announce, load, talk_in_rooms_and_hear_news
+from tests.support.examples import EXAMPLES, announce, follow_news_by_centrifuge, load, talk_in_rooms_and_hear_news
 from tests.support.standins import standins
 from tests.support.web import close_of, denied
 from wsbroadcast import Publisher
@@ -429,6 +429,97 @@ def operations(client: TestClient) -> None:
         assert "<title>Operations</title>" in client.get("/operations/").text
 
 
+def who_is_online(client: TestClient) -> None:
+    example = sys.modules["example_19_who_is_online"]
+    elsewhere = TestClient(load(EXAMPLES / "19_who_is_online.py").app)  # as another worker would be
+    assert "textContent" in client.get("/").text
+
+    def is_here(*users: str) -> bool:
+        return bool(client.get("/rooms/tea").json() == elsewhere.get("/rooms/tea").json() == list(users))
+
+    with elsewhere, client.websocket_connect("/ws/tea?user=ada") as ada:
+        with elsewhere.websocket_connect("/ws/tea?user=bob"), client.websocket_connect("/ws/tea?user=bob"):
+            assert sorted([ada.receive_text(), ada.receive_text()]) == ["ada is here", "bob is here"]
+            assert is_here("ada", "bob")
+        assert is_here("ada", "bob")  # in his grace
+        assert client.post("/tell/ada", params={"text": "psst"}).json() == {"is_online": True}
+        assert ada.receive_text() == "psst"
+        assert client.post("/tell/eva", params={"text": "hello"}).json() == {"is_online": False}
+        assert example.mails == [("eva", "hello")]
+        assert elsewhere.portal is not None
+        elsewhere.portal.call(sys.modules["example_19_who_is_online"].manager.close_user, "bob")
+    with client.websocket_connect("/ws/tea?user=eva", subprotocols=["wsbroadcast.v1"]) as eva:
+        eva.send_json({"type": "presence", "id": 1})
+        while (event := eva.receive_json())["type"] != "presence":
+            pass
+        assert {"user": "eva", "info": {"colour": example.COLOURS[sum(b"eva") % 4]}} in event["members"]
+
+
+def events_of(response: Any) -> list[Any]:
+    """What a stream of events holds."""
+    return [
+        json.loads(line.removeprefix("data: "))
+        for line in response.text.splitlines()
+        if line.startswith("data: ") and line != "data: [DONE]"
+    ]
+
+
+def answers(client: TestClient) -> None:
+    # With a model, in a browser, on four workers: tests/integration/test_stream_pages.py.
+    assert client.post("/questions", params={"question": "why?"}).status_code == 401
+    assert "EventSource" in client.get("/").text
+    example: Any = sys.modules["example_20_answers"]
+    example.LONG = "Because."
+    number = client.post("/questions", params={"question": "why?"}).json()
+    entries = events_of(client.get(f"/answers/{number}"))
+    assert "".join(entry.get("text", "") for entry in entries) == "You have asked: why? Because. "
+    assert entries[-1]["state"] == "done"
+    client.cookies.clear()
+    client.cookies.set("user", "somebody else")
+    assert client.get(f"/answers/{number}").status_code == 404
+
+
+def agent(client: TestClient) -> None:
+    def ask(text: str, chat: str = "1") -> Any:
+        message = {"role": "user", "parts": [{"type": "text", "text": text}]}
+        return client.post("/api/chat", json={"id": chat, "messages": [message]})
+
+    found = events_of(ask("how is it?"))
+    kinds = [chunk["type"] for chunk in found]
+    assert kinds[:3] == ["start", "tool-input-available", "tool-output-available"]
+    assert found[2]["output"] == f"It rains in {found[1]['input']['city']}."
+    assert (kinds[3], kinds[-1]) == ("text-start", "finish")
+    assert "It rains" in "".join(chunk.get("delta", "") for chunk in found)
+    assert len(sys.modules["example_21_agent"].saved["chat:guest:1"]) == 4
+    assert events_of(ask("and now?"))[-1] == {"type": "finish"}
+    assert len(sys.modules["example_21_agent"].saved["chat:guest:1"]) > 4
+    assert client.get("/api/chat/1/stream").status_code == 204
+    assert client.post("/api/chat/1/stop").status_code == 204
+    assert ask("hi", "no id").status_code == 422
+
+
+def types_(client: TestClient) -> None:
+    assert denied(client, "/auctions/lamp").status_code == 403
+    with (
+        client.websocket_connect("/auctions/lamp?name=ada") as ada,
+        client.websocket_connect("/auctions/lamp?name=bob") as bob,
+    ):
+        ada.send_json({"type": "bid", "amount": 10})
+        price = ada.receive_json()
+        assert bob.receive_json() == price == {"type": "new_price", "amount": 10, "by": "ada", "at": price["at"]}
+        bob.send_json({"type": "bid", "amount": 5})
+        assert bob.receive_json() == {"type": "error", "code": "too_low", "text": "more than 10, please"}
+        bob.send_json({"type": "bid"})
+        assert bob.receive_json()["errors"] == [{"loc": ["bid", "amount"], "type": "missing", "msg": "Field required"}]
+        bob.send_json({"type": "cheer", "emoji": "🔥"})
+        assert ada.receive_json() == bob.receive_json() == {"type": "cheer", "emoji": "🔥"}
+
+
+def centrifuge(client: TestClient) -> None:
+    token = client.post("/token", params={"user": "ada"}).json()
+    follow_news_by_centrifuge(client, token, "/announce")
+
+
 EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "01_chat": chat,
     "02_router": router,
@@ -448,19 +539,37 @@ EXERCISES: dict[str, Callable[[TestClient], None]] = {
     "16_documents": documents,
     "17_broadcaster": broadcaster,
     "18_operations": operations,
+    "19_who_is_online": who_is_online,
+    "20_answers": answers,
+    "21_agent": agent,
+    "22_types": types_,
+    "23_centrifuge": centrifuge,
 }
 
 # Examples that want more than the extra `demo`, and don't run in this process alone.
-EXTRAS = {"09_scale_out": "demo,nats,postgres,redis"}
+EXTRAS = {"09_scale_out": "demo,nats,postgres,redis", "23_centrifuge": "centrifuge,demo"}
 RUNS = {"09_scale_out": '"09_scale_out:app", workers=4'}
-MORE = {"12_snapshot": ["sqlmodel"], "15_graphql": ["strawberry-graphql[fastapi]"], "16_documents": ["pycrdt"]}
+MORE = {
+    "12_snapshot": ["sqlmodel"],
+    "15_graphql": ["strawberry-graphql[fastapi]"],
+    "16_documents": ["pycrdt"],
+    "20_answers": ["openai"],
+    "21_agent": ["pydantic-ai-slim[openai]>=2"],
+}
 BROKERS = {"16_documents": "sqlite:///documents.db"}
+
+
+# What an example imports and only the tests of all of them install.
+IMPORTS = {"20_answers": "openai", "21_agent": "pydantic_ai"}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_example_does_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if path.stem in IMPORTS:
+        pytest.importorskip(IMPORTS[path.stem])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HUB_URL", f"hub://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("TOKEN_SECRET", "of thirty-two bytes, so that nobody warns")
     monkeypatch.setenv("WEBHOOK_URL", f"http://127.0.0.1:{free_port()}")
     if path.stem in BROKERS:
         monkeypatch.setenv("BROKER_URL", BROKERS[path.stem])

@@ -47,7 +47,7 @@ def test_error_is_also_what_an_except_clause_may_name(error: type[Exception], ba
 def test_every_public_error_has_the_same_root() -> None:
     public = [getattr(wsbroadcast, name) for name in wsbroadcast.__all__]
     errors = [each for each in public if isinstance(each, type) and issubclass(each, BaseException)]
-    assert len(errors) == 14
+    assert len(errors) == 20
     assert all(issubclass(error, WSBroadcastError) for error in errors)
 
 

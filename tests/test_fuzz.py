@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzz import client_json, envelopes, names, tokens
+from tests.fuzz import centrifuge, client_json, envelopes, names, tokens
 
 RAW = b"\x08"  # see TEMPLATES
 
@@ -72,3 +72,19 @@ def test_what_clients_send_ends_nothing_but_their_connection(path: int, frames: 
 )
 def test_what_a_broker_brings_is_read_or_refused(data: bytes) -> None:
     envelopes.check(data)
+
+
+@given(
+    st.binary(max_size=300)
+    | st.sampled_from(
+        [
+            b'{"id":1,"publish":{"channel":"a","data":{"a":[1,2]}}}\n{}',
+            b'{"id":1,"publish":{"data":"\\ud800"}}',
+            b"\x0a\x08\x01\x3a\x06\x0a\x01a\x12\x01\xff",
+            b"\xff" * 11,
+            b"[" * 300,
+        ]
+    )
+)
+def test_what_clients_of_centrifuge_send_is_read_or_refused(data: bytes) -> None:
+    centrifuge.check(data)

@@ -241,8 +241,8 @@ UNFINISHED = pytest.mark.parametrize(
     ("hook", "why"),
     [
         (forget_await, "a coroutine that nobody awaits"),
-        (generate, "a generator, of which nothing has run"),
-        (generate_async, "a generator, of which nothing has run"),
+        (generate, "a generator, and nothing of it has run"),
+        (generate_async, "a generator, and nothing of it has run"),
     ],
 )
 
@@ -752,7 +752,7 @@ async def test_recipients_that_are_no_list_are_an_error() -> None:
     def hook(delivery: Delivery) -> None:
         delivery.recipients = None  # type: ignore[assignment]  # what the test is about
 
-    with pytest.raises(TypeError, match="recipients is a list"):
+    with pytest.raises(TypeError, match=r"Delivery\.recipients is a list"):
         await delivered(hook, "1")
 
 

@@ -253,7 +253,7 @@ def test_connection_of_an_http_route() -> None:
     @app.get("/")
     async def endpoint(connection: ConnectionDep) -> None: ...
 
-    with client(app) as http, pytest.raises(ConfigurationError, match="one of HTTP takes a ManagerDep"):
+    with client(app) as http, pytest.raises(ConfigurationError, match="take a ManagerDep in an HTTP endpoint"):
         http.get("/")
 
 
@@ -320,7 +320,7 @@ def test_misspelt_event_is_named(caplog: pytest.LogCaptureFixture) -> None:
 
     ConnectionManager(hooks=[Guard()])
     assert [record.getMessage() for record in caplog.records] == [
-        f"{Guard.__qualname__}.on_conect is never called: on_connect is meant?"
+        f"{Guard.__qualname__}.on_conect is never called: did you mean on_connect?"
     ]
 
 

@@ -9,10 +9,13 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, Literal
 
 import pytest
 from fastapi import FastAPI, HTTPException, WebSocket, WebSocketException
+from pydantic import BaseModel, Field
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import WebSocketRoute
@@ -480,6 +483,63 @@ async def test_peer_speaks_events_and_comes_back() -> None:
             assert (await peer.receive_json())["recovered"]
             assert (await peer.receive_json())["data"] == "2"
             await peer.expect_nothing(0.01)
+
+
+# Messages with types.
+
+
+class Said(BaseModel):
+    type: Literal["said"] = "said"
+    text: str
+    sent_at: date = Field(default=date(2026, 1, 2), alias="at")
+
+
+@dataclass
+class Move:
+    x: int
+
+
+async def test_peer_sends_and_receives_models() -> None:
+    async with Peer(app_of(echo)) as peer:
+        await peer.send(Said(text="hi"))
+        assert peer.messages == [] or peer.messages == ['{"type":"said","text":"hi","at":"2026-01-02"}']
+        assert await peer.receive(Said) == Said(text="hi")
+        await peer.send({"moves": [Move(1)], "at": date(2026, 1, 2)})
+        assert await peer.receive() == '{"moves":[{"x":1}],"at":"2026-01-02"}'
+        await peer.send(Move(2))
+        assert await peer.receive(Move, timeout=5.0) == Move(2)
+        with pytest.raises(TypeError):
+            await peer.send(object())
+
+
+async def test_peer_says_what_came_instead_of_what_is_expected() -> None:
+    async with Peer(app_of(echo)) as peer:
+        for message, said in (
+            ('{"type":"said"}', 'waited for Said of /ws, but \'{"type":"said"}\' came: text: Field required'),
+            ("text", "waited for Said of /ws, but 'text' came: Invalid JSON"),
+        ):
+            await peer.send(message)
+            with pytest.raises(AssertionError) as caught:
+                await peer.receive(Said)
+            assert str(caught.value) == said
+        with pytest.raises(TimeoutError):
+            await peer.receive(Said, timeout=0.01)
+        with pytest.raises(TimeoutError):
+            await peer.receive(0.01)
+
+
+async def test_peer_of_events_publishes_models_and_looks_into_messages() -> None:
+    manager = ConnectionManager()
+    app = FastAPI()
+    app.include_router(create_router(manager, "/ws/{channel}", receives=Said))
+    async with manager, Peer(app, "/ws/news", subprotocols=["wsbroadcast.v1"]) as peer:
+        for text in ("1", "2"):
+            await peer.send(Said(text=text))
+            assert await peer.receive(Said) == Said(text=text)
+        await peer.send({"type": "publish", "data": {"type": "said"}})
+        with pytest.raises(AssertionError, match=r"waited for Said of /ws/news, but .*invalid_data"):
+            await peer.receive(Said)
+        await peer.expect_nothing(0.01)
 
 
 def test_peer_and_cluster_want_no_plugin_of_pytest() -> None:

@@ -24,6 +24,7 @@ from wsbroadcast import (
     Identity,
     Message,
     Position,
+    Presence,
     Publication,
     TokenFrom,
     create_router,
@@ -76,8 +77,8 @@ def fits(shown: Any, found: Any) -> bool:
 
 
 async def test_every_frame_is_as_the_page_says() -> None:
-    assert len(CONVERSATIONS) == 5
-    manager = ConnectionManager(history=History())
+    assert len(CONVERSATIONS) == 6
+    manager = ConnectionManager(history=History(), presence=Presence())
     app = make_app(manager)
     async with manager:
         first = str(await manager.position("room:1"))
@@ -111,7 +112,7 @@ def test_tables_are_complete() -> None:
     assert table("What a client asks for") == _READERS.keys()
     shown = {json.loads(line[2:])["type"] for _, lines in CONVERSATIONS for line in lines.splitlines()}
     assert table("What a client asks for") - {"pong"} <= shown
-    told = {"hello", "subscribed", "message", "position", "gap", "ping", "expiring"}
+    told = {"hello", "subscribed", "message", "position", "gap", "presence", "ping", "expiring"}
     assert table("What is sent to a client") == told
 
 
@@ -131,6 +132,8 @@ def test_other_frames_are_as_the_page_says() -> None:
         events.gap(audience, "epoch", position),
         events.PING,
         events.expiring(time.time() + 30, 30),
+        events.presence_changes("room:1", 7, 9, 2, {"bob": b'{"name":"Bob"}'}, ["eve"], "user"),
+        events.presence_count("room:1", 900, 512),
     ]
     for line, message in zip(block.splitlines(), made, strict=True):
         assert fits(json.loads(line), json.loads(message.payload))

@@ -109,6 +109,11 @@ def test_tests_install_what_every_script_needs(clone: Clone) -> None:
     assert clone.does("brokers", "redis") == ["tests.support.brokers redis"]
 
 
+def test_docs_install_their_extra_alone(clone: Clone) -> None:
+    assert clone.does("docs", "serve") == [MAKE, TEST.replace("demo,test", "docs"), "tests.support.site serve"]
+    assert clone.does("docs") == ["tests.support.site"]
+
+
 def test_coverage_is_an_option(clone: Clone) -> None:
     measured = ["coverage run -m pytest -n 0 -x tests/node/test_node.py", "coverage report"]
     assert clone.does("test", "-x", "--coverage", "tests/node/test_node.py") == [MAKE, TEST, *measured]

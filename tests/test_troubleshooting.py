@@ -297,8 +297,16 @@ async def test_connections_end_with_what_the_page_says(caplog: Log) -> None:
         assert rows.issuperset(ends)
         assert await end_of(port, "/denies") == (1008, "too late")
         assert await end_of(port, "/text", "one", "two") == (1008, "too many messages (max_inbound_rate)")
+    async with ConnectionManager(limits=Limits(max_connections_per_user=1, when_full="oldest")) as one_each:
+        async with asyncio.timeout(10):
+            first = await one_each.connect(Peer().websocket, user="ada")
+            await one_each.connect(Peer().websocket, user="ada")
+            await first.wait_closed()
+        assert first.close_code == 4409
+        assert (first.close_code, first.close_reason) in rows
     assert rows >= {
         (1008, "too many messages (max_inbound_rate)"),
+        (1008, "too many messages (max_router_inbound_rate)"),
         (1012, ""),
         (1013, "slow consumer"),
         (1011, "keepalive ping timeout"),
@@ -404,6 +412,8 @@ async def test_reasons_of_the_page_are_those_of_its_causes() -> None:
             await one.broadcast(number, channel="news")
         told["too many"] = await recovery_at(one, since)
         assert one.stats().refused_recoveries == {"epoch": 2, "expired": 1, "too_many": 1}
+    async with ConnectionManager(history={"talk": History()}) as other:
+        told["no history"] = await recovery_at(other, since)
     async with Cluster(1, history=kept) as cluster:
         manager = cluster[0]
         since = await position_of(manager)
@@ -421,6 +431,7 @@ async def test_reasons_of_the_page_are_those_of_its_causes() -> None:
         "too many": (False, "too_many"),
         "too old": (False, "expired"),
         "outage": (False, "unavailable"),
+        "no history": (False, "not_kept"),
     }
 
 

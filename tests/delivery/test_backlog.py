@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from wsbroadcast import Audience, SlowConsumer
 from wsbroadcast.audience import EVERYONE
-from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, Turn
+from wsbroadcast.delivery.backlog import Backlog, BacklogFull, Entry, SpokenEntry, Turn
 from wsbroadcast.options import Policy
 
 POLICIES = get_args(Policy)
@@ -246,3 +246,20 @@ def test_key_counts_only_in_channels_that_conflate() -> None:
     one, two, three = to_channel("safe", "a"), to_channel("key", "a"), to_channel("key", "a")
     assert [backlog.push(entry) for entry in (one, two, three)] == [0, 0, 1]
     assert list(backlog) == [one, three]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_protocol_says_is_never_dropped_and_has_as_much_room_again(policy: str) -> None:
+    backlog = backlog_with(policy)
+    messages = [message_of(1) for _ in range(MAX_MESSAGES)]
+    spoken = [SpokenEntry(b"frame", 1, is_text=True) for _ in range(MAX_MESSAGES)]
+    for entry in [*messages, *spoken]:
+        assert backlog.push(entry) == 0
+    assert list(backlog) == [*messages, *spoken]
+    with pytest.raises(BacklogFull):
+        backlog.push(SpokenEntry(b"frame", 1, is_text=True))
+    for _ in messages:
+        backlog.pop()
+    if policy == "drop_oldest":
+        assert backlog.push(message_of(1)) == 1
+    assert list(backlog) == spoken

@@ -564,3 +564,52 @@ async def test_any_interleaving_gives_each_member_exactly_its_messages_in_order(
         assert member.recorder.texts == expected[member]
     assert node.counters.deliveries == sum(map(len, expected.values()))
     assert node.dispatcher.is_clear
+
+
+# Those who have yet to be told that they are in an audience.
+
+
+async def test_what_comes_meanwhile_waits_for_one_that_is_told_first() -> None:
+    [one, other] = everybody = [Member(name, channels=["news"]) for name in "ab"]
+    node, news = Node(everybody), Audience("channel", "news")
+    node.dispatch("before", news)
+    node.dispatcher.open(one, news)
+    node.dispatch("meanwhile", news)
+    node.dispatch("alone", news, recipients=[one])
+    node.dispatch("everyone")
+    node.dispatcher.flush()
+    assert one.recorder.texts == ["before", "everyone"]
+    assert other.recorder.texts == ["before", "meanwhile", "everyone"]
+    node.dispatch("you are in", Audience("connection", "a"))
+    node.dispatcher.opened(one, news)
+    node.dispatch("after", news)
+    node.dispatcher.flush()
+    assert one.recorder.texts == ["before", "everyone", "you are in", "meanwhile", "alone", "after"]
+    assert other.recorder.texts == ["before", "meanwhile", "everyone", "after"]
+    node.dispatcher.opened(one, news)  # twice is once
+
+
+async def test_who_is_not_in_it_after_all_is_told_nothing_of_it() -> None:
+    [one] = everybody = [Member("a", channels=["news"])]
+    node, news = Node(everybody), Audience("channel", "news")
+    node.dispatcher.open(one, news)
+    node.dispatch("meanwhile", news)
+    node.dispatcher.flush()
+    node.registry.unsubscribe(one, "news")
+    node.dispatcher.opened(one, news)
+    assert one.recorder.texts == []
+
+
+@pytest.mark.parametrize("options", [{"max_backlog_messages": 4}, {"max_backlog_bytes": 5}])
+async def test_what_waits_is_bounded_and_the_oldest_makes_room(options: dict[str, int]) -> None:
+    [one] = everybody = [Member("a", channels=["news"])]
+    node, news = Node(everybody, **options), Audience("channel", "news")
+    node.dispatcher.open(one, news)
+    for number in range(5):
+        node.dispatch(str(number), news)
+        node.dispatcher.flush()
+    node.dispatcher.opened(one, news)
+    node.dispatch("5", news)
+    node.dispatcher.flush()
+    assert one.recorder.texts == ["3", "4", "5"]
+    assert node.counters.dropped == {"opening": 3}

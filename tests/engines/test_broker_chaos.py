@@ -16,7 +16,7 @@ from tests.support.brokers import Broker, BrokerMissing, JetStreamServer, Postgr
 from tests.support.brokers.redis_groups import RedisSentinel
 from tests.support.chaos import BrokerWorld, Story, nodes_at
 from tests.support.servers import eventually
-from wsbroadcast import Delivery, History, SlowConsumer
+from wsbroadcast import Delivery, History, Presence, SlowConsumer
 from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.postgres import PostgresEngine
@@ -83,8 +83,8 @@ def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Worlds:
     return make
 
 
-async def run(world: BrokerWorld, seed: int) -> Story:
-    story = await chaos.run(world, seed, messages=MESSAGES, seconds=SECONDS, clients=CLIENTS)
+async def run(world: BrokerWorld, seed: int, **options: Any) -> Story:
+    story = await chaos.run(world, seed, messages=MESSAGES, seconds=SECONDS, clients=CLIENTS, **options)
     print(dict(story.seen))
     print(story.holes)
     assert world.was_lossy
@@ -108,6 +108,19 @@ async def test_logs_are_unbroken_with_hooks_and_small_backlogs(nodes: Worlds, se
         story = await run(world, seed + 1000)
     assert story.wrong == {}
     assert story.seen["recovered"] > 20
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_all_holds_with_history_presence_hooks_and_deploys_together(nodes: Worlds, seed: int) -> None:
+    hooks = chaos.Hooks()
+    options = {"presence": Presence(grace=0.2), "slow_consumer": SlowConsumer(max_backlog_messages=16)}
+    async with nodes(seed=seed, hooks=[hooks], **options) as world:
+        world.deploys = 0.1
+        story = await run(world, seed + 2000, users=CLIENTS // 3)
+    assert story.wrong == {}
+    assert story.seen["recovered"] > 20
+    assert story.seen["deployed"] > 1
+    assert min(hooks.joined, hooks.left, hooks.delivered) > 0
 
 
 async def ponder(delivery: Delivery) -> None:

@@ -18,13 +18,14 @@ from tests.support.brokers import (
     ValkeyServer,
 )
 from tests.support.examples import EXAMPLES, load
-from wsbroadcast import Engine, MemoryEngine
+from wsbroadcast import ConfigurationError, Engine, MemoryEngine
+from wsbroadcast.engines.contract import keeps_presence
 from wsbroadcast.engines.nats import NATSEngine
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.sqlite import SQLiteEngine
 from wsbroadcast.options import Timing
-from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract
+from wsbroadcast.testing import BrokerContract, EngineContract, HistoryContract, PresenceContract
 from wsbroadcast.testing.hub import Hub, HubEngine
 
 hub = load(EXAMPLES / "08_engine.py")
@@ -33,13 +34,17 @@ hub = load(EXAMPLES / "08_engine.py")
 TIMING = Timing(linger=0.02)
 
 
-class TestMemory(HistoryContract, EngineContract):
+class TestMemory(PresenceContract, HistoryContract, EngineContract):
+    has_leases = False
+
     def make_engine(self) -> Engine:
         return MemoryEngine()
 
 
-class TestHub(HistoryContract, EngineContract):
+class TestHub(PresenceContract, HistoryContract, EngineContract):
     """The engine of `wsbroadcast.testing.Cluster`."""
+
+    short = 0.05
 
     node_count = 3
 
@@ -70,7 +75,7 @@ class TestExample(BrokerContract):
         await self.hub.start()
 
 
-class TestSQLite(HistoryContract, BrokerContract):
+class TestSQLite(PresenceContract, HistoryContract, BrokerContract):
     """The file may be taken away, and another lie in its place."""
 
     @pytest.fixture(autouse=True)
@@ -133,17 +138,17 @@ class RealBroker(BrokerContract):
         await self.server.started()
 
 
-class TestRedis(HistoryContract, RealBroker):
+class TestRedis(PresenceContract, HistoryContract, RealBroker):
     kind = RedisServer
     engine = RedisEngine
 
 
-class TestValkey(HistoryContract, RealBroker):
+class TestValkey(PresenceContract, HistoryContract, RealBroker):
     kind = ValkeyServer
     engine = RedisEngine
 
 
-class TestNATS(HistoryContract, RealBroker):
+class TestNATS(PresenceContract, HistoryContract, RealBroker):
     kind = JetStreamServer
     engine = NATSEngine
     has_one_order = False
@@ -151,6 +156,11 @@ class TestNATS(HistoryContract, RealBroker):
     keeps_large = True  # JetStream numbers only what it keeps
 
 
-class TestPostgres(HistoryContract, RealBroker):
+class TestPostgres(PresenceContract, HistoryContract, RealBroker):
     kind = PostgresServer
     engine = PostgresEngine
+
+
+def test_engine_without_presence_says_who_has_it() -> None:
+    with pytest.raises(ConfigurationError, match=r"the hub engine keeps no presence: .* use memory:.*, nats:"):
+        keeps_presence(hub.HubEngine())

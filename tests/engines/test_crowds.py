@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 
 from tests.support.asgi import Peer
 from tests.support.brokers import Broker, BrokerMissing, JetStreamServer, PostgresServer, RedisServer
-from wsbroadcast import Connection, ConnectionManager, Engine, History, MemoryEngine, Position
+from tests.support.fast import WebSocketsSansIOProtocol
+from wsbroadcast import Connection, ConnectionManager, Engine, History, MemoryEngine, Position, Presence
 from wsbroadcast.audience import Audience
 from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.nats import NATSEngine
@@ -25,8 +27,9 @@ from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.sqlite import SQLiteEngine
 from wsbroadcast.history import Replay
 from wsbroadcast.manager import core_of
-from wsbroadcast.node.membership import SPEAKS
 from wsbroadcast.protocols.events import events
+from wsbroadcast.testing import Cluster
+from wsbroadcast.transports import SPEAKS
 
 FULL = bool(os.environ.get("WSBROADCAST_TEST_FULL"))
 CLIENTS, SECONDS = (1000, 10.0) if FULL else (100, 1.0)
@@ -215,3 +218,104 @@ def count_reads(manager: ConnectionManager, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(engine, "read", counted)
     return reads
+
+
+# Who is there, while they come.
+
+
+class Watcher:
+    """A client in a room, on the fast path, that wants to know who else is."""
+
+    def __init__(self, user: str) -> None:
+        self.user = user
+        self.socket = WebSocketsSansIOProtocol()
+        self.connection: Connection | None = None
+
+    async def come(self, manager: ConnectionManager) -> None:
+        self.socket = WebSocketsSansIOProtocol()
+        self.socket.websocket.scope[SPEAKS] = events
+        self.connection = await manager.connect(self.socket.websocket, user=self.user, channels=["room"])
+        assert await core_of(manager).watch(self.connection, "room")
+
+    def lose(self) -> None:
+        assert self.connection is not None
+        self.connection.manager.disconnect(self.connection)
+
+    @property
+    def told(self) -> int:
+        """How often it was told who is there."""
+        return sum(written.count(b'"type":"presence"') for written in self.socket.transport.written)
+
+    def knows(self, count: int) -> bool:
+        """Tell whether the last that it was told is that so many are there."""
+        wire = b"".join(self.socket.transport.written)
+        return wire[wire.rindex(b'"type":"presence"') :].find(b'"count":%d' % count) >= 0
+
+
+@contextmanager
+def longest_turn() -> Iterator[list[float]]:
+    """Measure the turns of the event loop; the first number is the longest, in seconds of this thread's own time.
+
+    What other programs take doesn't count. The garbage collector is off: how long it looks at a crowd of connections is
+    no matter of who is told what.
+    """
+    longest = [0.0]
+
+    async def watch() -> None:
+        before = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            longest[0] = max(longest[0], now - before)
+            before = now
+
+    gc.collect()
+    gc.disable()
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield longest
+    finally:
+        watching.cancel()
+        gc.enable()
+
+
+@asynccontextmanager
+async def rooms(kind: str) -> AsyncIterator[Sequence[ConnectionManager]]:
+    presence = Presence(grace=60.0)
+    if kind == "cluster":
+        async with Cluster(2, presence=presence) as cluster:
+            yield cluster.managers
+    else:
+        async with ConnectionManager(presence=presence) as manager:
+            yield [manager]
+
+
+@pytest.mark.parametrize("kind", ["memory", "cluster"])
+async def test_crowd_that_comes_back_is_told_little_and_holds_up_nothing(kind: str) -> None:
+    seconds = 5.0 if FULL else 0.5
+    watchers = [Watcher(f"user {number}") for number in range(CROWD)]
+    async with rooms(kind) as managers:
+        for phase in ("came", "came back"):
+            with longest_turn() as longest:
+                began = time.monotonic()
+                for number, watcher in enumerate(watchers):
+                    await watcher.come(managers[number % len(managers)])
+                    ahead = began + seconds * number / CROWD - time.monotonic()
+                    await asyncio.sleep(max(0.0, ahead))
+                took = time.monotonic() - began
+                async with asyncio.timeout(_PATIENCE):
+                    while not all(watcher.knows(CROWD) for watcher in watchers):  # noqa: ASYNC110  # no event tells
+                        await asyncio.sleep(0.5)
+                waited = time.monotonic() - began
+            told = [watcher.told for watcher in watchers]
+            print(
+                f"{CROWD} {phase} within {took:.1f} s: each was told {max(told)} times at most, "
+                f"{sum(told) / CROWD:.1f} on average; the longest turn took {longest[0] * 1000:.1f} ms"
+            )
+            assert max(told) <= (1 if phase == "came back" else 2 + waited)
+            assert longest[0] < 0.05
+            for number, watcher in enumerate(watchers):
+                watcher.lose()
+                if number % 10 == 0:
+                    await asyncio.sleep(0)
+            assert await managers[0].presence_count("room") == CROWD  # nobody has left

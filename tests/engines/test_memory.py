@@ -74,7 +74,7 @@ def test_url_makes_a_memory_engine(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["memory://host", "memory:///path", "memory://?a=b"])
 def test_url_with_anything_to_configure_is_refused(url: str) -> None:
-    with pytest.raises(ConfigurationError, match="no host and no path"):
+    with pytest.raises(ConfigurationError, match="no host, no path and no options: write memory://"):
         create_engine(url)
 
 

@@ -225,7 +225,7 @@ async def test_stream_that_was_set_back_is_found_out(
     own_jetstream: Callable[..., JetStreamServer], prefix: str, subscribed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Who isn't subscribed knows by its own clock when something was taken. Servers don't usually come back that fast.
-    monkeypatch.setattr(upkeep, "_SKEW", 10**7)
+    monkeypatch.setattr(upkeep, "_SKEW", 2 * 10**7)
     # What says `created`, the epoch's record and an offset that is there again, was shown to be fooled.
     server = own_jetstream()
     store = server.directory / "jetstream"
@@ -303,6 +303,18 @@ async def test_stream_that_is_deleted_comes_back(
         assert after.position.epoch != at.epoch
         assert [each.message.data for each in await received(node, 2)] == ["old", "new"]
         assert engine_of(node).stats().reconnects == 0
+
+
+async def test_append_to_a_new_stream_gets_no_position_of_the_old_one(jetstream: JetStreamServer, prefix: str) -> None:
+    # Between the making of the stream and its epoch, as another node may leave it.
+    async with running(jetstream.url, prefix, NEWS) as node, administering(jetstream, prefix) as admin:
+        at = (await append(node, "old")).position
+        config = await admin.config()
+        await admin.call(f"STREAM.DELETE.{admin.stream}")
+        await admin.call(f"STREAM.CREATE.{admin.stream}", config)
+        after = (await append(node, "new")).position
+        assert (after.epoch != at.epoch, after.offset) == (True, 1)
+        assert await position(node) == after
 
 
 # What goes by itself.
@@ -437,10 +449,10 @@ async def test_stream_that_is_kept_less_safely_than_asked_for_is_told_of(
     async with running(jetstream.url, prefix):
         async with running(jetstream.url, prefix, history_storage="file"):
             pass
-        assert caplog.text.count("stands already, and it is kept in memory, not in files") == 1
+        assert caplog.text.count("exists already, and it is kept in memory, not in files") == 1
         async with running(jetstream.url, prefix, history_replicas=3):
             pass
-        assert "stands already, and it is kept on 1 servers, not on 3" in caplog.text
+        assert "exists already, and it is kept on 1 servers, not on 3" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -947,7 +959,7 @@ async def test_stream_that_says_nothing_costs_only_what_is_kept(
     own_jetstream: Callable[..., JetStreamServer], prefix: str
 ) -> None:
     server = own_jetstream()
-    engine = NATSEngine(server.url, prefix=prefix, timing=Timing(connect_timeout=5.0, request_timeout=0.5))
+    engine = NATSEngine(server.url, prefix=prefix, timing=Timing(connect_timeout=5.0, request_timeout=2.0))
     engine.keep(RULES)
     name = f"{prefix}.channel.news"
     async with used(engine, name) as link, administering(server, prefix) as admin:
@@ -1039,7 +1051,7 @@ async def answering(answers: Mapping[str, bytes | list[bytes]]) -> AsyncIterator
         ({"STREAM.INFO": NOT_NOW}, EngineUnavailable, "temporarily unavailable"),
         ({"STREAM.INFO": [NO_STREAM, FAILS], "STREAM.CREATE": TAKEN}, ConfigurationError, "error 10000"),
         ({"STREAM.INFO": NO_STREAM, "STREAM.CREATE": FAILS}, ConfigurationError, "in memory on 1 of its servers"),
-        ({"STREAM.INFO": NO_STREAM}, EngineUnavailable, "doesn't become what it has to be"),
+        ({"STREAM.INFO": NO_STREAM}, EngineUnavailable, "can't be configured now"),
         ({"STREAM.MSG.GET": NO_MESSAGE, "keep.": SECOND}, EngineUnavailable, "don't agree on an epoch"),
         ({"STREAM.MSG.GET": NO_MESSAGE, "keep.": FAILS}, ConfigurationError, "error 10000"),
         ({"STREAM.MSG.GET": b"{}"}, ConfigurationError, "no message"),

@@ -68,7 +68,7 @@ async def test_credentials_that_cannot_be_read_are_no_outage(
     engine = NATSEngine(server.url, token="x")
     for path, what in (
         (missing, "which can't be read: No such file"),
-        (broken, "nats-py can make nothing of the nkey"),
+        (broken, "nats-py can't use the nkey"),
     ):
         engine.__dict__["_target"].options = {"nkeys_seed": str(path)}
         error = await failure(engine)

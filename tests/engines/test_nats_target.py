@@ -100,8 +100,8 @@ def test_url_makes_the_engine(scheme: str) -> None:
         ("nats://[secret", "nats://host:4222"),
         ("ws://alice:secret@a", "begins with"),
         ("nats://alice:secret://x@a", "begins with"),
-        ("nats://a,alice:secret@b", "before its first server"),
-        ("nats://alice:x@a,alice:secret@b", "before its first server"),
+        ("nats://a,alice:secret@b", "before the first server"),
+        ("nats://alice:x@a,alice:secret@b", "before the first server"),
         ("nats://alice:1?secret@a", "written %23"),
         ("nats://alice:1#secret@a", "written %23"),
         ("nats://a?prefix=x&prefix=secret", "'prefix' twice"),
@@ -111,6 +111,8 @@ def test_url_makes_the_engine(scheme: str) -> None:
         ("nats://a?history_replicas=6", "1 to 5, not 6"),
         ("nats://a?history_replicas=many", "1 to 5, not 'many'"),
         ("nats://a?history_replicas=-1", "1 to 5, not '-1'"),
+        ("nats://a?presence_replicas=0", "presence_replicas of NATS is 1 to 5, not 0"),
+        ("nats://a?presence_replicas=many", "1 to 5, not 'many'"),
         ("nats://a?fail_fast=perhaps", "true or false, not 'perhaps'"),
         ("nats://a?prefix=a.b", "prefix must be"),
     ],
@@ -145,7 +147,7 @@ def test_option_that_makes_no_sense_is_refused(options: dict[str, Any], what: st
 
 
 def test_user_stands_in_the_url_or_in_options() -> None:
-    with pytest.raises(ConfigurationError, match="not in both"):
+    with pytest.raises(ConfigurationError, match="give them only once"):
         NATSEngine("nats://alice:secret@a", user="alice", password="secret")
 
 

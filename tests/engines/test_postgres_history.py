@@ -16,6 +16,7 @@ from typing import Any, Self
 import asyncpg
 import pytest
 
+from tests.engines.test_postgres_link import wait_blocked
 from tests.engines.test_postgres_transaction import KINDS, Begin, Regret, asyncpg_connection
 from tests.support.asgi import turns
 from tests.support.brokers import Endpoint, PostgresServer
@@ -409,7 +410,7 @@ async def role(postgres_server: Endpoint, prefix: str, run: Run) -> AsyncIterato
 
 
 def sql_of(error: pytest.ExceptionInfo[ConfigurationError]) -> str:
-    return str(error.value).partition("an administrator runs: ")[2]
+    return str(error.value).partition("an administrator has to run: ")[2]
 
 
 async def test_role_that_may_not_create_is_told_what_to_run(postgres_server: Endpoint, prefix: str, role: str) -> None:
@@ -496,7 +497,7 @@ async def test_other_rules_are_told_once(
                 await run("SELECT pg_terminate_backend($1)", link._notifier._connection.get_server_pid())
                 await node.link_is_lost_and_back(link)
                 assert len(warnings()) == 2
-        assert "now it is" in warnings()[1]
+        assert "from now on" in warnings()[1]
 
 
 # What is sent, and what is stored.
@@ -753,6 +754,21 @@ async def test_epochs_that_two_make_at_once_are_one(postgres_server: Endpoint, p
         first, second = found[0], found[1]
         assert [each.epoch for each in first] == epochs  # type: ignore[union-attr]
         assert [each.epoch for each in second] == epochs[::-1]  # type: ignore[union-attr]
+
+
+async def test_append_waits_its_turn_whatever_isolation_is_the_database_s(
+    postgres_server: Endpoint, prefix: str, run: Run
+) -> None:
+    settings = {"default_transaction_isolation": "serializable"}
+    async with keeping(postgres_server.url, prefix, server_settings=settings) as node:
+        await node.append("1")
+        link = node.engine._postgres_link
+        assert link is not None
+        async with asyncpg_connection(postgres_server.url) as other:  # as another node that appends
+            await other.execute(f"UPDATE {prefix}_history_counters SET name = name")
+            appending = asyncio.create_task(node.append("2"))
+            await wait_blocked(run, link._notifier._connection.get_server_pid())
+        assert (await appending).position.offset == 2
 
 
 # What it doesn't grow by.

@@ -21,6 +21,7 @@ from wsbroadcast.engines.broker.link import Parcel
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import MAX_ENVELOPE_BYTES, Notifier, SpillTable
+from wsbroadcast.engines.postgres.presence_tables import PresenceTables
 from wsbroadcast.engines.postgres.protocol import Connection
 from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.exceptions import ConfigurationError, EngineError, EngineUnavailable
@@ -329,7 +330,7 @@ async def test_role_that_may_not_make_the_table_is_told_the_command(poor: str, p
         assert await life.publish(("news", LARGE)) != [None]
         with pytest.raises(ConfigurationError, match="permission denied"):
             await life.link.create_table()
-        command = str(errors[1]).partition("make it by: ")[2]
+        command = str(errors[1]).partition("an administrator has to run: ")[2]
         for statement in command.split("; "):
             await run(statement)
         assert await life.publish(("news", LARGE)) == [None]
@@ -482,7 +483,9 @@ def pooled(url: str, prefix: str, *, forgets: bool, pid: int | None = -1, connec
 
     timing = Timing(connect_timeout=connect_timeout)
     table, history = SpillTable(prefix, "public"), HistoryTables(prefix, "public")
-    return PostgresLink(connect, prefix, table, "postgres at pooler:6432", timing, history)
+    return PostgresLink(
+        connect, prefix, table, "postgres at pooler:6432", timing, history, PresenceTables(prefix, "public", table)
+    )
 
 
 async def test_pooler_in_transaction_mode_is_refused(postgres_server: Endpoint, prefix: str) -> None:
@@ -501,7 +504,7 @@ async def test_pooler_in_session_mode_will_do(postgres_server: Endpoint, prefix:
 async def test_server_that_brings_nothing_is_out_of_reach(postgres_server: Endpoint, prefix: str) -> None:
     link = pooled(postgres_server.url, prefix, forgets=True, pid=None, connect_timeout=0.8)
     began = time.monotonic()
-    with pytest.raises(EngineUnavailable, match="takes notifications and brings none"):
+    with pytest.raises(EngineUnavailable, match="takes notifications but delivers none"):
         await link.open()
     assert time.monotonic() - began < 3
     await link.abort()

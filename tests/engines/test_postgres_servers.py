@@ -309,7 +309,7 @@ async def test_server_without_tls_that_must_have_it_is_told(own_postgres: Own, t
     engine = PostgresEngine.from_url(f"{server.url}?sslmode={sslmode}&sslrootcert={tmp_path}/ca.pem")
     with pytest.raises(ConfigurationError) as caught:
         await engine.start(Recorder())
-    expected = f"postgres at 127.0.0.1:{server.port}/postgres offers no TLS: write sslmode=prefer if it may be without"
+    expected = f"postgres at 127.0.0.1:{server.port}/postgres offers no TLS: write sslmode=prefer to do without"
     assert str(caught.value) == expected
     assert not any("s3cr3t" in text for text in texts(caught.value))
 

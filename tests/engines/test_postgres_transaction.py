@@ -18,9 +18,17 @@ import sqlalchemy.orm
 
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint
-from tests.support.postgres import NEWS, Node, holding
+from tests.support.postgres import NEWS, Node, holding, until
 from tests.support.servers import eventually
-from wsbroadcast import Audience, ConnectionManager, EngineUnavailable, MessageTooLarge, Publication, Publisher
+from wsbroadcast import (
+    Audience,
+    ConnectionManager,
+    EngineUnavailable,
+    MessageTooLarge,
+    Publication,
+    Publisher,
+    SlowConsumer,
+)
 from wsbroadcast.engines.broker.envelope import encode
 from wsbroadcast.engines.contract import Transactional
 from wsbroadcast.engines.postgres import PostgresEngine, Transaction
@@ -255,7 +263,7 @@ async def test_connection_of_sqlite_is_refused(node: Node) -> None:
         await node.publish_in(connection, "x")
     connection.close()
     engine = sqlalchemy.create_engine("sqlite://")
-    with engine.connect() as through, pytest.raises(ConfigurationError, match="one of sqlite, not of Postgres"):
+    with engine.connect() as through, pytest.raises(ConfigurationError, match="of Postgres, not of sqlite"):
         await node.publish_in(through, "x")
     engine.dispose()
 
@@ -298,7 +306,7 @@ async def test_engine_that_is_not_started_makes_the_table(postgres_server: Endpo
     engine = PostgresEngine(postgres_server.url, prefix=prefix)
     async with asyncpg_connection(postgres_server.url) as connection:
         await out_of_reach.publish_in(connection, Publication(Message.of("Grüße"), NEWS))
-        with pytest.raises(EngineUnavailable, match="out of reach, to make the table"):
+        with pytest.raises(EngineUnavailable, match="out of reach, so the table"):
             await out_of_reach.publish_in(connection, Publication(Message.of(LARGE), NEWS))
         await engine.publish_in(connection, Publication(Message.of(LARGE), NEWS))
         await out_of_reach.publish_in(connection, Publication(Message.of(LARGE), NEWS))
@@ -332,6 +340,26 @@ async def test_manager_broadcasts_in_a_transaction(postgres_server: Endpoint, pr
             await manager.broadcast("at once", channel="news")
             assert await peer.wait_messages(1) == ["at once"]
         assert await peer.wait_messages(2) == ["at once", "committed"]
+
+
+@pytest.mark.parametrize("channels", [["news"], ["news", "sport"]])
+async def test_broadcast_in_a_transaction_does_not_wait_for_slow_clients(
+    postgres_server: Endpoint, prefix: str, channels: list[str]
+) -> None:
+    """Meanwhile the transaction would hold the locks of its rows, for as long as a client stands still."""
+    slow = SlowConsumer(max_backlog_bytes=80_000, send_timeout=60.0)
+    async with ConnectionManager(f"{postgres_server.url}?prefix={prefix}", slow_consumer=slow) as manager:
+        peer = Peer()
+        await manager.connect(peer.websocket, channels=["news"])
+        peer.stall()
+        for _ in range(2):  # one that the server holds, and one that waits
+            await manager.broadcast("x" * 20_000, channel="news")
+        await until(lambda: manager.stats().behind == 1)
+        async with asyncpg_connection(postgres_server.url) as connection:
+            async with asyncio.timeout(8):  # others wait for 15 s
+                await manager.broadcast("committed", channels=channels, transaction=connection)
+        peer.resume()
+        assert (await peer.wait_messages(3))[2] == "committed"
 
 
 def test_publisher_makes_the_table_in_its_own_thread(postgres_server: Endpoint, prefix: str) -> None:

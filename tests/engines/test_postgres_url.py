@@ -89,6 +89,14 @@ def test_options_of_asyncpg_are_passed_on() -> None:
         read("postgres://a", loop=None)
 
 
+@pytest.mark.parametrize("option", ["fail_fast=true", "prefix=shop", "schema=events"])
+def test_option_of_a_manager_s_url_is_an_argument_of_an_engine(option: str) -> None:
+    name = option.partition("=")[0]
+    with pytest.raises(ConfigurationError, match=f"{name} is an argument of PostgresEngine"):
+        PostgresEngine(f"postgresql://localhost?{option}")
+    PostgresEngine.from_url(f"postgresql://localhost?{option}")
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -162,7 +170,7 @@ def test_engine_takes_its_own_options_from_the_url() -> None:
 async def test_file_that_is_not_there_is_named() -> None:
     missing = str(Path(__file__).with_suffix(".pem"))
     target = read(f"postgres://127.0.0.1:1?sslmode=verify-full&sslrootcert={missing}")
-    with pytest.raises(ConfigurationError, match="sslrootcert of Postgres names no file"):
+    with pytest.raises(ConfigurationError, match=r"sslrootcert of Postgres names a file that isn't there"):
         await target.connect(0)
 
 

@@ -19,7 +19,7 @@ from wsbroadcast.engines import create_engine
 from wsbroadcast.engines.contract import Engine
 from wsbroadcast.engines.redis import RedisEngine
 from wsbroadcast.engines.redis.options import SCHEMES
-from wsbroadcast.testing import EngineContract, HistoryContract, Node, Recorder
+from wsbroadcast.testing import EngineContract, HistoryContract, Node, PresenceContract, Recorder
 
 NEWS = Audience("channel", "news")
 NAME = "wsbroadcast:channel:news"
@@ -60,7 +60,7 @@ def cluster() -> Iterator[str]:
         pytest.skip(str(missing))
 
 
-class TestCluster(HistoryContract, EngineContract):
+class TestCluster(PresenceContract, HistoryContract, EngineContract):
     """A cluster does everything that a single Redis does."""
 
     node_count = 2
@@ -82,7 +82,7 @@ def sentinel() -> Iterator[str]:
         pytest.skip(str(missing))
 
 
-class TestSentinel(HistoryContract, EngineContract):
+class TestSentinel(PresenceContract, HistoryContract, EngineContract):
     """So does a Redis that sentinels name."""
 
     node_count = 2
@@ -167,10 +167,11 @@ async def test_engine_that_is_refused_does_not_start(own_redis: OwnRedis, caplog
     server = own_redis(
         password="main", users=["app on >secret resetchannels &other:* +publish +subscribe +unsubscribe"]
     )
-    for login in ("app:wr0ng", "app:secret", ":wr0ng"):
+    needs = "who needs &wsbroadcast:"
+    for login, advice in (("app:wr0ng", "check user and"), ("app:secret", needs), (":wr0ng", "check user and")):
         engine = create_engine(f"redis://{login}@{server.host}:{server.port}")
         with pytest.raises(
-            ConfigurationError, match=rf"Redis at 127\.0\.0\.1:{server.port} refuses the user"
+            ConfigurationError, match=rf"Redis at 127\.0\.0\.1:{server.port} refuses the user .*{advice}"
         ) as raised:
             await engine.start(Recorder())
         for secret in ("wr0ng", "secret"):

@@ -837,7 +837,7 @@ async def test_different_rules_are_told_once(own_redis: OwnRedis, caplog: pytest
                 server.command("CLIENT", "KILL", "TYPE", "pubsub")
                 for node in (one, two):
                     await eventually(lambda: _has_reconnected(node, number))  # noqa: B023
-            told = [record.getMessage() for record in caplog.records if "keep something else" in record.getMessage()]
+            told = [record.getMessage() for record in caplog.records if "keeps other histories" in record.getMessage()]
             assert 1 <= len(told) <= 2
             assert "wsbroadcast:histories in Redis" in told[0]
             assert repr(RULES) in told[0]

@@ -74,9 +74,7 @@ async def test_certificate_that_is_not_trusted_is_refused(own_redis: OwnRedis) -
 
 async def test_certificate_for_another_name_is_refused(own_redis: OwnRedis) -> None:
     server = own_redis(tls=True, config={"bind": "127.0.0.1 127.0.0.2"})
-    with pytest.raises(
-        ConfigurationError, match=r"127\.0\.0\.2:\d+ has a certificate .*: it has to hold for that name"
-    ):
+    with pytest.raises(ConfigurationError, match=r"127\.0\.0\.2:\d+ has a certificate .*: it has to name that host"):
         await open_once(f"{server.url.replace('127.0.0.1', '127.0.0.2')}?ssl_ca_certs={server.ca}")
 
 
@@ -503,7 +501,7 @@ def test_repeated_confirmation_is_a_gap() -> None:
     [
         (b"*3\r\n$11\r\nunsubscribe\r\n$1\r\na\r\n:0\r\n", "ended a subscription"),
         (b"-NOAUTH Authentication required.\r\n", "NOAUTH"),
-        (b"HTTP/1.1 400\r\n", "not the protocol"),
+        (b"HTTP/1.1 400\r\n", "expected the protocol of Redis"),
         (b"*3\r\n$7\r\nmessage\r\n$1\r\n\xff\r\n$0\r\n\r\n", "utf-8"),
     ],
 )

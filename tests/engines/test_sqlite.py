@@ -363,11 +363,11 @@ async def test_stale_socket_is_removed(path: Path) -> None:
     assert [each.name for each in bells_of(path).iterdir()] == []
 
 
-def test_bells_of_a_long_path_are_elsewhere(tmp_path: Path) -> None:
-    long = tmp_path / ("x" * 150) / "messages.db"
+def test_bells_of_a_long_path_are_elsewhere() -> None:
+    long = Path("/data") / ("x" * 150) / "messages.db"
     assert len(os.fsencode(bells_of(long) / ("x" * 24))) < 108
     assert bells_of(long) != bells_of(long.with_name("other.db"))
-    assert bells_of(tmp_path / "m.db").parent == tmp_path or len(str(tmp_path)) > 70
+    assert bells_of(Path("/data/m.db")).parent == Path("/data")
 
 
 async def test_node_that_was_away_too_long_is_told(path: Path) -> None:

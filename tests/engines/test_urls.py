@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,6 +12,10 @@ from sqlalchemy.engine import make_url
 
 from wsbroadcast import ConfigurationError
 from wsbroadcast.engines import create_engine, split_hosts
+from wsbroadcast.engines.contract import Engine
+from wsbroadcast.engines.nats import NATSEngine
+from wsbroadcast.engines.redis import RedisEngine
+from wsbroadcast.engines.sqlite import SQLiteEngine
 
 
 @pytest.mark.parametrize(
@@ -108,3 +113,17 @@ def test_url_may_be_of_the_types_of_settings(url: Any, password: str) -> None:
 def test_what_is_no_url_is_refused(url: Any) -> None:
     with pytest.raises(ConfigurationError, match="a URL or an Engine, not"):
         create_engine(url)
+
+
+@pytest.mark.parametrize(
+    ("make", "url", "problem"),
+    [
+        (RedisEngine, "redis://localhost?prefix=shop", "prefix is an argument of RedisEngine"),
+        (RedisEngine, "redis+cluster://localhost?fail_fast=true", "fail_fast is an argument of RedisEngine"),
+        (NATSEngine, "nats://localhost?prefix=shop", "options are arguments of NATSEngine"),
+        (SQLiteEngine, "sqlite:///messages.db", "SQLiteEngine takes the path of a file"),
+    ],
+)
+def test_url_of_a_manager_is_none_of_an_engine(make: Callable[[str], Engine], url: str, problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        make(url)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from uuid import uuid4
 
 import pytest
 
+from tests.support.centrifuge_sdks import Clients, some
 from tests.support.rawclient import RawClient
 from tests.support.servers import Flavour, Server
 
@@ -74,3 +75,10 @@ def room() -> str:
 def slow_room() -> str:
     """The same with a `send_timeout` of one second."""
     return f"/m/slow-{uuid4().hex}"
+
+
+@pytest.fixture
+async def sdk(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Clients]:
+    """Clients of the Centrifuge SDK that the test is parametrised with."""
+    async with some(request.param, tmp_path_factory) as found:
+        yield found

@@ -18,9 +18,13 @@ import pytest
 from playwright.async_api import Browser, Page, async_playwright
 
 from tests.integration.test_browser import BROWSER_ARGUMENTS
+from tests.support.asgi import Peer
 from tests.support.browser_site import QUICK, Site
 from tests.support.programs import BROWSER, needs_browser
 from tests.support.servers import eventually
+from wsbroadcast import Message, Presence
+from wsbroadcast.manager import core_of
+from wsbroadcast.node import watching
 
 pytestmark = needs_browser
 
@@ -109,7 +113,7 @@ async def browsing() -> AsyncIterator[Browser]:
 @asynccontextmanager
 async def a_tab(directory: Path, *, starts: bool = True, **options: Any) -> AsyncIterator[Tab]:
     """Run a site and open its page."""
-    names = ("authenticates", "inbound", "authorize")
+    names = ("authenticates", "inbound", "authorize", "presence")
     site_options = {name: options.pop(name) for name in names if name in options}
     async with Site(directory, is_full=FULL, **site_options) as site, browsing() as browser:
         page = await (await browser.new_context()).new_page()
@@ -505,3 +509,165 @@ async def test_server_without_http_is_asked_by_websocket_again(tmp_path: Path) -
         await eventually(tried, 2 * SPARE)
         tab.site.blocks_upgrades = False
         await tab.gets_ticks()
+
+
+# Who is there.
+
+HERE = Presence(grace=0.2, members_up_to=3, info=lambda connection: {"name": str(connection.user)})
+
+
+@pytest.fixture
+def tells_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not FULL:
+        monkeypatch.setattr(watching, "_TELL_SECONDS", 0.1)
+
+
+class Others:
+    """Other users, who come and go on the server."""
+
+    def __init__(self, tab: Tab) -> None:
+        self._tab = tab
+        self._peers: dict[str, Peer] = {}
+
+    async def come(self, *names: str, channel: str = "room:1") -> None:
+        for name in names:
+            self._peers[name] = Peer()
+            await self._tab.site.manager.connect(self._peers[name].websocket, user=name, channels=[channel])
+
+    def go(self, *names: str) -> None:
+        for name in names:
+            self._tab.site.manager.disconnect(self._peers.pop(name).websocket)
+
+    async def are_seen(self, count: int, *names: str, of: str = "") -> None:
+        """Wait until the page sees so many, and these of them."""
+
+        async def is_so() -> bool:
+            script = f"(() => {{ const all = ws.members({of}); return [all.count, [...all.keys()].sort()] }})()"
+            return bool(await self._tab.run(script) == [count, sorted(names)])
+
+        await eventually(is_so, 3 * SPARE)
+
+
+watches = pytest.mark.usefixtures("tells_often")
+
+
+@watches
+async def test_list_of_members_is_kept_right(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, presence=HERE, authenticates=True, token=True) as tab:
+        others = Others(tab)
+        await others.come("bob")
+        await others.are_seen(2, "ada", "bob")
+        assert await tab.run("ws.members().get('bob').info") == {"name": "bob"}
+        assert await tab.run("ws.members() === ws.members('room:1')") is True
+        await others.come("eve")
+        await others.are_seen(3, "ada", "bob", "eve")
+        await others.come("dan")
+        await others.are_seen(4)  # more than are named
+        others.go("bob", "eve")
+        await others.are_seen(2, "ada", "dan")
+        kinds = {frozenset(event) for event in (await tab.told())["presence"]}
+        assert len(kinds) == 3  # lists, changes and numbers
+        await tab.lost_nothing()
+        assert (await tab.told())["errors"] == []
+
+
+@watches
+async def test_list_is_right_after_what_was_cut_off(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, presence=HERE, authenticates=True, token=True) as tab:
+        others = Others(tab)
+        await others.come("bob")
+        await others.are_seen(2, "ada", "bob")
+        for name in ("eve", "dan"):
+            tab.site.proxy.black_hole()
+            await others.come(name)
+            tab.site.proxy.reset()
+            tab.site.proxy.heal()
+            await others.are_seen(3, "ada", "bob", name)
+            others.go(name)
+        await others.are_seen(2, "ada", "bob")
+        await tab.site.restart()
+        await others.come("joe")
+        await others.are_seen(2, "ada", "joe")
+        await tab.lost_nothing()
+
+
+@watches
+async def test_list_of_a_client_that_was_sent_too_much_is_asked_for_again(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, presence=HERE, authenticates=True, token=True) as tab:
+        others = Others(tab)
+        await others.are_seen(1, "ada")
+        (connection,) = tab.site.manager.connections
+        change = {"version": 1000, "previous": 999, "count": 2, "joined": [{"user": "x"}], "left": []}
+        core_of(tab.site.manager).say(connection, Message.json({"type": "presence", "channel": "room:1", **change}))
+        await others.come("bob")
+        await others.are_seen(2, "ada", "bob")
+        lists = [event for event in (await tab.told())["presence"] if "members" in event]
+        assert len(lists) == 2
+
+
+@watches
+async def test_list_is_asked_for_again_when_the_broker_was_away(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, presence=HERE, authenticates=True, token=True) as tab:
+        await Others(tab).are_seen(1, "ada")
+        (connection,) = tab.site.manager.connections
+        unavailable = {"type": "error", "code": "unavailable", "text": "try again later"}
+        core_of(tab.site.manager).say(connection, Message.json(unavailable))
+
+        async def is_told_again() -> bool:
+            return sum("members" in event for event in (await tab.told())["presence"]) == 2
+
+        await eventually(is_told_again, after("STEADY") + SPARE)
+        assert (await tab.told())["errors"] == ["unavailable"]
+
+
+@watches
+async def test_members_of_a_further_channel(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"inbound": "commands", "authorize": all_but_secret}
+    async with a_tab(tmp_path, presence=HERE, authenticates=True, token=True, **options) as tab:
+        others = Others(tab)
+        await tab.run("ws.subscribe('room:2').then(() => {})")
+        await others.are_seen(1, "ada", of="'room:2'")
+        await others.come("bob", channel="room:2")
+        await others.are_seen(2, "ada", "bob", of="'room:2'")
+        await others.are_seen(1, "ada")
+        tab.site.proxy.reset()
+        await others.come("eve", channel="room:2")
+        await others.are_seen(3, "ada", "bob", "eve", of="'room:2'")
+        await tab.run("ws.unsubscribe('room:2')")
+        await tab.run("ws.members('secret')")
+
+        async def is_told() -> bool:
+            return bool((await tab.told())["errors"] == ["forbidden"])
+
+        await eventually(is_told)
+
+
+@watches
+@pytest.mark.parametrize("held_back", ["", "all"])
+async def test_list_over_http(tmp_path: Path, held_back: str) -> None:
+    async with a_tab(tmp_path, starts=False, presence=HERE, authenticates=True) as tab:
+        tab.site.blocks_upgrades = True
+        tab.site.holds_back = held_back
+        await tab.start(token=True)
+        others = Others(tab)
+        await others.are_seen(1, "ada")
+        await others.come("bob")
+        await others.are_seen(2, "ada", "bob")
+        others.go("bob")
+        await others.are_seen(1, "ada")
+        assert tab.site.asked[-1] == ("poll" if held_back else "sse")
+        tab.site.holds_back, tab.site.blocks_upgrades = "", False
+
+        async def is_back() -> bool:
+            return tab.site.asked[-1] == "ws"
+
+        await eventually(is_back, 16 * after("STEADY") + SPARE)
+        await others.come("eve")
+        await others.are_seen(2, "ada", "eve")
+
+
+async def test_plain_connection_has_no_list(tmp_path: Path) -> None:
+    async with a_tab(tmp_path, starts=False) as tab:
+        await tab.start(plain=True)
+        await tab.becomes("open")
+        assert await tab.run("[ws.members().size, ws.members().count]") == [0, None]

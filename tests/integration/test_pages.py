@@ -221,3 +221,39 @@ async def test_page_of_the_snapshot_misses_no_task(
         await write(2, "coffee")
         await tasks(["bread", "coffee", "jam", "eggs"])
         await page.close()
+
+
+# The page about Socket.IO: what a page of it becomes. It says and asks something once, when it is connected.
+
+SHOWS = """
+function show({ text, renamed }) {
+  document.body.append(Object.assign(document.createElement("p"), { innerText: text ?? renamed }))
+}
+"""
+BEGINS = """
+const stop = ws.on("status", async (status) => {
+  if (status !== "open") return
+  stop()
+  await say("hello")
+  document.title = (await rename("Ada")).name
+})
+"""
+
+
+async def test_page_that_was_of_socketio_talks_and_is_answered(browser: Browser) -> None:
+    (block,) = (block for block in BLOCKS if block.page == "docs/from-python-socketio.md")
+    (script,) = blocks_of("docs/from-python-socketio.md", "js")
+    app: FastAPI = block.run()["app"]
+
+    @app.get("/", response_class=HTMLResponse)
+    async def home() -> str:
+        return f"<!doctype html><body><script type=module>{script.source}{SHOWS}{BEGINS}</script>"
+
+    async with serve_here(app) as port:
+        first, second = await browser.new_page(), await browser.new_page()
+        for page in (first, second):
+            await page.goto(f"http://127.0.0.1:{port}/")
+            await expect(page).to_have_title("Ada", timeout=PATIENCE_MS)
+        await expect(first.locator("p")).to_have_text(["hello", "hello", "Ada"], timeout=PATIENCE_MS)
+        await first.close()
+        await second.close()

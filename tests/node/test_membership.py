@@ -96,7 +96,7 @@ async def test_connect_twice_returns_the_same_connection_and_subscribes_it(manag
 @pytest.mark.parametrize("user", ["ada", None])
 async def test_connected_socket_does_not_become_another_users(manager: ConnectionManager, user: str | None) -> None:
     connection = await manager.connect(Peer().websocket, user=user, channels=["a"])
-    with pytest.raises(ValueError, match="connected already, as another user or as nobody"):
+    with pytest.raises(ValueError, match="connected already, as another user or without one"):
         await manager.connect(connection.websocket, user="bob", channels=["b"])
     assert connection.user == user
     assert connection.channels == {"a"}

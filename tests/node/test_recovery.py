@@ -159,7 +159,7 @@ async def test_messages_of_a_user_and_of_everyone_are_recovered(manager: Connect
         Audience.user(5): Recovery(True, "", mine[1]),
         EVERYONE: Recovery(True, "", everyones[1]),
     }
-    with pytest.raises(ValueError, match="neither joined nor"):
+    with pytest.raises(ValueError, match="neither a joined channel nor"):
         await manager.connect(Peer().websocket, user=6, since={Audience.user(5): mine[0]})
 
 

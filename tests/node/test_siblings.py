@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.asgi import Peer, eventually
-from wsbroadcast import Audience, ConnectionManager, LimitExceeded, NodeMessage
+from wsbroadcast import Audience, ConnectionManager, LimitExceeded, NodeMessage, Presence
 from wsbroadcast.audience import NODES
 from wsbroadcast.manager import core_of
 from wsbroadcast.node.siblings import (
@@ -41,9 +41,9 @@ async def ask(manager: ConnectionManager, topic: str = "node", arguments: Any = 
 
 
 @asynccontextmanager
-async def acquainted(count: int) -> AsyncIterator[Cluster]:
+async def acquainted(count: int, **options: Any) -> AsyncIterator[Cluster]:
     """Nodes that know each other."""
-    cluster = Cluster(count)
+    cluster = Cluster(count, **options)
     for manager in cluster:
         core_of(manager).know_siblings()
     async with cluster:
@@ -90,6 +90,32 @@ async def test_node_that_was_killed_is_forgotten_after_15_seconds() -> None:
         await cluster.advance(2)
         assert siblings(cluster[0]).others() == [siblings(cluster[1]).me]
         assert (await ask(cluster[0])).known == 2
+
+
+async def test_nodes_that_keep_a_lease_are_known_as_long_as_it_holds() -> None:
+    async with acquainted(3, presence=Presence()) as cluster:
+        await cluster.advance(0.1)  # in which each gets its lease, and says so
+        await eventually(lambda: all(siblings(each)._timer is None for each in cluster))
+        await cluster.advance(60)
+        assert (await ask(cluster[0])).known == 3
+        await cluster.kill(2)
+        await cluster.advance(5)
+        assert (await ask(cluster[0])).known == 3
+        await cluster.advance(6)
+        assert (await ask(cluster[0])).known == 2
+
+
+async def test_nodes_that_got_another_lease_are_known_by_that() -> None:
+    async with acquainted(2, presence=Presence()) as cluster:
+        await cluster.advance(0.1)
+        cluster.hub.leases.clear()
+        await cluster.advance(5)
+        assert (await ask(cluster[0])).known == 2
+        cluster.partition()
+        await cluster.advance(20)
+        cluster.heal()
+        await cluster.advance(1)
+        assert (await ask(cluster[0])).known == (await ask(cluster[1])).known == 2
 
 
 async def test_node_that_ends_takes_leave() -> None:

@@ -1,8 +1,8 @@
 """The apps under test. `app` holds them all; each server runs it as `tests.support.apps:app`.
 
 * `/tutorial`: the example of FastAPI's own documentation, unchanged but for the import.
-* `/seed`: the other endpoint that people write.
-* `/m/<name>/…`: endpoints around a manager of that name, made when it is asked for, so that every test has its own.
+* `/seed`: the other endpoint that many people write.
+* `/m/<name>/…`: endpoints around a manager of that name, made at the first request, so that every test has its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ async def seed_endpoint(websocket: WebSocket) -> None:
 
 
 class Room:
-    """A manager, and what its hooks and endpoints saw."""
+    """A manager, and what its hooks and endpoints have seen."""
 
     def __init__(self, name: str, send_timeout: float) -> None:
         self.manager = ConnectionManager(slow_consumer=SlowConsumer(send_timeout=send_timeout))
@@ -133,7 +133,7 @@ async def broadcast(name: str, text: str, times: int = 1) -> None:
 
 @app.post("/m/{name}/flood")
 async def flood(name: str, messages: int, size: int) -> dict[str, float]:
-    """Broadcast numbered messages in a loop as tight as it gets."""
+    """Broadcast numbered messages in a tight loop."""
     manager, filling = room_of(name).manager, "x" * (size - 8)
     started = time.monotonic()
     for number in range(messages):
@@ -143,7 +143,7 @@ async def flood(name: str, messages: int, size: int) -> dict[str, float]:
 
 @app.post("/m/{name}/close")
 async def close_all(name: str, code: int, reason: str = "", last_words: int = 0, size: int = 8) -> None:
-    """Close every connection from a task that is not its endpoint's, right after some broadcasts."""
+    """Close every connection right after some broadcasts, from a task that is not of its endpoint."""
     manager, filling = room_of(name).manager, "x" * (size - 8)
     for number in range(last_words):
         await manager.broadcast(f"{number:08}{filling}")
@@ -152,7 +152,7 @@ async def close_all(name: str, code: int, reason: str = "", last_words: int = 0,
 
 @app.websocket("/m/{name}/chat")
 async def chat(websocket: WebSocket, name: str) -> None:
-    """The seed's endpoint, writing down how it ended."""
+    """The endpoint of `/seed`; it notes how it ended."""
     room = room_of(name)
     await room.manager.connect(websocket)
     try:
@@ -194,7 +194,7 @@ async def deaf(websocket: WebSocket, name: str) -> None:
 
 @app.websocket("/m/{name}/mixed")
 async def mixed(websocket: WebSocket, name: str) -> None:
-    """Mixes broadcasts with sends of its own, and closes, without waiting for anything in between."""
+    """Mixes broadcasts with its own sends, and closes, without waiting in between."""
     manager = room_of(name).manager
     await manager.connect(websocket)
     await websocket.receive_text()
@@ -252,11 +252,11 @@ async def lived_endpoint(websocket: WebSocket) -> None:
 
 
 class EndpointFailed(Exception):
-    """What an endpoint of these tests fails with."""
+    """The error with which an endpoint of these tests fails."""
 
 
 async def say(manager: ConnectionManager, websocket: WebSocket, how: str, text: str) -> None:
-    """Hand a message for the endpoint's own connection over, and no more: nothing gives way to other tasks."""
+    """Hand over a message for the endpoint's own connection, without a chance for other tasks to run."""
     match how:
         case "send":
             await manager.send(websocket, text)
@@ -291,7 +291,7 @@ async def connect_by(manager: ConnectionManager, websocket: WebSocket, way: str)
 
 @app.websocket("/m/{name}/last/{end}/{way}/{how}")
 async def last_word(websocket: WebSocket, name: str, end: str, way: str, how: str, size: int = 0) -> None:
-    """Say three things and end, some way or other. `disconnect` is never called, except where `end` says so."""
+    """Send three messages and end in one of several ways. `disconnect` is never called, except where `end` says so."""
     manager = room_of(name).manager
     if end == "with":
         async with manager.connect(websocket, user="ann", channels=["room"]):

@@ -1,4 +1,4 @@
-"""The other end of an ASGI WebSocket, in the same event loop: a peer and the server between, in one object."""
+"""The other end of an ASGI WebSocket, in the same event loop. One object is both the client and its server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HasLifespan(Protocol):
 
 
 class Refused(Exception):
-    """Raised when the app refuses the handshake; with the close code, if it gave one."""
+    """Raised when the app refuses the handshake. It has the close code, if there was one."""
 
     def __init__(self, code: int | None) -> None:
         super().__init__(code)
@@ -33,10 +33,10 @@ class Refused(Exception):
 
 
 class Peer:
-    """A client together with its server: keeps what the app sends, says what the app receives.
+    """A client together with its server. It keeps what the app sends, and gives the app what it receives.
 
     Args:
-        suspends: Whether every `receive` and `send` gives way to other tasks first, as real servers may.
+        suspends: Whether every `receive` and `send` lets other tasks run first, as real servers may do.
         refuses: Close codes that `send` raises on, as daphne does.
         is_silent: Whether a send after the end succeeds without effect, as on hypercorn, granian and daphne. Otherwise
             it raises `OSError` after the peer's end and `RuntimeError` after a close, as on uvicorn.
@@ -154,15 +154,15 @@ class Peer:
         self._inbox.put_nowait({"type": "websocket.disconnect", "code": code, "reason": reason})
 
     def vanish(self) -> None:
-        """Go without a word: only a send finds out."""
+        """Disappear without a close. Only a send notices it."""
         self.is_gone = True
 
     def stall(self) -> None:
-        """Take nothing any more."""
+        """Take no more messages."""
         self._takes.clear()
 
     def resume(self) -> None:
-        """Take what comes again."""
+        """Take messages again."""
         self._takes.set()
 
     # What the peer has seen.
@@ -210,13 +210,13 @@ class Peer:
         return start["status"], body["body"].decode()
 
     async def next(self) -> str | bytes:
-        """Wait for the next message that was not asked for yet."""
+        """Wait for the next message that `next` hasn't returned yet."""
         await self.wait_for(lambda: len(self._messages) > self._read)
         self._read += 1
         return self._messages[self._read - 1]
 
     async def wait_messages(self, count: int) -> list[str | bytes]:
-        """Wait until so many messages have come; return all."""
+        """Wait until `count` messages have come; return all."""
         await self.wait_for(lambda: len(self._messages) >= count)
         return self.messages
 
@@ -227,7 +227,7 @@ class Peer:
         return self.close_code
 
     async def wait_for(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
-        """Wait until something is so, looking again after each event of the app."""
+        """Wait until a condition holds. It is checked after each event of the app."""
         async with asyncio.timeout(timeout):
             while not condition():
                 self._news.clear()
@@ -238,7 +238,7 @@ class Peer:
 
 
 async def connected(manager: ConnectionManager, count: int, **options: Any) -> list[tuple[Peer, Connection]]:
-    """Connect so many new peers."""
+    """Connect `count` new peers."""
     pairs = []
     for _ in range(count):
         peer = Peer()
@@ -247,14 +247,14 @@ async def connected(manager: ConnectionManager, count: int, **options: Any) -> l
 
 
 async def eventually(condition: Callable[[], object]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     async with asyncio.timeout(TIMEOUT):
         while not condition():  # noqa: ASYNC110  # whatever changes it sets no event
             await asyncio.sleep(0.001)
 
 
 async def turns(count: int = 5) -> None:
-    """Let everything run that is ready: for what must NOT happen."""
+    """Let all ready tasks run. It is for checks that something does NOT happen."""
     for _ in range(count):
         await asyncio.sleep(0)
 
@@ -268,11 +268,11 @@ async def lifespan(app: HasLifespan) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def visit(app: App, path: str, peer: Peer | None = None, **options: Any) -> AsyncIterator[Peer]:
-    """Open a WebSocket to an app; afterwards the peer leaves and the app's call has ended.
+    """Open a WebSocket to an app. After the block the peer has left and the app's call has ended.
 
     Raises:
         Refused: If the app refuses the handshake.
-        Exception: What escapes the app.
+        Exception: If the app raises it.
     """
     peer = peer or Peer(path, **options)
     call = asyncio.ensure_future(app(peer.scope, peer.receive, peer.send))
@@ -302,7 +302,7 @@ async def refusal(app: App, path: str = "/ws", peer: Peer | None = None, **optio
 
 
 class _Steps:
-    """An awaitable that runs another one and cancels its task at the n-th time it waits."""
+    """An awaitable that runs another one, and cancels its task when that waits for the n-th time."""
 
     def __init__(self, awaitable: Awaitable[Any], step: int) -> None:
         self._awaitable = awaitable

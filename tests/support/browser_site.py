@@ -15,7 +15,7 @@ from fastapi.responses import HTMLResponse
 from tests.support.brokers import Endpoint, free_port
 from tests.support.proxy import FaultProxy
 from tests.support.servers import serve_here
-from wsbroadcast import ClientTiming, ConnectionManager, History, Identity, TokenFrom, create_router
+from wsbroadcast import ClientTiming, ConnectionManager, History, Identity, Presences, TokenFrom, create_router
 from wsbroadcast.web.client_script import DIRECTORY
 
 CHANNEL = "room:1"
@@ -28,7 +28,7 @@ SCRIPT = """
 import { connect } from "%s"
 window.connect = connect
 const get = async (path) => (await fetch(path)).json()
-window.told = { log: [], states: 0, tokens: 0, status: [], closed: null, errors: [], events: [] }
+window.told = { log: [], states: 0, tokens: 0, status: [], closed: null, errors: [], events: [], presence: [] }
 window.start = ({ state, token, ...options } = {}) => {
   const told = window.told
   const ws = window.ws = connect("/ws/room:1", {
@@ -38,8 +38,9 @@ window.start = ({ state, token, ...options } = {}) => {
   })
   ws.on("message", ({ data }) => told.log.push(data))
   ws.on("status", (status, closed) => { told.status.push(status); told.closed = closed ?? null })
+  ws.on("presence", (event) => told.presence.push(event))
   for (const type of ["subscribed", "gap", "expiring"]) ws.on(type, (event) => told.events.push(event))
-  ws.on("error", (error) => told.errors.push(String(error)))
+  ws.on("error", (error) => told.errors.push(error.code ?? String(error)))
 }
 window.isReady = true
 """
@@ -77,11 +78,20 @@ async def current_user(request: Any, token: str) -> Identity | None:
 class Site:
     """The server and the proxy in front of it. Inside `async with` it runs; the page reaches it at `url`."""
 
-    def __init__(self, directory: Path, *, is_full: bool = False, authenticates: bool = False, **options: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        is_full: bool = False,
+        authenticates: bool = False,
+        presence: Presences | None = None,
+        **options: Any,
+    ) -> None:
         self._directory = directory
         self._is_full = is_full
         self._options = options
         self._authenticates = authenticates
+        self._presence = presence
         self.blocks_upgrades = False
         """Whether a proxy answers WebSocket handshakes with 400."""
         self.holds_back = ""
@@ -121,7 +131,10 @@ class Site:
     async def begin(self) -> None:
         """Start the server, with the log that there is."""
         self.manager = ConnectionManager(
-            f"sqlite:///{self._directory}/log{self.log}.db", history=History(messages=1000), client_timing=TIMING
+            f"sqlite:///{self._directory}/log{self.log}.db",
+            history=History(messages=1000),
+            client_timing=TIMING,
+            presence=self._presence,
         )
         self._server = AsyncExitStack()
         self.endpoint.port = await self._server.enter_async_context(

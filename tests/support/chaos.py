@@ -1,24 +1,36 @@
-"""Clients with random lives at several nodes, what fails meanwhile, and what each client must be able to say of it."""
+"""Clients that come and go at random on several nodes, faults meanwhile, and checks of what each client was told."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from tests.support.asgi import Peer
 from tests.support.brokers import Endpoint
 from tests.support.proxy import FaultProxy
-from wsbroadcast import Connection, ConnectionManager, EngineError, Position
+from wsbroadcast import (
+    Connection,
+    ConnectionClosed,
+    ConnectionManager,
+    Delivery,
+    EngineError,
+    Hook,
+    LifecycleError,
+    LimitExceeded,
+    Position,
+)
 from wsbroadcast.engines.broker.history import KeepingEngine
 from wsbroadcast.engines.broker.link import NOWHERE, Inlet, KeepingLink, Place
-from wsbroadcast.node.membership import SPEAKS
 from wsbroadcast.protocols.events import events
 from wsbroadcast.testing import Cluster
+from wsbroadcast.transports import SPEAKS
 
 CHANNELS = ("a", "b", "c")
 
@@ -32,14 +44,19 @@ _CUTS = 4
 # For so many seconds clients may come to where everything ends, once nothing fails any more.
 _PATIENCE = 20.0
 
+# What a node may answer that can't reach its broker, or is about to end.
+_NOT_NOW = (EngineError, LifecycleError, LimitExceeded, ConnectionClosed)
+
 
 class World:
     """Nodes, and what may happen to them."""
 
     restarts = 0.0
     """How probable a restart of the broker is, each time a node was cut off; there is one in the middle anyway."""
+    deploys = 0.0
+    """How probable a deploy of a node is, each time one was cut off."""
 
-    def __init__(self, managers: Sequence[ConnectionManager]) -> None:
+    def __init__(self, managers: list[ConnectionManager]) -> None:
         self.managers = managers
 
     def cut(self, number: int, *, briefly: bool) -> None:
@@ -52,6 +69,10 @@ class World:
 
     async def restart(self) -> None:
         """Let the broker be away for a moment, or another take its place."""
+        raise NotImplementedError
+
+    async def deploy(self, number: int) -> None:
+        """Let another node come in the place of one, which is drained and ends."""
         raise NotImplementedError
 
     def calm(self) -> None:
@@ -70,7 +91,7 @@ class ClusterWorld(World):
     restarts = 0.1
 
     def __init__(self, cluster: Cluster) -> None:
-        super().__init__(cluster.managers)
+        super().__init__(list(cluster.managers))
         self._cluster = cluster
         cluster.hub.lost = cluster.hub.doubled = 0.03
         cluster.delay(0.002)
@@ -83,6 +104,10 @@ class ClusterWorld(World):
 
     async def restart(self) -> None:
         await self._cluster.restart_broker()
+
+    async def deploy(self, number: int) -> None:
+        if len(self.managers) > 2:  # nobody comes in its place
+            await leave(self.managers.pop())
 
     def calm(self) -> None:
         self._cluster.hub.lost = self._cluster.hub.doubled = 0.0
@@ -145,44 +170,67 @@ class _End:
             self._inlet.take(name, envelope, place)
 
 
+async def leave(manager: ConnectionManager) -> None:
+    """Drain a node and end it, as a deploy does."""
+    await manager.drain(0.2)
+    await manager.aclose()
+
+
+@dataclass
+class Node:
+    """A node at a real broker, over a proxy if it is reached over a socket that we know."""
+
+    manager: ConnectionManager
+    line: Line
+    proxy: FaultProxy | None
+
+
 class BrokerWorld(World):
-    """Nodes at a real broker, each over a proxy if it is reached over a socket that we know."""
+    """Nodes at a real broker."""
 
     def __init__(
         self,
-        managers: Sequence[ConnectionManager],
-        lines: Sequence[Line],
-        proxies: Sequence[FaultProxy],
+        nodes: list[Node],
         restart: Callable[[], Awaitable[object]],
+        begin: Callable[[], Awaitable[Node]],
     ) -> None:
-        super().__init__(managers)
-        self.lines = lines
-        self._proxies = proxies
+        super().__init__([node.manager for node in nodes])
+        self._nodes = nodes
+        self._lines = [node.line for node in nodes]
         self._restart = restart
+        self._begin = begin
 
     def cut(self, number: int, *, briefly: bool) -> None:
-        if not self._proxies:
-            self.lines[number].is_cut = True
+        node = self._nodes[number]
+        if node.proxy is None:
+            node.line.is_cut = True
         else:
             if not briefly:
-                self._proxies[number].refuse()
-            self._proxies[number].reset()
+                node.proxy.refuse()
+            node.proxy.reset()
 
     def heal(self, number: int) -> None:
-        self.lines[number].is_cut = False
-        if self._proxies:
-            self._proxies[number].heal()
+        node = self._nodes[number]
+        node.line.is_cut = False
+        if node.proxy is not None:
+            node.proxy.heal()
 
     async def restart(self) -> None:
         await self._restart()
 
+    async def deploy(self, number: int) -> None:
+        node, old = await self._begin(), self.managers[number]
+        self._lines.append(node.line)
+        self._nodes[number], self.managers[number] = node, node.manager
+        await leave(old)
+
     def calm(self) -> None:
-        for line in self.lines:
+        for line in self._lines:
             line.share = 0.0
 
     @property
     def was_lossy(self) -> bool:
-        return any(line.lost for line in self.lines) and any(line.doubled for line in self.lines)
+        return any(line.lost for line in self._lines) and any(line.doubled for line in self._lines)
 
 
 @asynccontextmanager
@@ -205,16 +253,36 @@ async def nodes_at(
         seed: Of what is lost and doubled.
         options: Of the managers.
     """
+    numbers = itertools.count(seed * 10)
     async with AsyncExitStack() as stack:
-        proxies = [] if endpoint is None else [FaultProxy(endpoint) for _ in range(count)]
-        for proxy in proxies:
-            await stack.enter_async_context(proxy)
-        engines = [make_engine(proxy.url) for proxy in proxies] or [make_engine("") for _ in range(count)]
-        lines = [Line(engine, seed * 10 + number) for number, engine in enumerate(engines)]
-        managers = [ConnectionManager(engine, **options) for engine in engines]
-        for manager in managers:
-            await stack.enter_async_context(manager)
-        yield BrokerWorld(managers, lines, proxies, restart)
+
+        async def begin() -> Node:
+            proxy = None if endpoint is None else await stack.enter_async_context(FaultProxy(endpoint))
+            engine = make_engine("" if proxy is None else proxy.url)
+            line = Line(engine, next(numbers))
+            manager = await stack.enter_async_context(ConnectionManager(engine, **options))
+            return Node(manager, line, proxy)
+
+        yield BrokerWorld([await begin() for _ in range(count)], restart, begin)
+
+
+class Hooks(Hook):
+    """Counts what it is told, lets what is published pass, and withholds some of what is delivered."""
+
+    def __init__(self) -> None:
+        self.joined = self.left = self.delivered = 0
+
+    async def on_joined(self, channel: str, user: str) -> None:
+        self.joined += 1
+
+    async def on_left(self, channel: str, user: str) -> None:
+        self.left += 1
+
+    async def on_deliver(self, delivery: Delivery) -> None:
+        await asyncio.sleep(0)
+        self.delivered += 1
+        if str(delivery.message.data).endswith("7"):
+            delivery.recipients.clear()
 
 
 class Story:
@@ -260,6 +328,8 @@ class Client:
         """What it was told, by channel, in order."""
         self.at: dict[str, Position] = {}
         """Where it is, as it tells when it comes back."""
+        self.user: str | None = None
+        """Whose it is, where somebody asks who is there."""
         self.peer: Peer | None = None
         self.connection: Connection
         self._read = 0
@@ -283,7 +353,7 @@ class Client:
         while True:
             try:
                 await self.come(self.random.choice(self.managers))
-            except EngineError:
+            except _NOT_NOW:
                 self.story.seen["not let in"] += 1
                 await asyncio.sleep(0.01)
             else:
@@ -301,8 +371,8 @@ class Client:
             self.log[channel].append(("came", since.get(channel)))
         self._read, self.peer = 0, peer
         try:
-            self.connection = await manager.connect(peer.websocket, channels=self.channels, since=since)
-        except EngineError:
+            self.connection = await manager.connect(peer.websocket, channels=self.channels, since=since, user=self.user)
+        except _NOT_NOW:
             self.peer = None
             raise
         self.story.seen["came back" if since else "came"] += 1
@@ -316,6 +386,9 @@ class Client:
             self.peer = None
             peer.vanish()
             manager.disconnect(self.connection)
+
+    async def end(self) -> None:
+        """Give back what the test has to give back."""
 
     def read(self) -> None:
         """Look at what came, and move on."""
@@ -417,15 +490,25 @@ async def publish(
                 assert receipt.position is not None
                 story.note(channel, receipt.position, text)
             story.seen["published"] += 1
-        except EngineError:
+        except _NOT_NOW:
             story.seen["not published"] += 1
         await asyncio.sleep(choose.uniform(0, 0.004))
 
 
 async def run(
-    world: World, seed: int, *, messages: int, seconds: float, clients: int, patience: float = _PATIENCE
+    world: World,
+    seed: int,
+    *,
+    messages: int,
+    seconds: float,
+    clients: int,
+    patience: float = _PATIENCE,
+    kind: type[Client] = Client,
+    users: int = 0,
 ) -> Story:
     """Let clients, publishers and faults do what they do for a while; return what came of it.
+
+    With users, everybody who is there at the end has to be known to every node then, and nobody else.
 
     Args:
         world: The nodes.
@@ -434,9 +517,13 @@ async def run(
         seconds: How long it lasts, without restarts of the broker.
         clients: How many there are.
         patience: For how many seconds they may come to where everything ends, once nothing fails any more.
+        kind: What clients speak.
+        users: To how many users the clients belong; 0 if to none.
     """
     story = Story(messages)
-    some = [Client(story, world.managers, CHANNELS, seed * 1000 + number) for number in range(clients)]
+    some = [kind(story, world.managers, CHANNELS, seed * 1000 + number) for number in range(clients)]
+    for number, client in enumerate(some):
+        client.user = f"u{number % users}" if users else None
     async with asyncio.TaskGroup() as tasks:
         breaking = tasks.create_task(_break_things(story, world, seed, seconds))
         for client in some:
@@ -445,8 +532,11 @@ async def run(
             tasks.create_task(publish(story, world.managers, CHANNELS, seed * 10 + number, breaking.done))
     world.calm()
     await _come_to_the_end(story, world.managers[0], some, patience)
+    if users:
+        await _agree(story, world.managers, some, patience)
     for client in some:
         client.check()
+        await client.end()
     return story
 
 
@@ -474,6 +564,9 @@ async def _break_things(story: Story, world: World, seed: int, seconds: float) -
             story.seen["cut"] += 1
             if choose.random() < world.restarts:
                 await world.restart()
+            if choose.random() < world.deploys or (world.deploys and story.seen["deployed"] <= half):
+                await world.deploy(number)
+                story.seen["deployed"] += 1
             if choose.random() < 0.1:
                 with suppress(EngineError):
                     await world.managers[0].forget(choose.choice(CHANNELS))
@@ -506,6 +599,29 @@ async def _come_to_the_end(
                     print(client.tell())
             return
         await asyncio.sleep(0.01)
+
+
+async def _agree(
+    story: Story, managers: Sequence[ConnectionManager], clients: Sequence[Client], patience: float
+) -> None:
+    """Let half of them go, and wait until every node knows who is left."""
+    for client in clients[::2]:
+        await client.leave()
+    here = {client.user for client in clients[1::2]}
+    ends = asyncio.get_running_loop().time() + patience
+    while True:
+        try:
+            known = [{member.id for member in await each.presence(name)} for each in managers for name in CHANNELS]
+        except EngineError:
+            known = []
+        if known and all(each == here for each in known):
+            return
+        if asyncio.get_running_loop().time() > ends:
+            story.wrong["a ghost"] += sum(len(each - here) for each in known)
+            story.wrong["somebody unknown"] += sum(len(here - each) for each in known)
+            story.wrong["nobody could say who is there"] += not known
+            return
+        await asyncio.sleep(0.05)
 
 
 async def _publish_last(story: Story, manager: ConnectionManager, channel: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketTestSession
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -52,3 +55,28 @@ def announce(client: TestClient) -> None:
     with client.websocket_connect("/ws/news") as ada, client.websocket_connect("/ws/news") as bob:
         assert client.post("/announce/news", params={"text": "hello"}).status_code == 204
         assert ada.receive_text() == bob.receive_text() == "hello"
+
+
+def centrifuge_says(websocket: WebSocketTestSession, *commands: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Send commands of the Centrifuge protocol, and yield what comes from then on."""
+    if commands:
+        websocket.send_text("\n".join(map(json.dumps, commands)))
+    while True:
+        for line in websocket.receive_text().split("\n"):
+            yield json.loads(line)
+
+
+def follow_news_by_centrifuge(client: TestClient, token: str, path: str, channel: str = "news") -> None:
+    """Subscribe by the Centrifuge protocol to a channel, and hear there what is posted to a path."""
+    with client.websocket_connect("/connection/websocket") as ada:
+        connect, subscribe = {"id": 1, "connect": {"token": token}}, {"id": 2, "subscribe": {"channel": channel}}
+        said = centrifuge_says(ada, connect, subscribe)
+        assert next(each for each in said if each.get("id") == 1)["connect"]["subs"].keys() == {"#ada"}
+        assert "subscribe" in next(each for each in said if each.get("id") == 2)
+        assert client.post(path, params={"text": "hello"}).is_success
+        pushes = (each["push"] for each in said if "push" in each)
+        assert next(each["pub"]["data"] for each in pushes if "pub" in each) == {"text": "hello"}
+        answer = next(
+            each for each in centrifuge_says(ada, {"id": 3, "subscribe": {"channel": "#bob"}}) if "id" in each
+        )
+        assert answer["error"]["code"] == 103

@@ -1,4 +1,4 @@
-"""A broker without a socket, and an engine for it: what a supervisor has to cope with, on command."""
+"""A broker without a socket, and an engine for it. A test tells it which faults the supervisor meets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUICK = Timing(connect_timeout=0.1, request_timeout=0.1, probe_interval=0.05, ma
 
 
 class FakeBroker:
-    """Holds links; what it does when they ask is what its attributes say."""
+    """Holds links. Its attributes say how it answers them."""
 
     def __init__(self) -> None:
         self.links: list[FakeLink] = []
@@ -167,7 +167,7 @@ class FakeEngine(BrokerEngine):
 
 
 class FailingEngine(MemoryEngine):
-    """An engine of which nothing is known but the error that each `publish` raises."""
+    """An engine whose `publish` always raises an error."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ Event = MutableMapping[str, Any]
 
 
 class Transport:
-    """Takes what is written; how much waits in it is up to the test."""
+    """Takes what is written. The test sets how much waits in it."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []

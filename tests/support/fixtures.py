@@ -58,25 +58,25 @@ PROGRAMS: dict[str, Callable[[], object]] = {
 
 @pytest.fixture
 def prefix() -> str:
-    """A prefix that only this test uses, for the names at a broker that others use too."""
+    """A prefix that only this test uses, for names at a broker that other tests use too."""
     return f"t{uuid4().hex[:16]}"
 
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[Endpoint]:
-    """A Redis that many tests share: use `prefix`, and change none of its settings."""
+    """A Redis that many tests share. Use `prefix`, and don't change its settings."""
     yield from _shared(RedisServer)
 
 
 @pytest.fixture(scope="session")
 def nats_server() -> Iterator[Endpoint]:
-    """A NATS that many tests share: use `prefix`."""
+    """A NATS that many tests share. Use `prefix`."""
     yield from _shared(NATSServer)
 
 
 @pytest.fixture(scope="session")
 def postgres_template() -> Iterator[PostgresServer]:
-    """A fresh database to copy, which is faster than to make one; it isn't started."""
+    """A fresh database to copy, which is faster than making one. It isn't started."""
     server = _made(PostgresServer)
     try:
         server.create()
@@ -87,7 +87,7 @@ def postgres_template() -> Iterator[PostgresServer]:
 
 @pytest.fixture(scope="session")
 def postgres_server(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
-    """A PostgreSQL that many tests share: use `prefix`."""
+    """A PostgreSQL that many tests share. Use `prefix`."""
     if ADDRESSES["postgres"] in os.environ:
         yield Endpoint(os.environ[ADDRESSES["postgres"]])
     else:

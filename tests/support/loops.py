@@ -1,4 +1,4 @@
-"""An event loop beside the test's own, and the ways in which one begins its tasks."""
+"""An event loop beside that of the test, and the ways in which a loop begins tasks."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ manager = ConnectionManager(
 
 
 async def only_operators(connection: HTTPConnection) -> None:
-    """Let in who has the cookie of an operator."""
+    """Let in clients with the cookie of an operator."""
     if connection.cookies.get("session") != "operator":
         raise HTTPException(401, "sign in")
 

@@ -16,6 +16,7 @@ from wsbroadcast.engines.broker.link import Parcel, Place
 from wsbroadcast.engines.postgres import PostgresEngine
 from wsbroadcast.engines.postgres.link import PostgresLink
 from wsbroadcast.engines.postgres.notifier import SpillTable
+from wsbroadcast.engines.postgres.presence_tables import PresenceTables
 from wsbroadcast.engines.postgres.tables import HistoryTables
 from wsbroadcast.engines.postgres.url import read_url
 from wsbroadcast.history import Appended
@@ -117,7 +118,8 @@ def new_link(url: str, prefix: str, schema: str = "public", **options: Any) -> P
     """Make a link as the engine does."""
     target = read_url(url, options)
     where = f"postgres at {target.address}"
-    tables = SpillTable(prefix, schema), where, Timing(), HistoryTables(prefix, schema)
+    spill = SpillTable(prefix, schema)
+    tables = spill, where, Timing(), HistoryTables(prefix, schema), PresenceTables(prefix, schema, spill)
     return PostgresLink(partial(target.connect, 0), prefix, *tables)
 
 

@@ -1,4 +1,4 @@
-"""A network that fails on command: a TCP proxy in front of a broker, or of any other server."""
+"""A TCP proxy in front of a broker or another server. It simulates faults of the network on command."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ class FaultProxy:
         self._do(cut)
 
     def reset(self) -> None:
-        """Reset all connections, both ways; new ones are none the worse."""
+        """Reset all connections, both ways. New ones work."""
         self._do(self._reset)
 
     def black_hole(self) -> None:
-        """Swallow everything, both ways; new connections are accepted and swallowed, too."""
+        """Drop all bytes, both ways. New connections are accepted, and their bytes are dropped too."""
 
         def black_hole() -> None:
             for fates in self._all_fates():
@@ -118,7 +118,7 @@ class FaultProxy:
         self._do(black_hole)
 
     def drop_replies(self) -> None:
-        """Swallow what the endpoint sends; what clients send arrives."""
+        """Drop what the endpoint sends. What clients send arrives."""
 
         def drop_replies() -> None:
             for fates in self._all_fates():

@@ -1,4 +1,4 @@
-"""A WebSocket client on a bare socket, for what no decent client does; and a swarm of them in a process of their own.
+"""A WebSocket client on a bare socket, which can misbehave; and a swarm of them in their own process.
 
 `python -m tests.support.rawclient --port 8000 --path /ws --connections 50 --messages 1000` connects, prints a JSON line
 when all are connected, counts what arrives and prints a second line when every connection has it or is closed. They
@@ -43,7 +43,7 @@ class Frame(NamedTuple):
 
 
 def handshake(port: int, path: str) -> bytes:
-    """Return an opening handshake without extensions: what arrives then is plain."""
+    """Return an opening handshake without extensions, so that messages arrive uncompressed."""
     key = base64.b64encode(os.urandom(16)).decode()
     return (
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -101,7 +101,7 @@ class FrameParser:
 
 
 class RawClient:
-    """One connection that reads only when it is told to."""
+    """A connection that reads only when a test tells it to."""
 
     def __init__(self, sock: socket.socket, parser: FrameParser) -> None:
         self.socket = sock

@@ -28,7 +28,7 @@ APP = "tests.support.apps:app"
 # The directory that `tests` is imported from.
 ROOT = Path(__file__).resolve().parents[2]
 
-_START_TIMEOUT = 30.0
+_START_TIMEOUT = 90.0
 
 _COMPLAINTS = ("Traceback", "never awaited", "never retrieved", "was destroyed but", "ResourceWarning", "ASGI callable")
 
@@ -49,14 +49,14 @@ class Flavour:
 
     @property
     def missing(self) -> str:
-        """What isn't installed and how to install it, or an empty text."""
+        """The package that isn't installed, and how to install it; empty if all are."""
         packages = (self.package, *self.requires)
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         return f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else ""
 
     @property
     def ends_on_sigterm(self) -> bool:
-        """Whether SIGTERM can be relied on.
+        """Whether the server ends on SIGTERM.
 
         Since Python 3.12.1 `Server.wait_closed` waits for every connection, and hypercorn 0.18 awaits it before it
         closes any (pgjones/hypercorn#308).
@@ -107,13 +107,25 @@ STREAM_FLAVOURS = (UVICORN_DEBUG, UVICORN_H11, UVICORN_HTTPTOOLS, HYPERCORN, GRA
 
 
 class Server:
-    """One server process. Use it with `with`: it is up inside, and gone afterwards."""
+    """One server process. Use it with `with`: it runs inside the block, and is gone afterwards.
 
-    def __init__(self, flavour: Flavour, log: Path, app: str = APP, *, identifies_itself: bool = True) -> None:
+    It is up when it answers `probe` with JSON.
+    """
+
+    def __init__(
+        self,
+        flavour: Flavour,
+        log: Path,
+        app: str = APP,
+        *,
+        identifies_itself: bool = True,
+        probe: str = "/health",
+    ) -> None:
         self.flavour = flavour
         self._app = app
         # Whether `/health` repeats what it was started with: an example's doesn't.
         self._identifies_itself = identifies_itself
+        self._probe = probe
         self._log = log
         self._mark = 0
         self._identity = uuid4().hex
@@ -151,7 +163,7 @@ class Server:
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"{self.flavour} did not start:\n{self.log()}"
             try:
-                answer = http(self.port, "GET", "/health", timeout=5)
+                answer = http(self.port, "GET", self._probe, timeout=5)
             except (OSError, ValueError):
                 time.sleep(0.02)
                 continue
@@ -177,7 +189,7 @@ class Server:
         return await asyncio.to_thread(self.stop, timeout)
 
     def kill(self) -> None:
-        """End what is left of it, at once."""
+        """Kill all of its processes at once."""
         try:
             os.killpg(self.process.pid, signal.SIGKILL)  # its own session: nothing else is in there
         except ProcessLookupError:
@@ -195,7 +207,7 @@ class Server:
             return file.read().decode(errors="replace")
 
     def complaints(self) -> list[str]:
-        """Return the lines since the mark that say something was raised, leaked or forgotten."""
+        """Return the lines since the mark that tell of errors, leaks or forgotten awaits."""
         return [line for line in self.log().splitlines() if any(sign in line for sign in _COMPLAINTS)]
 
     async def get(self, path: str) -> Any:
@@ -205,7 +217,7 @@ class Server:
         return await asyncio.to_thread(http, self.port, "POST", path, timeout)
 
     async def stats(self, path: str, **fields: Any) -> dict[str, Any]:
-        """Wait until the stats below a path say so; return them."""
+        """Wait until the stats at a path meet a condition; return them."""
 
         async def reached() -> dict[str, Any] | None:
             stats: dict[str, Any] = await self.get(f"{path}/stats")
@@ -247,7 +259,7 @@ def http(port: int, method: str, path: str, timeout: float = 30) -> Any:
 
 
 async def eventually(condition: Callable[[], Awaitable[Any]], timeout: float = 5.0) -> Any:
-    """Wait until a condition returns something true, and return that."""
+    """Wait until a condition returns something true, and return it."""
     deadline = time.monotonic() + timeout
     while not (result := await condition()):
         assert time.monotonic() < deadline, f"not within {timeout:g} s"
@@ -306,7 +318,7 @@ async def swarm(port: int, path: str, *, connections: int, messages: int) -> Asy
 
 @asynccontextmanager
 async def serve_here(app: Any, **options: Any) -> AsyncIterator[int]:
-    """Run uvicorn in this event loop, for a test that looks at the manager itself; yields the port."""
+    """Run uvicorn in this event loop, for a test that checks the manager itself. It yields the port."""
     config = uvicorn.Config(app, log_level="warning", **options)
     server = uvicorn.Server(config)
     with socket.socket() as sock:

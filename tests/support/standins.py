@@ -1,4 +1,4 @@
-"""What stands for packages that only an example wants: as much of Strawberry and of pycrdt as it uses."""
+"""Stand-ins for packages that only one example needs: the used parts of Strawberry and pycrdt."""
 
 from __future__ import annotations
 

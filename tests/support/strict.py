@@ -1,4 +1,4 @@
-"""A Python of its own for a test, in which every warning is an error."""
+"""Runs a test in its own Python process, where every warning is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TCP server in the test's own loop that leaves nothing behind."""
+"""A TCP server in the test's event loop, which leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fastapi-users' tutorial calls `app/users.py`, with the few methods that a WebSocket needs of it.
+"""A stand-in for `app/users.py` of fastapi-users' tutorial, with the few methods that a WebSocket needs.
 
 Its real package would bring a dozen others along; the recipe in the documentation was tried with it by hand.
 """

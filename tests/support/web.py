@@ -1,4 +1,4 @@
-"""An app around a manager, in each of the ways there are, and what a `TestClient` sees of its ends."""
+"""Apps around a manager, in each possible way, and what a `TestClient` sees of their ends."""
 
 # No postponed annotations: FastAPI reads them, and the dependency is local.
 
@@ -52,7 +52,7 @@ EVERY_APP = pytest.mark.parametrize("make_app", [router_app, dependency_app, sta
 
 
 def denied(client: TestClient, path: str = "/ws", **headers: str) -> WebSocketDenialResponse:
-    """Return the HTTP response that a handshake is refused with."""
+    """Return the HTTP response with which a handshake is refused."""
     with pytest.raises(WebSocketDenialResponse) as caught, client.websocket_connect(path, headers=headers):
         pass
     return caught.value

@@ -188,6 +188,7 @@ def test_every_reason_of_the_library_is_a_known_value() -> None:
     from wsbroadcast.history import Reason
     from wsbroadcast.node.admission import REFUSALS
     from wsbroadcast.options import Policy
+    from wsbroadcast.protocols.centrifuge.codes import Disconnect, ErrorCode
 
     values = {measure.name: set(measure.values) for measure in MEASURES}
     root = Path(wsbroadcast.__file__).parent
@@ -195,7 +196,9 @@ def test_every_reason_of_the_library_is_a_known_value() -> None:
     envelopes = set(re.findall(r'BadEnvelope\("(\w+)"\)', source)) | set(re.findall(r'_drop\("(\w+)"', source))
     assert values["engine.bad_envelopes"] == envelopes
     assert values["limited"] == set(REFUSALS)
-    assert values["dropped"] == {*Policy.__args__, "closed"}  # type: ignore[attr-defined]
+    dropped = set(re.findall(r'dropped\["(\w+)"\]', source))
+    assert values["dropped"] == {*Policy.__args__, "closed", *dropped}  # type: ignore[attr-defined]
+    assert {str(int(code)) for code in (*ErrorCode, *Disconnect)} == values["client_errors"]
     assert values["recoveries"] == {"recovered", *Reason.__args__} - {""}  # type: ignore[attr-defined]
     assert values["connections"] == set(re.findall(r'^    kind = "(\w+)"', source, re.MULTILINE))
     evicted = set(re.findall(r'evict\(\w*,? ?"(\w+)"', source))

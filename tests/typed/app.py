@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, assert_type
+from typing import Annotated, Any, Literal, TypedDict, assert_type
 from uuid import UUID
 
-from fastapi import Depends, FastAPI, HTTPException, WebSocket, WebSocketDisconnect
+from fastapi import Depends, FastAPI, Header, HTTPException, WebSocket, WebSocketDisconnect
 from pydantic import BaseModel, RedisDsn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -57,6 +57,7 @@ from wsbroadcast import (
     get_manager,
     should_reconnect,
 )
+from wsbroadcast.testing import Peer
 
 
 @dataclass
@@ -362,3 +363,78 @@ async def call_it(connection: Connection) -> int:
 
 TIMING = Timing(linger=2.0)
 QUICK = ConnectionManager(client_timing=ClientTiming(ping_interval=5))
+
+
+# Messages with types.
+
+
+class Say(BaseModel):
+    type: Literal["say"] = "say"
+    text: str
+
+
+class Typing(BaseModel):
+    type: Literal["typing"] = "typing"
+
+
+class Left(TypedDict):
+    type: Literal["left"]
+    user: str
+
+
+class Row:
+    id = 1
+    text = "a text"
+
+
+typed = ConnectionManager(sends={"room:*": Say | Left, EVERYONE: Post})
+app.include_router(
+    create_router(typed, "/typed/{room}", channel="room:{room}", receives=Say | Typing, sends=Say | Left)
+)
+
+
+@typed.on(Say)
+async def said(message: Say, connection: Connection, channel: str, agent: Annotated[str, Header()]) -> None:
+    await typed.broadcast(message, channel=channel)
+    await connection.manager.broadcast(Row(), as_=Post, key=agent)
+
+
+@typed.on(Typing)
+def is_typing(message: Typing) -> None:
+    typed.broadcast_threadsafe({"text": message.type}, as_=Post)
+
+
+@app.websocket("/typed")
+async def typed_endpoint(connection: ConnectionDep) -> None:
+    async for message in connection.typed(Say | Typing):
+        assert_type(message, Say | Typing)
+        match message:
+            case Say():
+                assert_type(message.text, str)
+            case Typing():
+                assert_type(message, Typing)
+    async for one in connection.typed(Say):
+        assert_type(one, Say)
+    async for left in connection.typed(Left):
+        assert_type(left["user"], str)
+
+
+async def test_typed() -> None:
+    async with Peer(app, "/typed") as peer:
+        await peer.send(Say(text="hi"))
+        assert_type(await peer.receive(Say), Say)
+        assert_type(await peer.receive(Say | Left, timeout=1.0), Say | Left)
+        assert_type(await peer.receive(list[Say]), list[Say])
+        assert_type(await peer.receive(), str | bytes)
+        assert_type(await peer.receive(1.0), str | bytes)
+        assert_type(await peer.receive(timeout=1.0), str | bytes)
+        await peer.expect_nothing()
+
+
+async def call_handler(connection: Connection) -> None:
+    await said(Say(text="hi"), connection, "room:1", "test")  # it is still the function that it was
+
+
+async def publish_typed() -> None:
+    async with Publisher("redis://localhost", sends=Post) as publisher:
+        await publisher.broadcast(Row(), channel="a", as_=Post)

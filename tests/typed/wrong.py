@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import WebSocket
+from pydantic import BaseModel
 
 from wsbroadcast import (
     Access,
@@ -20,6 +21,7 @@ from wsbroadcast import (
     connection_dependency,
     create_router,
 )
+from wsbroadcast.testing import Peer
 
 manager = ConnectionManager()
 publisher = Publisher("redis://localhost")
@@ -119,3 +121,22 @@ ConnectionManager(5)  # wrong
 manager.on_disconnect("text")  # wrong
 gap: Gap = manager.stats()  # wrong
 connection_dependency(authorize=authorize)  # wrong
+
+
+class Say(BaseModel):
+    text: str
+
+
+class Typing(BaseModel):
+    who: str
+
+
+async def typed(connection: Connection, peer: Peer) -> None:
+    async for message in connection.typed(Say | Typing):
+        print(message.text)  # wrong
+    async for one in connection.typed(Say):
+        print(one.who)  # wrong
+    said: Typing = await peer.receive(Say)  # wrong
+    print(said, (await peer.receive(Say)).who)  # wrong
+    await manager.broadcast(said, as_typed=Say)  # wrong
+    manager.on()  # wrong

@@ -539,7 +539,9 @@ def test_the_alias_of_a_dependency_is_that_dependency(make_app: MakeApp) -> None
     with TestClient(app) as client:
         for url in ("/ws", "/ws?args=1&kwargs=2"):
             assert denied(client, url).status_code == 401
-        with client.websocket_connect("/ws", headers={"x-user": "ada"}):
+        with client.websocket_connect("/ws", headers={"x-user": "ada"}) as ada:
+            ada.send_text("I am in")
+            assert ada.receive_text() == "I am in"
             assert [connection.user for connection in manager.connections] == ["ada"]
 
 
@@ -633,7 +635,7 @@ NO_BOOLS = pytest.mark.parametrize(
         (lambda: {"allowed": False}, "authorize has to return True or False, not dict: "),
         (_NumpyBool, "authorize has to return True or False, not _NumpyBool: "),
         (_forgotten, "what authorize returned is a coroutine that nobody awaits: an `await` is missing"),
-        (_bools, "what authorize returned is a generator, of which nothing has run"),
+        (_bools, "what authorize returned is a generator, and nothing of it has run"),
     ],
 )
 

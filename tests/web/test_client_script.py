@@ -168,9 +168,16 @@ ws.on("error", (error) => console.log((error as CommandError).code))
 const sum: number = await ws.call<number>("add", { a: 1 })
 const repeated: boolean | undefined = (await ws.publish({ id: 1 }, { key: "once" })).is_repeat
 await ws.subscribe("room:2", { since: "epoch:1" })
+const here = ws.members<{ name: string }>()
+ws.on("presence", ({ channel, left }) => {
+  const names: string[] = [...here.values()].map(({ info }) => info.name)
+  void [channel, names, left?.length, here.count]
+})
 off(); ws.close(); void [sum, repeated, ws.status]
 // @ts-expect-error there is no such event
 ws.on("mesage", () => {})
+// @ts-expect-error it is the client's
+here.clear()
 // @ts-expect-error it can't be set
 ws.status = "open"
 """

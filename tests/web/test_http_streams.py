@@ -805,7 +805,7 @@ def test_the_documentation_of_the_app_names_what_a_request_may_say() -> None:
     app.include_router(create_router(ConnectionManager(), "/ws/{channel}", http=True))
     listen = app.openapi()["paths"]["/ws/{channel}"]["get"]
     said = {each["name"] for each in listen["parameters"] if each["in"] == "query"}
-    assert said == {"since", "wait", "events", "channel", "id"}
+    assert said == {"since", "wait", "events", "channel", "presence", "id"}
 
 
 async def test_nothing_is_told_where_nothing_is_counted() -> None:

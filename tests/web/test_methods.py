@@ -86,6 +86,10 @@ async def test_arguments_that_do_not_fit_are_answered_with_their_places_and_noth
     async def book(seat: Annotated[Seat, Field()], day: date) -> None:
         ran.append(seat)
 
+    @manager.method("block")
+    async def block(seats: list[Seat]) -> None:
+        ran.append(seats)
+
     async with serving(manager) as client:
         peer = client("news")
         answer = await called(peer, "book", seat={"row": "secret", "place": "secret"}, secret=1)
@@ -96,6 +100,8 @@ async def test_arguments_that_do_not_fit_are_answered_with_their_places_and_noth
             {"loc": ["secret"], "type": "extra_forbidden", "msg": "Extra inputs are not permitted"},
         ]
         assert answer == {"type": "error", "code": "invalid_arguments", "text": "the arguments don't fit"}
+        seats = await called(peer, "block", 3, seats=[{}] * 10_000)
+        assert [each["loc"] for each in seats["errors"]] == [["seats", 0, "row"]]
         many = await called(peer, "book", 2, **{f"{number:>200}": "secret" for number in range(100)})
         assert len(many["errors"]) == 16
         assert max(len(each) for mistake in many["errors"] for each in mistake["loc"]) == 64

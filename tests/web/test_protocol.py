@@ -28,12 +28,14 @@ from wsbroadcast import (
     Handshake,
     Identity,
     Limits,
+    Presence,
     SlowConsumer,
     TokenFrom,
 )
 from wsbroadcast import connection as connection_module
 from wsbroadcast.manager import core_of
 from wsbroadcast.protocols.commands import (
+    _READERS,
     MAX_CALLS,
     Call,
     Command,
@@ -42,6 +44,7 @@ from wsbroadcast.protocols.commands import (
     Publish,
     Refused,
     Session,
+    Watch,
     error_answer,
     id_of,
 )
@@ -466,6 +469,10 @@ WRONG: list[Any] = [
     {"type": "subscribe", "channel": "news", "since": 5},
     {"type": "subscribe", "channel": "news", "since": {"epoch": "x", "offset": 1}},
     {"type": "unsubscribe", "channel": ["news"]},
+    {"type": "presence", "channel": 1},
+    {"type": "presence", "channel": {"news": 1}},
+    {"type": "presence", "watch": "no"},
+    {"type": "presence", "watch": 0},
     {"type": "publish"},
     {"type": "publish", "channel": "news"},
     {"type": "publish", "channel": 5, "data": 1},
@@ -532,11 +539,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = ("channel", "since", "data", "encoding", "idempotency_key", "client", "name", "args", "token", "id")
+FIELDS = ("channel", "since", "watch", "data", "encoding", "idempotency_key", "client", "name", "args", "token", "id")
 VALUES = JSON | st.sampled_from(["news", "last", "base64", "x" * 16, "x" * 10_000, {"a": 1}])
 COMMANDS = JSON | st.builds(
     lambda kind, fields: {"type": kind, **fields},
-    st.sampled_from(["subscribe", "unsubscribe", "publish", "call", "refresh", "ping", "pong", "", "hello"]) | JSON,
+    st.sampled_from([*_READERS, "", "hello"]) | JSON,
     st.dictionaries(st.sampled_from(FIELDS), VALUES),
 )
 
@@ -576,6 +583,8 @@ def test_session_answers_everything_and_allows_no_more_than_inbound(
         elif isinstance(read, Call):
             assert session.calls < MAX_CALLS
             session.begun()
+        elif isinstance(read, Watch):
+            assert read.channel
         elif isinstance(read, (Ping, Pong)):
             assert command["type"] in ("ping", "pong")
     assert 0 <= session.calls <= MAX_CALLS
@@ -589,7 +598,7 @@ def test_codes_are_texts() -> None:
 @given(st.lists(COMMANDS, min_size=1, max_size=20))
 def test_server_survives_whatever_is_sent_and_serves_the_others(asked: list[Any]) -> None:
     async def run() -> None:
-        manager = ConnectionManager(history=KEPT)
+        manager = ConnectionManager(history=KEPT, presence=Presence())
         manager.method("name")(lambda a: a)
         async with serving(manager, inbound="commands", authorize=lambda connection, action, channel: True) as client:
             peer, other = client("room:1"), client("room:1")

@@ -21,11 +21,12 @@ from wsbroadcast import (
 )
 from wsbroadcast.audience import NODES
 from wsbroadcast.engines.broker.envelope import MAX_HEADER_BYTES, BadEnvelope, Origin, decode, encode
-from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES
+from wsbroadcast.publication import MAX_NODE_MESSAGE_BYTES, Sender
 
 NEWS = Audience("channel", "news")
 LIMIT = 10_000
 ORIGIN = Origin("node", 7)
+INFOS = st.sampled_from([b"", b"1", b'{"a":"\\n"}'])
 
 
 def refused(envelope: bytes) -> str:
@@ -68,6 +69,7 @@ def test_text_of_another_program_needs_a_version_only() -> None:
     st.one_of(st.none(), st.builds(Origin, st.sampled_from(["node", "nöde"]), st.integers(1, 2**60))),
     st.one_of(st.none(), st.text(st.characters(codec="utf-8"), min_size=1, max_size=64)),
     st.lists(st.sampled_from([NEWS, EVERYONE, Audience.user(5)]), max_size=3),
+    st.one_of(st.none(), st.builds(Sender, st.text("ab"), st.text("5ä"), INFOS, INFOS)),
 )
 def test_publication_survives_the_way(
     value: object,
@@ -76,6 +78,7 @@ def test_publication_survives_the_way(
     origin: Origin | None,
     several: str | None,
     audiences: list[Audience],
+    sender: Sender | None,
 ) -> None:
     publication = Publication(
         Message.of(value, key),
@@ -85,6 +88,7 @@ def test_publication_survives_the_way(
         id=several,
         audiences=() if several is None else tuple(audiences),
     )
+    publication.sender = sender
     decoded, again = decode(encode(publication, origin), NEWS, LIMIT)
     assert decoded == publication
     assert again == origin
@@ -223,6 +227,9 @@ def test_other_version_is_refused(version: int) -> None:
         {"id": 1},
         {"id": "x" * 65},
         {"id": ""},
+        {"sender": "x"},
+        {"sender": ["a", "5", ""]},
+        {"sender": ["a", "5", "", 1]},
         {"exclude_users": "x"},
         {"exclude_users": [1]},
         {"audiences": "news"},

@@ -20,7 +20,7 @@ async def test_what_nobody_awaits_is_refused_at_once_when_too_much_waits() -> No
     outgoing.use(link)
     for _ in range(3):
         outgoing.publish_nowait(NEWS)
-    with pytest.raises(EngineUnavailable, match="bytes wait for the broker already, which doesn't keep up"):
+    with pytest.raises(EngineUnavailable, match=r"the broker doesn't keep up: .* bytes wait for it"):
         outgoing.publish_nowait(NEWS)
     awaited = asyncio.ensure_future(outgoing.publish(NEWS))  # whoever awaits holds the message anyway
     sending = asyncio.create_task(outgoing.send(link))

@@ -1,7 +1,7 @@
 """Real brokers as child processes on free ports of 127.0.0.1, with their data in a temporary directory.
 
-Use them with `with`: a broker answers inside, and is gone afterwards. What blocks has a twin to await: `started`,
-`stopped`, `killed`, `restarted`.
+Use them with `with`: a broker runs inside the block, and is gone afterwards. Blocking methods have async twins:
+`started`, `stopped`, `killed`, `restarted`.
 """
 
 from tests.support.brokers.base import HOST, Broker, Endpoint, free_port

@@ -1,4 +1,4 @@
-"""What all brokers have in common: a process to start, stop, kill and pause, a port, a directory."""
+"""The base of all brokers: a process to start, stop, kill and pause, with a port and a directory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _START_TIMEOUT = 30.0
 
 
 class Endpoint:
-    """Where a broker is. One that is only this was started by somebody else, and nobody here can stop it."""
+    """The address of a broker. A mere `Endpoint` was started by somebody else, so tests can't stop it."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -43,7 +43,7 @@ class Endpoint:
 
 
 class Broker(Endpoint, ABC):
-    """A broker of our own. It keeps its port and its data until `close`, also over `kill` and `start`."""
+    """A broker that the tests start. It keeps its port and its data until `close`, also after `kill` and `start`."""
 
     name: str
     user: str | None = None
@@ -63,7 +63,7 @@ class Broker(Endpoint, ABC):
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Say whether it is ready to serve.
+        """Check that it is ready to serve.
 
         Raises:
             OSError: If it isn't.
@@ -120,7 +120,7 @@ class Broker(Endpoint, ABC):
         raise AssertionError(f"{self.name} does not answer after {_START_TIMEOUT:g} s:\n{self.log()}")
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ask it to end, as an administrator would, and wait for that.
+        """Ask it to end, as an administrator would, and wait until it has.
 
         Raises:
             AssertionError: If it doesn't; it is killed.
@@ -159,12 +159,12 @@ class Broker(Endpoint, ABC):
         self.start()
 
     def pause(self) -> None:
-        """Let all of its processes hang with SIGSTOP: the kernel still accepts connections and takes bytes."""
+        """Stop all of its processes with SIGSTOP. The kernel still accepts connections and takes bytes."""
         assert self._process is not None, f"{self.name} does not run"
         processes.freeze(self._process.pid)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Let its processes go on."""
         assert self._process is not None, f"{self.name} does not run"
         processes.signal_all(processes.tree(self._process.pid), signal.SIGCONT)
 
@@ -177,7 +177,7 @@ class Broker(Endpoint, ABC):
         processes.warden().forget(self.directory)
 
     def log(self) -> str:
-        """Return what it has written."""
+        """Return what it has written to its log."""
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     async def started(self) -> None:
@@ -220,6 +220,6 @@ def _is_free(port: int) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Return our environment without what would change a broker's settings."""
+    """Return the environment without variables that would change a broker's settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "REDIS", "NATS"))}
     return kept | {"LC_ALL": "C"}

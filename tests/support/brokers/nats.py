@@ -57,7 +57,7 @@ class NATSServer(Broker):
             time.sleep(0.01)
 
     def info(self) -> dict[str, Any]:
-        """Return what it says of itself to whoever connects: `version`, `max_payload`, `server_id` …
+        """Return what it tells every client about itself: `version`, `max_payload`, `server_id` …
 
         Raises:
             OSError: If it doesn't say it within two seconds.

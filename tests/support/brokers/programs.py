@@ -18,7 +18,7 @@ from tests.support.brokers import processes
 
 
 class BrokerMissing(Exception):
-    """No program of that broker was found; the text says what to install."""
+    """Raised if no program of a broker is found. The text says what to install."""
 
 
 @cache
