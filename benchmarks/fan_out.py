@@ -100,7 +100,7 @@ def _installed(wanted: list[Peer]) -> list[Peer]:
 
 def _write(publish: bool, summary: report.Summary, meter: Meter, options: Options) -> None:
     RESULTS.mkdir(exist_ok=True)
-    about = {"machine": _machine(), "versions": _versions(), "options": vars(options)}
+    about = {"machine": machine(), "versions": versions(), "options": vars(options)}
     whole = {**about, "summary": summary, "rounds": meter.results}
     (RESULTS / "latest.json").write_text(json.dumps(whole, indent=1))
     _plot(summary, RESULTS)
@@ -125,13 +125,15 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Return what it is measured on."""
     with open("/proc/cpuinfo") as lines:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     return {"cpu": model, "cores": os.cpu_count(), "kernel": platform.release().split("-")[0]}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of what is measured."""
     code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
     found: dict[str, str] = {}
     for python in {peer.python for peer in peers.PEERS}:

@@ -19,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 # Its end is found wherever the kernel cuts what comes.
 END = b"!"
@@ -31,17 +32,30 @@ SOCKET = (
     b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
 )
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a client sends: its request, and what follows once there is an answer."""
+
+    request: bytes
+    then: bytes = b""
+
+
 VARIANTS = {
-    "ours": STREAM,
-    "sse-starlette": STREAM,
-    "fastapi.sse": STREAM,
-    "websocket": SOCKET + b"\r\n",
-    "websocket-events": SOCKET + b"Sec-WebSocket-Protocol: wsbroadcast.v1\r\n\r\n",
+    "ours": Client(STREAM),
+    "sse-starlette": Client(STREAM),
+    "fastapi.sse": Client(STREAM),
+    "websocket": Client(SOCKET + b"\r\n"),
+    "websocket-events": Client(SOCKET + b"Sec-WebSocket-Protocol: wsbroadcast.v1\r\n\r\n"),
 }
+
+Bar = tuple[str, str, str, float]
+"""In which mode, what, compared with what, and the most that it may cost."""
 
 # What the columns are compared with, and the most that they may cost.
 MODES = ("back to back", "one in flight")
-BARS = [
+BARS: list[Bar] = [
     *((mode, "ours", "sse-starlette", 0.15) for mode in MODES),
     *((mode, "ours", "fastapi.sse", 0.04) for mode in MODES),
     *((mode, "ours", "websocket", 1.3) for mode in MODES),
@@ -121,14 +135,17 @@ def serve(variant: str, port: int) -> None:
 class Crowd:
     """Raw sockets, which read all that comes and count the messages in it."""
 
-    def __init__(self, port: int, request: bytes, number: int) -> None:
+    def __init__(self, port: int, client: Client, number: int) -> None:
         self._selector = selectors.DefaultSelector()
-        self._port = port
+        self.port = port
         self.messages = 0
         self.bytes = 0
         for _ in range(number):
             connection = socket.create_connection(("127.0.0.1", port))
-            connection.sendall(request)
+            connection.sendall(client.request)
+            if client.then:
+                assert connection.recv(4096).startswith(b"HTTP/1.1 101")
+                connection.sendall(client.then)
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ)
         self.read_until_quiet(3.0)
@@ -167,26 +184,30 @@ class Crowd:
 
 
 class Server:
-    """One server in a process of its own, with its crowd."""
+    """One server in a process of its own, with its crowd; the script runs it if it is told `--serve`."""
 
-    def __init__(self, variant: str, clients: int, core: int | None) -> None:
+    def __init__(self, script: str, variant: str, client: Client, clients: int, core: int | None) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, __file__, "--serve", variant, "--port", str(port)]
-        self._process = subprocess.Popen(command)
+        command = [sys.executable, script, "--serve", variant, "--port", str(port)]
+        self.process = subprocess.Popen(command)
         if core is not None:
-            os.sched_setaffinity(self._process.pid, {core})
-        self._port = port
-        self._connect()
+            os.sched_setaffinity(self.process.pid, {core})
+        self.port = port
         self.clients = clients
-        self.crowd = Crowd(port, VARIANTS[variant], clients)
+        try:
+            self._connect()
+            self.crowd = Crowd(port, client, clients)
+        except BaseException:
+            self._end()
+            raise
 
     def _connect(self) -> None:
         deadline = time.monotonic() + 20
         while True:
             try:
-                self._control = socket.create_connection(("127.0.0.1", self._port))
+                self._control = socket.create_connection(("127.0.0.1", self.port))
                 return
             except OSError:
                 if time.monotonic() > deadline:
@@ -200,7 +221,7 @@ class Server:
 
     def cpu(self) -> float:
         """Return its CPU time in seconds."""
-        with open(f"/proc/{self._process.pid}/schedstat") as file:
+        with open(f"/proc/{self.process.pid}/schedstat") as file:
             return int(file.read().split()[0]) / 1e9
 
     def measure(self, mode: str, messages: int) -> float:
@@ -221,13 +242,16 @@ class Server:
     def close(self) -> None:
         """End it."""
         self.crowd.close()
-        self._process.kill()
-        self._process.wait()
+        self._end()
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(doc: str | None, script: str, variants: Mapping[str, Client], bars: Sequence[Bar]) -> argparse.Namespace:
+    """Measure and print; or only return the arguments, if a server is to be run."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--messages", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
@@ -235,32 +259,35 @@ def main() -> None:
     parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
     if arguments.serve:
-        serve(arguments.serve, arguments.port)
-        return
-    found = measure(arguments.clients, arguments.messages, arguments.rounds)
+        return arguments
+    found = measure(script, variants, bars, arguments)
     print(f"\nµs of server CPU per delivery, {arguments.clients} clients, medians of {arguments.rounds} rounds")
     for (mode, variant), costs in found.items():
         print(f"  {mode:14} {variant:18} {statistics.median(costs):8.2f}   {min(costs):.2f} to {max(costs):.2f}")
-    for mode, variant, other, most in BARS:
+    for mode, variant, other, most in bars:
         ratios = [a / b for a, b in zip(found[mode, variant], found[mode, other], strict=True)]
         verdict = "ok" if statistics.median(ratios) <= most else "MISSED"
         print(f"  {mode}: {variant} / {other} = {statistics.median(ratios):.3f} (bar {most}) {verdict}")
+    return arguments
 
 
-def measure(clients: int, messages: int, rounds: int) -> dict[tuple[str, str], list[float]]:
+def measure(
+    script: str, variants: Mapping[str, Client], bars: Sequence[Bar], options: argparse.Namespace
+) -> dict[tuple[str, str], list[float]]:
     """Measure all variants in turns; each in a fresh server for each round."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:
         os.sched_setaffinity(0, {cores[1]})
     found: dict[tuple[str, str], list[float]] = {}
-    for number in range(rounds):
-        for variant in VARIANTS if number % 2 else reversed(VARIANTS):
-            server = Server(variant, clients, cores[0] if len(cores) > 1 else None)
+    for number in range(options.rounds):
+        for variant in variants if number % 2 else reversed(variants):
+            core = cores[0] if len(cores) > 1 else None
+            server = Server(script, variant, variants[variant], options.clients, core)
             try:
-                server.measure("back to back", max(2, messages // 5))  # not counted
+                server.measure("back to back", max(2, options.messages // 5))  # not counted
                 for mode in MODES:
-                    if any(mode == bar[0] and variant in bar[1:3] for bar in BARS):
-                        cost = server.measure(mode, messages)
+                    if any(mode == bar[0] and variant in bar[1:3] for bar in bars):
+                        cost = server.measure(mode, options.messages)
                         found.setdefault((mode, variant), []).append(cost)
                         print(f"round {number + 1}: {mode}, {variant}: {cost:.2f} µs", flush=True)
             finally:
@@ -269,4 +296,6 @@ def measure(clients: int, messages: int, rounds: int) -> dict[tuple[str, str], l
 
 
 if __name__ == "__main__":
-    main()
+    wanted = main(__doc__, __file__, VARIANTS, BARS)
+    if wanted.serve:
+        serve(wanted.serve, wanted.port)
