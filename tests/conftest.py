@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 
 import pytest
 from hypothesis import settings
@@ -18,6 +19,8 @@ settings.register_profile("wsbroadcast", deadline=None)
 settings.load_profile("wsbroadcast")
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+_loop = pytest.StashKey[asyncio.AbstractEventLoop]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,9 +56,24 @@ def _eager_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what each task waits for in a test that has hung."""
+    report = yield
+    if call.excinfo is not None and call.excinfo.errisinstance(pytest.fail.Exception) and _loop in item.stash:
+        stacks = io.StringIO()
+        for task in asyncio.all_tasks(item.stash[_loop]):
+            task.print_stack(file=stacks)
+        report.sections.append(("Tasks that still ran", stacks.getvalue()))
+    return report
+
+
 @pytest.fixture(autouse=True)
-async def no_task_is_left() -> AsyncIterator[None]:
+async def no_task_is_left(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     """Fail a test if one of the library's tasks still runs after it. Tasks that are ending get a second for it."""
+    request.node.stash[_loop] = asyncio.get_running_loop()
     yield
     tasks = {task for task in asyncio.all_tasks() if task.get_name().startswith("wsbroadcast ")}
     if tasks:
