@@ -143,7 +143,7 @@ def check_channel(channel: object) -> str:
         if not isinstance(channel, str):
             raise InvalidChannel(channel, f"a channel is a str, not {type(channel).__name__}")
         channel = plain(channel)
-    rule = _broken_rule(channel)
+    rule = broken_rule(channel)
     if rule is not None:
         raise InvalidChannel(channel, rule)
     return channel
@@ -163,7 +163,7 @@ def user_key(user: object) -> str:
         raise ValueError(f"a user is a str, an int or a UUID, not {type(user).__name__}; pass the object's id")
     else:
         key = text_of(user)
-    rule = _broken_rule(key)
+    rule = broken_rule(key)
     if rule is not None:
         raise ValueError(f"invalid user {shorten(key)}: {rule}")
     return key
@@ -178,13 +178,14 @@ def check_stream_id(id_: object) -> str:
     if not isinstance(id_, str):
         raise ValueError(f"the id of a stream is a str, not {type(id_).__name__}")
     name = plain(id_)
-    rule = _broken_rule(name)
+    rule = broken_rule(name)
     if rule is not None:
         raise ValueError(f"invalid stream id {shorten(name)}: {rule}")
     return name
 
 
-def _broken_rule(name: str) -> str | None:
+def broken_rule(name: str) -> str | None:
+    """Return the rule for names that a text breaks; `None` if it can be a name."""
     if name.isascii() and name.isprintable() and 0 < len(name) <= MAX_NAME_BYTES:
         return None  # nearly every name, for three method calls
     if not name:

@@ -111,6 +111,27 @@ def test_nobody_is_401_and_says_how(make_app: MakeApp) -> None:
         admitted(client, **{"x-user": "ada"})
 
 
+@EVERY_APP
+@pytest.mark.parametrize(
+    ("user", "rule"),
+    [
+        ("", "it is empty"),
+        ("\u2603" * 67, "it has 201 bytes, the limit is 200"),
+        ("ada\n", "it has control characters"),
+        ("\ud800", "it has a lone surrogate, which UTF-8 can't carry"),
+    ],
+)
+@pytest.mark.parametrize("make", [str, Identity, lambda user: {"sub": user}, lambda user: User(user, "ada")])
+def test_text_that_can_be_no_user_is_403_and_says_why(
+    make_app: MakeApp, make: Callable[[str], Any], user: str, rule: str
+) -> None:
+    manager = ConnectionManager()
+    with TestClient(make_app(manager, authenticate=_finding(make(user)))) as client:
+        response = denied(client)
+        assert (response.status_code, response.text) == (403, f"invalid user: {rule}")
+        assert manager.stats().connects == 0
+
+
 async def _somebody() -> str:
     return "ada"
 
@@ -141,7 +162,6 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: _in_a_generator(), "what authenticate returned is a generator"),
     (lambda: True, "authenticate returned True, which doesn't say who it is"),
     (lambda: False, "authenticate returned False, which doesn't say who it is"),
-    (lambda: "", "authenticate returned '', which doesn't say who it is"),
     (lambda: Identity(_somebody()), "the user that authenticate found is a coroutine"),  # type: ignore[arg-type]
     (lambda: Identity("ada", expires_at=_somebody()), "the expires_at that authenticate found is a coroutine"),  # type: ignore[arg-type]
 ]

@@ -189,6 +189,8 @@ async def somebody(token: str = Depends(TokenFrom(query="token"))) -> Identity:
         raise WebSocketException(4999, "gone fishing")
     if token == "forbidden":
         raise HTTPException(403)
+    if token == "long":
+        return Identity(201 * "x")
     if token != "good":
         raise HTTPException(401)
     return Identity("7")
@@ -204,6 +206,7 @@ async def somebody(token: str = Depends(TokenFrom(query="token"))) -> Identity:
         ({"token": "bad"}, "token=good", 3500),
         ({}, "", 3507),
         ({"token": "forbidden"}, "", 3507),
+        ({"token": "long"}, "", 3507),
         ({"token": "own"}, "", 4999),
         ({"token": "later"}, "", 100),
         ({"token": "often"}, "", 111),

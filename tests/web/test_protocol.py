@@ -191,6 +191,7 @@ async def test_client_goes_on_with_another_token() -> None:
         ("bob.1000", "forbidden"),
         ("none", "unauthenticated"),
         ("nobody", "unauthenticated"),
+        ("x" * 201, "unauthenticated"),
         ("ada.-5", "unauthenticated"),
         ("a b", "unauthenticated"),
         ("é", "unauthenticated"),

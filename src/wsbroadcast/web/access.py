@@ -283,7 +283,10 @@ class Access:
             raise Refused(ErrorCode.NOT_SUPPORTED, "authenticate takes no token by TokenFrom")
         if found is None:
             raise Refused(ErrorCode.UNAUTHENTICATED, "the token is not valid")
-        return identity_of(found, self._user_key)
+        try:
+            return identity_of(found, self._user_key)
+        except PermissionDenied as denied:
+            raise Refused(ErrorCode.UNAUTHENTICATED, "the token is not valid") from denied
 
     async def _denied(self, connection: Connection, denied: PermissionDenied) -> dict[str, Any]:
         """Return the message for a connection that may not do something, or close it with 4403.
@@ -316,7 +319,10 @@ class Access:
             await _answer(websocket, ungrouped(error, *_ANSWERED))
         if found is None:
             await _refuse(websocket, 401, "not authenticated", {"WWW-Authenticate": "Bearer"})
-        return identity_of(found, self._user_key)
+        try:
+            return identity_of(found, self._user_key)
+        except PermissionDenied as denied:
+            await _answer(websocket, denied)
 
 
 def _since_of(websocket: WebSocket, channel: str | None, user: UserId | None) -> SinceOption:

@@ -11,10 +11,10 @@ from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Send
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from wsbroadcast.audience import UserId
+from wsbroadcast.audience import UserId, broken_rule
 from wsbroadcast.close_codes import ABNORMAL, CloseCode
 from wsbroadcast.concurrency import finished
-from wsbroadcast.exceptions import ConfigurationError
+from wsbroadcast.exceptions import ConfigurationError, PermissionDenied
 from wsbroadcast.node.membership import SUBPROTOCOL
 from wsbroadcast.options import ExpiresAt, check_positive
 from wsbroadcast.protocols.commands import MAX_TOKEN_CHARACTERS
@@ -169,16 +169,19 @@ def identity_of(found: Any, user_key: UserKey | None) -> Identity:
 
     Raises:
         ConfigurationError: If there is no id in it, or something in it has yet to run.
+        PermissionDenied: If the id is a text that breaks a rule for names. It may be what a client has written.
     """
     identity = found if isinstance(found, Identity) else _identity(found, user_key)
     finished(identity.user, "the user that authenticate found")
     finished(identity.expires_at, "the expires_at that authenticate found")
+    if isinstance(identity.user, str) and (rule := broken_rule(plain(identity.user))) is not None:
+        raise PermissionDenied(f"invalid user: {rule}")
     return identity
 
 
 def _identity(found: Any, user_key: UserKey | None) -> Identity:
     finished(found, "what authenticate returned")
-    if isinstance(found, bool) or found == "":
+    if isinstance(found, bool):
         raise ConfigurationError(
             f"authenticate returned {found!r}, which doesn't say who it is: return the user's id, or None to refuse"
         )

@@ -143,7 +143,10 @@ class Identities:
             _refuse(ungrouped(error, *_ANSWERED), has_token=bool(token))
         if found is None:
             raise Disconnected(Disconnect.INVALID_TOKEN if token else Disconnect.PERMISSION_DENIED)
-        identity = identity_of(found, self._access._user_key)
+        try:
+            identity = identity_of(found, self._access._user_key)
+        except PermissionDenied as denied:
+            _refuse(denied, has_token=bool(token))
         return Identified(identity.user, identity.info, b"", unix_seconds(identity.expires_at), is_used)
 
     async def channels(self, handshake: Handshake, data: bytes) -> dict[str, Subscription]:
