@@ -53,12 +53,18 @@ def old_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(tmp_path_factory, "lowest", install) / "packages"
 
 
-def test_lowest_versions_pass(old_packages: Path) -> None:
+@pytest.mark.timeout(900)  # a machine that is slow, and a registry that is
+def test_lowest_versions_pass(old_packages: Path, tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(old_packages), os.environ.get("PYTHONPATH")]))
+    ours = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")  # its ports are none of another process's
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    options = shlex.split("-q -n 0 -p no:cacheprovider -W ignore::DeprecationWarning")
-    command = [sys.executable, "-m", "pytest", *options, "-k", f"not ({LEFT_OUT})", *TESTS]
-    done = subprocess.run(
-        command, cwd=ROOT, env=plain | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, "\n".join((done.stdout + done.stderr).splitlines()[-60:])
+    plain |= {name: os.environ[name] for name in ours if name in os.environ}
+    options = shlex.split("-q -n 0 -p no:cacheprovider -W ignore::DeprecationWarning --timeout 60")
+    command = [sys.executable, "-m", "pytest", *options, f"--basetemp={tmp_path / 'run'}"]
+    command += ["-k", f"not ({LEFT_OUT})", *TESTS]
+    printed = tmp_path / "printed"  # no pipe: whatever it leaves behind would keep one open
+    with printed.open("wb") as output:
+        done = subprocess.run(
+            command, cwd=ROOT, env=plain | {"PYTHONPATH": path}, stdout=output, stderr=subprocess.STDOUT, check=False
+        )
+    assert done.returncode == 0, "\n".join(printed.read_text(errors="replace").splitlines()[-60:])

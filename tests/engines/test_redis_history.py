@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import redis
@@ -140,6 +141,7 @@ async def test_position_that_is_removed_begins_a_new_history(own_redis: OwnRedis
         assert await kept(node) == ["after"]
         for since in before:
             assert not await is_complete(node, since)
+        assert await node.recorder.wait_until(lambda: len(node.recorder.publications) > 10, 5)
         assert [each.position for each in node.recorder.publications] == [*before, after]
 
 
@@ -274,7 +276,7 @@ async def test_keys_expire_when_nobody_needs_them(own_redis: OwnRedis) -> None:
         # No number is too large, and none too small, for an append to be done as a whole.
         for extreme in (History(10**9, 3.2e9, 3.2e9), History(1, 1e-9, 1e-9)):
             await keeps_history(node.engine).append(Publication(Message.of("y"), NEWS), extreme)
-        assert len(node.recorder.data(NEWS)) == 3
+        assert await node.recorder.wait_until(lambda: len(node.recorder.data(NEWS)) == 3, 5)
 
 
 async def test_few_more_than_asked_for_are_stored(own_redis: OwnRedis) -> None:
@@ -444,6 +446,7 @@ async def test_slot_that_moves_while_something_is_appended(own_cluster: list[Red
         # What was confirmed is kept, and came to those who were subscribed.
         newest = done[-1][1].epoch
         old, new = ([each for each in done if (each[1].epoch == newest) == is_new] for is_new in (False, True))
+        await eventually(partial(_is_in_reach, nodes[1]))  # Redis has ended its subscription
         found = {each.message.data for each in (await read(nodes[1], None)).publications}
         assert {text for text, _ in new[-19:]} <= found <= {str(number) for number in range(int(new[0][0]), 10_000)}
         came = {(each.message.data, each.position) for each in nodes[1].recorder.publications}
@@ -464,6 +467,10 @@ async def _move(
         await wait()
     for server in (there, here, *(each for each in servers if each not in way)):
         server.command("CLUSTER", "SETSLOT", slot, "NODE", target)
+
+
+async def _is_in_reach(node: Node) -> bool:
+    return (await node.engine.health()).is_ok
 
 
 async def _grown(count: Callable[[], int]) -> None:

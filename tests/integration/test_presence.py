@@ -58,7 +58,7 @@ class Town:
         self._told.touch()
         self._stack = ExitStack()
         self.servers: list[Server] = []
-        self._started = 0
+        self._numbers = count(1)
 
     def __enter__(self) -> Self:
         return self
@@ -83,8 +83,7 @@ class Town:
                 "WSBROADCAST_TEST_DRAIN": json.dumps(drain),
             },
         )
-        self._started += 1
-        server = Server(flavour, self.directory / f"server-{self._started}.log", APP)
+        server = Server(flavour, self.directory / f"server-{next(self._numbers)}.log", APP)
         self.servers.append(self._stack.enter_context(server))
         return server
 

@@ -10,8 +10,10 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -193,20 +195,26 @@ class Broker(Endpoint, ABC):
         await asyncio.to_thread(self.restart)
 
 
+_given: deque[int] = deque(maxlen=500)
+_giving = threading.Lock()
+
+
 def free_port() -> int:
     """Return a port that nobody listens on, and that no connection takes while a broker is down for a moment.
 
     Systems give outgoing connections ports from 32768 or 49152 on, so one there may be somebody's when the broker
     comes back; and who tries such a port often enough connects to itself. 10000 above it Redis Cluster has its bus.
     The processes of one test run have different ones, because between our look and the broker's start each could be
-    somebody else's.
+    somebody else's. For the same reason none is given twice in a row.
     """
     process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    while True:
-        port = random.randrange(10_000 + process, 22_000, processes)
-        if _is_free(port) and _is_free(port + 10_000):
-            return port
+    with _giving:
+        while True:
+            port = random.randrange(10_000 + process, 22_000, processes)
+            if port not in _given and _is_free(port) and _is_free(port + 10_000):
+                _given.append(port)
+                return port
 
 
 def _is_free(port: int) -> bool:
