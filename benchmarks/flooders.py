@@ -132,8 +132,10 @@ class Listener:
             self.is_closed = True
             asyncio.get_running_loop().remove_reader(self._socket)
             return
-        seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
-        came = seconds * 1_000_000_000 + nanoseconds
+        came = time.time_ns()
+        if ancillary:  # what came before the option was set has no stamp
+            seconds, nanoseconds = struct.unpack("qq", ancillary[0][2])
+            came = seconds * 1_000_000_000 + nanoseconds
         self._data = read_frames(self._data + data, lambda word: self._take(word, came))
 
     def _take(self, word: bytes, came: int) -> None:

@@ -28,7 +28,7 @@ COMMANDS = {
     "imports": "imports.py",
     "message_types": "message_types.py",
     "fan_out": "fan_out.py --publish --rounds 3 --seconds 0.5 --peers handwritten,ours,websockets,picows,socketify,raw",
-    "peers": "fan_out.py --publish --rounds 2 --seconds 0.5 --scenarios one,sixteen",
+    "peers": "fan_out.py --publish --rounds 5 --seconds 0.5 --scenarios one,sixteen",
     "engines": "engines.py --rounds 3",
     "history": "history.py --rounds 3",
     "presence": "presence.py",
