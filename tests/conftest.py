@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import io
 import os
 import sys
@@ -21,6 +22,7 @@ settings.load_profile("wsbroadcast")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 _loop = pytest.StashKey[asyncio.AbstractEventLoop]()
+_has_hung = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,12 +64,25 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show what each task waits for in a test that has hung."""
     report = yield
-    if call.excinfo is not None and call.excinfo.errisinstance(pytest.fail.Exception) and _loop in item.stash:
-        stacks = io.StringIO()
-        for task in asyncio.all_tasks(item.stash[_loop]):
-            task.print_stack(file=stacks)
-        report.sections.append(("Tasks that still ran", stacks.getvalue()))
+    if call.when == "call" and call.excinfo is not None and call.excinfo.errisinstance(pytest.fail.Exception):
+        item.stash[_has_hung] = True
+        if _loop in item.stash:
+            stacks = io.StringIO()
+            for task in asyncio.all_tasks(item.stash[_loop]):
+                task.print_stack(file=stacks)
+            report.sections.append(("Tasks that still ran", stacks.getvalue()))
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """End the process if a test that has hung can't be ended, because a thread of it still waits."""
+    if item.stash.get(_has_hung, False):
+        faulthandler.dump_traceback_later(60, exit=True, file=2)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

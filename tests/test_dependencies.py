@@ -47,13 +47,13 @@ def old_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def install(directory: Path) -> None:
         quiet = ["--quiet", "--disable-pip-version-check", "--no-warn-conflicts"]
         command = [sys.executable, "-m", "pip", "install", *quiet, "--target", str(directory / "packages"), *lowest()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert done.returncode == 0, done.stderr
 
     return once(tmp_path_factory, "lowest", install) / "packages"
 
 
-@pytest.mark.timeout(900)  # a machine that is slow, and a registry that is
+@pytest.mark.timeout(500)  # a machine that is slow, and a registry that is
 def test_lowest_versions_pass(old_packages: Path, tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(old_packages), os.environ.get("PYTHONPATH")]))
     ours = ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT")  # its ports are none of another process's

@@ -43,6 +43,7 @@ def broker_url(request: pytest.FixtureRequest) -> str:
     return f"{server.url}?prefix={request.getfixturevalue('prefix')}"
 
 
+@pytest.mark.timeout(500)  # another run of it may come first
 async def test_suite_of_the_python_sdk_passes(
     broker_url: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -37,6 +35,7 @@ PATIENCE = 60.0
 # What a connection of the suite takes at least, and for how long it waits for others that have asked something.
 _HANDSHAKE_SECONDS = 0.15
 _OTHERS_SECONDS = 3.0
+_SUITE_SECONDS = 200.0
 
 
 def python_sdk(factory: pytest.TempPathFactory) -> Path:
@@ -235,41 +234,39 @@ async def suite_port(server: int) -> AsyncIterator[None]:
     everything else at once. Some tests of the suite subscribe with one client, connect another, and take it that the
     first has its answer by then.
     """
-    with (Path(tempfile.gettempdir()) / f"wsbroadcast-test-port-{SUITE_PORT}.lock").open("w") as lock:
-        await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
-        pipes: set[asyncio.Task[None]] = set()
-        asking: set[asyncio.StreamReader] = set()
+    pipes: set[asyncio.Task[None]] = set()
+    asking: set[asyncio.StreamReader] = set()
 
-        async def others_are_answered() -> bool:
-            return not asking
+    async def others_are_answered() -> bool:
+        return not asking
 
-        async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await asyncio.sleep(_HANDSHAKE_SECONDS)
-            with suppress(AssertionError):
-                await eventually(others_are_answered, _OTHERS_SECONDS)
-            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", server)
+    async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(_HANDSHAKE_SECONDS)
+        with suppress(AssertionError):
+            await eventually(others_are_answered, _OTHERS_SECONDS)
+        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", server)
 
-            async def ask() -> None:
-                await _pipe(reader, to_writer, lambda: asking.add(reader))
-                asking.discard(reader)
+        async def ask() -> None:
+            await _pipe(reader, to_writer, lambda: asking.add(reader))
+            asking.discard(reader)
 
-            for each in (ask(), _pipe(to_reader, writer, lambda: asking.discard(reader))):
-                pipes.add(asyncio.create_task(each))
+        for each in (ask(), _pipe(to_reader, writer, lambda: asking.discard(reader))):
+            pipes.add(asyncio.create_task(each))
 
-        async def listens() -> asyncio.Server | None:
-            try:
-                return await asyncio.start_server(lead, "127.0.0.1", SUITE_PORT)
-            except OSError:  # something else is there
-                return None
-
-        door: asyncio.Server = await eventually(listens, PATIENCE)
+    async def listens() -> asyncio.Server | None:
         try:
-            async with door:
-                yield
-        finally:
-            for pipe in pipes:
-                pipe.cancel()
-            await asyncio.gather(*pipes, return_exceptions=True)
+            return await asyncio.start_server(lead, "127.0.0.1", SUITE_PORT)
+        except OSError:  # another run is there, or something else
+            return None
+
+    door: asyncio.Server = await eventually(listens, _SUITE_SECONDS)
+    try:
+        async with door:
+            yield
+    finally:
+        for pipe in pipes:
+            pipe.cancel()
+        await asyncio.gather(*pipes, return_exceptions=True)
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: Callable[[], None]) -> None:
@@ -284,7 +281,7 @@ async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pass
         writer.close()
 
 
-async def run_suite(sdk: Path, *arguments: str, seconds: float = 500.0) -> str:
+async def run_suite(sdk: Path, *arguments: str, seconds: float = 240.0) -> str:
     """Run the suite of the Python SDK as it is; return what unittest has written."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "unittest", *(arguments or ("discover", "-s", "tests"))),

@@ -20,6 +20,9 @@ NPM = shutil.which("npm")
 
 needs_npm = pytest.mark.skipif(NPM is None, reason="no npm on the PATH: apt-get install npm")
 
+# What a registry may need. A thread that waits for a program can't be stopped, and would keep its test from ending.
+_SECONDS = 240
+
 SCRIPTS = Path(__file__).parent / "front_ends"
 
 
@@ -39,7 +42,7 @@ def once(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], None
 
 def run(command: Sequence[str], directory: Path) -> None:
     """Run a command that has to succeed."""
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -105,7 +108,7 @@ def check_types(directory: Path, *files: str) -> None:
     options = ["--strict", "--noEmit", "--target", "es2022", "--module", "nodenext", "--lib", "es2022,dom"]
     (directory / "package.json").write_text('{"type": "module"}')
     command = [NPM or "npm", "exec", "--yes", "--package=typescript@5.9.3", "--", "tsc", *options, *files]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -116,6 +119,6 @@ def run_script(directory: Path, name: str, document: Any, *options: str) -> Any:
         json.dump(document, file)
         file.flush()
         command = ["node", str(script), file.name, *options]
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)

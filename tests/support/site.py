@@ -281,7 +281,9 @@ def build(directory: Path) -> str:
 
 def problems(directory: Path) -> str:
     """Build what was staged in a directory, and return what is wrong with it."""
-    done = subprocess.run(zensical(directory, "build", "--clean", "--strict"), capture_output=True, text=True)
+    done = subprocess.run(
+        zensical(directory, "build", "--clean", "--strict"), capture_output=True, text=True, timeout=240
+    )
     wrong = _COLOUR.sub("", done.stderr).removesuffix("No issues found\n").strip()
     return wrong or (f"Zensical has failed: {done.stdout}" if done.returncode else "")
 
