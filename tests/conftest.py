@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest-asyncio sets a loop's debug mode itself and would overrule the environment.
     if os.environ.get("PYTHONASYNCIODEBUG"):
         config.option.asyncio_debug = True
+    if os.environ.get("WSBROADCAST_TEST_FULL") and config.option.timeout is None:
+        config.option.timeout = 7200
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
