@@ -635,6 +635,31 @@ async def test_each_missing_permission_is_named_at_the_start(own_redis: OwnRedis
     assert ("history= needs +info" in str(raised.value)) == (missing == "+info")
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 3_600_000, 10**12])
+async def test_append_after_a_refused_one_needs_no_later_time(own_redis: OwnRedis, ahead: int) -> None:
+    server = own_redis()
+    async with running(RedisEngine(server.url)) as (node,):
+        before = (await append(node, "before")).position
+        # What a refused append leaves behind; it was at a later time, because the clock was set back since.
+        seconds, microseconds = server.command("TIME")
+        refused = f"2-{int(seconds) * 1000 + int(microseconds) // 1000 + ahead}"
+        assert server.command("XADD", STREAM, refused, "d", "x") == refused
+        assert server.command("XDEL", STREAM, refused) == 1
+        after = (await append(node, "after")).position
+        assert (before.offset, after.offset) == (1, 2)
+        assert await kept(node) == ["before", "after"]
+        assert await is_complete(node, before)
+
+
+async def test_stream_of_somebody_else_refuses_appends(own_redis: OwnRedis) -> None:
+    server = own_redis()
+    async with running(RedisEngine(server.url)) as (node,):
+        await append(node, "before")
+        server.command("XADD", STREAM, "9-1", "d", "x")
+        with pytest.raises(EngineError, match="Invalid stream ID"):
+            await append(node, "after")
+
+
 async def test_forbidden_channel_is_not_kept_either(own_redis: OwnRedis) -> None:
     rules = f"on >secret ~t:* resetchannels &t:probe &t:node:* +publish +subscribe +unsubscribe {TO_KEEP}"
     server = own_redis(users=[f"app {rules}"])

@@ -73,8 +73,9 @@ end
 # milliseconds to keep the stream, PUBLISH or SPUBLISH, the name, how many envelopes are kept (0: not this one), the
 # envelope up to the last brace of its header, and the rest of the envelope. It returns `<epoch>:<offset>`, with `:1`
 # added for a repeat. If memory is short, Redis refuses the first command that writes, but none after it. So all is done
-# or nothing. The name is not in KEYS, although it has their slot: while the slot moves to another node, a name in KEYS
-# would stop every append.
+# or nothing. An append that was refused leaves its id at the stream, although its entry is removed. The next append has
+# the same offset. In the same millisecond, or if the clock was set back since, it takes a later time. The name is not
+# in KEYS, although it has their slot: while the slot moves to another node, a name in KEYS would stop every append.
 _APPEND = (
     _SETTLE
     + """
@@ -88,9 +89,15 @@ local id, refusal
 call('HSET', position, 's', offset)
 call('PEXPIRE', position, ARGV[2])
 if ARGV[6] ~= '0' then
-  local now = call('TIME')
-  id = offset .. '-' .. now[1] .. string.sub(now[2] + 1000000, 2, 4)
+  local now, later = call('TIME'), 1
+  local ms = now[1] .. string.sub(now[2] + 1000000, 2, 4)
+  id = offset .. '-' .. ms
   local kept = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[6], id, 'd', ARGV[7] .. ARGV[8])
+  while type(kept) == 'table' and string.find(kept.err, 'equal or smaller', 1, true) do
+    ms, later = string.format('%.0f', ms + later), later * 2
+    id = offset .. '-' .. ms
+    kept = redis.pcall('XADD', stream, 'MAXLEN', '~', ARGV[6], id, 'd', ARGV[7] .. ARGV[8])
+  end
   if type(kept) == 'table' then id, refusal = nil, kept else call('PEXPIRE', stream, ARGV[3]) end
 end
 if not refusal then
