@@ -287,7 +287,8 @@ async def test_codes_after_which_it_comes_back(tmp_path: Path, code: int) -> Non
         began = time.monotonic()
         await close_all(tab.site, code)
         await tab.gets_ticks(within=(after("STEADY") if code == 1013 else 0) + SPARE)
-        assert (time.monotonic() - began >= after("STEADY")) == (code == 1013)
+        if code == 1013:
+            assert time.monotonic() - began >= after("STEADY")
         await tab.lost_nothing()
         assert ("lost" in (await tab.told())["status"]) == (code == 1013)
 
