@@ -14,12 +14,18 @@ function isNearEnd() {
   return log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END_PX;
 }
 
-function follow() {
-  if (isFollowing) log.scrollTop = log.scrollHeight;
+// Where it was put last. A change of the size may leave it there, away from the end.
+let followedTop = 0;
+
+export function follow() {
+  if (!isFollowing) return;
+  log.scrollTop = log.scrollHeight;
+  followedTop = log.scrollTop;
 }
 
 log.addEventListener("scroll", () => {
-  isFollowing = isNearEnd();
+  if (isNearEnd()) isFollowing = true;
+  else if (log.scrollTop < followedTop) isFollowing = false;
 });
 new ResizeObserver(follow).observe(log);
 
