@@ -119,11 +119,14 @@ def test_nobody_is_401_and_says_how(make_app: MakeApp) -> None:
         ("\u2603" * 67, "it has 201 bytes, the limit is 200"),
         ("ada\n", "it has control characters"),
         ("\ud800", "it has a lone surrogate, which UTF-8 can't carry"),
+        (10**200, "it has 201 bytes, the limit is 200"),
     ],
 )
-@pytest.mark.parametrize("make", [str, Identity, lambda user: {"sub": user}, lambda user: User(user, "ada")])
+@pytest.mark.parametrize(
+    "make", [lambda user: user, Identity, lambda user: {"sub": user}, lambda user: User(user, "ada")]
+)
 def test_text_that_can_be_no_user_is_403_and_says_why(
-    make_app: MakeApp, make: Callable[[str], Any], user: str, rule: str
+    make_app: MakeApp, make: Callable[[Any], Any], user: str | int, rule: str
 ) -> None:
     manager = ConnectionManager()
     with TestClient(make_app(manager, authenticate=_finding(make(user)))) as client:

@@ -19,7 +19,7 @@ from wsbroadcast.node.membership import SUBPROTOCOL
 from wsbroadcast.options import ExpiresAt, check_positive
 from wsbroadcast.protocols.commands import MAX_TOKEN_CHARACTERS
 from wsbroadcast.signatures import no_dependency
-from wsbroadcast.text import plain
+from wsbroadcast.text import plain, text_of
 from wsbroadcast.transports.http import STREAM
 from wsbroadcast.web.injection import Injection, begun
 
@@ -169,12 +169,12 @@ def identity_of(found: Any, user_key: UserKey | None) -> Identity:
 
     Raises:
         ConfigurationError: If there is no id in it, or something in it has yet to run.
-        PermissionDenied: If the id is a text that breaks a rule for names. It may be what a client has written.
+        PermissionDenied: If the id's text breaks a rule for names. It may be what a client has written.
     """
     identity = found if isinstance(found, Identity) else _identity(found, user_key)
     finished(identity.user, "the user that authenticate found")
     finished(identity.expires_at, "the expires_at that authenticate found")
-    if isinstance(identity.user, str) and (rule := broken_rule(plain(identity.user))) is not None:
+    if isinstance(identity.user, (str, int)) and (rule := broken_rule(text_of(identity.user))) is not None:
         raise PermissionDenied(f"invalid user: {rule}")
     return identity
 
